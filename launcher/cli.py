@@ -1,0 +1,46 @@
+"""The `shardway` command: verbs, each imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+VERBS = {
+    "train": ("launcher.train", "compose, check and launch a run (Hydra overrides)"),
+    "consolidate": ("launcher.export.cli", "merge and re-shard a run into a folder that serves"),
+    "verify": ("launcher.export.verify", "check an exported folder against its manifest"),
+    "chat": ("launcher.chat.terminal", "talk to an exported folder in the terminal"),
+    "fetch": ("launcher.model.fetch", "fetch the demo model (or the tiny one of the tests)"),
+    "rules": ("launcher.config.reference", "print every rule that a configuration must keep"),
+}
+
+USAGE = """shardway: launch sharded fine-tuning, land a folder that a server can load.
+
+    shardway VERB [ARGUMENTS]        shardway VERB --help teaches the verb
+
+{verbs}
+
+First steps:
+    shardway fetch smollm2_135m
+    shardway train experiment=demo run_dir=runs/first
+    shardway consolidate runs/first --output runs/first/export --max-shard-size 100MB
+    shardway chat runs/first/export --question "Who are you?"
+"""
+
+
+def main() -> None:
+    """Hand over to the verb's own `main`, which reads `sys.argv` and exits with its status."""
+    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb in ("-h", "--help", "help"):
+        listed = "\n".join(f"    {name:<12} {what}" for name, (_, what) in VERBS.items())
+        print(USAGE.format(verbs=listed))
+        return
+    if verb not in VERBS:
+        print(f"shardway: {verb} is no verb; there are {', '.join(VERBS)}", file=sys.stderr)
+        sys.exit(2)
+    sys.argv = [f"shardway {verb}", *sys.argv[2:]]
+    importlib.import_module(VERBS[verb][0]).main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""This machine: start torchrun, wait, and say what went wrong first."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+from dataclasses import dataclass
+from types import FrameType
+
+from launcher.cluster import command
+from launcher.run_dir import RunDir
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Failure:
+    rank: int
+    exit_code: int
+    message: str
+
+
+def launch(run: RunDir, nproc_per_node: int, gpus: int) -> int:
+    """Run all ranks to their end and return their exit status.
+
+    The console belongs to rank 0 (stdout); what the agent and the libraries say goes to the logs.
+    """
+    stopped: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        # A Ctrl-C in a terminal has reached torchrun already; a kill of this process has not.
+        stopped.append(number)
+        if number == signal.SIGTERM:
+            agent.terminate()
+
+    with (run.logs() / "torchrun.log").open("wb") as log:
+        agent = subprocess.Popen(
+            command.torchrun(run.path, nproc_per_node),
+            stdin=subprocess.DEVNULL,
+            stderr=log,
+            env=command.environment(nproc_per_node, gpus),
+        )
+        before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            status = agent.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if stopped:
+        print(f"\nstopped by {signal.Signals(stopped[0]).name}; every rank has ended. {run.path}")
+        return 128 + stopped[0]
+    if status != 0:
+        failure = first_failure(run)
+        print(_report(run, failure))
+        return failure.exit_code if failure else status
+    return 0
+
+
+def first_failure(run: RunDir) -> Failure | None:
+    """The rank that failed first: from the ranks' own files, else from the agent's summary."""
+    own = [json.loads(path.read_text()) for path in run.logs().glob("rank-*.error.json")]
+    killed = _killed_rank(run)
+    if own:
+        first = min(own, key=lambda error: error["time"])
+        # A rank that was killed wrote no file; its peers then fail for want of it.
+        if killed is None or not first["lost_peer"]:
+            return Failure(first["rank"], first["exit_code"], first["message"])
+    return killed
+
+
+def _killed_rank(run: RunDir) -> Failure | None:
+    """The root cause in torchrun's summary, where a signal ended a rank."""
+    text = (run.logs() / "torchrun.log").read_text(errors="replace")
+    root = text.rpartition("Root Cause")[2] if "Root Cause" in text else ""
+    rank, code = re.search(r"rank\s*: (\d+)", root), re.search(r"exitcode\s*: (-?\d+)", root)
+    if not (rank and code) or int(code[1]) >= 0:
+        return None
+    number = -int(code[1])
+    hint = "; often the machine ran out of memory" if number == signal.SIGKILL else ""
+    return Failure(
+        int(rank[1]), 128 + number, f"ended by signal {signal.Signals(number).name}{hint}"
+    )
+
+
+def _report(run: RunDir, failure: Failure | None) -> str:
+    if failure is None:
+        return f"The ranks did not start. Log: {run.logs() / 'torchrun.log'}"
+    return (
+        f"rank {failure.rank} failed: {failure.message}\nLog: {run.rank_log(failure.rank)}"
+    )

@@ -1,0 +1,190 @@
+"""The rules between sections: a table of id, condition, sentence and the override that mends it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher import paths
+from launcher.config import Config
+from launcher.config.strategy import HsdpConfig
+
+
+@dataclass(frozen=True)
+class World:
+    """What is known of the ranks before they start."""
+
+    nodes: int
+    nproc_per_node: int
+    gpus: int  # visible on this machine; 0 where ranks run on CPU
+
+    @property
+    def size(self) -> int:
+        return self.nodes * self.nproc_per_node
+
+
+@dataclass(frozen=True)
+class Rule:
+    id: str
+    broken: Callable[[Config, World], bool]
+    sentence: Callable[[Config, World], str]
+    fix: Callable[[Config, World], str]
+
+
+def broken_rules(config: Config, world: World) -> list[str]:
+    """One sentence with its fix for every rule that `config` breaks on `world`."""
+    return [
+        f"{rule.sentence(config, world)} → {rule.fix(config, world)} [{rule.id}]"
+        for rule in RULES
+        if rule.broken(config, world)
+    ]
+
+
+def is_hub_id(name_or_path: str) -> bool:
+    """`owner/name` that is no folder here: transformers would ask the hub for it."""
+    return bool(re.fullmatch(r"[\w-]+/[\w.-]+", name_or_path)) and not Path(name_or_path).exists()
+
+
+def _rows_per_micro_batch(config: Config, world: World) -> int:
+    return world.size * config.training.micro_batch_size
+
+
+def _missing_model(config: Config, world: World) -> bool:
+    where = config.model.name_or_path
+    return not is_hub_id(where) and not (Path(where) / "config.json").is_file()
+
+
+def _lost_weights(config: Config, world: World) -> bool:
+    folder = Path(config.model.name_or_path)
+    return (folder / "config.json").is_file() and not any(folder.glob("*.safetensors"))
+
+
+def _shard_size(config: Config, world: World) -> int | None:
+    """Ranks that share one copy under hsdp, None under the other strategies."""
+    strategy = config.strategy
+    if not isinstance(strategy, HsdpConfig):
+        return None
+    return strategy.shard_size or world.nproc_per_node
+
+
+def _taken(path: str | None) -> bool:
+    return path is not None and Path(path).exists()
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "length-of-training",
+        lambda c, w: (c.training.max_steps is None) == (c.training.epochs is None),
+        lambda c, w: (
+            f"training.max_steps={c.training.max_steps} and training.epochs={c.training.epochs}: "
+            "exactly one says when training ends"
+        ),
+        lambda c, w: "training.epochs=3 training.max_steps=null",
+    ),
+    Rule(
+        "batch-divides",
+        lambda c, w: c.training.global_batch_size % _rows_per_micro_batch(c, w) != 0,
+        lambda c, w: (
+            f"training.global_batch_size={c.training.global_batch_size} is no multiple of "
+            f"{w.size} ranks × training.micro_batch_size={c.training.micro_batch_size}"
+        ),
+        lambda c, w: "training.global_batch_size={}".format(
+            math.ceil(c.training.global_batch_size / _rows_per_micro_batch(c, w))
+            * _rows_per_micro_batch(c, w)
+        ),
+    ),
+    Rule(
+        "single-is-one-rank",
+        lambda c, w: c.strategy.name == "single" and w.size > 1,
+        lambda c, w: f"strategy=single runs on one rank, and there are {w.size}",
+        lambda c, w: "strategy=fsdp, or cluster.nproc_per_node=1",
+    ),
+    Rule(
+        "hsdp-groups",
+        lambda c, w: bool((size := _shard_size(c, w)) and w.size % size),
+        lambda c, w: (
+            f"strategy.shard_size={_shard_size(c, w)} does not divide the {w.size} ranks "
+            "into equal groups"
+        ),
+        lambda c, w: f"strategy.shard_size={w.size}, or strategy=fsdp",
+    ),
+    Rule(
+        "one-machine",
+        lambda c, w: c.cluster.name == "local" and c.cluster.nodes > 1,
+        lambda c, w: f"cluster.nodes={c.cluster.nodes}, but cluster=local is this machine only",
+        lambda c, w: (
+            "cluster.nodes=1, or start torchrun --nnodes "
+            f"{c.cluster.nodes} … -m launcher.train on each machine"
+        ),
+    ),
+    Rule(
+        "gpus-for-ranks",
+        lambda c, w: 0 < w.gpus < w.nproc_per_node,
+        lambda c, w: (
+            f"cluster.nproc_per_node={w.nproc_per_node} wants a GPU for each rank, "
+            f"and {w.gpus} can be seen"
+        ),
+        lambda c, w: f"cluster.nproc_per_node={w.gpus}",
+    ),
+    Rule(
+        "constant-has-no-warmup",
+        lambda c, w: c.scheduler.name == "constant" and c.scheduler.warmup_steps > 0,
+        lambda c, w: (
+            f"scheduler=constant has no warm-up, and "
+            f"scheduler.warmup_steps={c.scheduler.warmup_steps}"
+        ),
+        lambda c, w: "scheduler.warmup_steps=0, or scheduler=linear",
+    ),
+    Rule(
+        "warmup-ends",
+        lambda c, w: c.training.max_steps is not None
+        and c.scheduler.warmup_steps > c.training.max_steps,
+        lambda c, w: (
+            f"scheduler.warmup_steps={c.scheduler.warmup_steps} is more than "
+            f"training.max_steps={c.training.max_steps}: the peak rate is never reached"
+        ),
+        lambda c, w: f"scheduler.warmup_steps={(c.training.max_steps or 0) // 10}",
+    ),
+    Rule(
+        "one-evaluation-set",
+        lambda c, w: c.data.eval_path is not None and c.data.eval_rows > 0,
+        lambda c, w: (
+            f"data.eval_path={c.data.eval_path} and data.eval_rows={c.data.eval_rows} "
+            "both name the rows to evaluate on"
+        ),
+        lambda c, w: "data.eval_rows=0",
+    ),
+    Rule(
+        "evaluation-needs-rows",
+        lambda c, w: c.training.eval_steps is not None
+        and c.data.eval_path is None
+        and c.data.eval_rows == 0,
+        lambda c, w: f"training.eval_steps={c.training.eval_steps}, and no rows to evaluate on",
+        lambda c, w: "data.eval_rows=32, or data.eval_path=FILE, or training.eval_steps=null",
+    ),
+    Rule(
+        "model-is-there",
+        _missing_model,
+        lambda c, w: f"model.name_or_path={c.model.name_or_path} is no model folder (no config.json)",
+        lambda c, w: (
+            f"shardway fetch {c.model.name}"
+            if Path(c.model.name_or_path).is_relative_to(paths.cache())
+            else "model.name_or_path=FOLDER, or a hub id such as owner/name"
+        ),
+    ),
+    Rule(
+        "model-has-safetensors",
+        _lost_weights,
+        lambda c, w: f"model.name_or_path={c.model.name_or_path} holds no *.safetensors",
+        lambda c, w: "convert it once: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)",
+    ),
+    Rule(
+        "run-dir-is-new",
+        lambda c, w: _taken(c.run_dir),
+        lambda c, w: f"run_dir={c.run_dir} exists, and nothing is overwritten",
+        lambda c, w: "run_dir=null (a new name) or another folder",
+    ),
+)

@@ -1,0 +1,18 @@
+"""Schema of `model=`: which weights are trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.config.setting import setting
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    name: str = setting("model", "names the run folder")
+    name_or_path: str = setting(help="a folder with config.json and safetensors, or a hub id")
+    revision: str | None = setting(None, "branch, tag or commit of a hub id")
+    attention: str = setting(
+        "sdpa", "attention implementation of transformers", choices=("sdpa", "eager")
+    )
+    trust_remote_code: bool = setting(False, "run Python code that the model folder brings along")

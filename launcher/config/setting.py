@@ -1,0 +1,70 @@
+"""One declaration per setting: its default, its limits and the sentence that documents it.
+
+The limits are checked by `broken_limits`, shown by `docs/configuration.md` and by nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+_REQUIRED = object()
+
+
+def setting(
+    default: Any = _REQUIRED,
+    help: str = "",
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field that knows its limits. `minimum`/`maximum` include the bound, `above` not.
+
+    Without a default the setting is required.
+    """
+    metadata = {
+        "help": help,
+        "minimum": minimum,
+        "above": above,
+        "maximum": maximum,
+        "choices": choices,
+    }
+    if default is _REQUIRED:
+        return dataclasses.field(metadata=metadata)
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def limits(field: dataclasses.Field[Any]) -> str:
+    """The limits of a setting in words, empty if it has none."""
+    data = field.metadata
+    if data["choices"]:
+        return " | ".join(data["choices"])
+    bounds = (("≥", data["minimum"]), (">", data["above"]), ("≤", data["maximum"]))
+    return ", ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
+
+
+def broken_limits(section: str, values: Any) -> Iterator[str]:
+    """One sentence for each setting of the dataclass `values` outside its limits."""
+    for field in dataclasses.fields(values):
+        value = getattr(values, field.name)
+        if value is None or not field.metadata:
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            if not _within(field, item):
+                yield f"{section}.{field.name}={item} must be {limits(field)}"
+
+
+def _within(field: dataclasses.Field[Any], value: Any) -> bool:
+    data = field.metadata
+    if data["choices"]:
+        return value in data["choices"]
+    return (
+        (data["minimum"] is None or value >= data["minimum"])
+        and (data["above"] is None or value > data["above"])
+        and (data["maximum"] is None or value <= data["maximum"])
+    )

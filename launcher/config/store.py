@@ -1,0 +1,121 @@
+"""From a composed mapping to a checked `Config`, and to the frozen file and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from launcher.config import SECTIONS, Config
+from launcher.config.setting import broken_limits
+from launcher.errors import UserError
+
+
+class ConfigError(UserError):
+    """Everything that is wrong with a configuration, one sentence an entry."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        head = "The configuration cannot run:" if len(problems) == 1 else (
+            f"The configuration cannot run, for {len(problems)} reasons:"
+        )
+        super().__init__("\n".join([head, *(f"  - {problem}" for problem in problems)]))
+
+
+def build(raw: Mapping[str, Any]) -> Config:
+    """Check a composed mapping against the schema.
+
+    Raises ConfigError with every unknown key, wrong type and broken limit at once.
+    """
+    problems: list[str] = []
+    problems += [unknown(str(key)) for key in raw if key not in (*SECTIONS, "run_dir")]
+    sections: dict[str, Any] = {}
+    for section, schema in SECTIONS.items():
+        values = raw[section] if section in raw else {}
+        if not isinstance(values, Mapping):
+            problems.append(f"{section}={values} is not a section; choose one of conf/{section}/")
+            continue
+        if isinstance(schema, dict):
+            name = values["name"] if "name" in values else None
+            if name not in schema:
+                problems.append(f"{section}.name={name} is not one of {', '.join(schema)}")
+                continue
+            schema = schema[name]
+        sections[section] = _section(section, schema, values, problems)
+    if problems:
+        raise ConfigError(problems)
+    run_dir = raw["run_dir"] if "run_dir" in raw else None
+    return Config(**sections, run_dir=None if run_dir is None else str(run_dir))
+
+
+def _section(section: str, schema: type, values: Mapping[Any, Any], problems: list[str]) -> Any:
+    """Build one section; append what is wrong to `problems` and then return None."""
+    before = len(problems)
+    fields = {field.name: field for field in dataclasses.fields(schema)}
+    converted: dict[str, Any] = {}
+    values = {key: value for key, value in values.items() if value != "???"}
+    for key, value in values.items():
+        if key not in fields:
+            known = [f"{section}.{name}" for name in fields]
+            problems.append(unknown(f"{section}.{key}", known))
+            continue
+        try:
+            node = OmegaConf.merge(OmegaConf.structured(schema), {key: value})
+            converted[key] = OmegaConf.to_container(node)[key]  # type: ignore[index, call-overload]
+        except OmegaConfBaseException as error:
+            problems.append(f"{section}.{key}={value}: {str(error).splitlines()[0]}")
+    for name, field in fields.items():
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            problems.append(f"{section}.{name} is not set; it is {field.metadata['help']}")
+    if len(problems) > before:
+        return None
+    built = schema(**converted)
+    problems += broken_limits(section, built)
+    return built
+
+
+def settings(section: str) -> list[str]:
+    """The dotted names of a section's settings, over all its schemas."""
+    schema = SECTIONS[section]
+    schemas = list(schema.values()) if isinstance(schema, dict) else [schema]
+    names = [field.name for each in schemas for field in dataclasses.fields(each)]
+    return [f"{section}.{name}" for name in dict.fromkeys(names)]
+
+
+def unknown(key: str, known: list[str] | None = None) -> str:
+    """`key` is no setting, with the nearest one or, where nothing is near, the choice there is."""
+    section = key.partition(".")[0]
+    if known is None:
+        known = settings(section) if section in SECTIONS else [*SECTIONS, "run_dir"]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+    return f"{key} is no setting; {hint}"
+
+
+def dump(config: Config) -> str:
+    """The frozen form: plain YAML, no tags and no interpolation."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def load(path: Path) -> Config:
+    """Read a frozen configuration through the same gate."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is no frozen configuration: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} is no frozen configuration: it holds no sections")
+    return build(raw)
+
+
+def fingerprint(config: Config) -> str:
+    """Equal for two ranks that composed the same run. The run folder's name does not count."""
+    return xxhash.xxh3_128_hexdigest(dump(dataclasses.replace(config, run_dir=None)))

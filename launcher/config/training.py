@@ -1,0 +1,31 @@
+"""Schema of the sections that have no group: `training`, `checkpoint`, `launch`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.config.setting import setting
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainingConfig:
+    max_steps: int | None = setting(None, "optimizer steps; or say training.epochs", minimum=1)
+    epochs: int | None = setting(None, "passes over the data; or say training.max_steps", minimum=1)
+    micro_batch_size: int = setting(1, "rows per rank and forward", minimum=1)
+    global_batch_size: int = setting(8, "rows per optimizer step over all ranks", minimum=1)
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", above=0)
+    eval_steps: int | None = setting(None, "evaluate every so many steps, and at the end", minimum=1)
+    log_steps: int = setting(1, "write metrics every so many steps, all lines at once", minimum=1)
+    seed: int = setting(42, "of the data order, the adapters' start and dropout", minimum=0)
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    save_steps: int | None = setting(
+        None, "save every so many steps; the end is always saved", minimum=1
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class LaunchConfig:
+    dry_run: bool = setting(False, "check and show what would run, and touch nothing")

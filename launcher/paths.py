@@ -1,0 +1,35 @@
+"""Where the files beside the code are: in a checkout, an editable install and a wheel alike."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def beside(name: str) -> Path:
+    """The folder or file `name` (`conf`, `slurm`, `constraints.txt`).
+
+    A wheel carries it inside the package, a checkout beside the package.
+    """
+    for candidate in (PACKAGE / name, PACKAGE.parent / name):
+        if candidate.exists():
+            return candidate
+    raise FileNotFoundError(f"{name} is neither in {PACKAGE} nor beside it: reinstall shardway")
+
+
+def bundled(name: str) -> Path:
+    """A file that ships inside the package, such as `demo/train.jsonl`."""
+    return PACKAGE / name
+
+
+def cache() -> Path:
+    """Where fetched models and tokenised data are kept.
+
+    `SHARDWAY_CACHE` if set, else `XDG_CACHE_HOME/shardway`, else `~/.cache/shardway`.
+    """
+    if chosen := os.environ.get("SHARDWAY_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser().absolute() / "shardway"

@@ -1,0 +1,132 @@
+"""The names inside a run folder, and its creation. Imports no torch.
+
+    RUN/config.yaml  launch.json  metrics.jsonl  loss.png
+        logs/attempt-1/{torchrun.log, rank-00.log, rank-00.error.json}
+        checkpoints/step-000045/{manifest.json, adapter/ | model/}
+        export/
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from launcher import versions
+from launcher.config import Config, store
+from launcher.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run folder by its path; every name inside comes from here."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def launch(self) -> Path:
+        return self.path / "launch.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def plot(self) -> Path:
+        return self.path / "loss.png"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    def logs(self, attempt: int = 1) -> Path:
+        return self.path / "logs" / f"attempt-{attempt}"
+
+    def rank_log(self, rank: int, attempt: int = 1) -> Path:
+        return self.logs(attempt) / f"rank-{rank:02d}.log"
+
+    def rank_error(self, rank: int, attempt: int = 1) -> Path:
+        return self.logs(attempt) / f"rank-{rank:02d}.error.json"
+
+
+def create(config: Config, argv: list[str]) -> tuple[RunDir, Config]:
+    """Make the folder of a run and freeze its configuration there.
+
+    Returns the folder and the configuration with `run_dir` filled in. A folder that was named and
+    exists is refused; without a name, `runs/<time>-<model>-<method>` gets a number when taken.
+    """
+    run = RunDir(_make(config).absolute())
+    config = dataclasses.replace(config, run_dir=str(run.path))
+    run.logs().mkdir(parents=True)
+    run.checkpoints.mkdir()
+    write_json(run.launch, _circumstances(argv))
+    run.config.write_text(store.dump(config), encoding="utf-8")
+    return run, config
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` so that a reader finds the whole file or none."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def _make(config: Config) -> Path:
+    try:
+        if config.run_dir is not None:
+            Path(config.run_dir).mkdir(parents=True)
+            return Path(config.run_dir)
+        # Local time: a person looks for the run of this afternoon.
+        now = datetime.now(UTC).astimezone().strftime("%Y-%m-%d_%H-%M-%S")
+        name = f"{now}-{config.model.name}-{config.method.name}"
+        for attempt in range(1, 1000):
+            path = Path("runs") / (name if attempt == 1 else f"{name}-{attempt}")
+            try:
+                path.mkdir(parents=True)
+                return path
+            except FileExistsError:
+                continue
+    except OSError as error:
+        where = config.run_dir or "runs/"
+        raise UserError(f"run_dir={where} cannot be made: {error.strerror}") from error
+    raise UserError(f"runs/{name} and 999 others exist; name one with run_dir=PATH")
+
+
+def _circumstances(argv: list[str]) -> dict[str, Any]:
+    """What config.yaml does not say and a later reader may ask."""
+    return {
+        "argv": argv,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": sys.version.split()[0],
+        "versions": versions.installed(),
+        "git": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the folder the command was typed in, None where git knows of none."""
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()

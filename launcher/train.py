@@ -1,0 +1,145 @@
+"""`shardway train`: compose, check, freeze, launch.
+
+    shardway train model=smollm2_135m method=lora strategy=fsdp data.path=my.jsonl
+
+Hydra composes the configuration here, once. It is checked whole, frozen into the run folder, and
+every rank reads that file. Under `torchrun … -m launcher.train` each rank composes the same
+overrides, and rank 0 alone makes the folder. No torch is imported before the checks have passed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from launcher import paths, run_dir, versions
+from launcher.cluster import command, local
+from launcher.cluster.devices import visible_gpus
+from launcher.config import Config, checks, store
+from launcher.config.checks import World
+from launcher.data import source
+from launcher.errors import UserError
+
+UNUSABLE_CONFIGURATION = 2
+
+
+def main() -> None:
+    """The command line. Exits with the ranks' status, or 2 when the configuration cannot run."""
+    try:
+        configs = compose()
+        worlds = [check(config) for config in configs]
+    except UserError as error:
+        _refuse(str(error))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from launcher import worker  # imports torch, which a rank needs and the submit side does not
+
+        worker.attend(configs[0], sys.argv)
+    for config, world in zip(configs, worlds, strict=True):
+        status = show(config, world) if config.launch.dry_run else launch(config, world)
+        if status != 0:
+            sys.exit(status)
+
+
+def compose() -> list[Config]:
+    """The configurations that the command line asks for: one, or one an element under --multirun.
+
+    Raises UserError for what Hydra or the schema refuses.
+    """
+    composed: list[Any] = []  # plain mappings; the schema looks at them outside Hydra's job
+
+    @hydra.main(version_base="1.3", config_path=str(paths.beside("conf")), config_name="config")
+    def collect(raw: DictConfig) -> None:
+        composed.append(OmegaConf.to_container(raw, resolve=True))
+
+    OmegaConf.register_new_resolver("bundled", lambda name: str(paths.bundled(name)), replace=True)
+    OmegaConf.register_new_resolver("cache", lambda name: str(paths.cache() / name), replace=True)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise here instead of printing a stack and exiting
+    with tempfile.TemporaryDirectory(prefix="shardway-") as scratch:
+        # Hydra makes no folders of its own: the run folder is ours. Before the user's overrides,
+        # so that theirs win.
+        sys.argv[1:1] = [
+            "hydra.run.dir=.",
+            f"hydra.sweep.dir={scratch}",
+            "hydra.output_subdir=null",
+            "hydra/job_logging=none",
+            "hydra/hydra_logging=none",
+        ]
+        try:
+            collect()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(_hydra_sentence(error)) from error
+    if not composed:  # --help, --cfg and --info answer by themselves
+        sys.exit(0)
+    return [store.build(raw) for raw in composed]
+
+
+def check(config: Config) -> World:
+    """Hold `config` against the rule table and its data file; return the ranks it will have.
+
+    Raises ConfigError with everything that is wrong.
+    """
+    world = _world(config)
+    problems = checks.broken_rules(config, world)
+    for path in filter(None, (config.data.path, config.data.eval_path)):
+        problems += source.problems(Path(path), config.data.format)
+    if problems:
+        raise store.ConfigError(problems)
+    return world
+
+
+def show(config: Config, world: World) -> int:
+    """What would run. Touches nothing."""
+    where = Path(config.run_dir or "runs/<time>")
+    print(store.dump(config))
+    print(f"# {world.size} ranks on {world.nodes} machine(s), {world.gpus} GPU(s) visible")
+    print(f"# {shlex.join(command.torchrun(where, world.nproc_per_node))}")
+    return 0
+
+
+def launch(config: Config, world: World) -> int:
+    """Freeze the configuration into a new run folder and run it to its end."""
+    if difference := versions.difference():
+        print(difference, file=sys.stderr)
+    try:
+        run, _ = run_dir.create(config, sys.argv)
+    except UserError as error:
+        _refuse(str(error))
+    print(f"run folder: {run.path}", flush=True)
+    return local.launch(run, world.nproc_per_node, world.gpus)
+
+
+def _world(config: Config) -> World:
+    gpus = visible_gpus()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        per_node = int(os.environ["LOCAL_WORLD_SIZE"])
+        return World(int(os.environ["WORLD_SIZE"]) // per_node, per_node, gpus)
+    automatic = 1 if config.strategy.name == "single" else gpus or config.cluster.cpu_processes
+    return World(config.cluster.nodes, config.cluster.nproc_per_node or automatic, gpus)
+
+
+def _refuse(sentence: str) -> NoReturn:
+    if int(os.environ.get("RANK", "0")) == 0:  # under torchrun every rank finds the same
+        print(sentence, file=sys.stderr)
+    sys.exit(UNUSABLE_CONFIGURATION)
+
+
+def _hydra_sentence(error: Exception) -> str:
+    """Hydra's and OmegaConf's messages without their boilerplate, with the nearest setting."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    sentence = " ".join(line for line in lines if not line.startswith(("object_type", "full_key")))
+    unknown = re.match(r"Could not override '([^']+)'", sentence)
+    return store.unknown(unknown[1]) if unknown else sentence
+
+
+if __name__ == "__main__":
+    main()
