@@ -65,15 +65,13 @@ def compose() -> list[Config]:
     OmegaConf.register_new_resolver("cache", lambda name: str(paths.cache() / name), replace=True)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise here instead of printing a stack and exiting
     with tempfile.TemporaryDirectory(prefix="shardway-") as scratch:
-        # Hydra makes no folders of its own: the run folder is ours. Before the user's overrides,
-        # so that theirs win.
-        sys.argv[1:1] = [
-            "hydra.run.dir=.",
+        _insert_overrides(
+            "hydra.run.dir=.",  # Hydra makes no folders of its own: the run folder is ours
             f"hydra.sweep.dir={scratch}",
             "hydra.output_subdir=null",
             "hydra/job_logging=none",
             "hydra/hydra_logging=none",
-        ]
+        )
         try:
             collect()
         except (HydraException, OmegaConfBaseException) as error:
@@ -81,6 +79,13 @@ def compose() -> list[Config]:
     if not composed:  # --help, --cfg and --info answer by themselves
         sys.exit(0)
     return [store.build(raw) for raw in composed]
+
+
+def _insert_overrides(*overrides: str) -> None:
+    """Put `overrides` before the user's, which then win. argparse wants all of them in one place."""
+    given = (at for at, word in enumerate(sys.argv) if at and "=" in word and word[0] != "-")
+    at = next(given, len(sys.argv))
+    sys.argv[at:at] = overrides
 
 
 def check(config: Config) -> World:

@@ -1,0 +1,1 @@
+"""What a run leaves behind. `layout` imports no torch."""

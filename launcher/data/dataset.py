@@ -1,0 +1,126 @@
+"""Tokenised rows, made once and kept by content.
+
+The store is one safetensors file a data set: all ids end to end, the mask, and where rows begin.
+It is memory-mapped, so ranks of one machine share its pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from filelock import FileLock
+from safetensors.torch import load_file, save
+from transformers import PreTrainedTokenizerBase
+
+from launcher import paths
+from launcher.config.data import DataConfig
+from launcher.data import source
+from launcher.data.chat import tokenize
+from launcher.errors import UserError
+
+FORMAT = "1"  # part of the key: raise it when tokenising changes
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of token ids. `len`, and `rows[i]` → (ids [n] int32, trained [n] bool)."""
+
+    ids: torch.Tensor  # [total] int32
+    trained: torch.Tensor  # [total] bool
+    starts: torch.Tensor  # [rows + 1] int64
+    dropped: int  # rows of which nothing to learn was left within max_length
+    truncated: int  # rows that were cut at max_length
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        begin, end = int(self.starts[row]), int(self.starts[row + 1])
+        return self.ids[begin:end], self.trained[begin:end]
+
+    def describe(self) -> str:
+        tokens, learnt = int(self.starts[-1]), int(self.trained.sum())
+        text = f"{len(self):,} rows, {tokens:,} tokens, {learnt:,} of them learnt"
+        if self.truncated:
+            text += f"; {self.truncated:,} rows cut at data.max_length"
+        if self.dropped:
+            text += f"; {self.dropped:,} rows left out: no answer within data.max_length"
+        return text
+
+
+def load_rows(path: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """Tokenise `path`, or take it from the cache when the same was tokenised before.
+
+    The key is the content of file, tokenizer and template and the options, so a changed file is
+    noticed. One process tokenises; others on the machine wait for its lock.
+    """
+    store = paths.cache() / "tokens" / f"{_key(path, config, tokenizer)}.safetensors"
+    store.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(store.with_suffix(".lock")):
+        if not store.is_file():
+            rows = _tokenize_file(path, config, tokenizer)
+            aside = store.with_suffix(".partial")
+            aside.write_bytes(save(_tensors(rows)))
+            aside.replace(store)
+    tensors = load_file(store)
+    counts = tensors.pop("counts").tolist()
+    rows = Rows(**tensors, dropped=counts[0], truncated=counts[1])
+    if not len(rows):
+        raise UserError(
+            f"data.path={path}: no answer lies within data.max_length={config.max_length}; raise it"
+        )
+    return rows
+
+
+def split(rows: Rows, eval_rows: int, seed: int) -> tuple[Sequence[int], Sequence[int]]:
+    """(training, evaluation) row numbers; the same for the same seed and file."""
+    if eval_rows >= len(rows):
+        raise UserError(
+            f"data.eval_rows={eval_rows} leaves nothing to train on: "
+            f"data.path has {len(rows)} rows"
+        )
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = sorted(order[:eval_rows])
+    return sorted(order[eval_rows:]), held_out
+
+
+def _tokenize_file(path: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    ids: list[int] = []
+    trained: list[bool] = []
+    starts, dropped, truncated = [0], 0, 0
+    for place, messages in source.read_messages(path, config.format):
+        tokens = tokenize(tokenizer, messages, config.max_length, place)
+        truncated += len(tokens.ids) == config.max_length
+        if not any(tokens.trained[1:]):  # the first token is never predicted
+            dropped += 1
+            continue
+        ids += tokens.ids
+        trained += tokens.trained
+        starts.append(len(ids))
+    return Rows(
+        torch.tensor(ids, dtype=torch.int32),
+        torch.tensor(trained, dtype=torch.bool),
+        torch.tensor(starts, dtype=torch.int64),
+        dropped,
+        truncated,
+    )
+
+
+def _tensors(rows: Rows) -> dict[str, torch.Tensor]:
+    counts = torch.tensor([rows.dropped, rows.truncated])
+    return {"ids": rows.ids, "trained": rows.trained, "starts": rows.starts, "counts": counts}
+
+
+def _key(path: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
+    options = (FORMAT, config.format, config.max_length, tokenizer.chat_template, backend)
+    digest.update(repr(options).encode())
+    return digest.hexdigest()

@@ -1,0 +1,97 @@
+"""Which rows a step sees, and their batches. Index-based: any step is reached in O(1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from launcher.data.dataset import Rows
+
+IGNORED = -100  # cross_entropy's ignore_index
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward's worth of rows, right-padded. Causal attention never looks at the padding, so
+    no attention mask is needed."""
+
+    input_ids: torch.Tensor  # [rows, length] int64
+    targets: torch.Tensor  # [rows, length] int64: the token to predict at each place, or IGNORED
+
+    def to(self, device: torch.device) -> MicroBatch:
+        return MicroBatch(
+            self.input_ids.to(device, non_blocking=True), self.targets.to(device, non_blocking=True)
+        )
+
+
+@dataclass(frozen=True)
+class Window:
+    """This rank's share of one optimizer step."""
+
+    micro_batches: list[MicroBatch]
+    target_tokens: torch.Tensor  # 0-d int64 on the CPU: targets of this rank
+    tokens: torch.Tensor  # 0-d int64 on the CPU: tokens of this rank's rows, without padding
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Deals rows to ranks. A step's rows depend on the seed and the step, not on the ranks."""
+
+    rows: Rows
+    chosen: Sequence[int]  # the rows of this split
+    rank: int
+    world_size: int
+    micro_batch_size: int
+    global_batch_size: int
+    pad_to_multiple_of: int
+    pad_token_id: int
+    seed: int | None  # None: in order
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The last step of an epoch takes what is left."""
+        return -(-len(self.chosen) // self.global_batch_size)
+
+    def window(self, step: int) -> Window:
+        """Step `step`, counted from 0 over all epochs.
+
+        Every rank gets equally many micro-batches, for they meet in collectives; where rows run
+        out, a micro-batch holds one padding row without targets.
+        """
+        epoch, index = divmod(step, self.steps_per_epoch)
+        order = self._order(epoch)
+        rows = order[index * self.global_batch_size : (index + 1) * self.global_batch_size]
+        per_round = self.world_size * self.micro_batch_size
+        begins = range(self.rank * self.micro_batch_size, per_round * -(-len(rows) // per_round), per_round)
+        mine = [rows[begin : begin + self.micro_batch_size] for begin in begins]
+        batches = [self._collate([self.rows[row] for row in part]) for part in mine]
+        return Window(
+            batches,
+            torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum(),
+            torch.tensor(sum(len(self.rows[row][0]) for part in mine for row in part)),
+        )
+
+    def windows(self) -> Iterator[Window]:
+        """One epoch."""
+        return (self.window(step) for step in range(self.steps_per_epoch))
+
+    def _order(self, epoch: int) -> list[int]:
+        if self.seed is None:
+            return list(self.chosen)
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
+        order = torch.randperm(len(self.chosen), generator=generator).tolist()
+        return [self.chosen[at] for at in order]
+
+    def _collate(self, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> MicroBatch:
+        longest = max((len(ids) for ids, _ in rows), default=1)
+        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        shape = (max(1, len(rows)), length)
+        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
+        targets = torch.full(shape, IGNORED, dtype=torch.int64)
+        for at, (ids, trained) in enumerate(rows):
+            input_ids[at, : len(ids)] = ids
+            # Place t predicts token t + 1: shifted here, so that logits need not be cut.
+            targets[at, : len(ids) - 1] = torch.where(trained[1:], ids[1:].long(), IGNORED)
+        return MicroBatch(input_ids, targets)

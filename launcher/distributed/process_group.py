@@ -1,0 +1,61 @@
+"""Who this rank is, and how ranks meet."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among the ranks, as torchrun set it in the environment."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def place() -> Place:
+    """Read the environment; on a machine with GPUs each local rank takes its own."""
+    local_rank = int(os.environ["LOCAL_RANK"])
+    cuda = torch.cuda.is_available()
+    return Place(
+        rank=int(os.environ["RANK"]),
+        local_rank=local_rank,
+        world_size=int(os.environ["WORLD_SIZE"]),
+        local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
+        device=torch.device("cuda", local_rank) if cuda else torch.device("cpu"),
+    )
+
+
+def rendezvous() -> dist.Store:
+    """The key-value store of this launch, the agent's where torchrun shares it. Call it once."""
+    store, _, _ = next(dist.rendezvous("env://"))
+    return store
+
+
+def start(where: Place, store: dist.Store, timeout: timedelta = timedelta(minutes=10)) -> None:
+    """Join the process group: gloo for CPU tensors, NCCL for CUDA tensors.
+
+    Sums over CPU integers (token counts) then never wait for the GPU.
+    """
+    if where.device.type == "cuda":
+        torch.cuda.set_device(where.device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if where.device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("shardway", store),
+        rank=where.rank,
+        world_size=where.world_size,
+        timeout=timeout,
+        device_id=where.device if where.device.type == "cuda" else None,
+    )

@@ -1,0 +1,14 @@
+"""Which parameters are trained, and what of them is kept."""
+
+from __future__ import annotations
+
+from launcher.config.method import MethodConfig
+from launcher.method.base import Method
+from launcher.method.full import Full
+from launcher.method.lora import Lora
+
+METHODS: dict[str, type[Method]] = {"full": Full, "lora": Lora}
+
+
+def build_method(config: MethodConfig) -> Method:
+    return METHODS[config.name](config)

@@ -1,0 +1,73 @@
+"""Train low-rank adapters beside frozen weights, with PEFT's layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save
+from torch import nn
+
+from launcher.config.method import LoraConfig
+from launcher.errors import UserError
+
+ADAPTER = "default"
+
+
+class Lora:
+    adapter = True
+
+    def __init__(self, config: LoraConfig) -> None:
+        self.config = config
+
+    def prepare(self, model: nn.Module, seed: int) -> nn.Module:
+        """Wrap `model` in PEFT; adapters are fp32 on CPU, A random and B zero."""
+        targets = self.config.target_modules
+        try:
+            wrapped = peft.get_peft_model(
+                model,
+                peft.LoraConfig(
+                    r=self.config.rank,
+                    lora_alpha=self.config.resolved_alpha(),
+                    lora_dropout=self.config.dropout,
+                    target_modules="all-linear" if targets == ["all-linear"] else targets,
+                    use_rslora=self.config.rslora,
+                    task_type="CAUSAL_LM",
+                ),
+                autocast_adapter_dtype=False,
+            )
+        except ValueError as error:
+            raise UserError(f"method.target_modules={targets}: {error}") from error
+        torch.manual_seed(seed)
+        for layer in wrapped.modules():
+            if isinstance(layer, LoraLayer):
+                _materialize(layer, self.config)
+        return wrapped
+
+    def write(self, model: nn.Module, trained: dict[str, torch.Tensor], folder: Path) -> None:
+        """A folder that `PeftModel.from_pretrained` loads. Raises when a tensor is missing."""
+        expected = {name for name, p in model.named_parameters() if p.requires_grad}
+        lost = sorted(expected ^ {name for name, tensor in trained.items() if tensor.numel()})
+        if lost:
+            raise RuntimeError(f"the gathered adapter lacks or doubles {lost[:3]} ({len(lost)})")
+        tensors = peft.get_peft_model_state_dict(
+            model, state_dict=trained, save_embedding_layers=False
+        )
+        if len(tensors) != len(trained):
+            raise RuntimeError(f"PEFT kept {len(tensors)} of {len(trained)} adapter tensors")
+        folder.mkdir(parents=True)
+        model.peft_config[ADAPTER].save_pretrained(folder)
+        # Not save_file: it makes files that only their owner may read, whatever the umask.
+        content = save({name: t.contiguous() for name, t in tensors.items()}, {"format": "pt"})
+        (folder / "adapter_model.safetensors").write_bytes(content)
+
+
+def _materialize(layer: LoraLayer, config: LoraConfig) -> None:
+    """PEFT puts adapters where the base weight is, on meta: make and start them on CPU."""
+    for name in layer.adapter_layer_names:
+        holder = getattr(layer, name)
+        if ADAPTER in holder:
+            holder.to_empty(device="cpu").float()
+    layer.reset_lora_parameters(ADAPTER, True)

@@ -1,0 +1,131 @@
+"""Build a model without its weights, and read the weights a slice at a time.
+
+No rank ever holds the whole model: parameters are made on meta, sharded there, and each rank then
+reads its own rows from the safetensors files.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
+
+from launcher.config.checks import is_hub_id
+from launcher.config.model import ModelConfig
+from launcher.errors import UserError
+
+
+def model_folder(config: ModelConfig) -> Path:
+    """The local folder of the model; a hub id is downloaded once (file locks make it safe)."""
+    if not is_hub_id(config.name_or_path):
+        return Path(config.name_or_path)
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    if config.trust_remote_code:
+        patterns.append("*.py")
+    try:
+        return Path(
+            snapshot_download(
+                config.name_or_path, revision=config.revision, allow_patterns=patterns
+            )
+        )
+    except Exception as error:  # the hub's client raises a dozen kinds; each means: not here
+        raise UserError(
+            f"model.name_or_path={config.name_or_path} could not be fetched from the hub: {error}. "
+            "Give a local folder instead"
+        ) from error
+
+
+class SafetensorsFolder:
+    """The tensors of a model folder by name, read slice by slice."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open_files: dict[str, safe_open] = {}
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        else:
+            self._file_of = {
+                name: path.name
+                for path in sorted(folder.glob("*.safetensors"))
+                for name in self._open(path.name).keys()
+            }
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def shape(self, name: str) -> torch.Size:
+        return torch.Size(self._open(self._file_of[name]).get_slice(name).get_shape())
+
+    def read(self, name: str, offsets: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        """The box of `shape` at `offsets`; only its bytes are read when it is a range of rows."""
+        stored = self._open(self._file_of[name]).get_slice(name)
+        if not shape:
+            return self._open(self._file_of[name]).get_tensor(name)
+        box = tuple(slice(at, at + size) for at, size in zip(offsets, shape, strict=True))
+        return stored[box]
+
+    def _open(self, file: str) -> safe_open:
+        if file not in self._open_files:
+            self._open_files[file] = safe_open(self.folder / file, framework="pt")
+        return self._open_files[file]
+
+
+class Weights:
+    """Where each parameter of a model on meta comes from.
+
+    Parameters are found by the module that holds them, not by name: adapters and `fully_shard`
+    rename and replace parameters, but never the modules of the model.
+    """
+
+    def __init__(self, folder: SafetensorsFolder, model: nn.Module) -> None:
+        self.folder = folder
+        self.slots: list[tuple[nn.Module, str, str]] = []  # module, attribute, name on disk
+        for name, _ in model.named_parameters():  # tied parameters appear once
+            module_name, _, attribute = name.rpartition(".")
+            self.slots.append((model.get_submodule(module_name), attribute, name))
+
+
+def build_model(config: ModelConfig, folder: Path, seed: int) -> tuple[nn.Module, Weights | None]:
+    """The model of `folder` and where its weights are.
+
+    Parameters are on meta, to be filled from the returned weights. Models whose parameters are not
+    laid out on disk as in memory (fused experts, renamed prefixes) are read whole on every rank,
+    and None is returned for the weights.
+    """
+    torch.manual_seed(seed)
+    try:
+        architecture = AutoConfig.from_pretrained(
+            folder, trust_remote_code=config.trust_remote_code
+        )
+        files = SafetensorsFolder(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.name_or_path={folder} cannot be read: {error}") from error
+    options = {
+        "attn_implementation": config.attention,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    # Buffers are made for real: rotary frequencies are in no file.
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model = AutoModelForCausalLM.from_config(architecture, **options)
+    model.tie_weights()  # building on meta loses the tie
+    if _same_layout(model, files):
+        return model, Weights(files, model)
+    print(f"{folder}: stored in another layout than in memory; read whole on every rank")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options)
+    return model, None
+
+
+def _same_layout(model: nn.Module, files: SafetensorsFolder) -> bool:
+    return all(
+        name in files.names and files.shape(name) == parameter.shape
+        for name, parameter in model.named_parameters()
+    )

@@ -1,0 +1,166 @@
+"""single, ddp, fsdp and hsdp: `fully_shard` (FSDP2) on a replicate × shard mesh.
+
+    single   1 × 1      ddp   N × 1      fsdp   1 × N      hsdp   N/S × S
+
+A mesh with a shard axis of size 1 shards nothing: it is data parallelism with fp32 masters and a
+compute copy, in the same code and the same arithmetic. Under single and ddp frozen weights are left
+out of `fully_shard`: they need neither a gather nor a second copy.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from launcher.config.strategy import FsdpConfig, HsdpConfig, StrategyConfig
+from launcher.distributed.collectives import gather_to_main, local_box
+from launcher.distributed.mesh import build_mesh
+from launcher.distributed.process_group import Place
+from launcher.model.layers import decoder_layers
+from launcher.model.load import Weights
+from launcher.precision import Precision
+from launcher.strategy.base import OptimizerBuilder, StepResult
+
+
+class Fsdp:
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, config: StrategyConfig, place: Place, precision: Precision) -> None:
+        self.config = config
+        self.place = place
+        self.precision = precision
+        self.mesh = build_mesh(place.device.type, place.world_size, shard_size(config, place))
+        self._shards = self.mesh["shard"].size() > 1
+
+    def setup(
+        self, model: nn.Module, weights: Weights | None, build_optimizer: OptimizerBuilder
+    ) -> None:
+        self.model = model
+        self._cast()
+        self._shard()
+        if weights is not None:
+            self._fill(weights)
+        self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._defer_sync = self._defers_sync()
+        self.optimizer = build_optimizer(self._trained.values())
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    def accumulate(self, last: bool) -> None:
+        if self._defer_sync:
+            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # FSDP2 averages gradients over all ranks; undo it.
+        (loss * self.place.world_size).backward()
+
+    def step(self, max_norm: float) -> StepResult:
+        norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), max_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepResult(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def gather_trained(self) -> dict[str, torch.Tensor] | None:
+        return gather_to_main(self._trained)
+
+    def save_model(self, folder: Path) -> None:
+        # named_parameters lists a tied parameter once; state_dict would write it twice.
+        persistent = self.model.state_dict().keys()
+        state = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        state |= {name: b for name, b in self.model.named_buffers() if name in persistent}
+        dcp.save({"model": state}, checkpoint_id=folder)
+
+    def barrier(self) -> None:
+        self.sum(torch.zeros(1))
+
+    def describe(self) -> str:
+        replicas, shards = self.mesh.shape
+        sync = "once a step" if self._defer_sync else "every micro-batch"
+        return (
+            f"{self.config.name}: {replicas} replica(s) × {shards} shard(s) on "
+            f"{self.place.device.type}, gradients reduced {sync}"
+        )
+
+    def _cast(self) -> None:
+        """Frozen parameters to the compute dtype, trained ones to the master dtype."""
+        for parameter in self.model.parameters():
+            dtype = self.precision.master if parameter.requires_grad else self.precision.compute
+            parameter.data = parameter.data.to(dtype)
+
+    def _shard(self) -> None:
+        frozen = {p for p in self.model.parameters() if not p.requires_grad}
+        options = {
+            "mesh": self.mesh if self.mesh["replicate"].size() > 1 else self.mesh["shard"],
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=self.precision.compute, reduce_dtype=self.precision.reduce
+            ),
+        }
+        if not self._shards:
+            options |= {"reshard_after_forward": False, "ignored_params": frozen or None}
+        elif isinstance(self.config, FsdpConfig):
+            options |= {"reshard_after_forward": self.config.reshard_after_forward}
+        # Adapters without their frozen weights are small: one group, one message a step.
+        if self._shards or not frozen:
+            for layer in decoder_layers(self.model):
+                fully_shard(layer, **options)
+        fully_shard(self.model, **options)  # moves what it manages, and all buffers, to the device
+        for parameter in options.get("ignored_params") or ():
+            if not parameter.is_meta:
+                parameter.data = parameter.data.to(self.place.device)
+
+    def _fill(self, weights: Weights) -> None:
+        """Give every parameter that is still on meta this rank's slice of the stored tensor."""
+        for module, attribute, name in weights.slots:
+            parameter = module.get_parameter(attribute)
+            if not parameter.is_meta:
+                continue
+            if isinstance(parameter, DTensor):
+                shape, offsets = local_box(parameter)
+            else:
+                shape, offsets = tuple(parameter.shape), (0,) * parameter.ndim
+            read = weights.folder.read(name, offsets, shape)
+            local = read.to(self.place.device, parameter.dtype)
+            filled: torch.Tensor = local
+            if isinstance(parameter, DTensor):
+                filled = DTensor.from_local(
+                    local,
+                    parameter.device_mesh,
+                    parameter.placements,
+                    run_check=False,
+                    shape=parameter.shape,
+                    stride=parameter.stride(),
+                )
+            # In place, so that tied modules and FSDP's own references see it.
+            torch.utils.swap_tensors(
+                parameter, nn.Parameter(filled, requires_grad=parameter.requires_grad)
+            )
+
+    def _defers_sync(self) -> bool:
+        """Whether whole gradients may wait for the last micro-batch of a step.
+
+        Deferring saves traffic and holds the unsharded gradient meanwhile: nothing for adapters,
+        four bytes a parameter for full training.
+        """
+        if not isinstance(self.config, FsdpConfig):
+            return True  # nothing is sharded: the gradient is whole anyway
+        if self.config.gradient_sync == "auto":
+            trained = sum(parameter.numel() for parameter in self._trained.values())
+            return 10 * trained < sum(parameter.numel() for parameter in self.model.parameters())
+        return self.config.gradient_sync == "last"
+
+
+def shard_size(config: StrategyConfig, place: Place) -> int:
+    """Ranks that share one copy of the state."""
+    if isinstance(config, HsdpConfig):
+        return config.shard_size or place.local_world_size
+    return place.world_size if isinstance(config, FsdpConfig) else 1

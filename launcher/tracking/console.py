@@ -1,0 +1,70 @@
+"""Progress on the console: a bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import IO
+
+from tqdm import tqdm
+
+from launcher.metrics import Record
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Progress:
+    """Step, time left, loss, learning rate and tokens/s."""
+
+    def __init__(self, console: IO[str]) -> None:
+        self.console = console
+        self.bar: tqdm | None = None
+        self._total = 0
+        self._began = self._last_line = 0.0
+
+    def start(self, total_steps: int) -> None:
+        self._total = total_steps
+        self._began = self._last_line = time.monotonic()
+        if self.console.isatty():
+            self.bar = tqdm(total=total_steps, unit="step", file=self.console, dynamic_ncols=True)
+
+    def log(self, records: list[Record]) -> None:
+        for record in records:
+            if "eval_loss" in record:
+                self._say(f"step {record['step']}: eval_loss {record['eval_loss']:.4f}")
+        steps = [record for record in records if "loss" in record]
+        if not steps:
+            return
+        newest = steps[-1]
+        if self.bar is not None:
+            self.bar.set_postfix_str(_figures(newest), refresh=False)
+            self.bar.update(newest["step"] - self.bar.n)
+        elif self._line_is_due(newest["step"]):
+            self._say(f"step {newest['step']}/{self._total}  {_figures(newest)}  {self._left(newest)}")
+
+    def finish(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def _line_is_due(self, step: int) -> bool:
+        now = time.monotonic()
+        if step != self._total and now - self._last_line < SECONDS_BETWEEN_LINES:
+            return False
+        self._last_line = now
+        return True
+
+    def _left(self, record: Record) -> str:
+        per_step = (time.monotonic() - self._began) / record["step"]
+        return f"{per_step * (self._total - record['step']):.0f} s left"
+
+    def _say(self, line: str) -> None:
+        if self.bar is not None:
+            self.bar.write(line, file=self.console)
+        else:
+            print(line, file=self.console, flush=True)
+
+
+def _figures(record: Record) -> str:
+    return (
+        f"loss {record['loss']:.4f}  rate {record['learning_rate']:.2e}  "
+        f"{record['tokens_per_second']:.0f} tokens/s"
+    )
