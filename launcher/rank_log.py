@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from typing import IO
 
 from launcher.errors import UserError
-from launcher.run_dir import RunDir, write_json
+from launcher.manifest import write_json
+from launcher.run_dir import RunDir
 
 FAILED = 1
 REFUSED = 2

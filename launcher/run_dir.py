@@ -9,8 +9,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launcher import versions
+from launcher import manifest, versions
 from launcher.config import Config, store
 from launcher.errors import UserError
 
@@ -73,16 +71,9 @@ def create(config: Config, argv: list[str]) -> tuple[RunDir, Config]:
     config = dataclasses.replace(config, run_dir=str(run.path))
     run.logs().mkdir(parents=True)
     run.checkpoints.mkdir()
-    write_json(run.launch, _circumstances(argv))
+    manifest.write_json(run.launch, _circumstances(argv))
     run.config.write_text(store.dump(config), encoding="utf-8")
     return run, config
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` so that a reader finds the whole file or none."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    aside.replace(path)
 
 
 def _make(config: Config) -> Path:

@@ -64,7 +64,8 @@ def run(run_folder: RunDir, config: Config, console: IO[str], store_: object = N
     from launcher.loop import Plan, fit
     from launcher.method import build_method
     from launcher.method.base import describe
-    from launcher.model.load import build_model, model_folder
+    from launcher.model.folder import model_folder
+    from launcher.model.load import build_model
     from launcher.model.tokenizer import load_tokenizer
     from launcher.optimizer import build_optimizer
     from launcher.precision import PRECISIONS
@@ -80,7 +81,8 @@ def run(run_folder: RunDir, config: Config, console: IO[str], store_: object = N
     precision = PRECISIONS[config.precision.name]
 
     # Before the process group: a rank that waits for the tokeniser is not in a collective.
-    folder = model_folder(config.model)
+    source = config.model
+    folder = model_folder(source.name_or_path, source.revision, source.trust_remote_code)
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
     rows = load_rows(Path(config.data.path), config.data, tokenizer)
     say(f"data: {rows.describe()}")

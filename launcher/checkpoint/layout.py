@@ -8,15 +8,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import xxhash
 
 from launcher.errors import UserError
-from launcher.run_dir import write_json
 
 MANIFEST = "manifest.json"
 ADAPTER = "adapter"
@@ -53,41 +48,3 @@ def newest(checkpoints: Path) -> Checkpoint:
     if not found:
         raise UserError(f"{checkpoints} holds no finished checkpoint (step-…/{MANIFEST})")
     return max(found, key=lambda checkpoint: checkpoint.step)
-
-
-def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """`content` with size and checksum (xxh3-128) of every file of `folder`."""
-    files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "xxh3_128": checksum(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    write_json(folder / MANIFEST, {**content, "files": files})
-
-
-def check_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of `folder` after comparing every file with it.
-
-    Raises UserError naming the files that are missing or changed.
-    """
-    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    wrong = []
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            wrong.append(f"{path} is missing")
-        elif path.stat().st_size != expected["bytes"]:
-            wrong.append(f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}")
-        elif checksum(path) != expected["xxh3_128"]:
-            wrong.append(f"{path} has another content than when it was saved")
-    if wrong:
-        raise UserError("; ".join(wrong))
-    return manifest
-
-
-def checksum(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from launcher import manifest
 from launcher.checkpoint import layout
 from launcher.config.model import ModelConfig
 from launcher.method.base import Method
@@ -39,6 +40,6 @@ def save_checkpoint(
     strategy.barrier()
     if is_main:
         base = {"name_or_path": model.name_or_path, "revision": model.revision}
-        layout.write_manifest(aside, {"step": step, "base": base})
+        manifest.write(aside / layout.MANIFEST, {"step": step, "base": base})
         aside.rename(final)
     strategy.barrier()

@@ -11,35 +11,13 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from launcher.config.checks import is_hub_id
 from launcher.config.model import ModelConfig
 from launcher.errors import UserError
-
-
-def model_folder(config: ModelConfig) -> Path:
-    """The local folder of the model; a hub id is downloaded once (file locks make it safe)."""
-    if not is_hub_id(config.name_or_path):
-        return Path(config.name_or_path)
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-    if config.trust_remote_code:
-        patterns.append("*.py")
-    try:
-        return Path(
-            snapshot_download(
-                config.name_or_path, revision=config.revision, allow_patterns=patterns
-            )
-        )
-    except Exception as error:  # the hub's client raises a dozen kinds; each means: not here
-        raise UserError(
-            f"model.name_or_path={config.name_or_path} could not be fetched from the hub: {error}. "
-            "Give a local folder instead"
-        ) from error
 
 
 class SafetensorsFolder:

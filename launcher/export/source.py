@@ -1,0 +1,84 @@
+"""What a SOURCE is: a run, a checkpoint, an adapter or a model folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher import manifest
+from launcher.checkpoint import layout
+from launcher.errors import UserError
+from launcher.export.safetensors_file import StoredTensor, read_header
+from launcher.model.folder import model_folder
+from launcher.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is to be consolidated. At most one of `adapter` and `shards` is set."""
+
+    base: Path  # folder with config, tokenizer and the weights that training began with
+    adapter: Path | None = None  # PEFT adapter folder
+    shards: Path | None = None  # DCP folder of a whole model
+
+
+def find_source(path: Path, base: str | None, adapter: Path | None) -> Source:
+    """Recognise `path` by what is in it; `base` and `adapter` override what it says.
+
+    Raises UserError when it is nothing known, or is not whole.
+    """
+    if not path.is_dir():
+        raise UserError(f"SOURCE {path} is no folder")
+    run = RunDir(path)
+    if run.config.is_file() and run.checkpoints.is_dir():
+        path = layout.newest(run.checkpoints).path
+    if (path / layout.MANIFEST).is_file():
+        saved = manifest.check(path / layout.MANIFEST)
+        checkpoint = layout.Checkpoint(path, saved["step"])
+        folder = _base(base, saved["base"]["name_or_path"], saved["base"]["revision"])
+        return Source(folder, checkpoint.adapter, checkpoint.model)
+    if (path / "adapter_config.json").is_file():
+        named = json.loads((path / "adapter_config.json").read_text())
+        return Source(
+            _base(base, named.get("base_model_name_or_path"), named.get("revision")), adapter=path
+        )
+    if (path / "config.json").is_file():
+        return Source(path, adapter=adapter)
+    raise UserError(
+        f"SOURCE {path} is neither a run (config.yaml, checkpoints/), a checkpoint "
+        f"({layout.MANIFEST}), an adapter (adapter_config.json) nor a model (config.json)"
+    )
+
+
+def base_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Name → tensor over all files that the model folder's index lists, or its one file."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        files = sorted(folder.glob("*.safetensors"))
+        if len(files) != 1:
+            raise UserError(
+                f"{folder} holds {len(files)} safetensors files and no {index.name}: "
+                "which of them are the model cannot be told"
+            )
+        return read_header(files[0])
+    weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    tensors: dict[str, StoredTensor] = {}
+    for name in sorted(set(weight_map.values())):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is missing; {index.name} lists it")
+        found = read_header(folder / name)
+        tensors |= {key: each for key, each in found.items() if weight_map.get(key) == name}
+    if lost := sorted(weight_map.keys() - tensors.keys()):
+        raise UserError(f"{index} lists {lost[:3]} ({len(lost)} tensors) that no file holds")
+    return tensors
+
+
+def _base(given: str | None, recorded: str | None, revision: str | None) -> Path:
+    name = given or recorded
+    if not name:
+        raise UserError("the adapter does not say which model it belongs to; add --base FOLDER")
+    folder = model_folder(name, None if given else revision)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"the base model {name} is not there; say where it is with --base FOLDER")
+    return folder

@@ -1,0 +1,29 @@
+"""A model by path or hub id → its local folder. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launcher.config.checks import is_hub_id
+from launcher.errors import UserError
+
+
+def model_folder(name_or_path: str, revision: str | None, code: bool = False) -> Path:
+    """The local folder of the model; a hub id is downloaded once (file locks make it safe).
+
+    `code`: fetch the model's own Python files too. Raises UserError when it cannot be fetched.
+    """
+    if not is_hub_id(name_or_path):
+        return Path(name_or_path)
+    from huggingface_hub import snapshot_download  # not needed for a folder
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    if code:
+        patterns.append("*.py")
+    try:
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises a dozen kinds; each means: not here
+        raise UserError(
+            f"model.name_or_path={name_or_path} could not be fetched from the hub: {error}. "
+            "Give a local folder instead"
+        ) from error
