@@ -1,0 +1,72 @@
+"""What many tests share. Everything is made here, offline, in seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before any library reads it: tests neither touch nor depend on the user's cache or the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache of the test session's own; the demo model is linked in when it was fetched."""
+    from launcher import paths
+
+    users = paths.cache()
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "models").mkdir()
+    if (users / "models/smollm2_135m/config.json").is_file():
+        (folder / "models/smollm2_135m").symlink_to(users / "models/smollm2_135m")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHARDWAY_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def tiny(cache: Path) -> Path:
+    """The tiny model with tied embeddings."""
+    from launcher.model.fetch import fetch
+
+    return fetch("tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from launcher.model.tiny import make_tiny
+
+    folder = tmp_path_factory.mktemp("models") / "untied"
+    make_tiny(folder, tie=False, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirteen conversations of uneven length: no batch of six divides them."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    lines = []
+    for number in range(13):
+        messages = [{"role": "user", "content": "ask " * (1 + number % 5)}]
+        for turn in range(1 + number % 2):
+            messages.append({"role": "assistant", "content": f"answer {number} " * (1 + number % 4)})
+            if turn < number % 2:
+                messages.append({"role": "user", "content": f"and {turn}?"})
+        lines.append(json.dumps({"messages": messages}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[object]:
+    """Four gloo ranks that stay for the session."""
+    from tests.helpers.pool import RankPool
+
+    pool = RankPool(4)
+    yield pool
+    pool.close()

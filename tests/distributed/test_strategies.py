@@ -1,0 +1,220 @@
+"""Every strategy computes what a plain PyTorch loop computes, and shards what it promises."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from launcher.distributed.process_group import Place
+from tests.helpers import parts
+from tests.helpers.parts import Case
+
+GRID = [
+    ("single", 1, ()),
+    ("ddp", 1, ()),
+    ("ddp", 2, ()),
+    ("ddp", 3, ()),
+    ("fsdp", 1, ()),
+    ("fsdp", 2, ()),
+    ("fsdp", 3, ()),
+    ("hsdp", 1, (("shard_size", 1),)),
+    ("hsdp", 2, (("shard_size", 2),)),
+    ("hsdp", 3, (("shard_size", 1),)),
+    ("hsdp", 4, (("shard_size", 2),)),
+]
+
+
+@functools.cache
+def expected_losses(case: Case) -> list[float]:
+    return parts.plain_losses(case)
+
+
+@functools.cache
+def expected_gradients(case: Case) -> dict[str, torch.Tensor]:
+    return parts.plain_gradients(case)
+
+
+def losses(place: Place, case: Case) -> list[float]:
+    return parts.train(place, case)[2]
+
+
+def first_gradients(place: Place, case: Case) -> dict[str, torch.Tensor]:
+    """The gradients of step 1, whole, as the optimizer would see them before clipping."""
+    strategy, _, loader = parts.set_up(place, case)
+    window = loader.window(0)
+    targets = strategy.sum(window.target_tokens)
+    from launcher.loop import token_loss
+
+    for index, batch in enumerate(window.micro_batches, start=1):
+        strategy.accumulate(last=index == len(window.micro_batches))
+        strategy.backward(token_loss(strategy.model, batch) / targets)
+    return {
+        name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        for name, p in strategy.model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def held_bytes(place: Place, case: Case) -> dict[str, int]:
+    """Bytes that this rank holds of parameters, and of the optimizer's moments after one step."""
+    strategy, _, loader = parts.set_up(place, case)
+    parts.train_step(strategy, loader.window(0), parts.MAX_NORM, place.device)
+    parameters = [_local(p) for p in strategy.model.parameters()]
+    states = [
+        _local(value)
+        for state in strategy.optimizer.state.values()
+        for key, value in state.items()
+        if key in ("exp_avg", "exp_avg_sq")
+    ]
+    return {"parameters": _bytes(parameters), "moments": _bytes(states)}
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _bytes(tensors: list[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def dtypes(place: Place, case: Case) -> dict[str, set[torch.dtype]]:
+    strategy, _, loader = parts.set_up(place, case)
+    seen: set[torch.dtype] = set()
+    head = strategy.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    parts.train_step(strategy, loader.window(0), parts.MAX_NORM, place.device)
+    model = strategy.model
+    return {
+        "trained": {p.dtype for p in model.parameters() if p.requires_grad},
+        "frozen": {p.dtype for p in model.parameters() if not p.requires_grad},
+        "activations": seen,
+        "moments": {s["exp_avg"].dtype for s in strategy.optimizer.state.values()},
+    }
+
+
+def case_of(tiny: Path, rows_file: Path, **options: Any) -> Case:
+    return Case(model=tiny, data=rows_file, **options)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(("strategy", "world", "options"), GRID)
+def test_losses_equal_a_plain_loop(
+    ranks: Any, tiny: Path, rows_file: Path, method: str, strategy: str, world: int, options: Any
+) -> None:
+    """20 steps in fp32: accumulation, uneven lengths, short last windows, clipping, warm-up."""
+    case = case_of(
+        tiny, rows_file, method=method, strategy=strategy, strategy_options=options,
+        global_batch_size=12 if world == 4 else 6,
+    )
+    expected = expected_losses(
+        case_of(tiny, rows_file, method=method, global_batch_size=case.global_batch_size)
+    )
+    for found in ranks.run(world, losses, case):
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert expected[-1] < expected[0]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(("strategy", "world", "options"), GRID)
+def test_first_gradients_equal_a_plain_loop(
+    ranks: Any, tiny: Path, rows_file: Path, method: str, strategy: str, world: int, options: Any
+) -> None:
+    case = case_of(
+        tiny, rows_file, method=method, strategy=strategy, strategy_options=options,
+        global_batch_size=12 if world == 4 else 6,
+    )
+    expected = expected_gradients(
+        case_of(tiny, rows_file, method=method, global_batch_size=case.global_batch_size)
+    )
+    for found in ranks.run(world, first_gradients, case):
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-6)
+    assert max(gradient.abs().max() for gradient in expected.values()) > 1e-3
+
+
+@pytest.mark.parametrize("sync", ["every", "last"])
+def test_gradient_sync_does_not_change_the_losses(
+    ranks: Any, tiny: Path, rows_file: Path, sync: str
+) -> None:
+    case = case_of(
+        tiny, rows_file, method="full", strategy_options=(("gradient_sync", sync),), steps=5
+    )
+    expected = expected_losses(case_of(tiny, rows_file, method="full", steps=5))
+    assert ranks.run(2, losses, case)[0] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_fsdp_shards_parameters_and_moments(
+    ranks: Any, tiny: Path, rows_file: Path, method: str, world: int
+) -> None:
+    """Each rank holds its share; rows that do not divide may cost it one row a tensor."""
+    case = case_of(tiny, rows_file, method=method, strategy="fsdp")
+    held = ranks.run(world, held_bytes, case)
+    (alone,) = ranks.run(1, held_bytes, case)
+    for what in ("parameters", "moments"):
+        assert sum(rank[what] for rank in held) == alone[what]
+        assert max(rank[what] for rank in held) <= 1.1 * alone[what] / world
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_hsdp_shards_inside_groups_and_ddp_nothing(
+    ranks: Any, tiny: Path, rows_file: Path, method: str
+) -> None:
+    options = {"method": method, "global_batch_size": 12}
+    (alone,) = ranks.run(1, held_bytes, case_of(tiny, rows_file, strategy="single", **options))
+    half = ranks.run(
+        4,
+        held_bytes,
+        case_of(
+            tiny, rows_file, strategy="hsdp", strategy_options=(("shard_size", 2),), **options
+        ),
+    )
+    whole = ranks.run(2, held_bytes, case_of(tiny, rows_file, strategy="ddp", **options))
+    for what in ("parameters", "moments"):
+        assert sum(rank[what] for rank in half) == 2 * alone[what]
+        assert max(rank[what] for rank in half) <= 1.1 * alone[what] / 2
+        assert [rank[what] for rank in whole] == [alone[what]] * 2
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_bf16_keeps_fp32_masters(
+    ranks: Any, tiny: Path, rows_file: Path, strategy: str, method: str
+) -> None:
+    case = case_of(tiny, rows_file, strategy=strategy, method=method, precision="bf16")
+    for found in ranks.run(1 if strategy == "single" else 2, dtypes, case):
+        assert found["trained"] == {torch.float32}
+        assert found["frozen"] <= {torch.bfloat16}
+        assert found["activations"] == {torch.bfloat16}
+        assert found["moments"] == {torch.float32}
+
+
+def test_bf16_is_one_arithmetic_under_every_strategy(
+    ranks: Any, tiny: Path, rows_file: Path
+) -> None:
+    """Same casts everywhere: what is left is the order of sums."""
+    runs = [
+        ranks.run(world, losses, case_of(tiny, rows_file, strategy=strategy, precision="bf16"))[0]
+        for strategy, world in (("single", 1), ("ddp", 2), ("fsdp", 2))
+    ]
+    exact = expected_losses(case_of(tiny, rows_file))
+    for found in runs:
+        assert found == pytest.approx(runs[0], rel=2e-4)
+        assert found == pytest.approx(exact, rel=1e-2)
+
+
+def test_the_same_seed_gives_the_same_bits(ranks: Any, tiny: Path, rows_file: Path) -> None:
+    case = case_of(tiny, rows_file, method_options=(("dropout", 0.1),), steps=6)
+    assert ranks.run(2, seeded_losses, case) == ranks.run(2, seeded_losses, case)
+
+
+def seeded_losses(place: Place, case: Case) -> list[float]:
+    torch.manual_seed(7 + place.rank)
+    return losses(place, case)

@@ -1,0 +1,153 @@
+"""Build the parts of a run as the worker does, and a plain PyTorch loop to hold them against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from launcher.config.data import DataConfig
+from launcher.config.method import METHODS as METHOD_SCHEMAS
+from launcher.config.model import ModelConfig
+from launcher.config.optimizer import AdamwConfig
+from launcher.config.scheduler import SchedulerConfig
+from launcher.config.strategy import STRATEGIES as STRATEGY_SCHEMAS
+from launcher.data.dataset import load_rows
+from launcher.data.loader import Loader
+from launcher.distributed.process_group import Place
+from launcher.loop import train_step
+from launcher.method import build_method
+from launcher.method.base import Method
+from launcher.model.load import build_model
+from launcher.model.tokenizer import load_tokenizer
+from launcher.optimizer import build_optimizer
+from launcher.precision import PRECISIONS
+from launcher.scheduler import build_scheduler
+from launcher.strategy import Strategy, build_strategy
+
+SEED = 3
+MAX_NORM = 0.5  # below the gradient norms of these runs: clipping takes part
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the grid."""
+
+    model: Path
+    data: Path
+    method: str = "lora"
+    strategy: str = "fsdp"
+    precision: str = "fp32"
+    method_options: tuple[tuple[str, Any], ...] = ()
+    strategy_options: tuple[tuple[str, Any], ...] = ()
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    steps: int = 20
+    global_batch_size: int = 6
+    micro_batch_size: int = 1
+
+    def build_method(self) -> Method:
+        options = {"rank": 4, **dict(self.method_options)} if self.method == "lora" else {}
+        return build_method(METHOD_SCHEMAS[self.method](name=self.method, **options))
+
+    def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
+        rates = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
+        return build_optimizer(AdamwConfig(**rates), parameters)
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        config = SchedulerConfig(name="cosine", warmup_steps=3)
+        return build_scheduler(config, optimizer, self.steps)
+
+    def loader(self, rank: int, world_size: int, micro_batch_size: int) -> Loader:
+        tokenizer = load_tokenizer(self.model, False)
+        config = DataConfig(path=str(self.data), max_length=96, pad_to_multiple_of=8)
+        rows = load_rows(self.data, config, tokenizer)
+        return Loader(
+            rows,
+            range(len(rows)),
+            rank=rank,
+            world_size=world_size,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=self.global_batch_size,
+            pad_to_multiple_of=8,
+            pad_token_id=tokenizer.pad_token_id,
+            seed=SEED,
+        )
+
+
+def set_up(place: Place, case: Case) -> tuple[Strategy, Method, Loader]:
+    method = case.build_method()
+    model, weights = build_model(ModelConfig(name_or_path=str(case.model)), case.model, SEED)
+    model = method.prepare(model, SEED)
+    schema = STRATEGY_SCHEMAS[case.strategy]
+    config = schema(name=case.strategy, **dict(case.strategy_options))
+    strategy = build_strategy(config, place, PRECISIONS[case.precision])
+    strategy.setup(model, weights, case.optimizer)
+    return strategy, method, case.loader(place.rank, place.world_size, case.micro_batch_size)
+
+
+def train(place: Place, case: Case) -> tuple[Strategy, Method, list[float]]:
+    """Train as `fit` does; the losses of all steps."""
+    strategy, method, loader = set_up(place, case)
+    scheduler = case.scheduler(strategy.optimizer)
+    losses = []
+    strategy.model.train()
+    for step in range(case.steps):
+        stats = train_step(strategy, loader.window(step), MAX_NORM, place.device)
+        scheduler.step()
+        losses.append(strategy.sum(stats.loss).item())
+    return strategy, method, losses
+
+
+def plain_model(case: Case) -> torch.nn.Module:
+    """The model by `from_pretrained` in fp32, with the case's trained parameters."""
+    model = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32)
+    return case.build_method().prepare(model, SEED)
+
+
+def plain_loss(model: torch.nn.Module, window: Any) -> torch.Tensor:
+    """Mean loss over the target tokens of a window, all rows in one batch, with attention mask."""
+    (batch,) = window.micro_batches
+    labels = batch.input_ids.roll(-1, dims=1)
+    real = batch.targets >= 0
+    assert torch.equal(labels[real], batch.targets[real])
+    logits = model(input_ids=batch.input_ids).logits
+    return cross_entropy(logits[real], batch.targets[real])
+
+
+def plain_gradients(case: Case) -> dict[str, torch.Tensor]:
+    """Gradients of the first step, by name, without clipping."""
+    model = plain_model(case)
+    plain_loss(model, case.loader(0, 1, case.global_batch_size).window(0)).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def plain_losses(case: Case) -> list[float]:
+    """A textbook PyTorch loop: one process, no sharding, no accumulation."""
+    model = plain_model(case).train()
+    loader = case.loader(0, 1, case.global_batch_size)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim >= 2]
+    spared = [p for p in trained if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": case.weight_decay}, {"params": spared, "weight_decay": 0.0}],
+        lr=case.learning_rate,
+        fused=False,
+        foreach=False,
+    )
+    scheduler = case.scheduler(optimizer)
+    losses = []
+    for step in range(case.steps):
+        loss = plain_loss(model, loader.window(step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        losses.append(loss.item())
+    return losses

@@ -1,0 +1,83 @@
+"""A pool of gloo ranks: start four processes once, run functions on them for a second each."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+PATIENCE_SECONDS = 240
+
+
+class RankPool:
+    """`run(world, function, *args)` calls `function(place, *args)` on `world` ranks of one process
+    group and returns their results in order of rank. Functions are module-level: they travel by
+    name."""
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._scratch = tempfile.TemporaryDirectory(prefix="shardway-ranks-")
+        self._runs = 0
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        self._runs += 1
+        store = str(Path(self._scratch.name) / f"store-{self._runs}")
+        for pipe in self._pipes[:world]:
+            pipe.send((function, args, world, store))
+        results, failures = [], []
+        for rank, pipe in enumerate(self._pipes[:world]):
+            if not pipe.poll(PATIENCE_SECONDS):
+                failures.append(f"rank {rank} gave no answer in {PATIENCE_SECONDS} s")
+                continue
+            fine, answer = pipe.recv()
+            results.append(answer)
+            if not fine:
+                failures.append(f"rank {rank}:\n{answer}")
+        assert not failures, "\n".join(failures)
+        return results
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.send(None)
+        for process in self._processes:
+            process.join(10)
+        self._scratch.cleanup()
+
+
+def _serve(pipe: Connection, rank: int) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    while (task := pipe.recv()) is not None:
+        function, args, world, store = task
+        try:
+            pipe.send((True, _in_group(rank, world, store, function, args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+def _in_group(rank: int, world: int, store: str, function: Callable[..., Any], args: Any) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    from launcher.distributed.process_group import Place
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    try:
+        return function(Place(rank, rank, world, world, torch.device("cpu")), *args)
+    finally:
+        dist.destroy_process_group()
