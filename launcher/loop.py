@@ -52,7 +52,7 @@ def fit(
     ledger = Ledger(strategy.sum)
     strategy.model.train()
     for step in range(1, plan.total_steps + 1):
-        learning_rate = scheduler.get_last_lr()[0]
+        learning_rate = float(scheduler.get_last_lr()[0])
         stats = train_step(strategy, training.window(step - 1), plan.max_grad_norm, device)
         scheduler.step()
         ledger.add(step, learning_rate, stats)
@@ -61,7 +61,7 @@ def fit(
         saves = last or _due(plan.save_steps, step)
         if evaluates or saves or _due(plan.log_steps, step):
             _tell(observers, ledger.flush())
-        if evaluates:
+        if evaluation is not None and evaluates:
             _tell(observers, [{"step": step, "eval_loss": evaluate(strategy, evaluation, device)}])
         if saves:
             save(step)

@@ -35,7 +35,7 @@ def check(path: Path) -> dict[str, Any]:
         listed = manifest["files"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no manifest: {error}") from error
-    wrong = [sentence for name, expected in listed if (sentence := _wrong(path.parent / name, expected))]
+    wrong = list(filter(None, (_wrong(path.parent / name, expected) for name, expected in listed)))
     if wrong:
         raise UserError("; ".join(wrong))
     return manifest

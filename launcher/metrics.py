@@ -72,5 +72,5 @@ class Ledger:
         return records
 
     def restart_clock(self) -> None:
-        """Leave what happened since the last flush (evaluation, saving) out of tokens_per_second."""
+        """Leave the time since the last flush (evaluation, saving) out of tokens_per_second."""
         self._since = time.perf_counter()

@@ -30,7 +30,7 @@ def open_log(run: RunDir, rank: int) -> IO[str]:
     # would not run: end at once.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.stdout.flush()
-    console = os.fdopen(os.dup(1), "w") if rank == 0 else open(os.devnull, "w")
+    console = os.fdopen(os.dup(1) if rank == 0 else os.open(os.devnull, os.O_WRONLY), "w")
     log = os.open(run.rank_log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -1,9 +1,9 @@
 """The names inside a run folder, and its creation. Imports no torch.
 
-    RUN/config.yaml  launch.json  metrics.jsonl  loss.png
-        logs/attempt-1/{torchrun.log, rank-00.log, rank-00.error.json}
-        checkpoints/step-000045/{manifest.json, adapter/ | model/}
-        export/
+RUN/config.yaml  launch.json  metrics.jsonl  loss.png
+    logs/attempt-1/{torchrun.log, rank-00.log, rank-00.error.json}
+    checkpoints/step-000045/{manifest.json, adapter/ | model/}
+    export/
 """
 
 from __future__ import annotations

@@ -13,9 +13,10 @@ def build_scheduler(
     config: SchedulerConfig, optimizer: torch.optim.Optimizer, total_steps: int
 ) -> LRScheduler:
     """Advance it once for each applied optimizer step."""
-    return get_scheduler(
+    scheduler: LRScheduler = get_scheduler(
         config.name,
         optimizer,
         num_warmup_steps=config.warmup_steps,
         num_training_steps=total_steps,
     )
+    return scheduler

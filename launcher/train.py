@@ -41,7 +41,9 @@ def main() -> None:
     except UserError as error:
         _refuse(str(error))
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        from launcher import worker  # imports torch, which a rank needs and the submit side does not
+        from launcher import (
+            worker,  # imports torch, which a rank needs and the submit side does not
+        )
 
         worker.attend(configs[0], sys.argv)
     for config, world in zip(configs, worlds, strict=True):
@@ -82,7 +84,7 @@ def compose() -> list[Config]:
 
 
 def _insert_overrides(*overrides: str) -> None:
-    """Put `overrides` before the user's, which then win. argparse wants all of them in one place."""
+    """Put `overrides` before the user's, which then win. argparse wants them in one place."""
     given = (at for at, word in enumerate(sys.argv) if at and "=" in word and word[0] != "-")
     at = next(given, len(sys.argv))
     sys.argv[at:at] = overrides

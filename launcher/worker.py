@@ -11,10 +11,11 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from launcher import rank_log, run_dir
 from launcher.config import Config, store
+from launcher.errors import UserError
 from launcher.run_dir import RunDir
 
 
@@ -41,7 +42,7 @@ def attend(config: Config, argv: list[str]) -> None:
         folder = agree.agree_on_run(
             store_, rank, store.fingerprint(config), lambda: run_dir.create(config, argv)[0].path
         )
-    except store.UserError as error:
+    except UserError as error:
         print(error, file=sys.stderr, flush=True)
         sys.exit(rank_log.REFUSED)
     run_folder = RunDir(folder)
@@ -53,7 +54,7 @@ def attend(config: Config, argv: list[str]) -> None:
     _leave(console)
 
 
-def run(run_folder: RunDir, config: Config, console: IO[str], store_: object = None) -> None:
+def run(run_folder: RunDir, config: Config, console: IO[str], store_: Any = None) -> None:
     """Build the parts and train. Method first, strategy second, optimizer third, data last."""
     import torch
 

@@ -54,7 +54,9 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(13):
         messages = [{"role": "user", "content": "ask " * (1 + number % 5)}]
         for turn in range(1 + number % 2):
-            messages.append({"role": "assistant", "content": f"answer {number} " * (1 + number % 4)})
+            messages.append(
+                {"role": "assistant", "content": f"answer {number} " * (1 + number % 4)}
+            )
             if turn < number % 2:
                 messages.append({"role": "user", "content": f"and {turn}?"})
         lines.append(json.dumps({"messages": messages}))

@@ -67,7 +67,9 @@ class Talk:
         prompt = self.tokenizer.apply_chat_template(
             conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(self.model.device)
-        streamer = Written(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if out else None
+        streamer = (
+            Written(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if out else None
+        )
         generated = self.model.generate(
             **prompt, **self.options, pad_token_id=self.tokenizer.pad_token_id, streamer=streamer
         )

@@ -1,9 +1,9 @@
 """Names inside a checkpoint folder and its manifest. Imports no torch.
 
-    checkpoints/step-000045/
-        adapter/        adapter_config.json, adapter_model.safetensors   (methods with an adapter)
-        model/          .metadata, __0_0.distcp …                        (torch DCP, other methods)
-        manifest.json   written last: a folder without it is no checkpoint
+checkpoints/step-000045/
+    adapter/        adapter_config.json, adapter_model.safetensors   (methods with an adapter)
+    model/          .metadata, __0_0.distcp …                        (torch DCP, other methods)
+    manifest.json   written last: a folder without it is no checkpoint
 """
 
 from __future__ import annotations

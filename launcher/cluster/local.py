@@ -42,7 +42,9 @@ def launch(run: RunDir, nproc_per_node: int, gpus: int) -> int:
             stderr=log,
             env=command.environment(nproc_per_node, gpus),
         )
-        before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {
+            number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             status = agent.wait()
         finally:
@@ -87,6 +89,4 @@ def _killed_rank(run: RunDir) -> Failure | None:
 def _report(run: RunDir, failure: Failure | None) -> str:
     if failure is None:
         return f"The ranks did not start. Log: {run.logs() / 'torchrun.log'}"
-    return (
-        f"rank {failure.rank} failed: {failure.message}\nLog: {run.rank_log(failure.rank)}"
-    )
+    return f"rank {failure.rank} failed: {failure.message}\nLog: {run.rank_log(failure.rank)}"

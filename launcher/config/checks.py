@@ -29,6 +29,7 @@ class World:
 @dataclass(frozen=True)
 class Rule:
     id: str
+    about: str  # what it asks, for `shardway rules` and the reference
     broken: Callable[[Config, World], bool]
     sentence: Callable[[Config, World], str]
     fix: Callable[[Config, World], str]
@@ -77,6 +78,7 @@ def _taken(path: str | None) -> bool:
 RULES: tuple[Rule, ...] = (
     Rule(
         "length-of-training",
+        "exactly one of training.max_steps and training.epochs is set",
         lambda c, w: (c.training.max_steps is None) == (c.training.epochs is None),
         lambda c, w: (
             f"training.max_steps={c.training.max_steps} and training.epochs={c.training.epochs}: "
@@ -86,6 +88,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "batch-divides",
+        "training.global_batch_size is a multiple of ranks × training.micro_batch_size",
         lambda c, w: c.training.global_batch_size % _rows_per_micro_batch(c, w) != 0,
         lambda c, w: (
             f"training.global_batch_size={c.training.global_batch_size} is no multiple of "
@@ -98,12 +101,14 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "single-is-one-rank",
+        "strategy=single has one rank",
         lambda c, w: c.strategy.name == "single" and w.size > 1,
         lambda c, w: f"strategy=single runs on one rank, and there are {w.size}",
         lambda c, w: "strategy=fsdp, or cluster.nproc_per_node=1",
     ),
     Rule(
         "hsdp-groups",
+        "strategy.shard_size divides the ranks into equal groups",
         lambda c, w: bool((size := _shard_size(c, w)) and w.size % size),
         lambda c, w: (
             f"strategy.shard_size={_shard_size(c, w)} does not divide the {w.size} ranks "
@@ -113,6 +118,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "one-machine",
+        "cluster=local is one machine",
         lambda c, w: c.cluster.name == "local" and c.cluster.nodes > 1,
         lambda c, w: f"cluster.nodes={c.cluster.nodes}, but cluster=local is this machine only",
         lambda c, w: (
@@ -122,6 +128,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "gpus-for-ranks",
+        "every rank has a GPU of its own, where there are GPUs",
         lambda c, w: 0 < w.gpus < w.nproc_per_node,
         lambda c, w: (
             f"cluster.nproc_per_node={w.nproc_per_node} wants a GPU for each rank, "
@@ -131,6 +138,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "constant-has-no-warmup",
+        "scheduler=constant comes without warm-up",
         lambda c, w: c.scheduler.name == "constant" and c.scheduler.warmup_steps > 0,
         lambda c, w: (
             f"scheduler=constant has no warm-up, and "
@@ -140,8 +148,10 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "warmup-ends",
-        lambda c, w: c.training.max_steps is not None
-        and c.scheduler.warmup_steps > c.training.max_steps,
+        "the warm-up ends before training does",
+        lambda c, w: (
+            c.training.max_steps is not None and c.scheduler.warmup_steps > c.training.max_steps
+        ),
         lambda c, w: (
             f"scheduler.warmup_steps={c.scheduler.warmup_steps} is more than "
             f"training.max_steps={c.training.max_steps}: the peak rate is never reached"
@@ -150,6 +160,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "one-evaluation-set",
+        "at most one of data.eval_path and data.eval_rows names the evaluation rows",
         lambda c, w: c.data.eval_path is not None and c.data.eval_rows > 0,
         lambda c, w: (
             f"data.eval_path={c.data.eval_path} and data.eval_rows={c.data.eval_rows} "
@@ -159,16 +170,20 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "evaluation-needs-rows",
-        lambda c, w: c.training.eval_steps is not None
-        and c.data.eval_path is None
-        and c.data.eval_rows == 0,
+        "training.eval_steps comes with rows to evaluate on",
+        lambda c, w: (
+            c.training.eval_steps is not None and c.data.eval_path is None and c.data.eval_rows == 0
+        ),
         lambda c, w: f"training.eval_steps={c.training.eval_steps}, and no rows to evaluate on",
         lambda c, w: "data.eval_rows=32, or data.eval_path=FILE, or training.eval_steps=null",
     ),
     Rule(
         "model-is-there",
+        "model.name_or_path is a model folder or a hub id",
         _missing_model,
-        lambda c, w: f"model.name_or_path={c.model.name_or_path} is no model folder (no config.json)",
+        lambda c, w: (
+            f"model.name_or_path={c.model.name_or_path} is no model folder (no config.json)"
+        ),
         lambda c, w: (
             f"shardway fetch {c.model.name}"
             if Path(c.model.name_or_path).is_relative_to(paths.cache())
@@ -177,12 +192,14 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "model-has-safetensors",
+        "the model folder holds safetensors",
         _lost_weights,
         lambda c, w: f"model.name_or_path={c.model.name_or_path} holds no *.safetensors",
         lambda c, w: "convert it once: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)",
     ),
     Rule(
         "run-dir-is-new",
+        "run_dir does not exist yet",
         lambda c, w: _taken(c.run_dir),
         lambda c, w: f"run_dir={c.run_dir} exists, and nothing is overwritten",
         lambda c, w: "run_dir=null (a new name) or another folder",

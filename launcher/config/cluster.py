@@ -9,6 +9,8 @@ from launcher.config.setting import setting
 
 @dataclass(kw_only=True, slots=True)
 class ClusterConfig:
+    """Ranks on this machine, started by torchrun."""
+
     name: str = setting("local", "this machine")
     nodes: int = setting(1, "machines", minimum=1)
     nproc_per_node: int | None = setting(

@@ -43,7 +43,7 @@ def limits(field: dataclasses.Field[Any]) -> str:
     """The limits of a setting in words, empty if it has none."""
     data = field.metadata
     if data["choices"]:
-        return " | ".join(data["choices"])
+        return "one of " + ", ".join(data["choices"])
     bounds = (("≥", data["minimum"]), (">", data["above"]), ("≤", data["maximum"]))
     return ", ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
 

@@ -23,8 +23,10 @@ class ConfigError(UserError):
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
-        head = "The configuration cannot run:" if len(problems) == 1 else (
-            f"The configuration cannot run, for {len(problems)} reasons:"
+        head = (
+            "The configuration cannot run:"
+            if len(problems) == 1
+            else (f"The configuration cannot run, for {len(problems)} reasons:")
         )
         super().__init__("\n".join([head, *(f"  - {problem}" for problem in problems)]))
 
@@ -68,7 +70,7 @@ def _section(section: str, schema: type, values: Mapping[Any, Any], problems: li
             continue
         try:
             node = OmegaConf.merge(OmegaConf.structured(schema), {key: value})
-            converted[key] = OmegaConf.to_container(node)[key]  # type: ignore[index, call-overload]
+            converted[key] = OmegaConf.to_container(node)[key]  # type: ignore[index]
         except OmegaConfBaseException as error:
             problems.append(f"{section}.{key}={value}: {str(error).splitlines()[0]}")
     for name, field in fields.items():
@@ -118,4 +120,4 @@ def load(path: Path) -> Config:
 
 def fingerprint(config: Config) -> str:
     """Equal for two ranks that composed the same run. The run folder's name does not count."""
-    return xxhash.xxh3_128_hexdigest(dump(dataclasses.replace(config, run_dir=None)))
+    return xxhash.xxh3_128_hexdigest(dump(dataclasses.replace(config, run_dir=None)).encode())

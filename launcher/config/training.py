@@ -14,7 +14,9 @@ class TrainingConfig:
     micro_batch_size: int = setting(1, "rows per rank and forward", minimum=1)
     global_batch_size: int = setting(8, "rows per optimizer step over all ranks", minimum=1)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", above=0)
-    eval_steps: int | None = setting(None, "evaluate every so many steps, and at the end", minimum=1)
+    eval_steps: int | None = setting(
+        None, "evaluate every so many steps; the end always", minimum=1
+    )
     log_steps: int = setting(1, "write metrics every so many steps, all lines at once", minimum=1)
     seed: int = setting(42, "of the data order, the adapters' start and dropout", minimum=0)
 

@@ -30,7 +30,8 @@ def tokenize(
     for text, learnt in _pieces(tokenizer, messages, place):
         piece = tokenizer(text, add_special_tokens=False)["input_ids"]
         ids += piece
-        trained += _up_to_end_of_turn(piece, tokenizer.eos_token_id) if learnt else [False] * len(piece)
+        end = _end_of_turn(piece, tokenizer.eos_token_id) if learnt else 0
+        trained += [at < end for at in range(len(piece))]
         if len(ids) >= max_length:
             break
     return Tokens(ids[:max_length], trained[:max_length])
@@ -66,7 +67,7 @@ def _render(
         raise UserError(f"{place}: the chat template refuses this row: {error}") from error
 
 
-def _up_to_end_of_turn(piece: list[int], end: int | None) -> list[bool]:
-    """What a template puts behind the end-of-turn token (a newline) is not learnt."""
-    last = len(piece) - 1 - piece[::-1].index(end) if end in piece else len(piece) - 1
-    return [at <= last for at in range(len(piece))]
+def _end_of_turn(piece: list[int], end: int | None) -> int:
+    """How many tokens of an answer are learnt: what a template puts behind the end-of-turn token
+    (a newline) is not."""
+    return len(piece) - piece[::-1].index(end) if end in piece else len(piece)

@@ -80,8 +80,7 @@ def split(rows: Rows, eval_rows: int, seed: int) -> tuple[Sequence[int], Sequenc
     """(training, evaluation) row numbers; the same for the same seed and file."""
     if eval_rows >= len(rows):
         raise UserError(
-            f"data.eval_rows={eval_rows} leaves nothing to train on: "
-            f"data.path has {len(rows)} rows"
+            f"data.eval_rows={eval_rows} leaves nothing to train on: data.path has {len(rows)} rows"
         )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = sorted(order[:eval_rows])

@@ -64,8 +64,9 @@ class Loader:
         order = self._order(epoch)
         rows = order[index * self.global_batch_size : (index + 1) * self.global_batch_size]
         per_round = self.world_size * self.micro_batch_size
-        begins = range(self.rank * self.micro_batch_size, per_round * -(-len(rows) // per_round), per_round)
-        mine = [rows[begin : begin + self.micro_batch_size] for begin in begins]
+        rounds = (rows[at : at + per_round] for at in range(0, len(rows), per_round))
+        begin = self.rank * self.micro_batch_size
+        mine = [dealt[begin : begin + self.micro_batch_size] for dealt in rounds]
         batches = [self._collate([self.rows[row] for row in part]) for part in mine]
         return Window(
             batches,

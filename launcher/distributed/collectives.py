@@ -24,7 +24,7 @@ def gather_to_main(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
     The local shards of all tensors travel as one flat buffer in one gather over the `shard` axis;
     replicated copies are not sent. All must have one dtype and shard dim 0, if any.
     """
-    sharded = {name: t for name, t in tensors.items() if _is_split(t)}
+    sharded = {n: t for n, t in tensors.items() if isinstance(t, DTensor) and _is_split(t)}
     whole = {
         name: _local(t).detach().to("cpu", copy=True)
         for name, t in tensors.items()
@@ -35,9 +35,9 @@ def gather_to_main(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
     return {name: whole[name] for name in tensors} if dist.get_rank() == 0 else None
 
 
-def _is_split(tensor: torch.Tensor) -> bool:
+def _is_split(tensor: DTensor) -> bool:
     """Whether more than one rank holds a part of it."""
-    return isinstance(tensor, DTensor) and any(
+    return any(
         isinstance(placement, Shard) and tensor.device_mesh.size(axis) > 1
         for axis, placement in enumerate(tensor.placements)
     )

@@ -40,7 +40,7 @@ def place() -> Place:
 
 def rendezvous() -> dist.Store:
     """The key-value store of this launch, the agent's where torchrun shares it. Call it once."""
-    store, _, _ = next(dist.rendezvous("env://"))
+    store: dist.Store = next(dist.rendezvous("env://"))[0]
     return store
 
 

@@ -23,7 +23,9 @@ from launcher.export.safetensors_file import StoredTensor, read_header
 TILE_ROWS = 256
 THINNEST_TILE = 64
 PREFIX = "base_model.model."
-PLAIN = {  # setting of adapter_config.json → the values under which the formula above holds
+PLAIN: dict[
+    str, tuple[Any, ...]
+] = {  # setting of adapter_config.json → the values under which the formula above holds
     "peft_type": ("LORA",),
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
@@ -99,7 +101,9 @@ def _delta(
     base: dict[str, StoredTensor],
 ) -> LoraDelta:
     if pair.keys() != {"A", "B"}:
-        raise UserError(f"{file}: {module} has only lora_{''.join(pair)}; the other half is missing")
+        raise UserError(
+            f"{file}: {module} has only lora_{''.join(pair)}; the other half is missing"
+        )
     a, b = pair["A"], pair["B"]
     weight = base.get(f"{module}.weight")
     if weight is None:

@@ -100,9 +100,10 @@ def parse_size(text: str) -> int:
 
 def _merged(weight: StoredTensor, delta: lora.LoraDelta | None) -> OutputTensor:
     if delta is None:
-        return OutputTensor(weight.name, weight.dtype, weight.shape, "copied", partial(_copy, weight))
-    parts = partial(delta.merged, weight, weight.dtype)
-    return OutputTensor(weight.name, weight.dtype, weight.shape, "merged", parts)
+        action, parts = "copied", partial(_copy, weight)
+    else:
+        action, parts = "merged", partial(delta.merged, weight, weight.dtype)
+    return OutputTensor(weight.name, weight.dtype, weight.shape, action, parts)
 
 
 def _copy(weight: StoredTensor) -> Iterator[torch.Tensor]:

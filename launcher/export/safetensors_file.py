@@ -112,7 +112,7 @@ def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def readable(path: Path) -> None:

@@ -61,8 +61,8 @@ def _check_index(path: Path, shards: dict[str, dict[str, StoredTensor]], total: 
     found = {name: file for file, shard in shards.items() for name in shard}
     if apart := sorted(index["weight_map"].items() ^ found.items()):
         raise UserError(f"{path} and the shards disagree on {apart[0][0]} ({len(apart)} entries)")
-    if index["metadata"]["total_size"] != total:
-        raise UserError(f"{path}: total_size {index['metadata']['total_size']}, shards hold {total}")
+    if (stated := index["metadata"]["total_size"]) != total:
+        raise UserError(f"{path} states a total_size of {stated}, the shards hold {total}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -18,7 +19,17 @@ from launcher.export.safetensors_file import header, readable, tensor_bytes
 MANIFEST = "consolidation_manifest.json"
 INDEX = "model.safetensors.index.json"
 # Everything else of the base folder travels: config, tokenizer, chat template, its own code.
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".index.json",
+)
 
 
 def write(plan: Plan, output: Path) -> None:
@@ -56,7 +67,7 @@ def refuse_target(plan: Plan, output: Path) -> None:
         )
 
 
-def _write_file(path: Path, tensors: list[OutputTensor], progress: tqdm) -> None:
+def _write_file(path: Path, tensors: list[OutputTensor], progress: tqdm[NoReturn]) -> None:
     """One safetensors file, a part of a tensor in memory at a time."""
     with path.open("wb") as file:
         file.write(header([(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]))

@@ -16,14 +16,14 @@ class Method(Protocol):
 
     def __init__(self, config: Any) -> None: ...
 
-    def prepare(self, model: nn.Module, seed: int) -> nn.Module:
+    def prepare(self, model: Any, seed: int) -> Any:
         """Set `requires_grad` everywhere and add what is to be trained.
 
         Parameters of the model may be on meta. What the method adds must be real and the same on
         every rank: it is drawn from `seed`.
         """
 
-    def write(self, model: nn.Module, trained: dict[str, torch.Tensor], folder: Path) -> None:
+    def write(self, model: Any, trained: dict[str, torch.Tensor], folder: Path) -> None:
         """Write the gathered trained parameters (name in `model` → whole fp32 tensor)."""
 
 

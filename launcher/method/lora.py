@@ -22,7 +22,7 @@ class Lora:
     def __init__(self, config: LoraConfig) -> None:
         self.config = config
 
-    def prepare(self, model: nn.Module, seed: int) -> nn.Module:
+    def prepare(self, model: nn.Module, seed: int) -> peft.PeftModel:
         """Wrap `model` in PEFT; adapters are fp32 on CPU, A random and B zero."""
         targets = self.config.target_modules
         try:
@@ -46,7 +46,7 @@ class Lora:
                 _materialize(layer, self.config)
         return wrapped
 
-    def write(self, model: nn.Module, trained: dict[str, torch.Tensor], folder: Path) -> None:
+    def write(self, model: peft.PeftModel, trained: dict[str, torch.Tensor], folder: Path) -> None:
         """A folder that `PeftModel.from_pretrained` loads. Raises when a tensor is missing."""
         expected = {name for name, p in model.named_parameters() if p.requires_grad}
         lost = sorted(expected ^ {name for name, tensor in trained.items() if tensor.numel()})

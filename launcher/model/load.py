@@ -29,11 +29,14 @@ class SafetensorsFolder:
         index = folder / "model.safetensors.index.json"
         if index.is_file():
             self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            lost = sorted(f for f in set(self._file_of.values()) if not (folder / f).is_file())
+            if lost:
+                raise UserError(f"{index} lists {', '.join(lost)}, which is not there")
         else:
             self._file_of = {
                 name: path.name
                 for path in sorted(folder.glob("*.safetensors"))
-                for name in self._open(path.name).keys()
+                for name in self._open(path.name).keys()  # noqa: SIM118 (no mapping)
             }
 
     @property
@@ -45,11 +48,10 @@ class SafetensorsFolder:
 
     def read(self, name: str, offsets: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
         """The box of `shape` at `offsets`; only its bytes are read when it is a range of rows."""
-        stored = self._open(self._file_of[name]).get_slice(name)
-        if not shape:
-            return self._open(self._file_of[name]).get_tensor(name)
+        file = self._open(self._file_of[name])
         box = tuple(slice(at, at + size) for at, size in zip(offsets, shape, strict=True))
-        return stored[box]
+        tensor: torch.Tensor = file.get_slice(name)[box] if shape else file.get_tensor(name)
+        return tensor
 
     def _open(self, file: str) -> safe_open:
         if file not in self._open_files:

@@ -10,6 +10,7 @@ out of `fully_shard`: they need neither a gather nor a second copy.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,7 +100,7 @@ class Fsdp:
 
     def _shard(self) -> None:
         frozen = {p for p in self.model.parameters() if not p.requires_grad}
-        options = {
+        options: dict[str, Any] = {
             "mesh": self.mesh if self.mesh["replicate"].size() > 1 else self.mesh["shard"],
             "mp_policy": MixedPrecisionPolicy(
                 param_dtype=self.precision.compute, reduce_dtype=self.precision.reduce

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import IO
+from typing import IO, NoReturn
 
 from tqdm import tqdm
 
@@ -17,7 +17,7 @@ class Progress:
 
     def __init__(self, console: IO[str]) -> None:
         self.console = console
-        self.bar: tqdm | None = None
+        self.bar: tqdm[NoReturn] | None = None
         self._total = 0
         self._began = self._last_line = 0.0
 
@@ -39,7 +39,9 @@ class Progress:
             self.bar.set_postfix_str(_figures(newest), refresh=False)
             self.bar.update(newest["step"] - self.bar.n)
         elif self._line_is_due(newest["step"]):
-            self._say(f"step {newest['step']}/{self._total}  {_figures(newest)}  {self._left(newest)}")
+            self._say(
+                f"step {newest['step']}/{self._total}  {_figures(newest)}  {self._left(newest)}"
+            )
 
     def finish(self) -> None:
         if self.bar is not None:

@@ -135,7 +135,10 @@ def plain_losses(case: Case) -> list[float]:
     decayed = [p for p in trained if p.ndim >= 2]
     spared = [p for p in trained if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": case.weight_decay}, {"params": spared, "weight_decay": 0.0}],
+        [
+            {"params": decayed, "weight_decay": case.weight_decay},
+            {"params": spared, "weight_decay": 0.0},
+        ],
         lr=case.learning_rate,
         fused=False,
         foreach=False,

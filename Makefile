@@ -1,0 +1,41 @@
+# `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format reference
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/user: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/developer: $(VENV)/user
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/user  ## fetch a model, fine-tune it, export it, ask it (under 5 minutes on 2 cores)
+	$(BIN)/python tools/demo.py
+
+test: $(VENV)/developer  ## the whole test suite (under 20 minutes on 2 cores)
+	$(BIN)/shardway fetch smollm2_135m
+	$(BIN)/python -m pytest
+
+check: $(VENV)/developer  ## lint, formatting, types, imports between rooms
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m launcher.config.reference --check docs/configuration.md
+
+format: $(VENV)/developer  ## put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+reference: $(VENV)/user  ## write docs/configuration.md from the schema
+	$(BIN)/python -m launcher.config.reference --write docs/configuration.md

@@ -1,0 +1,128 @@
+"""What is gathered is what was trained, and others can load it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from launcher import manifest
+from launcher.checkpoint.save import save_checkpoint
+from launcher.config.model import ModelConfig
+from launcher.distributed.process_group import Place
+from launcher.export.dcp import read_model
+from tests.helpers import parts
+from tests.helpers.parts import Case
+
+QUESTION = torch.arange(3, 40).view(1, -1)
+LAYOUTS = [("single", 1, ()), ("ddp", 2, ()), ("fsdp", 3, ()), ("hsdp", 4, (("shard_size", 2),))]
+
+
+def save_and_answer(place: Place, case: Case, folder: Path) -> torch.Tensor:
+    """Train, save a checkpoint; the live model's logits afterwards."""
+    strategy, method, _ = parts.train(place, case)
+    source = ModelConfig(name_or_path=str(case.model))
+    save_checkpoint(strategy, method, source, folder, case.steps, place.is_main)
+    strategy.model.eval()
+    with torch.no_grad():
+        return strategy.model(input_ids=QUESTION).logits
+
+
+def count_gathers(place: Place, case: Case) -> tuple[int, int]:
+    """(collectives, elements received) of one gather of the trained parameters."""
+    strategy, _, _ = parts.set_up(place, case)
+    seen: list[int] = []
+    original = dist.gather
+
+    def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(tensor.numel())
+        return original(tensor, *args, **kwargs)
+
+    dist.gather = counted
+    try:
+        strategy.gather_trained()
+    finally:
+        dist.gather = original
+    return len(seen), sum(seen)
+
+
+@pytest.mark.parametrize(("strategy", "world", "options"), LAYOUTS)
+def test_gathered_adapter_gives_the_live_logits_in_peft(
+    ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path, strategy: str, world: int, options: Any
+) -> None:
+    case = Case(
+        tiny, rows_file, strategy=strategy, strategy_options=options, steps=4,
+        learning_rate=1e-2, global_batch_size=12,
+    )  # fmt: skip
+    live = ranks.run(world, save_and_answer, case, tmp_path)[0]
+    saved = tmp_path / "step-000004"
+    assert not list(tmp_path.glob(".*")), "nothing is left aside"
+    assert manifest.check(saved / "manifest.json")["step"] == 4
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    with torch.no_grad():
+        before = base(input_ids=QUESTION).logits
+        after = PeftModel.from_pretrained(base, saved / "adapter")(input_ids=QUESTION).logits
+    torch.testing.assert_close(after, live, rtol=1e-5, atol=1e-5)
+    assert (after - before).abs().max() > 1e-3, "the adapter must do something"
+
+
+def test_gathering_moves_the_adapter_in_one_message_and_not_the_model(
+    ranks: Any, tiny: Path, rows_file: Path
+) -> None:
+    messages, elements = ranks.run(2, count_gathers, Case(tiny, rows_file))[0]
+    model = parts.plain_model(Case(tiny, rows_file))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert messages == 1
+    assert elements == trained / 2
+
+
+@pytest.mark.parametrize(("strategy", "world", "options"), LAYOUTS)
+def test_full_run_writes_dcp_shards_that_read_back(
+    ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path, strategy: str, world: int, options: Any
+) -> None:
+    case = Case(
+        tiny, rows_file, method="full", strategy=strategy, strategy_options=options, steps=3,
+        global_batch_size=12,
+    )  # fmt: skip
+    live = ranks.run(world, save_and_answer, case, tmp_path)[0]
+    tensors = read_model(tmp_path / "step-000003" / "model")
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    assert tensors.keys() == dict(model.named_parameters()).keys(), "tied weights stand once"
+    model.load_state_dict({name: t.whole() for name, t in tensors.items()}, strict=False)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=QUESTION).logits, live, rtol=1e-5, atol=1e-5)
+    if strategy == "fsdp":
+        files = list((tmp_path / "step-000003" / "model").glob("*.distcp"))
+        assert len(files) == world, "every rank writes its own shard"
+
+
+def test_a_lost_adapter_tensor_is_refused(tiny: Path, rows_file: Path, tmp_path: Path) -> None:
+    case = Case(tiny, rows_file)
+    model, method = parts.plain_model(case), case.build_method()
+    whole = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    name = next(iter(whole))
+    for broken in ({**whole, name: torch.empty(0)}, {n: t for n, t in whole.items() if n != name}):
+        with pytest.raises(RuntimeError, match="lora_A"):
+            method.write(model, broken, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_the_adapter_folder_says_what_it_belongs_to(
+    tiny: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    case = Case(tiny, rows_file, method_options=(("rank", 4), ("alpha", 3.0), ("rslora", True)))
+    model = parts.plain_model(case)
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    case.build_method().write(model, trained, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny)
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 3.0, True)
+    assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == len(trained)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_mode & 0o044

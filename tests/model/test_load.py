@@ -1,0 +1,120 @@
+"""Loading slices into a model on meta gives the model that `from_pretrained` gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from launcher.config.model import ModelConfig
+from launcher.distributed.process_group import Place
+from launcher.errors import UserError
+from launcher.model.load import build_model
+from launcher.model.tiny import byte_tokenizer, make_tiny
+from tests.helpers import parts
+from tests.helpers.parts import Case
+
+QUESTION = torch.arange(3, 60).view(1, -1)
+
+
+def logits(place: Place, case: Case) -> torch.Tensor:
+    """Logits at step 0, with the trained parameters attached."""
+    strategy, _, _ = parts.set_up(place, case)
+    strategy.model.eval()
+    with torch.no_grad():
+        return strategy.model(input_ids=QUESTION).logits
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("strategy", "world"), [("single", 1), ("ddp", 2), ("fsdp", 2), ("fsdp", 3)]
+)
+def test_logits_equal_from_pretrained_to_the_bit(
+    ranks: Any,
+    tiny: Path,
+    tiny_untied: Path,
+    rows_file: Path,
+    tied: bool,
+    method: str,
+    strategy: str,
+    world: int,
+) -> None:
+    folder = tiny if tied else tiny_untied
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(input_ids=QUESTION).logits
+    case = Case(folder, rows_file, method=method, strategy=strategy)
+    for found in ranks.run(world, logits, case):
+        assert torch.equal(found, expected)
+
+
+def test_bf16_logits_equal_from_pretrained_to_the_bit(
+    ranks: Any, tiny: Path, rows_file: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        expected = model(input_ids=QUESTION).logits
+    for found in ranks.run(2, logits, Case(tiny, rows_file, precision="bf16")):
+        assert torch.equal(found, expected)
+
+
+def test_no_parameter_is_real_before_it_is_sharded(tiny: Path) -> None:
+    model, weights = build_model(ModelConfig(name_or_path=str(tiny)), tiny, seed=0)
+    assert weights is not None
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert {buffer.device.type for buffer in model.buffers()} == {"cpu"}
+
+
+def test_sharded_files_with_an_index_load_too(
+    ranks: Any, tiny_untied: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_untied, dtype="auto")
+    model.save_pretrained(tmp_path / "split", max_shard_size="40KB")
+    byte_tokenizer().save_pretrained(tmp_path / "split")
+    assert len(list((tmp_path / "split").glob("*.safetensors"))) > 2
+    with torch.no_grad():
+        expected = model.float().eval()(input_ids=QUESTION).logits
+    assert torch.equal(ranks.run(2, logits, Case(tmp_path / "split", rows_file))[0], expected)
+
+
+def test_a_model_stored_in_another_layout_is_read_whole(
+    ranks: Any, rows_file: Path, tmp_path: Path
+) -> None:
+    """Fused experts have other names on disk than in memory."""
+    folder = tmp_path / "moe"
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=259, hidden_size=32, intermediate_size=64, moe_intermediate_size=16,
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            num_experts=4, num_experts_per_tok=2,
+        )
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    assert build_model(ModelConfig(name_or_path=str(folder)), folder, seed=0)[1] is None
+    with torch.no_grad():
+        expected = model.eval()(input_ids=QUESTION).logits
+    for found in ranks.run(2, logits, Case(folder, rows_file, method="full")):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_a_damaged_folder_is_named(tmp_path: Path) -> None:
+    make_tiny(tmp_path / "tiny")
+    (tmp_path / "tiny" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="tiny"):
+        build_model(ModelConfig(name_or_path=str(tmp_path / "tiny")), tmp_path / "tiny", seed=0)
+
+
+def test_an_index_that_lists_a_missing_file_is_named(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "lost"
+    LlamaConfig.from_pretrained(tiny).save_pretrained(folder)
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="model-00001-of-00002"):
+        build_model(ModelConfig(name_or_path=str(folder)), folder, seed=0)
