@@ -46,6 +46,7 @@ def main() -> None:
         )
 
         worker.attend(configs[0], sys.argv)
+        return
     for config, world in zip(configs, worlds, strict=True):
         status = show(config, world) if config.launch.dry_run else launch(config, world)
         if status != 0:

@@ -15,6 +15,7 @@ from launcher.errors import UserError
 class Tokens:
     ids: list[int]
     trained: list[bool]  # True where the token is an answer's: its prediction is learnt
+    cut: bool  # the row was longer than what is kept
 
 
 def tokenize(
@@ -32,9 +33,7 @@ def tokenize(
         ids += piece
         end = _end_of_turn(piece, tokenizer.eos_token_id) if learnt else 0
         trained += [at < end for at in range(len(piece))]
-        if len(ids) >= max_length:
-            break
-    return Tokens(ids[:max_length], trained[:max_length])
+    return Tokens(ids[:max_length], trained[:max_length], cut=len(ids) > max_length)
 
 
 def _pieces(

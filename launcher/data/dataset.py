@@ -93,7 +93,7 @@ def _tokenize_file(path: Path, config: DataConfig, tokenizer: PreTrainedTokenize
     starts, dropped, truncated = [0], 0, 0
     for place, messages in source.read_messages(path, config.format):
         tokens = tokenize(tokenizer, messages, config.max_length, place)
-        truncated += len(tokens.ids) == config.max_length
+        truncated += tokens.cut
         if not any(tokens.trained[1:]):  # the first token is never predicted
             dropped += 1
             continue

@@ -1,0 +1,121 @@
+"""Every rule of the table breaks, says so with a fix, and the fix mends it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.config import Config, checks, store
+from launcher.config.checks import World
+from launcher.model.fetch import MODELS
+from tests.config.test_schema import composed
+
+ONE = World(nodes=1, nproc_per_node=1, gpus=0)
+TWO = World(nodes=1, nproc_per_node=2, gpus=0)
+FOUR = World(nodes=1, nproc_per_node=4, gpus=0)
+
+
+@pytest.fixture
+def good(tiny: Path, rows_file: Path) -> dict[str, dict[str, Any]]:
+    return {
+        "model": {"name_or_path": str(tiny)},
+        "data": {"path": str(rows_file)},
+        "training": {"epochs": 1, "global_batch_size": 8, "micro_batch_size": 2},
+    }
+
+
+def build(good: dict[str, dict[str, Any]], changes: dict[str, dict[str, Any]]) -> Config:
+    merged = {s: {**good.get(s, {}), **changes.get(s, {})} for s in {**good, **changes}}
+    run_dir = merged.pop("run_dir", {}).get("path")
+    return store.build({**composed(**merged), "run_dir": run_dir})
+
+
+def broken_ids(config: Config, world: World) -> set[str]:
+    return {line.rpartition("[")[2].rstrip("]") for line in checks.broken_rules(config, world)}
+
+
+# rule → (what breaks it, on which ranks, what mends it)
+CASES: dict[str, tuple[dict[str, Any], World, dict[str, Any]]] = {
+    "length-of-training": ({"training": {"max_steps": 5}}, ONE, {"training": {"max_steps": None}}),
+    "batch-divides": (
+        {"training": {"global_batch_size": 7}}, TWO, {"training": {"global_batch_size": 8}},
+    ),
+    "single-is-one-rank": (
+        {"strategy": {"name": "single"}}, TWO, {"strategy": {"name": "fsdp"}},
+    ),
+    "hsdp-groups": (
+        {"strategy": {"name": "hsdp", "shard_size": 3}}, FOUR,
+        {"strategy": {"name": "hsdp", "shard_size": 4}},
+    ),
+    "one-machine": ({"cluster": {"nodes": 2}}, ONE, {"cluster": {"nodes": 1}}),
+    "gpus-for-ranks": (
+        {"cluster": {"nproc_per_node": 4}}, World(nodes=1, nproc_per_node=4, gpus=2), {},
+    ),
+    "constant-has-no-warmup": (
+        {"scheduler": {"name": "constant", "warmup_steps": 3}}, ONE,
+        {"scheduler": {"name": "constant", "warmup_steps": 0}},
+    ),
+    "warmup-ends": (
+        {"scheduler": {"warmup_steps": 9}, "training": {"epochs": None, "max_steps": 5}}, ONE,
+        {"scheduler": {"warmup_steps": 0}, "training": {"epochs": None, "max_steps": 5}},
+    ),
+    "one-evaluation-set": (
+        {"data": {"eval_rows": 2, "eval_path": "x"}}, ONE, {"data": {"eval_rows": 0}},
+    ),
+    "evaluation-needs-rows": (
+        {"training": {"eval_steps": 2}}, ONE,
+        {"training": {"eval_steps": 2}, "data": {"eval_rows": 2}},
+    ),
+    "model-is-there": ({"model": {"name_or_path": "/no/model"}}, ONE, {}),
+    "model-has-safetensors": ({"model": {"name_or_path": "WEIGHTLESS"}}, ONE, {}),
+    "run-dir-is-new": ({"run_dir": {"path": "."}}, ONE, {"run_dir": {"path": "./new"}}),
+}  # fmt: skip
+
+
+def test_every_rule_has_a_case() -> None:
+    assert {rule.id for rule in checks.RULES} == CASES.keys()
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_a_rule_breaks_alone_and_is_mended(
+    rule: str, good: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    broken, world, mended = CASES[rule]
+    if rule == "model-has-safetensors":
+        (tmp_path / "config.json").write_text("{}")
+        broken = {"model": {"name_or_path": str(tmp_path)}}
+    assert broken_ids(build(good, broken), world) == {rule}
+    world = World(nodes=1, nproc_per_node=world.nproc_per_node, gpus=0)
+    assert broken_ids(build(good, mended), world) == set()
+
+
+def test_several_broken_rules_are_all_reported(good: dict[str, dict[str, Any]]) -> None:
+    config = build(good, {"strategy": {"name": "single"}, "training": {"global_batch_size": 3}})
+    assert broken_ids(config, TWO) == {"single-is-one-rank", "batch-divides"}
+
+
+def test_the_batch_sentence_names_values_and_the_fix(good: dict[str, dict[str, Any]]) -> None:
+    (line,) = checks.broken_rules(build(good, {"training": {"global_batch_size": 7}}), TWO)
+    assert line == (
+        "training.global_batch_size=7 is no multiple of 2 ranks × training.micro_batch_size=2 "
+        "→ training.global_batch_size=8 [batch-divides]"
+    )
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_model_that_can_be_fetched_says_how(
+    model: str, good: dict[str, dict[str, Any]], cache: Path
+) -> None:
+    missing = {"model": {"name": model, "name_or_path": str(cache / "models/none")}}
+    (line,) = checks.broken_rules(build(good, missing), ONE)
+    assert f"→ shardway fetch {model}" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "is_id"),
+    [("owner/model-1.5", True), ("model", False), ("/a/b", False), ("a/b/c", False)],
+)
+def test_hub_ids_are_told_from_paths(name: str, is_id: bool) -> None:
+    assert checks.is_hub_id(name) is is_id

@@ -1,0 +1,100 @@
+"""Hydra works as its users expect, and every choice on offer composes."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launcher import paths, train
+from launcher.config import METHODS, PRECISIONS, STRATEGIES, store
+from tests.helpers.commands import run, shardway, written
+
+
+def compose(monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
+    monkeypatch.setattr(sys, "argv", ["shardway train", *words])
+    (config,) = train.compose()
+    return config
+
+
+def options() -> list[str]:
+    files = sorted(paths.beside("conf").glob("*/*.yaml"))
+    return [f"{path.parent.name}={path.stem}" for path in files]
+
+
+@pytest.mark.parametrize("option", options())
+def test_every_conf_file_composes(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose(monkeypatch, option, "data.path=x.jsonl")
+    group, _, name = option.partition("=")
+    if group not in ("experiment", "data", "tracking"):
+        assert getattr(config, group).name == name
+
+
+@pytest.mark.parametrize(
+    ("method", "strategy", "precision"), itertools.product(METHODS, STRATEGIES, PRECISIONS)
+)
+def test_every_cell_passes_or_is_refused_with_its_sentence(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, method: str, strategy: str, precision: str
+) -> None:
+    words = ("model=tiny", f"method={method}", f"strategy={strategy}", f"precision={precision}")
+    for ranks in (1, 2):
+        config = compose(monkeypatch, *words, f"cluster.nproc_per_node={ranks}")
+        if strategy == "single" and ranks == 2:
+            with pytest.raises(store.ConfigError, match="single-is-one-rank"):
+                train.check(config)
+        else:
+            assert train.check(config).size == ranks
+
+
+def test_the_demo_is_what_the_issue_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose(monkeypatch, "experiment=demo")
+    assert (config.method.name, config.strategy.name) == ("lora", "fsdp")
+    assert (config.cluster.cpu_processes, config.method.rank) == (2, 16)
+    assert compose(monkeypatch, "experiment=demo", "method.rank=4").method.rank == 4
+
+
+def test_help_teaches(tmp_path: Path) -> None:
+    said = shardway("train", "--help", cwd=tmp_path).stdout
+    for word in ("strategy: ddp, fsdp, hsdp, single", "launch.dry_run=true", "--multirun"):
+        assert word in said
+    assert "shardway VERB" in shardway(cwd=tmp_path).stdout
+    for verb in ("consolidate", "verify", "chat", "fetch"):
+        done = shardway(verb, "--help", cwd=tmp_path)
+        assert done.returncode == 0
+        assert "shardway" in done.stdout
+
+
+def test_cfg_job_prints_the_composed_configuration(tmp_path: Path) -> None:
+    done = shardway("train", "--cfg", "job", "--resolve", "method.rank=5", cwd=tmp_path)
+    assert yaml.safe_load(done.stdout)["method"]["rank"] == 5
+    assert written(tmp_path) == []
+
+
+def test_a_site_adds_its_own_groups(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "conf/model").mkdir(parents=True)
+    (tmp_path / "conf/model/mine.yaml").write_text(f"name: mine\nname_or_path: {tiny}\n")
+    words = ("train", "--config-dir", "conf", "model=mine", "launch.dry_run=true")
+    done = shardway(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"name_or_path: {tiny}" in done.stdout
+    assert written(tmp_path) == ["conf", "conf/model", "conf/model/mine.yaml"]
+
+
+def test_a_dry_run_shows_the_command_and_touches_nothing(tiny: Path, tmp_path: Path) -> None:
+    done = shardway(
+        "train", "model=tiny", "cluster.nproc_per_node=2", "launch.dry_run=true", cwd=tmp_path
+    )
+    assert done.returncode == 0
+    assert "--nproc-per-node=2" in done.stdout
+    assert "-m launcher.worker" in done.stdout
+    assert written(tmp_path) == []
+
+
+def test_python_dash_m_is_the_same_door(tmp_path: Path) -> None:
+    done = run([sys.executable, "-m", "launcher.train", "method.rank=0"], tmp_path)
+    assert done.returncode == 2
+    assert "method.rank=0 must be ≥ 1" in done.stderr

@@ -1,0 +1,252 @@
+"""One command from configuration to a folder that answers, through every door."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from launcher.checkpoint import layout
+from tests.helpers.commands import TRAIN_TINY, processes_of, run, shardway, start, written
+
+pytestmark = pytest.mark.slow
+SHORT = ("training.epochs=null", "training.max_steps=4")
+
+
+def metrics(run_folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_folder: Path) -> list[float]:
+    return [record["loss"] for record in metrics(run_folder) if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with evaluation and intermediate saves."""
+    cwd = tmp_path_factory.mktemp("finished")
+    done = shardway(
+        *("train", "model=tiny", "cluster.cpu_processes=2", *SHORT, "run_dir=run"),
+        *("data.eval_rows=5", "training.eval_steps=2", "checkpoint.save_steps=3"),
+        cwd=cwd,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 4/4" in done.stdout
+    assert "tokens/s" in done.stdout
+    return cwd / "run"
+
+
+def test_the_run_folder_holds_what_the_plan_of_the_house_says(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == {
+        "config.yaml", "launch.json", "metrics.jsonl", "loss.png", "logs", "checkpoints",
+    }  # fmt: skip
+    assert {path.name for path in (finished / "logs/attempt-1").iterdir()} == {
+        "torchrun.log", "rank-00.log", "rank-01.log",
+    }  # fmt: skip
+    assert {p.name for p in (finished / "checkpoints").iterdir()} == {"step-000003", "step-000004"}
+    assert layout.newest(finished / "checkpoints").step == 4
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+    launch = json.loads((finished / "launch.json").read_text())
+    assert launch["versions"]["torch"]
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert config["run_dir"] == str(finished)
+
+
+def test_metrics_have_a_line_a_step(finished: Path) -> None:
+    records = metrics(finished)
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    for record in steps:
+        assert record.keys() == {
+            "step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "time",
+        }  # fmt: skip
+    assert [r["step"] for r in records if "eval_loss" in r] == [2, 4]
+    assert steps[-1]["tokens"] > steps[0]["tokens"] > 0
+
+
+def test_a_finished_run_becomes_a_folder_that_answers(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "export"
+    done = shardway(
+        "consolidate", finished, "--output", out, "--max-shard-size", "50KB", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list(out.glob("*.safetensors"))) > 1
+    assert shardway("verify", out, cwd=tmp_path).returncode == 0
+    asked = shardway("chat", out, "--question", "hi", "--max-new-tokens", "4", cwd=tmp_path)
+    assert asked.returncode == 0, asked.stderr
+    file = next(out.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+    refused = shardway("verify", out, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert file.name in refused.stderr
+
+
+def test_the_tools_are_the_same_doors(finished: Path, tmp_path: Path) -> None:
+    tools = Path(__file__).resolve().parents[2] / "tools"
+    command = [sys.executable, str(tools / "consolidate.py"), str(finished), "--output", "out"]
+    assert run(command, tmp_path).returncode == 0
+    command = [sys.executable, str(tools / "fetch_demo_model.py"), "tiny"]
+    assert run(command, tmp_path).returncode == 0
+
+
+def test_the_frozen_configuration_alone_reproduces_the_run(finished: Path, tmp_path: Path) -> None:
+    done = shardway(
+        *("train", "--config-path", finished, "--config-name", "config", "run_dir=again"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "again") == losses(finished)
+    assert written(tmp_path)[0] == "again", "Hydra makes no folders of its own"
+
+
+def test_a_full_run_can_be_consolidated(tiny: Path, tmp_path: Path) -> None:
+    done = shardway(*TRAIN_TINY, *SHORT, "method=full", "run_dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = shardway("consolidate", "run", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "20 gathered" in done.stdout
+    assert shardway("verify", "out", cwd=tmp_path).returncode == 0
+
+
+def test_multirun_makes_one_folder_a_run(tiny: Path, tmp_path: Path) -> None:
+    done = shardway(*TRAIN_TINY, *SHORT, "method.rank=2,3", "--multirun", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = sorted((tmp_path / "runs").iterdir())
+    ranks = [yaml.safe_load((each / "config.yaml").read_text())["method"]["rank"] for each in runs]
+    assert ranks == [2, 3]
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_torchrun_on_one_host_makes_one_run_folder(tiny: Path, tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        *("-m", "launcher.train", *TRAIN_TINY[1:], *SHORT),
+    ]
+    done = run(command, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert len(losses(folder)) == 4
+
+
+def agents(tmp_path: Path, overrides: tuple[tuple[str, ...], ...]) -> list[subprocess.Popen[str]]:
+    """One torchrun agent for each `overrides`, as on as many hosts."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(overrides)}"),
+                *(f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}"),
+                *("--nproc-per-node=1", "-m", "launcher.train", *TRAIN_TINY[1:], *SHORT, *words),
+            ],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node, words in enumerate(overrides)
+    ]
+
+
+def test_torchrun_on_two_hosts_agrees_on_one_run_folder(tiny: Path, tmp_path: Path) -> None:
+    nodes = agents(tmp_path, ((), ()))
+    outputs = [node.communicate(timeout=180)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert len(losses(folder)) == 4
+    assert {path.name for path in (folder / "logs/attempt-1").iterdir()} == {
+        "rank-00.log", "rank-01.log",
+    }  # fmt: skip
+
+
+def test_a_host_with_other_overrides_is_refused(tiny: Path, tmp_path: Path) -> None:
+    nodes = agents(tmp_path, ((), ("method.rank=5",)))
+    try:
+        said = nodes[1].communicate(timeout=180)[0]
+        assert "rank 1 composed another configuration than rank 0" in said
+        assert nodes[1].returncode != 0
+        assert nodes[0].wait(timeout=180) != 0
+    finally:
+        for node in nodes:
+            node.kill()
+
+
+def wait_for_training(process: subprocess.Popen[str], folder: Path) -> None:
+    for _ in range(600):
+        if (folder / "metrics.jsonl").is_file() and losses(folder):
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    raise AssertionError("training did not begin within a minute")
+
+
+LONG = ("training.epochs=null", "training.max_steps=100000")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_the_command_ends_every_rank(tiny: Path, tmp_path: Path, number: int) -> None:
+    process = start(*TRAIN_TINY, *LONG, "run_dir=run", cwd=tmp_path)
+    wait_for_training(process, tmp_path / "run")
+    assert len(processes_of(tmp_path / "run")) >= 3, "the agent and two ranks"
+    if number == signal.SIGINT:  # a terminal tells the whole foreground group
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert f"stopped by {signal.Signals(number).name}" in output
+    assert "Traceback" not in output
+    assert processes_of(tmp_path / "run") == []
+
+
+def test_a_killed_rank_is_named_and_the_others_end(tiny: Path, tmp_path: Path) -> None:
+    process = start(*TRAIN_TINY, *LONG, "run_dir=run", cwd=tmp_path)
+    wait_for_training(process, tmp_path / "run")
+    for pid in processes_of(tmp_path / "run"):
+        if psutil.Process(pid).environ().get("RANK") == "1":
+            psutil.Process(pid).kill()
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 128 + signal.SIGKILL
+    lines = output.strip().splitlines()
+    assert "rank 1 failed: ended by signal SIGKILL; often the machine ran out of memory" in lines
+    assert lines[-1] == f"Log: {tmp_path}/run/logs/attempt-1/rank-01.log"
+    assert processes_of(tmp_path / "run") == []
+
+
+def test_a_rank_s_own_error_is_the_last_thing_seen(tiny: Path, tmp_path: Path) -> None:
+    done = shardway(
+        *TRAIN_TINY,
+        *LONG,
+        "run_dir=run",
+        "optimizer.learning_rate=1e30",
+        "method=full",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    first, last = done.stdout.strip().splitlines()[-2:]
+    assert "gradient norm" in first
+    assert "training stops here. Try a lower optimizer.learning_rate" in first
+    assert last.startswith("Log: ")
+    assert Path(last.removeprefix("Log: ")).is_file()
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_broken_part_s_exception_is_told_with_rank_and_log(tiny: Path, tmp_path: Path) -> None:
+    """What no rule foresees: the model folder is damaged between check and load."""
+    done = shardway(
+        *TRAIN_TINY, *SHORT, "run_dir=run", "method.target_modules=[no_such_module]", cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert "method.target_modules=['no_such_module']" in done.stdout
+    assert "Traceback" not in done.stdout

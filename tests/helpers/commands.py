@@ -1,0 +1,49 @@
+"""Run the real command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+SHARDWAY = (sys.executable, "-m", "launcher.cli")
+TRAIN_TINY = ("train", "model=tiny", "cluster.cpu_processes=2", "tracking.plot=false")
+
+
+def shardway(*words: object, cwd: Path, patience: float = 180) -> subprocess.CompletedProcess[str]:
+    """One `shardway …` to its end."""
+    command = [*SHARDWAY, *map(str, words)]
+    return run(command, cwd, patience)
+
+
+def run(command: list[str], cwd: Path, patience: float = 180) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=patience)
+
+
+def start(*words: object, cwd: Path) -> subprocess.Popen[str]:
+    """One `shardway …` in a process group of its own, as a terminal makes it."""
+    return subprocess.Popen(
+        [*SHARDWAY, *map(str, words)],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Processes whose command line names `folder`: the agent and the ranks of a run."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        words = process.info["cmdline"] or []
+        if process.info["status"] != psutil.STATUS_ZOMBIE and process.pid != os.getpid():
+            found += [process.pid] * any(str(folder) in word for word in words)
+    return found
+
+
+def written(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
