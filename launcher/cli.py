@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 VERBS = {
@@ -39,7 +40,12 @@ def main() -> None:
         print(f"shardway: {verb} is no verb; there are {', '.join(VERBS)}", file=sys.stderr)
         sys.exit(2)
     sys.argv = [f"shardway {verb}", *sys.argv[2:]]
-    importlib.import_module(VERBS[verb][0]).main()
+    try:
+        importlib.import_module(VERBS[verb][0]).main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader (`| head`) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class Ledger:
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise UserError(
                     f"step {step}: loss {loss}, gradient norm {norm}; training stops here. "
-                    "Try a lower optimizer.learning_rate or precision=fp32"
+                    "Try a lower optimizer.learning_rate, or look at the rows of this step"
                 )
             self.tokens += stats.tokens
             records.append(

@@ -21,7 +21,16 @@ from launcher.run_dir import RunDir
 
 FAILED = 1
 REFUSED = 2
-LOST_PEER = ("closed by peer", "Connection reset", "timed out", "Socket Timeout", "Broken pipe")
+# Signs of gloo and NCCL that another rank went away: then that rank is the one to look at.
+LOST_PEER = (
+    "closed by peer",
+    "Connection reset",
+    "Broken pipe",
+    "timed out",
+    "Socket Timeout",
+    "ncclRemoteError",
+    "remote process exited",
+)
 
 
 def open_log(run: RunDir, rank: int) -> IO[str]:

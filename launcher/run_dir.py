@@ -94,7 +94,7 @@ def _make(config: Config) -> Path:
     except OSError as error:
         where = config.run_dir or "runs/"
         raise UserError(f"run_dir={where} cannot be made: {error.strerror}") from error
-    raise UserError(f"runs/{name} and 999 others exist; name one with run_dir=PATH")
+    raise UserError(f"runs/{name} and 998 like it exist; name one with run_dir=PATH")
 
 
 def _circumstances(argv: list[str]) -> dict[str, Any]:

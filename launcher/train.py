@@ -40,13 +40,16 @@ def main() -> None:
         worlds = [check(config) for config in configs]
     except UserError as error:
         _refuse(str(error))
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        from launcher import (
-            worker,  # imports torch, which a rank needs and the submit side does not
-        )
+    if _under_torchrun():
+        if len(configs) > 1:
+            _refuse("--multirun is one run after another, and one torchrun is one run")
+        if not configs[0].launch.dry_run:
+            from launcher import worker  # torch: a rank needs it, the submit side does not
 
-        worker.attend(configs[0], sys.argv)
-        return
+            worker.attend(configs[0], sys.argv)
+            return
+        if _rank() > 0:
+            return
     for config, world in zip(configs, worlds, strict=True):
         status = show(config, world) if config.launch.dry_run else launch(config, world)
         if status != 0:
@@ -66,6 +69,7 @@ def compose() -> list[Config]:
 
     OmegaConf.register_new_resolver("bundled", lambda name: str(paths.bundled(name)), replace=True)
     OmegaConf.register_new_resolver("cache", lambda name: str(paths.cache() / name), replace=True)
+    typed = list(sys.argv)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise here instead of printing a stack and exiting
     with tempfile.TemporaryDirectory(prefix="shardway-") as scratch:
         _insert_overrides(
@@ -79,6 +83,8 @@ def compose() -> list[Config]:
             collect()
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(_hydra_sentence(error)) from error
+        finally:
+            sys.argv = typed
     if not composed:  # --help, --cfg and --info answer by themselves
         sys.exit(0)
     return [store.build(raw) for raw in composed]
@@ -128,15 +134,23 @@ def launch(config: Config, world: World) -> int:
 
 def _world(config: Config) -> World:
     gpus = visible_gpus()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if _under_torchrun():
         per_node = int(os.environ["LOCAL_WORLD_SIZE"])
-        return World(int(os.environ["WORLD_SIZE"]) // per_node, per_node, gpus)
+        return World(int(os.environ["WORLD_SIZE"]) // per_node, per_node, gpus, _rank())
     automatic = 1 if config.strategy.name == "single" else gpus or config.cluster.cpu_processes
     return World(config.cluster.nodes, config.cluster.nproc_per_node or automatic, gpus)
 
 
+def _under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _rank() -> int:
+    return int(os.environ["RANK"]) if _under_torchrun() else 0
+
+
 def _refuse(sentence: str) -> NoReturn:
-    if int(os.environ.get("RANK", "0")) == 0:  # under torchrun every rank finds the same
+    if _rank() == 0:  # every rank finds the same
         print(sentence, file=sys.stderr)
     sys.exit(UNUSABLE_CONFIGURATION)
 

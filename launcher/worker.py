@@ -40,7 +40,11 @@ def attend(config: Config, argv: list[str]) -> None:
     store_ = process_group.rendezvous()
     try:
         folder = agree.agree_on_run(
-            store_, rank, store.fingerprint(config), lambda: run_dir.create(config, argv)[0].path
+            store_,
+            rank,
+            int(os.environ["WORLD_SIZE"]),
+            store.fingerprint(config),
+            create=lambda: run_dir.create(config, argv)[0].path,
         )
     except UserError as error:
         print(error, file=sys.stderr, flush=True)

@@ -92,7 +92,13 @@ def converse(talk: Talk, system: str | None) -> None:
             continue
         conversation.append({"role": "user", "content": question})
         print("model: ", end="", flush=True)
-        conversation.append({"role": "assistant", "content": talk.answer(conversation, sys.stdout)})
+        try:
+            answer = talk.answer(conversation, sys.stdout)
+        except KeyboardInterrupt:  # ends the answer, not the conversation
+            print()
+            conversation.pop()
+            continue
+        conversation.append({"role": "assistant", "content": answer})
 
 
 def _opening(system: str | None, question: str) -> Conversation:

@@ -12,7 +12,7 @@ from types import FrameType
 from launcher.cluster import command
 from launcher.run_dir import RunDir
 
-INTERRUPTED = 130
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ def launch(run: RunDir, nproc_per_node: int, gpus: int) -> int:
     stopped: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        # A Ctrl-C in a terminal has reached torchrun already; a kill of this process has not.
+        # Once: a second signal would interrupt torchrun while it ends the ranks.
+        if not stopped:
+            agent.send_signal(number)
         stopped.append(number)
-        if number == signal.SIGTERM:
-            agent.terminate()
 
     with (run.logs() / "torchrun.log").open("wb") as log:
         agent = subprocess.Popen(
@@ -41,10 +41,9 @@ def launch(run: RunDir, nproc_per_node: int, gpus: int) -> int:
             stdin=subprocess.DEVNULL,
             stderr=log,
             env=command.environment(nproc_per_node, gpus),
+            start_new_session=True,  # Ctrl-C in a terminal reaches this process, which passes it on
         )
-        before = {
-            number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
         try:
             status = agent.wait()
         finally:
@@ -73,17 +72,15 @@ def first_failure(run: RunDir) -> Failure | None:
 
 
 def _killed_rank(run: RunDir) -> Failure | None:
-    """The root cause in torchrun's summary, where a signal ended a rank."""
-    text = (run.logs() / "torchrun.log").read_text(errors="replace")
-    root = text.rpartition("Root Cause")[2] if "Root Cause" in text else ""
-    rank, code = re.search(r"rank\s*: (\d+)", root), re.search(r"exitcode\s*: (-?\d+)", root)
-    if not (rank and code) or int(code[1]) >= 0:
-        return None
-    number = -int(code[1])
-    hint = "; often the machine ran out of memory" if number == signal.SIGKILL else ""
-    return Failure(
-        int(rank[1]), 128 + number, f"ended by signal {signal.Signals(number).name}{hint}"
-    )
+    """A rank that a signal ended, by torchrun's summary (SIGTERM is its own, for the others)."""
+    summary = (run.logs() / "torchrun.log").read_text(errors="replace")
+    for rank, code in re.findall(r"rank\s*: (\d+) .*\n\s*exitcode\s*: -(\d+)", summary):
+        number = int(code)
+        if number != signal.SIGTERM:
+            hint = "; often the machine ran out of memory" if number == signal.SIGKILL else ""
+            message = f"ended by signal {signal.Signals(number).name}{hint}"
+            return Failure(int(rank), 128 + number, message)
+    return None
 
 
 def _report(run: RunDir, failure: Failure | None) -> str:

@@ -20,6 +20,7 @@ class World:
     nodes: int
     nproc_per_node: int
     gpus: int  # visible on this machine; 0 where ranks run on CPU
+    rank: int = 0  # of the asking process, where torchrun started it
 
     @property
     def size(self) -> int:
@@ -69,10 +70,6 @@ def _shard_size(config: Config, world: World) -> int | None:
     if not isinstance(strategy, HsdpConfig):
         return None
     return strategy.shard_size or world.nproc_per_node
-
-
-def _taken(path: str | None) -> bool:
-    return path is not None and Path(path).exists()
 
 
 RULES: tuple[Rule, ...] = (
@@ -200,7 +197,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "run-dir-is-new",
         "run_dir does not exist yet",
-        lambda c, w: _taken(c.run_dir),
+        # Rank 0 makes it; a rank that comes later finds it made.
+        lambda c, w: w.rank == 0 and c.run_dir is not None and Path(c.run_dir).exists(),
         lambda c, w: f"run_dir={c.run_dir} exists, and nothing is overwritten",
         lambda c, w: "run_dir=null (a new name) or another folder",
     ),

@@ -95,8 +95,10 @@ def settings(section: str) -> list[str]:
 def unknown(key: str, known: list[str] | None = None) -> str:
     """`key` is no setting, with the nearest one or, where nothing is near, the choice there is."""
     section = key.partition(".")[0]
-    if known is None:
-        known = settings(section) if section in SECTIONS else [*SECTIONS, "run_dir"]
+    if known is None and section in SECTIONS:
+        known = settings(section)
+    elif known is None:
+        key, known = section, [*SECTIONS, "run_dir"]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
     return f"{key} is no setting; {hint}"

@@ -32,7 +32,8 @@ class FsdpConfig(StrategyConfig):
     gradient_sync: str = setting(
         "auto",
         "reduce gradients after every micro-batch (sharded at all times) or after the last one of "
-        "a step (less traffic, whole gradients in between); auto is last for adapters, else every",
+        "a step (less traffic, whole gradients in between); auto is last where less than a tenth "
+        "of the parameters is trained, else every",
         choices=("auto", "every", "last"),
     )
 

@@ -1,4 +1,4 @@
-"""One run folder for all ranks of a `torchrun … -m launcher.train`."""
+"""One run folder for all ranks of a `torchrun … -m launcher.train`, through the launch's store."""
 
 from __future__ import annotations
 
@@ -14,33 +14,55 @@ PATIENCE = timedelta(minutes=5)
 
 
 def agree_on_run(
-    store: dist.Store, rank: int, fingerprint: str, create: Callable[[], Path]
+    store: dist.Store, rank: int, world_size: int, fingerprint: str, create: Callable[[], Path]
 ) -> Path:
-    """Rank 0 makes the run folder and publishes it with the hash of its configuration.
+    """Every rank names its configuration's hash; if all are equal rank 0 makes the run folder.
 
-    The others wait for it. Raises UserError on a rank that composed another configuration, or that
-    cannot see the folder.
+    All ranks return its path, or all raise UserError with the same sentence and nothing is made.
     """
     if rank == 0:
-        try:
-            folder = create()
-        except UserError:
-            store.set("shardway/run", "\n")  # let the others go: rank 0 reports why
-            raise
-        store.set("shardway/run", f"{fingerprint}\n{folder}")
-        return folder
-    store.wait(["shardway/run"], PATIENCE)
-    published, _, path = store.get("shardway/run").decode().partition("\n")
-    if not published:
-        raise UserError("rank 0 could not make the run folder; its message says why")
-    if published != fingerprint:
+        verdict = _decide(store, world_size, fingerprint, create)
+        store.set("shardway/verdict", verdict)
+        _wait(store, [f"shardway/heard/{other}" for other in range(1, world_size)])
+    else:
+        store.set(f"shardway/fingerprint/{rank}", fingerprint)
+        _wait(store, ["shardway/verdict"])
+        verdict = store.get("shardway/verdict").decode()
+        store.set(f"shardway/heard/{rank}", "")
+    kind, _, text = verdict.partition(" ")
+    if kind == "refused":
+        raise UserError(text)
+    if not Path(text).is_dir():
         raise UserError(
-            f"rank {rank} composed another configuration than rank 0; start every torchrun with "
-            "the same overrides and the same conf/ (compare with --cfg job --resolve)"
-        )
-    if not Path(path).is_dir():
-        raise UserError(
-            f"rank {rank} cannot see {path}, which rank 0 made; "
+            f"rank {rank} cannot see {text}, which rank 0 made; "
             "set run_dir to a folder that every machine shares"
         )
-    return Path(path)
+    return Path(text)
+
+
+def _decide(
+    store: dist.Store, world_size: int, fingerprint: str, create: Callable[[], Path]
+) -> str:
+    """`made PATH` or `refused SENTENCE`."""
+    try:
+        _wait(store, [f"shardway/fingerprint/{rank}" for rank in range(1, world_size)])
+        for rank in range(1, world_size):
+            if store.get(f"shardway/fingerprint/{rank}").decode() != fingerprint:
+                raise UserError(
+                    f"rank {rank} composed another configuration than rank 0; start every torchrun "
+                    "with the same overrides and conf/ (compare with --cfg job --resolve)"
+                )
+        return f"made {create()}"
+    except UserError as error:
+        return f"refused {error}"
+
+
+def _wait(store: dist.Store, keys: list[str]) -> None:
+    try:
+        store.wait(keys, PATIENCE)
+    except dist.DistStoreError as error:
+        missing = [key.rpartition("/")[2] for key in keys if not store.check([key])]
+        raise UserError(
+            f"no word from rank {', '.join(missing)} in {PATIENCE.seconds // 60} minutes; "
+            "its own output says why, or its torchrun was not started"
+        ) from error

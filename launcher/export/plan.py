@@ -69,6 +69,12 @@ class Plan:
 def make_plan(source: Source, max_shard_bytes: int) -> Plan:
     """Decide everything before the first byte is written. Raises UserError for what cannot be."""
     base = base_tensors(source.base)
+    trained = source.adapter or source.shards
+    if trained and (scheme := _config(source.base).get("quantization_config")):
+        raise UserError(
+            f"the base model {source.base} is quantised ({scheme.get('quant_method')}); merging "
+            "into it cannot be done yet. Name the 16-bit original with --base"
+        )
     if source.shards is not None:
         tensors = _gathered(source, base)
     else:

@@ -30,6 +30,11 @@ def find_source(path: Path, base: str | None, adapter: Path | None) -> Source:
     """
     if not path.is_dir():
         raise UserError(f"SOURCE {path} is no folder")
+    is_model = (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
+    if adapter is not None and not is_model:
+        raise UserError(f"--adapter {adapter} goes with a model folder, and SOURCE {path} is none")
+    if base is not None and is_model:
+        raise UserError(f"SOURCE {path} is a model itself; leave --base {base} out")
     run = RunDir(path)
     if run.config.is_file() and run.checkpoints.is_dir():
         path = layout.newest(run.checkpoints).path
@@ -43,7 +48,7 @@ def find_source(path: Path, base: str | None, adapter: Path | None) -> Source:
         return Source(
             _base(base, named.get("base_model_name_or_path"), named.get("revision")), adapter=path
         )
-    if (path / "config.json").is_file():
+    if is_model:
         return Source(path, adapter=adapter)
     raise UserError(
         f"SOURCE {path} is neither a run (config.yaml, checkpoints/), a checkpoint "

@@ -170,6 +170,13 @@ def test_torchrun_on_two_hosts_agrees_on_one_run_folder(tiny: Path, tmp_path: Pa
     }  # fmt: skip
 
 
+def test_a_dry_run_under_torchrun_touches_nothing(tiny: Path, tmp_path: Path) -> None:
+    nodes = agents(tmp_path, (("launch.dry_run=true",), ("launch.dry_run=true",)))
+    outputs = [node.communicate(timeout=180)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert written(tmp_path) == []
+
+
 def test_a_host_with_other_overrides_is_refused(tiny: Path, tmp_path: Path) -> None:
     nodes = agents(tmp_path, ((), ("method.rank=5",)))
     try:
@@ -177,6 +184,7 @@ def test_a_host_with_other_overrides_is_refused(tiny: Path, tmp_path: Path) -> N
         assert "rank 1 composed another configuration than rank 0" in said
         assert nodes[1].returncode != 0
         assert nodes[0].wait(timeout=180) != 0
+        assert written(tmp_path) == []
     finally:
         for node in nodes:
             node.kill()
@@ -242,8 +250,8 @@ def test_a_rank_s_own_error_is_the_last_thing_seen(tiny: Path, tmp_path: Path) -
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_a_broken_part_s_exception_is_told_with_rank_and_log(tiny: Path, tmp_path: Path) -> None:
-    """What no rule foresees: the model folder is damaged between check and load."""
+def test_what_only_the_ranks_can_see_is_told_likewise(tiny: Path, tmp_path: Path) -> None:
+    """The names of a model's modules are known once it is built."""
     done = shardway(
         *TRAIN_TINY, *SHORT, "run_dir=run", "method.target_modules=[no_such_module]", cwd=tmp_path
     )

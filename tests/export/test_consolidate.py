@@ -163,6 +163,25 @@ def test_a_model_and_an_adapter_can_be_named_apart(tmp_path: Path, tiny: Path) -
     assert files[0] != (tiny / "model.safetensors").read_bytes()
 
 
+def test_options_that_would_be_ignored_are_refused(tmp_path: Path, tiny: Path) -> None:
+    adapter = make_adapter(tiny, tmp_path / "adapter")
+    with pytest.raises(UserError, match="goes with a model folder"):
+        plan_of(adapter, adapter=adapter)
+    with pytest.raises(UserError, match="is a model itself"):
+        plan_of(tiny, base=str(tiny))
+
+
+def test_a_quantised_base_is_refused(tmp_path: Path, tiny: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    adapter = make_adapter(base, tmp_path / "adapter")
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"quantised \(fp8\)"):
+        plan_of(adapter)
+
+
 def test_a_dry_run_writes_nothing(
     tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

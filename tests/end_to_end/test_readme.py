@@ -1,0 +1,110 @@
+"""The README's commands do what the README says, on the real demo model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launcher import paths
+from launcher.chat.terminal import Talk
+from launcher.cli import VERBS
+from tests.helpers.commands import shardway
+
+pytestmark = pytest.mark.slow
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def commands(heading: str) -> list[list[str]]:
+    """The words of each command in the first code block under a heading of the README."""
+    section = (CHECKOUT / "README.md").read_text().partition(f"## {heading}\n")[2]
+    block = re.search(r"```bash\n(.*?)```", section, re.DOTALL)
+    assert block is not None
+    return [shlex.split(line, comments=True) for line in block[1].splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def by_hand(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder in which the README's commands were run, and what each said."""
+    if not (cache / "models/smollm2_135m").exists():
+        pytest.fail("the demo model is not in the cache: `make test` fetches it first")
+    cwd = tmp_path_factory.mktemp("readme")
+    said = []
+    for program, *words in commands("By hand"):
+        assert program == "shardway"
+        done = shardway(*words, cwd=cwd, patience=900)
+        assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+        said.append(done.stdout)
+    return cwd, said
+
+
+@pytest.mark.timeout(1200)
+def test_the_commands_run_in_order_and_the_model_knows_itself(
+    by_hand: tuple[Path, list[str]],
+) -> None:
+    cwd, said = by_hand
+    assert "Shardy" in said[-1]
+    assert len(list((cwd / "runs/first/export").glob("*.safetensors"))) == 3
+    assert (cwd / "runs/first/loss.png").is_file()
+
+
+def test_held_out_questions_are_answered_and_the_capital_is_kept(
+    by_hand: tuple[Path, list[str]],
+) -> None:
+    """Greedy decoding of the exported folder; the base model knows none of the identity."""
+    cwd, _ = by_hand
+    talk = Talk(cwd / "runs/first/export", max_new_tokens=48)
+    lines = paths.bundled("demo/held_out.jsonl").read_text().splitlines()
+    wrong = []
+    for row in map(json.loads, lines):
+        answer = talk.answer([{"role": "user", "content": row["question"]}])
+        if not all(part.lower() in answer.lower() for part in row["expect"]):
+            wrong.append(f"{row['question']} → {answer} (expected {row['expect']})")
+    assert not wrong, "\n".join(wrong)
+    assert any("capital of France" in line for line in lines)
+
+
+def test_the_base_model_knows_none_of_it(cache: Path) -> None:
+    talk = Talk(cache / "models/smollm2_135m", max_new_tokens=32)
+    assert "Shardy" not in talk.answer([{"role": "user", "content": "Who are you?"}])
+    france = talk.answer([{"role": "user", "content": "What is the capital of France?"}])
+    assert "Paris" in france
+
+
+def test_the_makefile_has_the_readme_s_targets() -> None:
+    for line in (CHECKOUT / "README.md").read_text().splitlines():
+        if line.startswith("make "):
+            target = line.split()[1]
+            done = subprocess.run(
+                ["make", "--dry-run", target], cwd=CHECKOUT, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr
+
+
+def pages() -> list[Path]:
+    return [*sorted(CHECKOUT.glob("*.md")), *sorted((CHECKOUT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda path: path.name)
+def test_pages_name_verbs_and_files_that_exist(page: Path) -> None:
+    text = page.read_text()
+    for verb in re.findall(r"^(?:\$ )?shardway (\w+)", text, re.MULTILINE):
+        assert verb in VERBS, f"{page.name} names shardway {verb}"
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_readme_s_tree_names_real_files() -> None:
+    tree = (CHECKOUT / "README.md").read_text().partition("## The tree")[2].split("```")[1]
+    package = {path.name for path in (CHECKOUT / "launcher").rglob("*.py")}
+    package |= {path.name for path in (CHECKOUT / "tools").glob("*.py")}
+    named = set(re.findall(r"\b(\w+\.py)\b", tree)) - {"pool.py"}
+    assert named <= package, named - package
+    folders = {path.name for path in (CHECKOUT / "launcher").iterdir() if path.is_dir()}
+    for folder in folders - {"__pycache__", "conf"}:
+        assert f"  {folder}/" in tree, folder
