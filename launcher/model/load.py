@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 
 from launcher.config.model import ModelConfig
 from launcher.errors import UserError
+from launcher.model.attention import attention_for
 
 
 class SafetensorsFolder:
@@ -90,7 +91,7 @@ def build_model(config: ModelConfig, folder: Path, seed: int) -> tuple[nn.Module
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.name_or_path={folder} cannot be read: {error}") from error
     options = {
-        "attn_implementation": config.attention,
+        "attn_implementation": attention_for(config.attention, architecture),
         "trust_remote_code": config.trust_remote_code,
     }
     # Buffers are made for real: rotary frequencies are in no file.

@@ -8,11 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from launcher.config.model import ModelConfig
 from launcher.distributed.process_group import Place
 from launcher.errors import UserError
+from launcher.model.attention import CAUSAL, attention_for
 from launcher.model.load import build_model
 from launcher.model.tiny import byte_tokenizer, make_tiny
 from tests.helpers import parts
@@ -118,3 +128,39 @@ def test_an_index_that_lists_a_missing_file_is_named(tiny: Path, tmp_path: Path)
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="model-00001-of-00002"):
         build_model(ModelConfig(name_or_path=str(folder)), folder, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "maskless"),
+    [
+        (LlamaConfig(), True),
+        (Qwen2Config(use_sliding_window=False, sliding_window=4096), True),
+        (MistralConfig(sliding_window=64), False),
+        (Gemma3TextConfig(), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_only_models_that_see_all_earlier_tokens_go_without_a_mask(
+    config: Any, maskless: bool
+) -> None:
+    assert (attention_for("sdpa", config) == CAUSAL) is maskless
+    assert attention_for("eager", config) == "eager"
+
+
+def test_a_sliding_window_is_kept(ranks: Any, rows_file: Path, tmp_path: Path) -> None:
+    """The window is shorter than the question: without its mask the logits would differ."""
+    folder = tmp_path / "mistral"
+    torch.manual_seed(0)
+    model = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, sliding_window=8,
+        )
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(input_ids=QUESTION).logits
+    for found in ranks.run(2, logits, Case(folder, rows_file)):
+        assert torch.equal(found, expected)

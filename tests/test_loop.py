@@ -1,0 +1,173 @@
+"""The loop does little besides the step, and its bookkeeping is right."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launcher import loop
+from launcher.distributed.process_group import Place
+from launcher.errors import UserError
+from launcher.loop import Plan, fit
+from launcher.metrics import Ledger, StepStats
+from tests.helpers import parts
+from tests.helpers.parts import Case
+
+CONVERSIONS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy")
+
+
+def count_conversions(place: Place, case: Case) -> list[torch.dtype]:
+    """Dtypes of the tensors that one step turns into Python numbers."""
+    strategy, _, loader = parts.set_up(place, case)
+    for step in range(2):  # FSDP sets itself up in the first
+        parts.train_step(strategy, loader.window(step), parts.MAX_NORM, place.device)
+    window = loader.window(2)
+    seen: list[torch.dtype] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in CONVERSIONS:
+            original = getattr(torch.Tensor, name)
+
+            def counted(self: torch.Tensor, *args: Any, _original: Any = original) -> Any:
+                seen.append(self.dtype)
+                return _original(self, *args)
+
+            patch.setattr(torch.Tensor, name, counted)
+        parts.train_step(strategy, window, parts.MAX_NORM, place.device)
+    return seen
+
+
+def walk_nothing(place: Place, case: Case) -> bool:
+    """One step in which walking over the model's parameters raises."""
+    strategy, _, loader = parts.set_up(place, case)
+    parts.train_step(strategy, loader.window(0), parts.MAX_NORM, place.device)
+
+    def forbidden(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a step walks over parameters")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("parameters", "named_parameters", "state_dict"):
+            patch.setattr(torch.nn.Module, name, forbidden)
+        parts.train_step(strategy, loader.window(1), parts.MAX_NORM, place.device)
+    return True
+
+
+@pytest.mark.parametrize(("strategy", "world"), [("single", 1), ("ddp", 2), ("fsdp", 2)])
+def test_a_step_waits_for_nothing_but_a_token_count_on_the_cpu(
+    ranks: Any, tiny: Path, rows_file: Path, strategy: str, world: int
+) -> None:
+    case = Case(tiny, rows_file, strategy=strategy, global_batch_size=12)
+    for seen in ranks.run(world, count_conversions, case):
+        assert seen == [torch.int64]
+
+
+@pytest.mark.parametrize(("strategy", "world"), [("single", 1), ("ddp", 2), ("fsdp", 2)])
+def test_a_step_does_no_work_over_frozen_parameters(
+    ranks: Any, tiny: Path, rows_file: Path, strategy: str, world: int
+) -> None:
+    assert all(ranks.run(world, walk_nothing, Case(tiny, rows_file, strategy=strategy)))
+
+
+def test_the_loop_fits_on_a_screen() -> None:
+    assert len(inspect.getsource(loop.train_step).splitlines()) <= 30
+    assert len(inspect.getsource(loop.fit).splitlines()) <= 80
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.calls: list[str] = []
+
+    def start(self, total_steps: int) -> None:
+        self.calls.append(f"start {total_steps}")
+
+    def log(self, records: list[dict[str, Any]]) -> None:
+        self.calls.append("log")
+        self.records += records
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+
+
+def fitted(place: Place, case: Case, log_steps: int) -> tuple[Recorder, list[int], list[float]]:
+    strategy, _, loader = parts.set_up(place, case)
+    recorder, saved = Recorder(), []
+    fit(
+        strategy,
+        case.scheduler(strategy.optimizer),
+        loader,
+        case.loader(place.rank, place.world_size, 2),
+        Plan(total_steps=7, max_grad_norm=0.5, eval_steps=3, save_steps=5, log_steps=log_steps),
+        [recorder],
+        saved.append,
+        place.device,
+    )
+    return (
+        recorder,
+        saved,
+        [record["learning_rate"] for record in recorder.records if "loss" in record],
+    )
+
+
+@pytest.mark.parametrize("log_steps", [1, 2, 100])
+def test_events_come_when_they_are_due(
+    ranks: Any, tiny: Path, rows_file: Path, log_steps: int
+) -> None:
+    case = Case(tiny, rows_file, strategy="single")
+    ((recorder, saved, rates),) = ranks.run(1, fitted, case, log_steps)
+    assert saved == [5, 7]
+    steps = [record["step"] for record in recorder.records if "loss" in record]
+    assert steps == [1, 2, 3, 4, 5, 6, 7], "a line for every step, however seldom they are written"
+    assert [r["step"] for r in recorder.records if "eval_loss" in r] == [3, 6, 7]
+    assert (recorder.calls[0], recorder.calls[-1]) == ("start 7", "finish")
+    assert rates[:4] == pytest.approx([0, 1e-3 / 3, 2e-3 / 3, 1e-3]), "warm-up of three steps"
+
+
+def test_evaluation_is_the_mean_over_all_target_tokens(
+    ranks: Any, tiny: Path, rows_file: Path
+) -> None:
+    """Equal on any number of ranks, and to one forward over all rows."""
+    expected = None
+    for world in (1, 2, 3):
+        found = ranks.run(world, evaluated, Case(tiny, rows_file, strategy="ddp"))
+        expected = (
+            expected
+            or parts.plain_loss(
+                parts.plain_model(Case(tiny, rows_file)),
+                Case(tiny, rows_file, global_batch_size=13).loader(0, 1, 13).window(0),
+            ).item()
+        )
+        assert found == pytest.approx([expected] * world, rel=1e-6)
+
+
+def evaluated(place: Place, case: Case) -> float:
+    strategy, _, _ = parts.set_up(place, case)
+    value = loop.evaluate(strategy, case.loader(place.rank, place.world_size, 2), place.device)
+    assert strategy.model.training, "evaluation ends in training mode"
+    return value
+
+
+def stats(loss: float, norm: float = 1.0) -> StepStats:
+    return StepStats(torch.tensor(loss), torch.tensor(norm), tokens=10)
+
+
+def test_the_ledger_adds_tokens_over_the_run() -> None:
+    ledger = Ledger(sum=lambda values: values)
+    ledger.add(1, 0.1, stats(2.0))
+    ledger.add(2, 0.1, stats(1.5))
+    assert [record["tokens"] for record in ledger.flush()] == [10, 20]
+    assert ledger.flush() == []
+    ledger.add(3, 0.1, stats(1.0))
+    assert [(r["step"], r["loss"], r["tokens"]) for r in ledger.flush()] == [(3, 1.0, 30)]
+
+
+@pytest.mark.parametrize("bad", [(float("nan"), 1.0), (1.0, float("inf"))])
+def test_a_step_that_is_not_finite_stops_the_run_by_name(bad: tuple[float, float]) -> None:
+    ledger = Ledger(sum=lambda values: values)
+    ledger.add(1, 0.1, stats(2.0))
+    ledger.add(2, 0.1, stats(*bad))
+    with pytest.raises(UserError, match="step 2: loss"):
+        ledger.flush()
