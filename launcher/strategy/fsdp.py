@@ -50,7 +50,12 @@ class Fsdp:
             self._fill(weights)
         self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._defer_sync = self._defers_sync()
-        self.optimizer = build_optimizer(self._trained.values())
+        # The optimizer sees this rank's shards as plain parameters that share their storage:
+        # DTensor's dispatch of list operations costs seconds in the first step (it grows with the
+        # square of the list) and milliseconds in each.
+        self._shards_trained = [nn.Parameter(_local(p.detach())) for p in self._trained.values()]
+        self._bound = False
+        self.optimizer = build_optimizer(self._shards_trained)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         total = values.clone()
@@ -66,10 +71,13 @@ class Fsdp:
         (loss * self.place.world_size).backward()
 
     def step(self, max_norm: float) -> StepResult:
-        norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), max_norm)
+        self._lend_gradients()
+        norm = self._gradient_norm()
+        torch.nn.utils.clip_grads_with_norm_(self._shards_trained, max_norm, norm)
         self.optimizer.step()
-        self.optimizer.zero_grad()
-        return StepResult(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        for parameter in (*self._trained.values(), *self._shards_trained):
+            parameter.grad = None
+        return StepResult(norm)
 
     def gather_trained(self) -> dict[str, torch.Tensor] | None:
         return gather_to_main(self._trained)
@@ -91,6 +99,26 @@ class Fsdp:
             f"{self.config.name}: {replicas} replica(s) × {shards} shard(s) on "
             f"{self.place.device.type}, gradients reduced {sync}"
         )
+
+    @torch.no_grad()
+    def _lend_gradients(self) -> None:
+        """Show the optimizer this rank's part of every gradient."""
+        for shard, parameter in zip(self._shards_trained, self._trained.values(), strict=True):
+            if not self._bound:  # FSDP pads uneven shards in the first forward: new storage
+                shard.data = _local(parameter)
+            shard.grad = None if parameter.grad is None else _local(parameter.grad)
+        self._bound = True
+
+    def _gradient_norm(self) -> torch.Tensor:
+        """The L2 norm of the whole gradient, the same on every rank. Nobody waits for it."""
+        norm = torch.nn.utils.get_total_norm(
+            [shard.grad for shard in self._shards_trained if shard.grad is not None]
+        )
+        if not self._shards:
+            return norm
+        square = norm.square()
+        dist.all_reduce(square, group=self.mesh["shard"].get_group())
+        return square.sqrt()
 
     def _cast(self) -> None:
         """Frozen parameters to the compute dtype, trained ones to the master dtype."""
@@ -158,6 +186,10 @@ class Fsdp:
             trained = sum(parameter.numel() for parameter in self._trained.values())
             return 10 * trained < sum(parameter.numel() for parameter in self.model.parameters())
         return self.config.gradient_sync == "last"
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_size(config: StrategyConfig, place: Place) -> int:
