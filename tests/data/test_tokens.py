@@ -99,7 +99,7 @@ def test_rows_without_an_answer_in_reach_are_counted_and_left_out(
     long = [{"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "y"}]
     path.write_text("\n".join(json.dumps({"messages": m}) for m in (TALK, long)) + "\n")
     rows = load_rows(path, DataConfig(path="", max_length=100), byte_tokenizer())
-    assert (len(rows), rows.dropped, rows.truncated) == (1, 1, 2)
+    assert (len(rows), rows.dropped, rows.truncated) == (1, 1, 1)
     assert "1 rows left out" in rows.describe()
     with pytest.raises(UserError, match=r"no answer lies within data\.max_length=20"):
         load_rows(path, DataConfig(path="", max_length=20), byte_tokenizer())
