@@ -161,10 +161,29 @@ def test_targets_are_the_next_tokens(rows_file: Path) -> None:
     rows = load_rows(rows_file, DataConfig(path="", max_length=96), byte_tokenizer())
     batch = deal(rows, 0, 1, 13, 13, seed=None).window(0).micro_batches[0]
     assert batch.input_ids.shape[1] % 8 == 0
+    longest_first = sorted(range(13), key=lambda row: -len(rows[row][0]))
     for row in range(13):
-        ids, trained = rows[row]
+        ids, trained = rows[longest_first[row]]
         for place in range(batch.input_ids.shape[1]):
             if place + 1 < len(ids) and trained[place + 1]:
                 assert batch.targets[row, place] == ids[place + 1]
             else:
                 assert batch.targets[row, place] == IGNORED
+
+
+def test_rows_of_like_length_meet(rows_file: Path) -> None:
+    """Less padding than in the order they come, and ranks that wait less for each other."""
+    rows = load_rows(rows_file, DataConfig(path="", max_length=96), byte_tokenizer())
+    loaders = [deal(rows, rank, 2, 2, 12, seed=5) for rank in range(2)]
+    shapes = [
+        [batch.input_ids.shape[1] for batch in loader.window(0).micro_batches] for loader in loaders
+    ]
+    assert all(lengths == sorted(lengths, reverse=True) for lengths in shapes)
+    longest = [max(lengths) for lengths in shapes]
+    assert longest[0] - longest[1] <= 8
+    chosen = loaders[0]._order(0)[:12]
+    unsorted_padding = sum(
+        2 * max(len(rows[a][0]), len(rows[b][0]))
+        for a, b in zip(chosen[::2], chosen[1::2], strict=True)
+    )
+    assert sum(2 * length for lengths in shapes for length in lengths) < unsorted_padding
