@@ -6,6 +6,9 @@ the rank's log, whatever library writes to them.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import io
 import os
 import signal
 import sys
@@ -13,7 +16,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO
+from typing import Any, NoReturn
 
 from launcher.errors import UserError
 from launcher.manifest import write_json
@@ -33,18 +36,44 @@ LOST_PEER = (
 )
 
 
-def open_log(run: RunDir, rank: int) -> IO[str]:
+class Console(io.TextIOBase):
+    """A terminal or pipe that may go away (`| head`, a closed window): training goes on."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def write(self, text: str) -> int:
+        # When the reader has gone what is said is lost; metrics.jsonl and the logs are not.
+        with contextlib.suppress(OSError):
+            os.write(self._descriptor, text.encode())
+        return len(text)
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+
+def open_log(run: RunDir, rank: int) -> Console:
     """Send stdout and stderr to the rank's log; return the console, silent but for rank 0."""
     # The agent passes Ctrl-C on. A rank may be waiting in a collective, where Python's own handler
     # would not run: end at once.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _end_with_the_agent()
     sys.stdout.flush()
-    console = os.fdopen(os.dup(1) if rank == 0 else os.open(os.devnull, os.O_WRONLY), "w")
+    console = Console(os.dup(1) if rank == 0 else os.open(os.devnull, os.O_WRONLY))
     log = os.open(run.rank_log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
     return console
+
+
+def _end_with_the_agent() -> None:
+    """Have the kernel end this rank when torchrun is killed: it could not end its ranks then."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
 @contextmanager
@@ -59,16 +88,21 @@ def last_words(run: RunDir, rank: int) -> Iterator[None]:
             print(message, file=sys.stderr)
         else:
             traceback.print_exc()
-        write_json(
-            run.rank_error(rank),
-            {
-                "rank": rank,
-                "time": time.time(),
-                "message": message,
-                "exit_code": REFUSED if refused else FAILED,
-                "lost_peer": any(sign in message for sign in LOST_PEER),
-            },
-        )
+        status = REFUSED if refused else FAILED
+        report = {
+            "rank": rank,
+            "time": time.time(),
+            "message": message,
+            "exit_code": status,
+            "lost_peer": any(sign in message for sign in LOST_PEER),
+        }
+        _end(run, report, status)
+
+
+def _end(run: RunDir, report: dict[str, Any], status: int) -> NoReturn:
+    try:
+        write_json(run.rank_error(report["rank"]), report)
         sys.stderr.flush()
+    finally:
         # Not sys.exit: the teardown of a process group whose peers are waiting can hang.
-        os._exit(REFUSED if refused else FAILED)
+        os._exit(status)

@@ -68,7 +68,7 @@ def create(config: Config, argv: list[str]) -> tuple[RunDir, Config]:
     exists is refused; without a name, `runs/<time>-<model>-<method>` gets a number when taken.
     """
     run = RunDir(_make(config).absolute())
-    config = dataclasses.replace(config, run_dir=str(run.path))
+    config = dataclasses.replace(_with_absolute_paths(config), run_dir=str(run.path))
     run.logs().mkdir(parents=True)
     run.checkpoints.mkdir()
     manifest.write_json(run.launch, _circumstances(argv))
@@ -95,6 +95,21 @@ def _make(config: Config) -> Path:
         where = config.run_dir or "runs/"
         raise UserError(f"run_dir={where} cannot be made: {error.strerror}") from error
     raise UserError(f"runs/{name} and 998 like it exist; name one with run_dir=PATH")
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """What was named relative to this folder is found from any other, too."""
+
+    def absolute(name: str) -> str:
+        return str(Path(name).absolute()) if Path(name).exists() else name
+
+    data, model = config.data, config.model
+    eval_path = absolute(data.eval_path) if data.eval_path else None
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(model, name_or_path=absolute(model.name_or_path)),
+        data=dataclasses.replace(data, path=absolute(data.path), eval_path=eval_path),
+    )
 
 
 def _circumstances(argv: list[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ overrides, and rank 0 alone makes the folder. No torch is imported before the ch
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shlex
 import sys
@@ -92,7 +93,14 @@ def compose() -> list[Config]:
 
 def _insert_overrides(*overrides: str) -> None:
     """Put `overrides` before the user's, which then win. argparse wants them in one place."""
-    given = (at for at, word in enumerate(sys.argv) if at and "=" in word and word[0] != "-")
+    given = (
+        at
+        for at, word in enumerate(sys.argv)
+        if at
+        and re.match(r"[+~\w]", word)
+        and "=" in word
+        and not sys.argv[at - 1].startswith("--c")
+    )
     at = next(given, len(sys.argv))
     sys.argv[at:at] = overrides
 
@@ -150,8 +158,10 @@ def _rank() -> int:
 
 
 def _refuse(sentence: str) -> NoReturn:
-    if _rank() == 0:  # every rank finds the same
+    if not _under_torchrun():
         print(sentence, file=sys.stderr)
+    elif os.environ["LOCAL_RANK"] == "0":  # once a host: another host may lack what this one has
+        print(f"{platform.node()}, rank {_rank()}: {sentence}", file=sys.stderr)
     sys.exit(UNUSABLE_CONFIGURATION)
 
 

@@ -11,8 +11,9 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from io import TextIOBase
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from launcher import rank_log, run_dir
 from launcher.config import Config, store
@@ -61,7 +62,7 @@ def _serve(run_folder: RunDir, rank: int, meeting: Any = None) -> None:
         run(run_folder, store.load(run_folder.config), console, meeting)
 
 
-def run(run_folder: RunDir, config: Config, console: IO[str], meeting: Any = None) -> None:
+def run(run_folder: RunDir, config: Config, console: TextIOBase, meeting: Any = None) -> None:
     """Build the parts and train. Data before the process group: a rank that waits for the
     tokeniser is not in a collective."""
     import torch
@@ -142,7 +143,7 @@ def _method_and_strategy(config: Config, folder: Path, place: Any, say: Say) -> 
     from launcher.strategy import build_strategy
 
     method, precision = build_method(config.method), PRECISIONS[config.precision.name]
-    model, weights = build_model(config.model, folder, config.training.seed)
+    model, weights = build_model(config.model, folder, config.training.seed, precision.compute)
     model = method.prepare(model, config.training.seed)
     say(f"method: {config.method.name}: {describe(model)}")
     strategy = build_strategy(config.strategy, place, precision)

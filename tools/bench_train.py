@@ -64,7 +64,9 @@ def main() -> None:
 
 def shardway_arm(folder: Path, loader: Loader, place: Place, arguments: argparse.Namespace) -> Step:
     """The product's own parts, as the worker puts them together."""
-    model, weights = build_model(ModelConfig(name_or_path=str(folder)), folder, SEED)
+    model, weights = build_model(
+        ModelConfig(name_or_path=str(folder)), folder, SEED, PRECISIONS[arguments.precision].compute
+    )
     model = Lora(METHOD).prepare(model, SEED)
     precision = PRECISIONS[arguments.precision]
     strategy = build_strategy(SingleConfig(name="single"), place, precision)

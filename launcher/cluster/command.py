@@ -24,6 +24,7 @@ def environment(nproc_per_node: int, gpus: int) -> dict[str, str]:
     torchrun would give each of several ranks one thread, whatever the machine has.
     """
     values = dict(os.environ)
+    values["SHARDWAY_GPUS"] = str(gpus)  # a rank that sees none where there are some refuses
     cores = len(os.sched_getaffinity(0))
     values.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc_per_node) if not gpus else 1))
     if gpus:

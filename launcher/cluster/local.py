@@ -43,7 +43,12 @@ def launch(run: RunDir, nproc_per_node: int, gpus: int) -> int:
             env=command.environment(nproc_per_node, gpus),
             start_new_session=True,  # Ctrl-C in a terminal reaches this process, which passes it on
         )
-        before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+        # What is ignored stays ignored: `nohup` means it.
+        before = {
+            number: signal.signal(number, pass_on)
+            for number in PASSED_ON
+            if signal.getsignal(number) is not signal.SIG_IGN
+        }
         try:
             status = agent.wait()
         finally:
@@ -74,9 +79,13 @@ def first_failure(run: RunDir) -> Failure | None:
 def _killed_rank(run: RunDir) -> Failure | None:
     """A rank that a signal ended, by torchrun's summary (SIGTERM is its own, for the others)."""
     summary = (run.logs() / "torchrun.log").read_text(errors="replace")
-    for rank, code in re.findall(r"rank\s*: (\d+) .*\n\s*exitcode\s*: -(\d+)", summary):
+    pattern = r"rank\s*: (\d+) .*\n\s*exitcode\s*: -(\d+)"
+    killed = re.findall(pattern, summary)
+    # A SIGTERM that came first was not the agent's.
+    root = re.findall(pattern, summary.rpartition("Root Cause")[2])
+    for rank, code in killed:
         number = int(code)
-        if number != signal.SIGTERM:
+        if number != signal.SIGTERM or (rank, code) in root:
             hint = "; often the machine ran out of memory" if number == signal.SIGKILL else ""
             message = f"ended by signal {signal.Signals(number).name}{hint}"
             return Failure(int(rank), 128 + number, message)
@@ -85,5 +94,5 @@ def _killed_rank(run: RunDir) -> Failure | None:
 
 def _report(run: RunDir, failure: Failure | None) -> str:
     if failure is None:
-        return f"The ranks did not start. Log: {run.logs() / 'torchrun.log'}"
+        return f"The ranks ended without a word. Log: {run.logs() / 'torchrun.log'}"
     return f"rank {failure.rank} failed: {failure.message}\nLog: {run.rank_log(failure.rank)}"

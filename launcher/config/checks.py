@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -62,6 +63,15 @@ def _missing_model(config: Config, world: World) -> bool:
 def _lost_weights(config: Config, world: World) -> bool:
     folder = Path(config.model.name_or_path)
     return (folder / "config.json").is_file() and not any(folder.glob("*.safetensors"))
+
+
+def _quantisation(config: Config) -> str | None:
+    """How the weights of a local folder are quantised, None if they are not."""
+    try:
+        settings = json.loads((Path(config.model.name_or_path) / "config.json").read_text())
+        return str(settings["quantization_config"].get("quant_method", "unknown"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # not there, or damaged: other rules and the loader say so
 
 
 def _shard_size(config: Config, world: World) -> int | None:
@@ -156,6 +166,13 @@ RULES: tuple[Rule, ...] = (
         lambda c, w: f"scheduler.warmup_steps={(c.training.max_steps or 0) // 10}",
     ),
     Rule(
+        "two-betas",
+        "optimizer.betas are two numbers below 1",
+        lambda c, w: len(c.optimizer.betas) != 2 or max(c.optimizer.betas) >= 1,
+        lambda c, w: f"optimizer.betas={c.optimizer.betas} are not two numbers below 1",
+        lambda c, w: "optimizer.betas=[0.9,0.999]",
+    ),
+    Rule(
         "one-evaluation-set",
         "at most one of data.eval_path and data.eval_rows names the evaluation rows",
         lambda c, w: c.data.eval_path is not None and c.data.eval_rows > 0,
@@ -193,6 +210,16 @@ RULES: tuple[Rule, ...] = (
         _lost_weights,
         lambda c, w: f"model.name_or_path={c.model.name_or_path} holds no *.safetensors",
         lambda c, w: "convert it once: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)",
+    ),
+    Rule(
+        "model-is-not-quantised",
+        "the model's weights are not quantised",
+        lambda c, w: _quantisation(c) is not None,
+        lambda c, w: (
+            f"model.name_or_path={c.model.name_or_path} is quantised ({_quantisation(c)}), "
+            "which cannot be trained yet"
+        ),
+        lambda c, w: "model.name_or_path=the 16-bit original",
     ),
     Rule(
         "run-dir-is-new",

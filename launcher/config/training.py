@@ -18,7 +18,9 @@ class TrainingConfig:
         None, "evaluate every so many steps; the end always", minimum=1
     )
     log_steps: int = setting(1, "write metrics every so many steps, all lines at once", minimum=1)
-    seed: int = setting(42, "of the data order, the adapters' start and dropout", minimum=0)
+    seed: int = setting(
+        42, "of the data order, the adapters' start and dropout", minimum=0, maximum=2**31
+    )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -22,7 +22,7 @@ from launcher.data import source
 from launcher.data.chat import tokenize
 from launcher.errors import UserError
 
-FORMAT = "1"  # part of the key: raise it when tokenising changes
+FORMAT = "2"  # part of the key: raise it when tokenising changes
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,14 @@ def load_rows(path: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase
     noticed. One process tokenises; others on the machine wait for its lock.
     """
     store = paths.cache() / "tokens" / f"{_key(path, config, tokenizer)}.safetensors"
-    store.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(store.with_suffix(".lock")):
-        if not store.is_file():
-            rows = _tokenize_file(path, config, tokenizer)
-            aside = store.with_suffix(".partial")
-            aside.write_bytes(save(_tensors(rows)))
-            aside.replace(store)
+    if not store.is_file():
+        try:
+            _fill_cache(store, path, config, tokenizer)
+        except OSError as error:
+            raise UserError(
+                f"the token cache {store.parent} cannot be written: {error.strerror}; "
+                "set SHARDWAY_CACHE to a folder of yours"
+            ) from error
     tensors = load_file(store)
     counts = tensors.pop("counts").tolist()
     rows = Rows(**tensors, dropped=counts[0], truncated=counts[1])
@@ -85,6 +86,17 @@ def split(rows: Rows, eval_rows: int, seed: int) -> tuple[Sequence[int], Sequenc
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = sorted(order[:eval_rows])
     return sorted(order[eval_rows:]), held_out
+
+
+def _fill_cache(
+    store: Path, path: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    store.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(store.with_suffix(".lock")):
+        if not store.is_file():  # else another rank has made it meanwhile
+            aside = store.with_suffix(".partial")
+            aside.write_bytes(save(_tensors(_tokenize_file(path, config, tokenizer))))
+            aside.replace(store)
 
 
 def _tokenize_file(path: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Rows:
@@ -120,6 +132,7 @@ def _key(path: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> 
         while block := file.read(1 << 20):
             digest.update(block)
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
-    options = (FORMAT, config.format, config.max_length, tokenizer.chat_template, backend)
+    special = sorted(tokenizer.special_tokens_map.items())  # templates and the mask use them
+    options = (FORMAT, config.format, config.max_length, tokenizer.chat_template, backend, special)
     digest.update(repr(options).encode())
     return digest.hexdigest()

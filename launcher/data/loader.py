@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -61,9 +62,8 @@ class Loader:
         out, a micro-batch holds one padding row without targets.
         """
         epoch, index = divmod(step, self.steps_per_epoch)
-        rows = self._order(epoch)[
-            index * self.global_batch_size : (index + 1) * self.global_batch_size
-        ]
+        begin = index * self.global_batch_size
+        rows = self._rows(epoch, begin, min(begin + self.global_batch_size, len(self.chosen)))
         per_round = self.world_size * self.micro_batch_size
         # Longest first and dealt like cards: rows of like length meet in a batch (less padding) and
         # in a round (ranks wait less for each other). The step's sum over rows is the same.
@@ -81,12 +81,12 @@ class Loader:
         """One epoch."""
         return (self.window(step) for step in range(self.steps_per_epoch))
 
-    def _order(self, epoch: int) -> list[int]:
+    def _rows(self, epoch: int, begin: int, end: int) -> list[int]:
+        """Row numbers at places [begin, end) of the epoch's order."""
         if self.seed is None:
-            return list(self.chosen)
-        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
-        order = torch.randperm(len(self.chosen), generator=generator).tolist()
-        return [self.chosen[at] for at in order]
+            return list(self.chosen[begin:end])
+        order = _permutation(self.seed + 1_000_003 * epoch, len(self.chosen))
+        return [self.chosen[at] for at in order[begin:end].tolist()]
 
     def _collate(self, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> MicroBatch:
         longest = max((len(ids) for ids, _ in rows), default=1)
@@ -99,3 +99,9 @@ class Loader:
             # Place t predicts token t + 1: shifted here, so that logits need not be cut.
             targets[at, : len(ids) - 1] = torch.where(trained[1:], ids[1:].long(), IGNORED)
         return MicroBatch(input_ids, targets)
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, length: int) -> torch.Tensor:
+    """One epoch's order: drawn once, not at every step."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed))

@@ -29,9 +29,12 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     with text:
         rows = _json_lines(path, text) if path.suffix == ".jsonl" else _json_array(path, text)
         empty = True
-        for place_and_row in rows:
-            empty = False
-            yield place_and_row
+        try:
+            for place_and_row in rows:
+                empty = False
+                yield place_and_row
+        except UnicodeDecodeError as error:
+            raise UserError(f"data.path={path} is not UTF-8 ({error}); convert it") from error
     if empty:
         raise UserError(f"data.path={path} holds no rows; give it at least one")
 
@@ -89,12 +92,16 @@ def _from_alpaca(place: str, row: dict[str, Any]) -> list[Message]:
     if row.get("input"):
         question = f"{question}\n{_text(place, row, 'input')}"
     answer = _text(place, row, "output")
-    messages = [{"role": "system", "content": str(system)}] if system else []
+    messages = [{"role": "system", "content": _text(place, row, "system")}] if system else []
+    if not isinstance(history, list):
+        raise UserError(f"{place}: history must be pairs of question and answer")
     for turn in history:
         if not (isinstance(turn, list) and len(turn) == 2):
             raise UserError(f"{place}: history must be pairs of question and answer")
-        messages.append({"role": "user", "content": str(turn[0])})
-        messages.append({"role": "assistant", "content": str(turn[1])})
+        pair = {"question": turn[0], "answer": turn[1]}
+        where = f"{place} history"
+        messages.append({"role": "user", "content": _text(where, pair, "question")})
+        messages.append({"role": "assistant", "content": _text(where, pair, "answer")})
     return [
         *messages,
         {"role": "user", "content": question},

@@ -18,6 +18,11 @@ def local_box(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(shape), tuple(offsets)
 
 
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, sharded or not."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def gather_to_main(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
     """Whole copies of `tensors` on the CPU of rank 0, None on the other ranks. Collective.
 
@@ -26,7 +31,7 @@ def gather_to_main(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
     """
     sharded = {n: t for n, t in tensors.items() if isinstance(t, DTensor) and _is_split(t)}
     whole = {
-        name: _local(t).detach().to("cpu", copy=True)
+        name: local_part(t).detach().to("cpu", copy=True)
         for name, t in tensors.items()
         if name not in sharded
     }
@@ -41,10 +46,6 @@ def _is_split(tensor: DTensor) -> bool:
         isinstance(placement, Shard) and tensor.device_mesh.size(axis) > 1
         for axis, placement in enumerate(tensor.placements)
     )
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _gather_shards(sharded: dict[str, DTensor]) -> dict[str, torch.Tensor]:

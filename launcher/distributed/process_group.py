@@ -9,6 +9,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from launcher.errors import UserError
+
 
 @dataclass(frozen=True)
 class Place:
@@ -26,9 +28,18 @@ class Place:
 
 
 def place() -> Place:
-    """Read the environment; on a machine with GPUs each local rank takes its own."""
+    """Read the environment; on a machine with GPUs each local rank takes its own.
+
+    Raises UserError where the launcher counted GPUs and torch finds none: no silent run on CPU.
+    """
     local_rank = int(os.environ["LOCAL_RANK"])
     cuda = torch.cuda.is_available()
+    counted = int(os.environ.get("SHARDWAY_GPUS", "0"))
+    if counted and not cuda:
+        raise UserError(
+            f"{counted} GPU(s) were counted, and torch {torch.__version__} can use none; install a "
+            "CUDA build and a driver for it, or run on CPU with CUDA_VISIBLE_DEVICES="
+        )
     return Place(
         rank=int(os.environ["RANK"]),
         local_rank=local_rank,

@@ -7,7 +7,6 @@ product; thinner ones do not.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import torch
 
 from launcher.errors import UserError
 from launcher.export.safetensors_file import StoredTensor, read_header
+from launcher.export.source import read_json
 
 TILE_ROWS = 256
 THINNEST_TILE = 64
@@ -27,6 +27,8 @@ PLAIN: dict[
     str, tuple[Any, ...]
 ] = {  # setting of adapter_config.json → the values under which the formula above holds
     "peft_type": ("LORA",),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
     "init_lora_weights": (True, False, "gaussian", "eva", None),
@@ -35,7 +37,9 @@ PLAIN: dict[
     "modules_to_save": (None, []),
     "target_parameters": (None, []),
     "trainable_token_indices": (None,),
+    "use_bdlora": (False, None),
     "use_dora": (False, None),
+    "use_qalora": (False, None),
 }
 
 
@@ -70,7 +74,9 @@ def read_adapter(folder: Path, base: dict[str, StoredTensor]) -> dict[str, LoraD
     Raises UserError for adapters that are not plain LoRA on linear weights, for tensors that find
     no base weight, and for shapes that do not fit: every adapter tensor is used exactly once.
     """
-    config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    config = read_json(folder / "adapter_config.json")
+    if lost := {"peft_type", "r", "lora_alpha"} - config.keys():
+        raise UserError(f"{folder}/adapter_config.json does not say {', '.join(sorted(lost))}")
     for key, plain in PLAIN.items():
         if config.get(key) not in plain:
             raise UserError(

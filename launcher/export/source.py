@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launcher import manifest
 from launcher.checkpoint import layout
 from launcher.errors import UserError
 from launcher.export.safetensors_file import StoredTensor, read_header
-from launcher.model.folder import model_folder
+from launcher.model.folder import model_folder, the_safetensors_file
 from launcher.run_dir import RunDir
 
 
@@ -40,11 +41,13 @@ def find_source(path: Path, base: str | None, adapter: Path | None) -> Source:
         path = layout.newest(run.checkpoints).path
     if (path / layout.MANIFEST).is_file():
         saved = manifest.check(path / layout.MANIFEST)
+        if not {"step", "base"} <= saved.keys():
+            raise UserError(f"{path / layout.MANIFEST} is no checkpoint's manifest")
         checkpoint = layout.Checkpoint(path, saved["step"])
         folder = _base(base, saved["base"]["name_or_path"], saved["base"]["revision"])
         return Source(folder, checkpoint.adapter, checkpoint.model)
     if (path / "adapter_config.json").is_file():
-        named = json.loads((path / "adapter_config.json").read_text())
+        named = read_json(path / "adapter_config.json")
         return Source(
             _base(base, named.get("base_model_name_or_path"), named.get("revision")), adapter=path
         )
@@ -60,14 +63,10 @@ def base_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Name → tensor over all files that the model folder's index lists, or its one file."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        files = sorted(folder.glob("*.safetensors"))
-        if len(files) != 1:
-            raise UserError(
-                f"{folder} holds {len(files)} safetensors files and no {index.name}: "
-                "which of them are the model cannot be told"
-            )
-        return read_header(files[0])
-    weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        return read_header(the_safetensors_file(folder))
+    weight_map: dict[str, str] = read_json(index).get("weight_map") or {}
+    if not weight_map:
+        raise UserError(f"{index} lists no tensors")
     tensors: dict[str, StoredTensor] = {}
     for name in sorted(set(weight_map.values())):
         if not (folder / name).is_file():
@@ -77,6 +76,17 @@ def base_tensors(folder: Path) -> dict[str, StoredTensor]:
     if lost := sorted(weight_map.keys() - tensors.keys()):
         raise UserError(f"{index} lists {lost[:3]} ({len(lost)} tensors) that no file holds")
     return tensors
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises UserError when it is no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no settings")
+    return content
 
 
 def _base(given: str | None, recorded: str | None, revision: str | None) -> Path:

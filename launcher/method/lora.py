@@ -25,6 +25,8 @@ class Lora:
     def prepare(self, model: nn.Module, seed: int) -> peft.PeftModel:
         """Wrap `model` in PEFT; adapters are fp32 on CPU, A random and B zero."""
         targets = self.config.target_modules
+        if "all-linear" in targets and len(targets) > 1:
+            raise UserError(f"method.target_modules={targets}: all-linear stands alone")
         try:
             wrapped = peft.get_peft_model(
                 model,
@@ -40,6 +42,7 @@ class Lora:
             )
         except ValueError as error:
             raise UserError(f"method.target_modules={targets}: {error}") from error
+        _check_targets(wrapped, targets)
         torch.manual_seed(seed)
         for layer in wrapped.modules():
             if isinstance(layer, LoraLayer):
@@ -62,6 +65,24 @@ class Lora:
         # Not save_file: it makes files that only their owner may read, whatever the umask.
         content = save({name: t.contiguous() for name, t in tensors.items()}, {"format": "pt"})
         (folder / "adapter_model.safetensors").write_bytes(content)
+
+
+def _check_targets(model: peft.PeftModel, targets: list[str]) -> None:
+    """Every entry must match a module, and every match must be one that export can merge."""
+    reached = model.base_model.targeted_module_names
+    for target in targets:
+        hits = [n for n in reached if n == target or n.endswith(f".{target}")]
+        if target != "all-linear" and not hits:
+            raise UserError(f"method.target_modules: {target} is the name of no module")
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), nn.Embedding):
+            raise UserError(f"method.target_modules={targets}: embeddings cannot be adapted yet")
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    if tied and any(name.endswith("lm_head") for name in reached):
+        raise UserError(
+            f"method.target_modules={targets}: lm_head is tied to the embedding, which an adapter "
+            "would change too; leave it out"
+        )
 
 
 def _materialize(layer: LoraLayer, config: LoraConfig) -> None:

@@ -1,4 +1,4 @@
-"""Causal attention that builds no mask.
+"""Causal attention that builds no mask, for architectures known to need none.
 
 Batches are right-padded and causal: no token of a row sees its padding, so no mask is needed.
 transformers' "sdpa" still looks for packed rows in `position_ids` at every forward, which makes the
@@ -15,6 +15,11 @@ CAUSAL = "shardway_causal"
 AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
 
+# Seen to give the logits of transformers' own "sdpa". Others (attention sinks, biases, masks of
+# their own) keep what transformers chooses.
+KNOWN = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+
+
 def attention_for(choice: str, architecture: PreTrainedConfig) -> str:
     """`choice`, or the maskless form of "sdpa" where every layer attends to all earlier tokens.
 
@@ -25,5 +30,5 @@ def attention_for(choice: str, architecture: PreTrainedConfig) -> str:
     full = (
         set(layers) == {"full_attention"} if layers else not getattr(text, "sliding_window", None)
     )
-    causal = getattr(text, "is_causal", True)
-    return CAUSAL if choice == "sdpa" and full and causal else choice
+    known = text.model_type in KNOWN
+    return CAUSAL if choice == "sdpa" and full and known else choice

@@ -8,6 +8,18 @@ from launcher.config.checks import is_hub_id
 from launcher.errors import UserError
 
 
+def the_safetensors_file(folder: Path) -> Path:
+    """The weights of a folder without an index: `model.safetensors`, or its only file."""
+    files = sorted(folder.glob("*.safetensors"))
+    named = folder / "model.safetensors"
+    if named in files or len(files) == 1:
+        return named if named in files else files[0]
+    raise UserError(
+        f"{folder} holds {len(files)} safetensors files and no model.safetensors.index.json: "
+        "which of them are the model cannot be told"
+    )
+
+
 def model_folder(name_or_path: str, revision: str | None, code: bool = False) -> Path:
     """The local folder of the model; a hub id is downloaded once (file locks make it safe).
 

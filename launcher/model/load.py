@@ -19,6 +19,7 @@ from transformers.initialization import no_init_weights
 from launcher.config.model import ModelConfig
 from launcher.errors import UserError
 from launcher.model.attention import attention_for
+from launcher.model.folder import the_safetensors_file
 
 
 class SafetensorsFolder:
@@ -36,7 +37,7 @@ class SafetensorsFolder:
         else:
             self._file_of = {
                 name: path.name
-                for path in sorted(folder.glob("*.safetensors"))
+                for path in [the_safetensors_file(folder)]
                 for name in self._open(path.name).keys()  # noqa: SIM118 (no mapping)
             }
 
@@ -75,12 +76,14 @@ class Weights:
             self.slots.append((model.get_submodule(module_name), attribute, name))
 
 
-def build_model(config: ModelConfig, folder: Path, seed: int) -> tuple[nn.Module, Weights | None]:
+def build_model(
+    config: ModelConfig, folder: Path, seed: int, dtype: torch.dtype
+) -> tuple[nn.Module, Weights | None]:
     """The model of `folder` and where its weights are.
 
     Parameters are on meta, to be filled from the returned weights. Models whose parameters are not
     laid out on disk as in memory (fused experts, renamed prefixes) are read whole on every rank,
-    and None is returned for the weights.
+    and None is returned for the weights. `dtype` is that of the arithmetic: buffers are made in it.
     """
     torch.manual_seed(seed)
     try:
@@ -96,17 +99,24 @@ def build_model(config: ModelConfig, folder: Path, seed: int) -> tuple[nn.Module
     }
     # Buffers are made for real: rotary frequencies are in no file.
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model = AutoModelForCausalLM.from_config(architecture, **options)
+        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, **options)
     model.tie_weights()  # building on meta loses the tie
     if _same_layout(model, files):
         return model, Weights(files, model)
     print(f"{folder}: stored in another layout than in memory; read whole on every rank")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options)
+    stored = torch.float32 if dtype == torch.float32 else "auto"  # masters lose nothing
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=stored, **options)
     return model, None
 
 
 def _same_layout(model: nn.Module, files: SafetensorsFolder) -> bool:
-    return all(
-        name in files.names and files.shape(name) == parameter.shape
-        for name, parameter in model.named_parameters()
+    """Whether every tensor on disk is a parameter in memory and the other way round. Persistent
+    buffers and tensors that the model does not know (scales, other heads) make it another one."""
+    parameters = dict(model.named_parameters())
+    aliases = model.state_dict().keys() - parameters.keys() - dict(model.named_buffers()).keys()
+    persistent = model.state_dict().keys() & dict(model.named_buffers()).keys()
+    return (
+        not persistent
+        and parameters.keys() <= files.names <= parameters.keys() | aliases
+        and all(files.shape(name) == parameter.shape for name, parameter in parameters.items())
     )

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from launcher.config.strategy import FsdpConfig, HsdpConfig, StrategyConfig
-from launcher.distributed.collectives import gather_to_main, local_box
+from launcher.distributed.collectives import gather_to_main, local_box, local_part
 from launcher.distributed.mesh import build_mesh
 from launcher.distributed.process_group import Place
 from launcher.model.layers import decoder_layers
@@ -38,6 +38,7 @@ class Fsdp:
         self.place = place
         self.precision = precision
         self.mesh = build_mesh(place.device.type, place.world_size, shard_size(config, place))
+        self._shard_group = self.mesh["shard"].get_group()  # slicing a mesh in a step costs a wait
         self._shards = self.mesh["shard"].size() > 1
 
     def setup(
@@ -53,7 +54,9 @@ class Fsdp:
         # The optimizer sees this rank's shards as plain parameters that share their storage:
         # DTensor's dispatch of list operations costs seconds in the first step (it grows with the
         # square of the list) and milliseconds in each.
-        self._shards_trained = [nn.Parameter(_local(p.detach())) for p in self._trained.values()]
+        self._shards_trained = [
+            nn.Parameter(local_part(p.detach())) for p in self._trained.values()
+        ]
         self._bound = False
         self.optimizer = build_optimizer(self._shards_trained)
 
@@ -105,8 +108,8 @@ class Fsdp:
         """Show the optimizer this rank's part of every gradient."""
         for shard, parameter in zip(self._shards_trained, self._trained.values(), strict=True):
             if not self._bound:  # FSDP pads uneven shards in the first forward: new storage
-                shard.data = _local(parameter)
-            shard.grad = None if parameter.grad is None else _local(parameter.grad)
+                shard.data = local_part(parameter)
+            shard.grad = None if parameter.grad is None else local_part(parameter.grad)
         self._bound = True
 
     def _gradient_norm(self) -> torch.Tensor:
@@ -117,7 +120,7 @@ class Fsdp:
         if not self._shards:
             return norm
         square = norm.square()
-        dist.all_reduce(square, group=self.mesh["shard"].get_group())
+        dist.all_reduce(square, group=self._shard_group)
         return square.sqrt()
 
     def _cast(self) -> None:
@@ -186,10 +189,6 @@ class Fsdp:
             trained = sum(parameter.numel() for parameter in self._trained.values())
             return 10 * trained < sum(parameter.numel() for parameter in self.model.parameters())
         return self.config.gradient_sync == "last"
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_size(config: StrategyConfig, place: Place) -> int:

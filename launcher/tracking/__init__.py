@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import IO
+from io import TextIOBase
 
 from launcher.config.tracking import TrackingConfig
 from launcher.run_dir import RunDir
@@ -12,7 +12,7 @@ from launcher.tracking.plot import LossPlot
 
 
 def build_observers(
-    config: TrackingConfig, run: RunDir, console: IO[str]
+    config: TrackingConfig, run: RunDir, console: TextIOBase
 ) -> list[MetricsFile | Progress | LossPlot]:
     observers: list[MetricsFile | Progress | LossPlot] = [MetricsFile(run.metrics)]
     if config.progress:

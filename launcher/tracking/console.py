@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import IO, NoReturn
+from io import TextIOBase
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -15,7 +16,7 @@ SECONDS_BETWEEN_LINES = 5.0
 class Progress:
     """Step, time left, loss, learning rate and tokens/s."""
 
-    def __init__(self, console: IO[str]) -> None:
+    def __init__(self, console: TextIOBase) -> None:
         self.console = console
         self.bar: tqdm[NoReturn] | None = None
         self._total = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,7 @@ CASES: dict[str, tuple[dict[str, Any], World, dict[str, Any]]] = {
         {"scheduler": {"warmup_steps": 9}, "training": {"epochs": None, "max_steps": 5}}, ONE,
         {"scheduler": {"warmup_steps": 0}, "training": {"epochs": None, "max_steps": 5}},
     ),
+    "two-betas": ({"optimizer": {"betas": [0.9]}}, ONE, {"optimizer": {"betas": [0.9, 0.99]}}),
     "one-evaluation-set": (
         {"data": {"eval_rows": 2, "eval_path": "x"}}, ONE, {"data": {"eval_rows": 0}},
     ),
@@ -70,6 +73,7 @@ CASES: dict[str, tuple[dict[str, Any], World, dict[str, Any]]] = {
     ),
     "model-is-there": ({"model": {"name_or_path": "/no/model"}}, ONE, {}),
     "model-has-safetensors": ({"model": {"name_or_path": "WEIGHTLESS"}}, ONE, {}),
+    "model-is-not-quantised": ({"model": {"name_or_path": "QUANTISED"}}, ONE, {}),
     "run-dir-is-new": ({"run_dir": {"path": "."}}, ONE, {"run_dir": {"path": "./new"}}),
 }  # fmt: skip
 
@@ -86,6 +90,11 @@ def test_a_rule_breaks_alone_and_is_mended(
     if rule == "model-has-safetensors":
         (tmp_path / "config.json").write_text("{}")
         broken = {"model": {"name_or_path": str(tmp_path)}}
+    if rule == "model-is-not-quantised":
+        shutil.copytree(good["model"]["name_or_path"], tmp_path / "quantised")
+        settings = json.dumps({"quantization_config": {"quant_method": "fp8"}})
+        (tmp_path / "quantised/config.json").write_text(settings)
+        broken = {"model": {"name_or_path": str(tmp_path / "quantised")}}
     assert broken_ids(build(good, broken), world) == {rule}
     world = World(nodes=1, nproc_per_node=world.nproc_per_node, gpus=0)
     assert broken_ids(build(good, mended), world) == set()

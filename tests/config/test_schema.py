@@ -69,7 +69,7 @@ def test_everything_wrong_is_named_at_once() -> None:
         ({"method": {"name": "lorra"}}, "method.name=lorra is not one of full, lora"),
         ({"model": {"name_or_path": "???"}}, "model.name_or_path is not set"),
         ({"trainnig": {"epochs": 1}}, "trainnig is no setting; did you mean training?"),
-        ({"optimizer": {"betas": [0.9, 1.5]}}, "optimizer.betas=1.5 must be ≥ 0, ≤ 1"),
+        ({"optimizer": {"betas": [0.9, -1.5]}}, "optimizer.betas=-1.5 must be ≥ 0"),
         ({"optimizer": {"learning_rate": 0}}, "optimizer.learning_rate=0.0 must be > 0"),
     ],
 )

@@ -47,6 +47,8 @@ def test_an_array_and_lines_read_alike(tmp_path: Path) -> None:
         ({"instruction": "q"}, "output is missing"),
         ({"instruction": "q", "output": 3}, "output is no text"),
         ({"instruction": "q", "output": "a", "history": ["x"]}, "history must be pairs"),
+        ({"instruction": "q", "output": "a", "history": 5}, "history must be pairs"),
+        ({"instruction": "q", "output": "a", "history": [["x", None]]}, "answer is missing"),
         ({"messages": []}, "at least one message"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "role 'bot' is none of"),
         ({"messages": [{"role": "user", "content": "x"}]}, "has no answer to learn"),
@@ -80,6 +82,13 @@ def test_a_bad_file_is_named(tmp_path: Path, name: str, content: str | None, sen
     (found,) = source.problems(path, "auto")
     assert sentence in found
     assert str(path) in found
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"instruction": "é", "output": "a"}'.encode("latin-1"))
+    (found,) = source.problems(path, "auto")
+    assert "is not UTF-8" in found
 
 
 def test_a_large_file_is_only_opened_at_submit(

@@ -88,7 +88,9 @@ def test_tokenising_happens_once_for_the_same_content(
     other = byte_tokenizer()
     other.chat_template += "{# changed #}"
     load_rows(copy, config, other)
-    assert len(calls) == 4, "another length, a changed file, another template"
+    other.eos_token = "<|endoftext|>"
+    load_rows(copy, config, other)
+    assert len(calls) == 5, "another length, a changed file, another template, another end"
 
 
 def test_rows_without_an_answer_in_reach_are_counted_and_left_out(
@@ -181,7 +183,7 @@ def test_rows_of_like_length_meet(rows_file: Path) -> None:
     assert all(lengths == sorted(lengths, reverse=True) for lengths in shapes)
     longest = [max(lengths) for lengths in shapes]
     assert longest[0] - longest[1] <= 8
-    chosen = loaders[0]._order(0)[:12]
+    chosen = loaders[0]._rows(0, 0, 12)
     unsorted_padding = sum(
         2 * max(len(rows[a][0]), len(rows[b][0]))
         for a, b in zip(chosen[::2], chosen[1::2], strict=True)

@@ -199,6 +199,7 @@ def edit_config(adapter: Path, **changes: Any) -> None:
     "changes",
     [
         {"peft_type": "ADALORA"},
+        {"alora_invocation_tokens": [1]},
         {"use_dora": True},
         {"init_lora_weights": "pissa"},
         {"modules_to_save": ["lm_head"]},

@@ -82,7 +82,12 @@ class Case:
 
 def set_up(place: Place, case: Case) -> tuple[Strategy, Method, Loader]:
     method = case.build_method()
-    model, weights = build_model(ModelConfig(name_or_path=str(case.model)), case.model, SEED)
+    model, weights = build_model(
+        ModelConfig(name_or_path=str(case.model)),
+        case.model,
+        SEED,
+        PRECISIONS[case.precision].compute,
+    )
     model = method.prepare(model, SEED)
     schema = STRATEGY_SCHEMAS[case.strategy]
     config = schema(name=case.strategy, **dict(case.strategy_options))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -23,7 +26,7 @@ from launcher.config.model import ModelConfig
 from launcher.distributed.process_group import Place
 from launcher.errors import UserError
 from launcher.model.attention import CAUSAL, attention_for
-from launcher.model.load import build_model
+from launcher.model.load import SafetensorsFolder, build_model
 from launcher.model.tiny import byte_tokenizer, make_tiny
 from tests.helpers import parts
 from tests.helpers.parts import Case
@@ -74,7 +77,9 @@ def test_bf16_logits_equal_from_pretrained_to_the_bit(
 
 
 def test_no_parameter_is_real_before_it_is_sharded(tiny: Path) -> None:
-    model, weights = build_model(ModelConfig(name_or_path=str(tiny)), tiny, seed=0)
+    model, weights = build_model(
+        ModelConfig(name_or_path=str(tiny)), tiny, seed=0, dtype=torch.float32
+    )
     assert weights is not None
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert {buffer.device.type for buffer in model.buffers()} == {"cpu"}
@@ -107,7 +112,10 @@ def test_a_model_stored_in_another_layout_is_read_whole(
     )  # fmt: skip
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    assert build_model(ModelConfig(name_or_path=str(folder)), folder, seed=0)[1] is None
+    assert (
+        build_model(ModelConfig(name_or_path=str(folder)), folder, seed=0, dtype=torch.float32)[1]
+        is None
+    )
     with torch.no_grad():
         expected = model.eval()(input_ids=QUESTION).logits
     for found in ranks.run(2, logits, Case(folder, rows_file, method="full")):
@@ -118,7 +126,12 @@ def test_a_damaged_folder_is_named(tmp_path: Path) -> None:
     make_tiny(tmp_path / "tiny")
     (tmp_path / "tiny" / "config.json").write_text("{")
     with pytest.raises(UserError, match="tiny"):
-        build_model(ModelConfig(name_or_path=str(tmp_path / "tiny")), tmp_path / "tiny", seed=0)
+        build_model(
+            ModelConfig(name_or_path=str(tmp_path / "tiny")),
+            tmp_path / "tiny",
+            seed=0,
+            dtype=torch.float32,
+        )
 
 
 def test_an_index_that_lists_a_missing_file_is_named(tiny: Path, tmp_path: Path) -> None:
@@ -127,7 +140,7 @@ def test_an_index_that_lists_a_missing_file_is_named(tiny: Path, tmp_path: Path)
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="model-00001-of-00002"):
-        build_model(ModelConfig(name_or_path=str(folder)), folder, seed=0)
+        build_model(ModelConfig(name_or_path=str(folder)), folder, seed=0, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +150,8 @@ def test_an_index_that_lists_a_missing_file_is_named(tiny: Path, tmp_path: Path)
         (Qwen2Config(use_sliding_window=False, sliding_window=4096), True),
         (MistralConfig(sliding_window=64), False),
         (Gemma3TextConfig(), False),
+        (BloomConfig(), False),
+        (FalconConfig(), False),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -164,3 +179,30 @@ def test_a_sliding_window_is_kept(ranks: Any, rows_file: Path, tmp_path: Path) -
         expected = model(input_ids=QUESTION).logits
     for found in ranks.run(2, logits, Case(folder, rows_file)):
         assert torch.equal(found, expected)
+
+
+def test_several_weight_files_without_an_index_are_refused(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "two")
+    (tmp_path / "two/model.safetensors").rename(tmp_path / "two/a.safetensors")
+    shutil.copy(tmp_path / "two/a.safetensors", tmp_path / "two/b.safetensors")
+    with pytest.raises(UserError, match="2 safetensors files and no"):
+        SafetensorsFolder(tmp_path / "two")
+    (tmp_path / "two/a.safetensors").rename(tmp_path / "two/model.safetensors")
+    assert "model.norm.weight" in SafetensorsFolder(tmp_path / "two").names
+
+
+@pytest.mark.parametrize(
+    ("targets", "sentence"),
+    [
+        (["q_proj", "nothing"], "nothing is the name of no module"),
+        (["all-linear", "q_proj"], "all-linear stands alone"),
+        (["embed_tokens"], "embeddings cannot be adapted"),
+        (["lm_head"], "lm_head is tied"),
+    ],
+)
+def test_targets_that_would_be_ignored_or_lost_are_refused(
+    tiny: Path, rows_file: Path, targets: list[str], sentence: str
+) -> None:
+    case = Case(tiny, rows_file, method_options=(("target_modules", targets),))
+    with pytest.raises(UserError, match=sentence):
+        parts.plain_model(case)
