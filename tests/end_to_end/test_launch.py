@@ -248,7 +248,8 @@ def test_a_killed_agent_leaves_no_orphan(tiny: Path, tmp_path: Path) -> None:
 def test_training_goes_on_when_its_console_has_gone(tiny: Path, tmp_path: Path) -> None:
     process = start(*TRAIN_TINY, *SHORT, "run_dir=run", cwd=tmp_path)
     assert process.stdout is not None
-    process.stdout.close()
+    assert process.stdout.readline().startswith("run folder: ")
+    process.stdout.close()  # as `| head -1` does
     process.wait(timeout=120)
     assert len(losses(tmp_path / "run")) == 4
     assert layout.newest(tmp_path / "run/checkpoints").step == 4
