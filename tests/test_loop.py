@@ -150,6 +150,23 @@ def evaluated(place: Place, case: Case) -> float:
     return value
 
 
+def evaluated_twice(place: Place, case: Case) -> tuple[float, float]:
+    """After training, for at the start an adapter adds nothing for dropout to drop."""
+    strategy, _, _ = parts.train(place, case)
+    loader = case.loader(place.rank, place.world_size, 2)
+    first, second = (loop.evaluate(strategy, loader, place.device) for _ in range(2))
+    return first, second
+
+
+def test_evaluation_drops_nothing_out(ranks: Any, tiny: Path, rows_file: Path) -> None:
+    case = Case(
+        tiny, rows_file, strategy="single", method_options=(("dropout", 0.5),), steps=4,
+        learning_rate=1e-2,
+    )  # fmt: skip
+    ((first, second),) = ranks.run(1, evaluated_twice, case)
+    assert first == second
+
+
 def stats(loss: float, norm: float = 1.0) -> StepStats:
     return StepStats(torch.tensor(loss), torch.tensor(norm), tokens=10)
 

@@ -26,7 +26,7 @@ class ConfigError(UserError):
         head = (
             "The configuration cannot run:"
             if len(problems) == 1
-            else (f"The configuration cannot run, for {len(problems)} reasons:")
+            else f"The configuration cannot run, for {len(problems)} reasons:"
         )
         super().__init__("\n".join([head, *(f"  - {problem}" for problem in problems)]))
 
@@ -36,8 +36,7 @@ def build(raw: Mapping[str, Any]) -> Config:
 
     Raises ConfigError with every unknown key, wrong type and broken limit at once.
     """
-    problems: list[str] = []
-    problems += [unknown(str(key)) for key in raw if key not in (*SECTIONS, "run_dir")]
+    problems = [unknown(str(key)) for key in raw if key not in (*SECTIONS, "run_dir")]
     sections: dict[str, Any] = {}
     for section, schema in SECTIONS.items():
         values = raw[section] if section in raw else {}

@@ -46,7 +46,7 @@ class Lora:
         torch.manual_seed(seed)
         for layer in wrapped.modules():
             if isinstance(layer, LoraLayer):
-                _materialize(layer, self.config)
+                _materialize(layer)
         return wrapped
 
     def write(self, model: peft.PeftModel, trained: dict[str, torch.Tensor], folder: Path) -> None:
@@ -85,7 +85,7 @@ def _check_targets(model: peft.PeftModel, targets: list[str]) -> None:
         )
 
 
-def _materialize(layer: LoraLayer, config: LoraConfig) -> None:
+def _materialize(layer: LoraLayer) -> None:
     """PEFT puts adapters where the base weight is, on meta: make and start them on CPU."""
     for name in layer.adapter_layer_names:
         holder = getattr(layer, name)

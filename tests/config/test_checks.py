@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from launcher.config import Config, checks, store
 from launcher.config.checks import World
@@ -98,6 +100,32 @@ def test_a_rule_breaks_alone_and_is_mended(
     assert broken_ids(build(good, broken), world) == {rule}
     world = World(nodes=1, nproc_per_node=world.nproc_per_node, gpus=0)
     assert broken_ids(build(good, mended), world) == set()
+
+
+def changes_of(fix: str) -> dict[str, dict[str, Any]]:
+    """The overrides of a fix, those of its first alternative."""
+    changes: dict[str, dict[str, Any]] = {}
+    for key, value in re.findall(r"([a-z_.]+)=([^\s]+)", fix.split(", or")[0]):
+        section, _, setting = key.partition(".")
+        changes.setdefault(section, {})[setting or "name"] = yaml.safe_load(value)
+    return changes
+
+
+IN_WORDS = {"model-is-there", "model-has-safetensors", "model-is-not-quantised", "run-dir-is-new"}
+
+
+@pytest.mark.parametrize(
+    "rule", [rule for rule in checks.RULES if rule.id not in IN_WORDS], ids=lambda rule: rule.id
+)
+def test_the_fix_that_a_rule_prints_mends_it(rule: Any, good: dict[str, dict[str, Any]]) -> None:
+    broken, world, _ = CASES[rule.id]
+    config = build(good, broken)
+    fix = changes_of(rule.fix(config, world))
+    assert fix, "it names overrides"
+    merged = {s: {**broken.get(s, {}), **fix.get(s, {})} for s in {**broken, **fix}}
+    per_node = merged.get("cluster", {}).get("nproc_per_node") or world.nproc_per_node
+    mended = build(good, merged)
+    assert broken_ids(mended, World(nodes=1, nproc_per_node=per_node, gpus=world.gpus)) == set()
 
 
 def test_several_broken_rules_are_all_reported(good: dict[str, dict[str, Any]]) -> None:

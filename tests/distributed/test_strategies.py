@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from launcher.distributed.collectives import local_part
 from launcher.distributed.process_group import Place
+from launcher.loop import token_loss
 from tests.helpers import parts
 from tests.helpers.parts import Case
 
@@ -48,8 +51,6 @@ def first_gradients(place: Place, case: Case) -> dict[str, torch.Tensor]:
     strategy, _, loader = parts.set_up(place, case)
     window = loader.window(0)
     targets = strategy.sum(window.target_tokens)
-    from launcher.loop import token_loss
-
     for index, batch in enumerate(window.micro_batches, start=1):
         strategy.accumulate(last=index == len(window.micro_batches))
         strategy.backward(token_loss(strategy.model, batch) / targets)
@@ -65,9 +66,9 @@ def held_bytes(place: Place, case: Case, shards: int = 1) -> dict[str, int]:
     and the most that a rank may hold of a model of `shards` shards."""
     strategy, _, loader = parts.set_up(place, case)
     parts.train_step(strategy, loader.window(0), parts.MAX_NORM, place.device)
-    parameters = [_local(p) for p in strategy.model.parameters()]
+    parameters = [local_part(p) for p in strategy.model.parameters()]
     states = [
-        _local(value)
+        local_part(value)
         for state in strategy.optimizer.state.values()
         for key, value in state.items()
         if key in ("exp_avg", "exp_avg_sq")
@@ -86,10 +87,6 @@ def _share(tensors: list[torch.Tensor], shards: int) -> int:
     return sum(
         -(-t.shape[0] // shards) * (t.numel() // t.shape[0]) * t.element_size() for t in tensors
     )
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _bytes(tensors: list[torch.Tensor]) -> int:
@@ -121,17 +118,9 @@ def test_losses_equal_a_plain_loop(
     ranks: Any, tiny: Path, rows_file: Path, method: str, strategy: str, world: int, options: Any
 ) -> None:
     """20 steps in fp32: accumulation, uneven lengths, short last windows, clipping, warm-up."""
-    case = case_of(
-        tiny,
-        rows_file,
-        method=method,
-        strategy=strategy,
-        strategy_options=options,
-        global_batch_size=12 if world == 4 else 6,
-    )
-    expected = expected_losses(
-        case_of(tiny, rows_file, method=method, global_batch_size=case.global_batch_size)
-    )
+    plain = case_of(tiny, rows_file, method=method, global_batch_size=12 if world == 4 else 6)
+    case = dataclasses.replace(plain, strategy=strategy, strategy_options=options)
+    expected = expected_losses(plain)
     for found in ranks.run(world, losses, case):
         assert found == pytest.approx(expected, rel=1e-5)
     assert expected[-1] < expected[0]
@@ -142,17 +131,9 @@ def test_losses_equal_a_plain_loop(
 def test_first_gradients_equal_a_plain_loop(
     ranks: Any, tiny: Path, rows_file: Path, method: str, strategy: str, world: int, options: Any
 ) -> None:
-    case = case_of(
-        tiny,
-        rows_file,
-        method=method,
-        strategy=strategy,
-        strategy_options=options,
-        global_batch_size=12 if world == 4 else 6,
-    )
-    expected = expected_gradients(
-        case_of(tiny, rows_file, method=method, global_batch_size=case.global_batch_size)
-    )
+    plain = case_of(tiny, rows_file, method=method, global_batch_size=12 if world == 4 else 6)
+    case = dataclasses.replace(plain, strategy=strategy, strategy_options=options)
+    expected = expected_gradients(plain)
     for found in ranks.run(world, first_gradients, case):
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():

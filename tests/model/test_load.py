@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BloomConfig,
     FalconConfig,
@@ -25,7 +26,7 @@ from transformers import (
 from launcher.config.model import ModelConfig
 from launcher.distributed.process_group import Place
 from launcher.errors import UserError
-from launcher.model.attention import CAUSAL, attention_for
+from launcher.model.attention import CAUSAL, KNOWN, attention_for
 from launcher.model.load import SafetensorsFolder, build_model
 from launcher.model.tiny import byte_tokenizer, make_tiny
 from tests.helpers import parts
@@ -160,6 +161,24 @@ def test_only_models_that_see_all_earlier_tokens_go_without_a_mask(
 ) -> None:
     assert (attention_for("sdpa", config) == CAUSAL) is maskless
     assert attention_for("eager", config) == "eager"
+
+
+@pytest.mark.parametrize("model_type", KNOWN)
+def test_going_without_a_mask_changes_no_bit(model_type: str) -> None:
+    """Every architecture on the list, against transformers' own sdpa."""
+    config = AutoConfig.for_model(
+        model_type, vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=None,
+    )  # fmt: skip
+    assert attention_for("sdpa", config) == CAUSAL
+    found = []
+    for attention in (CAUSAL, "sdpa"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+        assert model.config._attn_implementation == attention
+        with torch.no_grad():
+            found.append(model(input_ids=QUESTION, use_cache=False).logits)
+    assert torch.equal(*found)
 
 
 def test_a_sliding_window_is_kept(ranks: Any, rows_file: Path, tmp_path: Path) -> None:
