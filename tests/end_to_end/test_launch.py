@@ -12,13 +12,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import yaml
 
 from launcher.checkpoint import layout
-from tests.helpers.commands import TRAIN_TINY, processes_of, run, shardway, start, written
+from tests.helpers.commands import (
+    TRAIN_TINY,
+    processes_of,
+    run,
+    shardway,
+    start,
+    the_agent,
+    the_rank,
+    written,
+)
 
 pytestmark = pytest.mark.slow
 SHORT = ("training.epochs=null", "training.max_steps=4")
@@ -222,9 +230,7 @@ def test_stopping_the_command_ends_every_rank(tiny: Path, tmp_path: Path, number
 def test_a_killed_rank_is_named_and_the_others_end(tiny: Path, tmp_path: Path) -> None:
     process = start(*TRAIN_TINY, *LONG, "run_dir=run", cwd=tmp_path)
     wait_for_training(process, tmp_path / "run")
-    for pid in processes_of(tmp_path / "run"):
-        if psutil.Process(pid).environ().get("RANK") == "1":
-            psutil.Process(pid).kill()
+    the_rank(tmp_path / "run", 1).kill()
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 128 + signal.SIGKILL
     lines = output.strip().splitlines()
@@ -236,9 +242,7 @@ def test_a_killed_rank_is_named_and_the_others_end(tiny: Path, tmp_path: Path) -
 def test_a_killed_agent_leaves_no_orphan(tiny: Path, tmp_path: Path) -> None:
     process = start(*TRAIN_TINY, *LONG, "run_dir=run", cwd=tmp_path)
     wait_for_training(process, tmp_path / "run")
-    for pid in processes_of(tmp_path / "run"):
-        if "torch.distributed.run" in psutil.Process(pid).cmdline():
-            psutil.Process(pid).kill()
+    the_agent(tmp_path / "run").kill()
     process.communicate(timeout=60)
     assert process.returncode != 0
     time.sleep(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -42,6 +43,21 @@ def processes_of(folder: Path) -> list[int]:
         words = process.info["cmdline"] or []
         if process.info["status"] != psutil.STATUS_ZOMBIE and process.pid != os.getpid():
             found += [process.pid] * any(str(folder) in word for word in words)
+    return found
+
+
+def the_agent(folder: Path) -> psutil.Process:
+    """The torchrun agent of a run."""
+    return _only(folder, lambda process: "torch.distributed.run" in process.cmdline())
+
+
+def the_rank(folder: Path, rank: int) -> psutil.Process:
+    """One rank of a run."""
+    return _only(folder, lambda process: process.environ().get("RANK") == str(rank))
+
+
+def _only(folder: Path, is_it: Callable[[psutil.Process], bool]) -> psutil.Process:
+    (found,) = filter(is_it, map(psutil.Process, processes_of(folder)))
     return found
 
 
