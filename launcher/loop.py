@@ -20,7 +20,8 @@ from launcher.strategy import Strategy
 class Plan:
     """When things happen, in optimizer steps."""
 
-    total_steps: int
+    total_steps: int  # of the schedule
+    end_step: int  # training ends here; less than total_steps where it is to be resumed
     max_grad_norm: float
     eval_steps: int | None
     save_steps: int | None
@@ -30,9 +31,18 @@ class Plan:
 class Observer(Protocol):
     """Watches a run; the step does not know of it."""
 
-    def start(self, total_steps: int) -> None: ...
+    def start(self, done_steps: int, total_steps: int) -> None: ...
     def log(self, records: list[Record]) -> None: ...
     def finish(self) -> None: ...
+
+
+class Halt(Protocol):
+    """Whether this rank wants training to end. All ranks then end it at the same step."""
+
+    def __call__(self) -> bool: ...
+
+
+Save = Callable[[int, int, float | None], None]  # step, tokens so far, evaluation loss at this step
 
 
 def fit(
@@ -42,40 +52,65 @@ def fit(
     evaluation: Loader | None,
     plan: Plan,
     observers: list[Observer],
-    save: Callable[[int], None],
+    save: Save,
     device: torch.device,
-) -> None:
-    """Train for `plan.total_steps` optimizer steps; call `save(step)` when it is time and at the
-    end. Steps are counted from 1 in logs and names."""
+    halt: Halt,
+    done_steps: int = 0,
+    tokens: int = 0,
+) -> int:
+    """Train from `done_steps` to `plan.end_step`, or until a rank halts; return the last step done.
+
+    Saves when it is time, and at the end. Steps are counted from 1 in logs and names.
+    """
     for observer in observers:
-        observer.start(plan.total_steps)
-    ledger = Ledger(strategy.sum)
+        observer.start(done_steps, plan.end_step)
+    ledger = Ledger(strategy.sum, tokens)
     strategy.model.train()
-    for step in range(1, plan.total_steps + 1):
+    step = saved = done_steps
+    while step < plan.end_step:
+        window = training.window(step)
+        counts = torch.stack([window.target_tokens, window.tokens, torch.tensor(int(halt()))])
+        targets, tokens, halting = strategy.sum(counts).tolist()
+        if halting:
+            break
+        step += 1
         learning_rate = float(scheduler.get_last_lr()[0])
-        stats = train_step(strategy, training.window(step - 1), plan.max_grad_norm, device)
+        stats = train_step(strategy, window, targets, tokens, plan.max_grad_norm, device)
         scheduler.step()
         ledger.add(step, learning_rate, stats)
-        last = step == plan.total_steps
+        last = step == plan.end_step
         evaluates = evaluation is not None and (last or _due(plan.eval_steps, step))
         saves = last or _due(plan.save_steps, step)
         if evaluates or saves or _due(plan.log_steps, step):
             _tell(observers, ledger.flush())
+        eval_loss = None
         if evaluation is not None and evaluates:
-            _tell(observers, [{"step": step, "eval_loss": evaluate(strategy, evaluation, device)}])
+            eval_loss = evaluate(strategy, evaluation, device, halt)
+        if eval_loss is not None:
+            _tell(observers, [{"step": step, "eval_loss": eval_loss}])
         if saves:
-            save(step)
+            save(step, ledger.tokens, eval_loss)
+            saved = step
         if evaluates or saves:
             ledger.restart_clock()
+    if step > saved:
+        _tell(observers, ledger.flush())
+        save(step, ledger.tokens, None)
     for observer in observers:
         observer.finish()
+    return step
 
 
 def train_step(
-    strategy: Strategy, window: Window, max_grad_norm: float, device: torch.device
+    strategy: Strategy,
+    window: Window,
+    targets: int,
+    tokens: int,
+    max_grad_norm: float,
+    device: torch.device,
 ) -> StepStats:
-    """One optimizer step: the loss is a sum over target tokens, divided by their global count."""
-    targets, tokens = strategy.sum(torch.stack([window.target_tokens, window.tokens])).tolist()
+    """One optimizer step: the loss is a sum over target tokens, divided by their count `targets`
+    over all ranks (`tokens`: all tokens of the step, for the record)."""
     loss = torch.zeros((), device=device)
     for index, micro_batch in enumerate(window.micro_batches, start=1):
         strategy.accumulate(last=index == len(window.micro_batches))
@@ -95,17 +130,23 @@ def token_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(strategy: Strategy, loader: Loader, device: torch.device) -> float:
-    """Mean loss per target token over all rows of `loader`."""
+def evaluate(
+    strategy: Strategy, loader: Loader, device: torch.device, halt: Halt = lambda: False
+) -> float | None:
+    """Mean loss per target token over all rows of `loader`; None when a rank halts meanwhile."""
     strategy.model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    targets = torch.zeros((), dtype=torch.int64)
+    targets, halting = 0, 0
     for window in loader.windows():
-        targets += window.target_tokens
+        counts = torch.stack([window.target_tokens, torch.tensor(int(halt()))])
+        found, halting = strategy.sum(counts).tolist()
+        if halting:
+            break
+        targets += found
         for micro_batch in window.micro_batches:
             loss += token_loss(strategy.model, micro_batch.to(device))
     strategy.model.train()
-    return (strategy.sum(loss).cpu() / strategy.sum(targets)).item()
+    return None if halting else strategy.sum(loss).item() / targets
 
 
 def _due(every: int | None, step: int) -> bool:

@@ -10,19 +10,17 @@ from launcher.config.optimizer import AdamwConfig
 
 
 def build_optimizer(
-    config: AdamwConfig, parameters: Iterable[torch.nn.Parameter]
+    config: AdamwConfig, trained: Iterable[tuple[torch.nn.Parameter, torch.Size]]
 ) -> torch.optim.Optimizer:
-    """Fused AdamW over `parameters`; weight decay spares vectors (norms, biases)."""
-    trained = list(parameters)
+    """Fused AdamW over parameters as they are sharded, each with its whole shape; weight decay
+    spares vectors (norms, biases)."""
+    decayed: list[torch.nn.Parameter] = []
+    spared: list[torch.nn.Parameter] = []
+    for parameter, shape in trained:
+        (decayed if len(shape) >= 2 else spared).append(parameter)
     groups = [
-        {
-            "params": [parameter for parameter in trained if parameter.ndim >= 2],
-            "weight_decay": config.weight_decay,
-        },
-        {
-            "params": [parameter for parameter in trained if parameter.ndim < 2],
-            "weight_decay": 0.0,
-        },
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": spared, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

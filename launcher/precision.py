@@ -11,6 +11,7 @@ import torch
 class Precision:
     """One arithmetic under every strategy: casting, no autocast."""
 
+    name: str
     compute: torch.dtype  # frozen weights, activations, the working copy of trained weights
     master: torch.dtype  # trained weights and the optimizer's moments
     reduce: torch.dtype  # sums of gradients over ranks
@@ -27,6 +28,6 @@ class Precision:
 
 
 PRECISIONS = {
-    "fp32": Precision(compute=torch.float32, master=torch.float32, reduce=torch.float32),
-    "bf16": Precision(compute=torch.bfloat16, master=torch.float32, reduce=torch.float32),
+    "fp32": Precision("fp32", torch.float32, master=torch.float32, reduce=torch.float32),
+    "bf16": Precision("bf16", torch.bfloat16, master=torch.float32, reduce=torch.float32),
 }

@@ -24,6 +24,7 @@ from launcher.run_dir import RunDir
 
 FAILED = 1
 REFUSED = 2
+STOPPED = 75  # sysexits.h EX_TEMPFAIL: a checkpoint stands, try again
 # Signs of gloo and NCCL that another rank went away: then that rank is the one to look at.
 LOST_PEER = (
     "closed by peer",
@@ -57,9 +58,6 @@ class Console(io.TextIOBase):
 
 def open_log(run: RunDir, rank: int) -> Console:
     """Send stdout and stderr to the rank's log; return the console, silent but for rank 0."""
-    # The agent passes Ctrl-C on. A rank may be waiting in a collective, where Python's own handler
-    # would not run: end at once.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     _end_with_the_agent()
     sys.stdout.flush()
     console = Console(os.dup(1) if rank == 0 else os.open(os.devnull, os.O_WRONLY))

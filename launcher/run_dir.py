@@ -1,8 +1,10 @@
 """The names inside a run folder, and its creation. Imports no torch.
 
 RUN/config.yaml  launch.json  metrics.jsonl  loss.png
-    logs/attempt-1/{torchrun.log, rank-00.log, rank-00.error.json}
-    checkpoints/step-000045/{manifest.json, adapter/ | model/}
+    deepspeed.json                      what DeepSpeed is told, under zero1, zero2 and zero3
+    stop                                make it: training ends at a step boundary, with a checkpoint
+    logs/attempt-1/{config.yaml, status.json, torchrun.log, rank-00.log, rank-00.error.json}
+    checkpoints/step-000045/            launcher/checkpoint/layout.py
     export/
 """
 
@@ -17,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher import manifest, versions
-from launcher.config import Config, store
+from launcher.config import Config, deepspeed, store
+from launcher.config.strategy import ZeroConfig
 from launcher.errors import UserError
 
 
@@ -26,6 +29,7 @@ class RunDir:
     """A run folder by its path; every name inside comes from here."""
 
     path: Path
+    attempt: int = 1  # each start in the folder has its own logs
 
     @property
     def config(self) -> Path:
@@ -51,29 +55,57 @@ class RunDir:
     def export(self) -> Path:
         return self.path / "export"
 
-    def logs(self, attempt: int = 1) -> Path:
-        return self.path / "logs" / f"attempt-{attempt}"
+    @property
+    def engine_config(self) -> Path:
+        return self.path / "deepspeed.json"
 
-    def rank_log(self, rank: int, attempt: int = 1) -> Path:
-        return self.logs(attempt) / f"rank-{rank:02d}.log"
+    @property
+    def stop(self) -> Path:
+        return self.path / "stop"
 
-    def rank_error(self, rank: int, attempt: int = 1) -> Path:
-        return self.logs(attempt) / f"rank-{rank:02d}.error.json"
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs" / f"attempt-{self.attempt}"
+
+    @property
+    def status(self) -> Path:
+        return self.logs / "status.json"
+
+    def rank_log(self, rank: int) -> Path:
+        return self.logs / f"rank-{rank:02d}.log"
+
+    def rank_error(self, rank: int) -> Path:
+        return self.logs / f"rank-{rank:02d}.error.json"
 
 
-def create(config: Config, argv: list[str]) -> tuple[RunDir, Config]:
-    """Make the folder of a run and freeze its configuration there.
+def attempt(config: Config, argv: list[str], world_size: int) -> tuple[RunDir, Config]:
+    """Make the folder of a run, or a further attempt in it under resume=auto, and freeze the
+    configuration there.
 
     Returns the folder and the configuration with `run_dir` filled in. A folder that was named and
-    exists is refused; without a name, `runs/<time>-<model>-<method>` gets a number when taken.
+    exists is else refused; without a name, `runs/<time>-<model>-<method>` gets a number when taken.
     """
-    run = RunDir(_make(config).absolute())
+    if config.resume == "auto" and config.run_dir and (Path(config.run_dir) / "logs").is_dir():
+        run = _next_attempt(Path(config.run_dir).absolute())
+    else:
+        run = RunDir(_make(config).absolute())
+        run.logs.mkdir(parents=True)
+        run.checkpoints.mkdir()
     config = dataclasses.replace(_with_absolute_paths(config), run_dir=str(run.path))
-    run.logs().mkdir(parents=True)
-    run.checkpoints.mkdir()
+    run.stop.unlink(missing_ok=True)  # meant for the attempt before
     manifest.write_json(run.launch, _circumstances(argv))
-    run.config.write_text(store.dump(config), encoding="utf-8")
+    if isinstance(config.strategy, ZeroConfig):
+        told = (config.strategy, config.training, config.precision.name, world_size)
+        manifest.write_json(run.engine_config, deepspeed.engine_config(*told))
+    manifest.write_text(run.config, store.dump(config))
     return run, config
+
+
+def _next_attempt(path: Path) -> RunDir:
+    taken = [int(each.name.removeprefix("attempt-")) for each in path.glob("logs/attempt-*")]
+    run = RunDir(path, max(taken, default=0) + 1)
+    run.logs.mkdir(parents=True)
+    return run
 
 
 def _make(config: Config) -> Path:
@@ -105,10 +137,12 @@ def _with_absolute_paths(config: Config) -> Config:
 
     data, model = config.data, config.model
     eval_path = absolute(data.eval_path) if data.eval_path else None
+    resume = config.resume if config.resume in ("none", "auto") else absolute(config.resume)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(model, name_or_path=absolute(model.name_or_path)),
         data=dataclasses.replace(data, path=absolute(data.path), eval_path=eval_path),
+        resume=resume,
     )
 
 

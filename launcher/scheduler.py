@@ -20,3 +20,11 @@ def build_scheduler(
         num_training_steps=total_steps,
     )
     return scheduler
+
+
+def go_on_from(scheduler: LRScheduler, applied_steps: int) -> None:
+    """Put `scheduler` where it was after so many applied steps."""
+    if applied_steps:
+        scheduler.last_epoch = applied_steps - 1
+        scheduler._step_count = applied_steps + 1  # at 1 torch would warn of a step too early
+        scheduler.step()

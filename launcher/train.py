@@ -9,6 +9,7 @@ overrides, and rank 0 alone makes the folder. No torch is imported before the ch
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -24,12 +25,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launcher import paths, run_dir, versions
+from launcher.checkpoint import resume
+from launcher.checkpoint.layout import Checkpoint
 from launcher.cluster import command, local
 from launcher.cluster.devices import visible_gpus
-from launcher.config import Config, checks, store
+from launcher.config import Config, checks, deepspeed, store
 from launcher.config.checks import World
+from launcher.config.strategy import ZeroConfig
 from launcher.data import source
 from launcher.errors import UserError
+from launcher.run_dir import RunDir
 
 UNUSABLE_CONFIGURATION = 2
 
@@ -112,6 +117,7 @@ def check(config: Config) -> World:
     """
     world = _world(config)
     problems = checks.broken_rules(config, world)
+    problems += _resume_problems(config)
     for path in filter(None, (config.data.path, config.data.eval_path)):
         problems += source.problems(Path(path), config.data.format)
     if problems:
@@ -119,12 +125,36 @@ def check(config: Config) -> World:
     return world
 
 
+def _resume_problems(config: Config) -> list[str]:
+    """What stands between a run and the checkpoint that it is to go on from."""
+    try:
+        checkpoint = _start(config)
+        differences = resume.differences(checkpoint.config, config) if checkpoint else None
+    except UserError as error:
+        return [str(error)]
+    if checkpoint is None or differences is None or config.resume_force:
+        return []
+    return [resume.refusal(checkpoint, differences.breaking)] if differences.breaking else []
+
+
+def _start(config: Config) -> Checkpoint | None:
+    """The checkpoint that a run will go on from, if its files are whole: the ranks look."""
+    checkpoints = RunDir(Path(config.run_dir or "")).checkpoints
+    found = resume.candidates(config.resume, checkpoints)
+    return found[0] if found else None
+
+
 def show(config: Config, world: World) -> int:
     """What would run. Touches nothing."""
     where = Path(config.run_dir or "runs/<time>")
     print(store.dump(config))
     print(f"# {world.size} ranks on {world.nodes} machine(s), {world.gpus} GPU(s) visible")
-    print(f"# {shlex.join(command.torchrun(where, world.nproc_per_node))}")
+    if isinstance(config.strategy, ZeroConfig):
+        told = (config.strategy, config.training, config.precision.name, world.size)
+        print(f"# deepspeed.json\n{json.dumps(deepspeed.engine_config(*told), indent=2)}")
+    if checkpoint := _start(config):
+        print(f"# goes on from {checkpoint.path}")
+    print(f"# {shlex.join(command.torchrun(where, 1, world.nproc_per_node))}")
     return 0
 
 
@@ -133,10 +163,14 @@ def launch(config: Config, world: World) -> int:
     if difference := versions.difference():
         print(difference, file=sys.stderr)
     try:
-        run, _ = run_dir.create(config, sys.argv)
+        checkpoint = _start(config)
+        run, frozen = run_dir.attempt(config, sys.argv, world.size)
     except UserError as error:
         _refuse(str(error))
     print(f"run folder: {run.path}", flush=True)
+    if checkpoint:
+        changed = resume.differences(checkpoint.config, frozen)
+        print(f"goes on from {checkpoint.path.name}", *changed.free, *changed.breaking, sep="\n  ")
     return local.launch(run, world.nproc_per_node, world.gpus)
 
 

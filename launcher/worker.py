@@ -1,6 +1,6 @@
 """What each rank runs: the frozen configuration → the parts → `fit`.
 
-    torchrun … -m launcher.worker RUN
+    torchrun … -m launcher.worker RUN ATTEMPT
 
 The parts are imported inside `run`, after the rank's log is open: libraries talk while they load.
 """
@@ -15,10 +15,11 @@ from io import TextIOBase
 from pathlib import Path
 from typing import Any
 
-from launcher import rank_log, run_dir
+from launcher import manifest, rank_log, run_dir
 from launcher.config import Config, store
 from launcher.config.data import DataConfig
 from launcher.config.training import TrainingConfig
+from launcher.distributed.stop import Stop, Stopped
 from launcher.errors import UserError
 from launcher.run_dir import RunDir
 
@@ -27,7 +28,7 @@ Say = Callable[[str], None]
 
 def main() -> None:
     """Entry of a rank whose run folder stands already."""
-    _serve(RunDir(Path(sys.argv[1])), int(os.environ["RANK"]))
+    _serve(RunDir(Path(sys.argv[1]), int(sys.argv[2])), int(os.environ["RANK"]))
 
 
 def attend(config: Config, argv: list[str]) -> None:
@@ -37,39 +38,45 @@ def attend(config: Config, argv: list[str]) -> None:
     """
     from launcher.distributed import agree, process_group
 
-    rank = int(os.environ["RANK"])
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     meeting = process_group.rendezvous()
     try:
-        folder = agree.agree_on_run(
+        run_folder = agree.agree_on_run(
             meeting,
             rank,
-            int(os.environ["WORLD_SIZE"]),
+            world_size,
             store.fingerprint(config),
-            create=lambda: run_dir.create(config, argv)[0].path,
+            create=lambda: run_dir.attempt(config, argv, world_size)[0],
         )
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
         sys.exit(rank_log.REFUSED)
     if rank == 0:
-        print(f"run folder: {folder}", flush=True)
-    _serve(RunDir(folder), rank, meeting)
+        print(f"run folder: {run_folder.path}", flush=True)
+    _serve(run_folder, rank, meeting)
 
 
 def _serve(run_folder: RunDir, rank: int, meeting: Any = None) -> None:
     """Run with a log of its own, and leave the reason behind if it fails."""
+    stop = Stop(run_folder.stop)
+    stop.listen()
     console = rank_log.open_log(run_folder, rank)
     with rank_log.last_words(run_folder, rank), console:
-        run(run_folder, store.load(run_folder.config), console, meeting)
+        run(run_folder, store.load(run_folder.config), console, stop, meeting)
 
 
-def run(run_folder: RunDir, config: Config, console: TextIOBase, meeting: Any = None) -> None:
+def run(
+    run_folder: RunDir, config: Config, console: TextIOBase, stop: Stop, meeting: Any = None
+) -> None:
     """Build the parts and train. Data before the process group: a rank that waits for the
     tokeniser is not in a collective."""
     import torch
     import torch.distributed as dist
 
-    from launcher.checkpoint.save import save_checkpoint
+    from launcher.checkpoint import load
+    from launcher.checkpoint.save import Saver
     from launcher.distributed import process_group
+    from launcher.distributed.together import any_rank
     from launcher.loop import Plan, fit
     from launcher.model.folder import model_folder
     from launcher.model.tokenizer import load_tokenizer
@@ -81,40 +88,94 @@ def run(run_folder: RunDir, config: Config, console: TextIOBase, meeting: Any = 
     source = config.model
     folder = model_folder(source.name_or_path, source.revision, source.trust_remote_code)
     tokenizer = load_tokenizer(folder, source.trust_remote_code)
-    learnt, held_out = _loaders(config.data, training, place, tokenizer, say)
+    try:
+        learnt, held_out = _loaders(config.data, training, place, tokenizer, say, stop)
+    except Stopped:
+        learnt = held_out = None
     process_group.start(place, meeting or process_group.rendezvous())
-    method, strategy = _method_and_strategy(config, folder, place, say)
+    if any_rank(stop.requested()):
+        _leave_status(run_folder, place.is_main, 0, stop.reason(), say)
+        return
+    chosen = load.choose(config, run_folder.checkpoints, place, say)
+    model, method, strategy = _method_and_strategy(config, folder, place, say)
     total_steps = training.max_steps or (training.epochs or 0) * learnt.steps_per_epoch
+    end_step = min(total_steps, training.stop_after_steps or total_steps)
+    scheduler = build_scheduler(config.scheduler, strategy.optimizer, total_steps)
+    about = {
+        "base": {"name_or_path": source.name_or_path, "revision": source.revision},
+        "data": learnt.rows.fingerprint,
+        "ranks": place.world_size,
+        "strategy": config.strategy.name,
+    }
+    saver = Saver(strategy, method, model, scheduler, run_folder, config.checkpoint, place, about)
+    saver.check_space()
     torch.manual_seed(training.seed + place.rank)  # dropout differs from rank to rank
-    fit(
+    done = load.Progress()
+    if chosen is not None:
+        done = load.restore(
+            chosen, strategy, method, model, scheduler, place, about, config.resume_force
+        )
+        say(f"resumed from {chosen.path.name}: {done.step} steps, {done.tokens:,} tokens")
+    last = fit(
         strategy,
-        build_scheduler(config.scheduler, strategy.optimizer, total_steps),
+        scheduler,
         learnt,
         held_out,
         Plan(
             total_steps=total_steps,
+            end_step=end_step,
             max_grad_norm=training.max_grad_norm,
             eval_steps=training.eval_steps,
             save_steps=config.checkpoint.save_steps,
             log_steps=training.log_steps,
         ),
         list(build_observers(config.tracking, run_folder, console)) if place.is_main else [],
-        save=lambda step: save_checkpoint(
-            strategy, method, source, run_folder.checkpoints, step, place.is_main
-        ),
+        save=saver.save,
         device=place.device,
+        halt=stop.requested,
+        done_steps=done.step,
+        tokens=done.tokens,
     )
+    reason = None
+    if last < end_step:
+        reason = stop.reason()
+    elif last < total_steps:
+        reason = f"training.stop_after_steps={training.stop_after_steps}"
+    _leave_status(run_folder, place.is_main, last, reason, say)
     dist.destroy_process_group()
 
 
+def _leave_status(
+    run_folder: RunDir, is_main: bool, step: int, reason: str | None, say: Say
+) -> None:
+    """Say how this attempt ended in a file: exit statuses are lost on the way through torchrun."""
+    if not is_main:
+        return
+    planned = reason is None or reason.startswith("training.")
+    status = {
+        "state": "finished" if reason is None else "stopped",
+        "reason": reason,
+        "step": step,
+        "exit_code": 0 if planned else rank_log.STOPPED,
+    }
+    manifest.write_json(run_folder.status, status)
+    run_folder.stop.unlink(missing_ok=True)
+    if reason is not None:
+        further = " training.stop_after_steps=null" if planned else ""
+        say(
+            f"stopped after step {step} ({reason}); go on: shardway train --config-path "
+            f"{run_folder.path} --config-name config resume=auto{further}"
+        )
+
+
 def _loaders(
-    data: DataConfig, training: TrainingConfig, place: Any, tokenizer: Any, say: Say
+    data: DataConfig, training: TrainingConfig, place: Any, tokenizer: Any, say: Say, stop: Stop
 ) -> tuple[Any, Any]:
-    """The rows to learn from and those to evaluate on (None without)."""
+    """The rows to learn from and those to evaluate on (None without). Raises Stopped."""
     from launcher.data.dataset import load_rows, split
     from launcher.data.loader import Loader
 
-    rows = load_rows(Path(data.path), data, tokenizer)
+    rows = load_rows(Path(data.path), data, tokenizer, stop.raise_if_requested)
     say(f"data: {rows.describe()}")
     deal = partial(
         Loader,
@@ -128,12 +189,14 @@ def _loaders(
     chosen, held_out = split(rows, data.eval_rows, training.seed)
     learnt = deal(rows, chosen, seed=training.seed if data.shuffle else None)
     if data.eval_path:
-        others = load_rows(Path(data.eval_path), data, tokenizer)
+        others = load_rows(Path(data.eval_path), data, tokenizer, stop.raise_if_requested)
         return learnt, deal(others, range(len(others)), seed=None)
     return learnt, deal(rows, held_out, seed=None) if held_out else None
 
 
-def _method_and_strategy(config: Config, folder: Path, place: Any, say: Say) -> tuple[Any, Any]:
+def _method_and_strategy(
+    config: Config, folder: Path, place: Any, say: Say
+) -> tuple[Any, Any, Any]:
     """The model, made ready in this order: method, strategy (shards), optimizer."""
     from launcher.method import build_method
     from launcher.method.base import describe
@@ -146,11 +209,11 @@ def _method_and_strategy(config: Config, folder: Path, place: Any, say: Say) -> 
     model, weights = build_model(config.model, folder, config.training.seed, precision.compute)
     model = method.prepare(model, config.training.seed)
     say(f"method: {config.method.name}: {describe(model)}")
-    strategy = build_strategy(config.strategy, place, precision)
+    strategy = build_strategy(config.strategy, config.training, place, precision)
     strategy.setup(model, weights, lambda trained: build_optimizer(config.optimizer, trained))
     say(f"strategy: {strategy.describe()}")
     say(f"precision: {precision.table()}")
-    return method, strategy
+    return model, method, strategy
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def count_conversions(place: Place, case: Case) -> list[torch.dtype]:
     """Dtypes of the tensors that one step turns into Python numbers."""
     strategy, _, loader = parts.set_up(place, case)
     for step in range(2):  # FSDP sets itself up in the first
-        parts.train_step(strategy, loader.window(step), parts.MAX_NORM, place.device)
+        parts.train_step(strategy, loader.window(step))
     window = loader.window(2)
     seen: list[torch.dtype] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -36,14 +36,14 @@ def count_conversions(place: Place, case: Case) -> list[torch.dtype]:
                 return _original(self, *args)
 
             patch.setattr(torch.Tensor, name, counted)
-        parts.train_step(strategy, window, parts.MAX_NORM, place.device)
+        parts.train_step(strategy, window)
     return seen
 
 
 def walk_nothing(place: Place, case: Case) -> bool:
     """One step in which walking over the model's parameters raises."""
     strategy, _, loader = parts.set_up(place, case)
-    parts.train_step(strategy, loader.window(0), parts.MAX_NORM, place.device)
+    parts.train_step(strategy, loader.window(0))
 
     def forbidden(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("a step walks over parameters")
@@ -51,7 +51,7 @@ def walk_nothing(place: Place, case: Case) -> bool:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("parameters", "named_parameters", "state_dict"):
             patch.setattr(torch.nn.Module, name, forbidden)
-        parts.train_step(strategy, loader.window(1), parts.MAX_NORM, place.device)
+        parts.train_step(strategy, loader.window(1))
     return True
 
 
@@ -81,8 +81,8 @@ class Recorder:
         self.records: list[dict[str, Any]] = []
         self.calls: list[str] = []
 
-    def start(self, total_steps: int) -> None:
-        self.calls.append(f"start {total_steps}")
+    def start(self, done_steps: int, total_steps: int) -> None:
+        self.calls.append(f"start {done_steps} {total_steps}")
 
     def log(self, records: list[dict[str, Any]]) -> None:
         self.calls.append("log")
@@ -100,10 +100,11 @@ def fitted(place: Place, case: Case, log_steps: int) -> tuple[Recorder, list[int
         case.scheduler(strategy.optimizer),
         loader,
         case.loader(place.rank, place.world_size, 2),
-        Plan(total_steps=7, max_grad_norm=0.5, eval_steps=3, save_steps=5, log_steps=log_steps),
+        Plan(7, end_step=7, max_grad_norm=0.5, eval_steps=3, save_steps=5, log_steps=log_steps),
         [recorder],
-        saved.append,
+        lambda step, tokens, eval_loss: saved.append(step),
         place.device,
+        halt=lambda: False,
     )
     return (
         recorder,
@@ -122,7 +123,7 @@ def test_events_come_when_they_are_due(
     steps = [record["step"] for record in recorder.records if "loss" in record]
     assert steps == [1, 2, 3, 4, 5, 6, 7], "a line for every step, however seldom they are written"
     assert [r["step"] for r in recorder.records if "eval_loss" in r] == [3, 6, 7]
-    assert (recorder.calls[0], recorder.calls[-1]) == ("start 7", "finish")
+    assert (recorder.calls[0], recorder.calls[-1]) == ("start 0 7", "finish")
     assert rates[:4] == pytest.approx([0, 1e-3 / 3, 2e-3 / 3, 1e-3]), "warm-up of three steps"
 
 

@@ -33,7 +33,7 @@ def record(step: int, **more: float) -> dict[str, Any]:
 
 def watched(console: io.StringIO) -> str:
     progress = Progress(console)
-    progress.start(3)
+    progress.start(0, 3)
     for step in (1, 2, 3):
         progress.log([record(step)])
     progress.log([{"step": 3, "eval_loss": 1.25}])
@@ -66,12 +66,12 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
 def test_unnamed_runs_never_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = store.build(composed())
-    made = [run_dir.create(config, ["x"])[0].path for _ in range(3)]
+    made = [run_dir.attempt(config, ["x"], 1)[0].path for _ in range(3)]
     assert len(set(made)) == 3
     assert {path.parent for path in made} == {tmp_path / "runs"}
     named = store.build({**composed(), "run_dir": str(made[0])})
     with pytest.raises(UserError, match="cannot be made: File exists"):
-        run_dir.create(named, ["x"])
+        run_dir.attempt(named, ["x"], 1)
 
 
 def agreement(
@@ -99,8 +99,10 @@ def test_ranks_agree_on_the_folder_that_rank_0_makes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
-    results = agreement(3, ["a"] * 3, lambda: made.append(1) or tmp_path, monkeypatch)
-    assert results == [tmp_path] * 3
+    results = agreement(
+        3, ["a"] * 3, lambda: made.append(1) or run_dir.RunDir(tmp_path), monkeypatch
+    )
+    assert results == [run_dir.RunDir(tmp_path)] * 3
     assert made == [1]
 
 
@@ -108,26 +110,28 @@ def test_one_that_differs_refuses_all_and_nothing_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
-    results = agreement(3, ["a", "a", "b"], lambda: made.append(1) or tmp_path, monkeypatch)
+    results = agreement(
+        3, ["a", "a", "b"], lambda: made.append(1) or run_dir.RunDir(tmp_path), monkeypatch
+    )
     assert len(set(results)) == 1
     assert "rank 2 composed another configuration than rank 0" in str(results[0])
     assert not made
 
 
 def test_a_folder_that_cannot_be_made_is_told_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    def create() -> Path:
+    def create() -> run_dir.RunDir:
         raise UserError("no room")
 
     assert agreement(2, ["a", "a"], create, monkeypatch) == ["no room"] * 2
 
 
 def test_a_folder_that_others_cannot_see_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    results = agreement(2, ["a", "a"], lambda: Path("/not/shared"), monkeypatch)
+    results = agreement(2, ["a", "a"], lambda: run_dir.RunDir(Path("/not/shared")), monkeypatch)
     assert "every machine shares" in str(results[1])
 
 
 def test_a_rank_that_never_comes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    (result, _) = agreement(2, ["a"], lambda: Path(), monkeypatch)
+    (result, _) = agreement(2, ["a"], lambda: run_dir.RunDir(Path()), monkeypatch)
     assert "no word from rank 1" in str(result)
 
 
@@ -155,5 +159,5 @@ def test_cores_are_shared_among_cpu_ranks(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_command_keeps_odd_paths_whole() -> None:
-    argv = command.torchrun(Path("/runs/a b;c"), 2)
-    assert argv[-3:] == ["-m", "launcher.worker", "/runs/a b;c"]
+    argv = command.torchrun(Path("/runs/a b;c"), 1, 2)
+    assert argv[-4:] == ["-m", "launcher.worker", "/runs/a b;c", "1"]

@@ -28,6 +28,7 @@ from launcher.config.model import ModelConfig
 from launcher.config.optimizer import AdamwConfig
 from launcher.config.scheduler import SchedulerConfig
 from launcher.config.strategy import SingleConfig
+from launcher.config.training import TrainingConfig
 from launcher.data.dataset import load_rows
 from launcher.data.loader import IGNORED, Loader
 from launcher.distributed.process_group import Place, start
@@ -69,13 +70,17 @@ def shardway_arm(folder: Path, loader: Loader, place: Place, arguments: argparse
     )
     model = Lora(METHOD).prepare(model, SEED)
     precision = PRECISIONS[arguments.precision]
-    strategy = build_strategy(SingleConfig(name="single"), place, precision)
+    single, training = SingleConfig(name="single"), TrainingConfig()
+    strategy = build_strategy(single, training, place, precision)
     strategy.setup(model, weights, lambda trained: build_optimizer(OPTIMIZER, trained))
     scheduler = build_scheduler(SCHEDULER, strategy.optimizer, 10_000)
     strategy.model.train()
 
     def step(number: int) -> float:
-        stats = train_step(strategy, loader.window(number), 1.0, place.device)
+        window = loader.window(number)
+        counts = torch.stack([window.target_tokens, window.tokens])
+        targets, tokens = strategy.sum(counts).tolist()
+        stats = train_step(strategy, window, targets, tokens, 1.0, place.device)
         scheduler.step()
         return stats.loss.item()
 

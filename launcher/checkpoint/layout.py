@@ -1,16 +1,22 @@
-"""Names inside a checkpoint folder and its manifest. Imports no torch.
+"""Names inside a checkpoint folder. Imports no torch.
 
 checkpoints/step-000045/
-    adapter/        adapter_config.json, adapter_model.safetensors   (methods with an adapter)
-    model/          .metadata, __0_0.distcp …                        (torch DCP, other methods)
-    manifest.json   written last: a folder without it is no checkpoint
+    adapter/             adapter_config.json, adapter_model.safetensors  (methods with an adapter)
+    optimizer.safetensors     its optimizer state, unsharded
+    model/ optimizer/    .metadata, __0_0.distcp …                       (torch DCP, other methods)
+    rng/rank-00.safetensors   random states, one file a rank
+    trainer.json         step, tokens, place in schedule and data
+    config.yaml          the frozen configuration
+    manifest.json        written last: a folder without it is no checkpoint
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from launcher import manifest
 from launcher.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -21,7 +27,10 @@ MODEL = "model"
 @dataclass(frozen=True)
 class Checkpoint:
     path: Path
-    step: int
+
+    @property
+    def step(self) -> int:
+        return int(self.path.name.removeprefix("step-"))
 
     @property
     def adapter(self) -> Path | None:
@@ -33,18 +42,49 @@ class Checkpoint:
         folder = self.path / MODEL
         return folder if folder.is_dir() else None
 
+    @property
+    def moments(self) -> Path:
+        """Of the optimizer of an adapter."""
+        return self.path / "optimizer.safetensors"
+
+    @property
+    def optimizer(self) -> Path:
+        """Of the optimizer of a whole model."""
+        return self.path / "optimizer"
+
+    @property
+    def trainer(self) -> Path:
+        return self.path / "trainer.json"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / MANIFEST
+
+    def rng(self, rank: int) -> Path:
+        return self.path / "rng" / f"rank-{rank:02d}.safetensors"
+
+    def summary(self) -> dict[str, Any]:
+        """What the manifest says, without a look at the files."""
+        return manifest.read(self.manifest)
+
 
 def folder_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
+def finished(checkpoints: Path) -> list[Checkpoint]:
+    """The checkpoints that have a manifest, newest first."""
+    found = [Checkpoint(path) for path in checkpoints.glob("step-*") if (path / MANIFEST).is_file()]
+    return sorted(found, key=lambda checkpoint: -checkpoint.step)
+
+
 def newest(checkpoints: Path) -> Checkpoint:
     """The finished checkpoint with the highest step. Raises UserError when there is none."""
-    found = [
-        Checkpoint(path, int(path.name.removeprefix("step-")))
-        for path in checkpoints.glob("step-*")
-        if (path / MANIFEST).is_file()
-    ]
+    found = finished(checkpoints)
     if not found:
         raise UserError(f"{checkpoints} holds no finished checkpoint (step-…/{MANIFEST})")
-    return max(found, key=lambda checkpoint: checkpoint.step)
+    return found[0]

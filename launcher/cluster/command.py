@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 
-def torchrun(run_dir: Path, nproc_per_node: int) -> list[str]:
+def torchrun(run_dir: Path, attempt: int, nproc_per_node: int) -> list[str]:
     """One agent on this machine. `--standalone` binds a free port; a dead rank ends the run."""
     return [
         *(sys.executable, "-m", "torch.distributed.run"),
         "--standalone",
         f"--nproc-per-node={nproc_per_node}",
         "--max-restarts=0",
-        *("-m", "launcher.worker", str(run_dir)),
+        *("-m", "launcher.worker", str(run_dir), str(attempt)),
     ]
 
 

@@ -12,7 +12,7 @@ from types import FrameType
 from launcher.cluster import command
 from launcher.run_dir import RunDir
 
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+TAKEN = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -23,30 +23,33 @@ class Failure:
 
 
 def launch(run: RunDir, nproc_per_node: int, gpus: int) -> int:
-    """Run all ranks to their end and return their exit status.
+    """Run all ranks to their end and return the exit status of the attempt.
 
     The console belongs to rank 0 (stdout); what the agent and the libraries say goes to the logs.
+    The first signal asks the ranks to stop with a checkpoint, the second ends them.
     """
-    stopped: list[int] = []
+    signals: list[int] = []
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        # Once: a second signal would interrupt torchrun while it ends the ranks.
-        if not stopped:
-            agent.send_signal(number)
-        stopped.append(number)
+    def take(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        if len(signals) == 1:
+            run.stop.write_text(signal.Signals(number).name)
+            print("\nstopping at the next step boundary, with a checkpoint; again: at once")
+        else:
+            agent.kill()  # the kernel ends its ranks with it (rank_log)
 
-    with (run.logs() / "torchrun.log").open("wb") as log:
+    with (run.logs / "torchrun.log").open("wb") as log:
         agent = subprocess.Popen(
-            command.torchrun(run.path, nproc_per_node),
+            command.torchrun(run.path, run.attempt, nproc_per_node),
             stdin=subprocess.DEVNULL,
             stderr=log,
             env=command.environment(nproc_per_node, gpus),
-            start_new_session=True,  # Ctrl-C in a terminal reaches this process, which passes it on
+            start_new_session=True,  # Ctrl-C in a terminal reaches this process alone
         )
         # What is ignored stays ignored: `nohup` means it.
         before = {
-            number: signal.signal(number, pass_on)
-            for number in PASSED_ON
+            number: signal.signal(number, take)
+            for number in TAKEN
             if signal.getsignal(number) is not signal.SIG_IGN
         }
         try:
@@ -54,19 +57,20 @@ def launch(run: RunDir, nproc_per_node: int, gpus: int) -> int:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-    if stopped:
-        print(f"\nstopped by {signal.Signals(stopped[0]).name}; every rank has ended. {run.path}")
-        return 128 + stopped[0]
-    if status != 0:
-        failure = first_failure(run)
-        print(_report(run, failure))
-        return failure.exit_code if failure else status
-    return 0
+    if status == 0 and run.status.is_file():
+        return int(json.loads(run.status.read_text())["exit_code"])
+    run.stop.unlink(missing_ok=True)
+    if len(signals) > 1:
+        print(f"\nended by {signal.Signals(signals[1]).name}; every rank has ended. {run.path}")
+        return 128 + signals[1]
+    failure = first_failure(run)
+    print(_report(run, failure))
+    return failure.exit_code if failure else status or 1
 
 
 def first_failure(run: RunDir) -> Failure | None:
     """The rank that failed first: from the ranks' own files, else from the agent's summary."""
-    own = [json.loads(path.read_text()) for path in run.logs().glob("rank-*.error.json")]
+    own = [json.loads(path.read_text()) for path in run.logs.glob("rank-*.error.json")]
     killed = _killed_rank(run)
     if own:
         first = min(own, key=lambda error: error["time"])
@@ -78,7 +82,7 @@ def first_failure(run: RunDir) -> Failure | None:
 
 def _killed_rank(run: RunDir) -> Failure | None:
     """A rank that a signal ended, by torchrun's summary (SIGTERM is its own, for the others)."""
-    summary = (run.logs() / "torchrun.log").read_text(errors="replace")
+    summary = (run.logs / "torchrun.log").read_text(errors="replace")
     pattern = r"rank\s*: (\d+) .*\n\s*exitcode\s*: -(\d+)"
     killed = re.findall(pattern, summary)
     # A SIGTERM that came first was not the agent's.
@@ -94,5 +98,5 @@ def _killed_rank(run: RunDir) -> Failure | None:
 
 def _report(run: RunDir, failure: Failure | None) -> str:
     if failure is None:
-        return f"The ranks ended without a word. Log: {run.logs() / 'torchrun.log'}"
+        return f"The ranks ended without a word. Log: {run.logs / 'torchrun.log'}"
     return f"rank {failure.rank} failed: {failure.message}\nLog: {run.rank_log(failure.rank)}"

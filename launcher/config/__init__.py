@@ -33,7 +33,12 @@ class Config:
     checkpoint: CheckpointConfig
     launch: LaunchConfig
     run_dir: str | None
+    resume: str  # none, auto, or the path of a checkpoint or run
+    resume_force: bool
 
+
+# Settings that stand in no section.
+TOP_LEVEL = ("run_dir", "resume", "resume_force")
 
 # A section with several schemas chooses by its `name`.
 SECTIONS: dict[str, type | dict[str, type]] = {

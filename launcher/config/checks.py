@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import paths
-from launcher.config import Config
-from launcher.config.strategy import HsdpConfig
+from launcher.config import Config, deepspeed
+from launcher.config.strategy import HsdpConfig, ZeroConfig
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,21 @@ def _shard_size(config: Config, world: World) -> int | None:
     if not isinstance(strategy, HsdpConfig):
         return None
     return strategy.shard_size or world.nproc_per_node
+
+
+def _contradictions(config: Config, world: World) -> list[str]:
+    if not isinstance(config.strategy, ZeroConfig):
+        return []
+    return deepspeed.contradictions(
+        config.strategy, config.training, config.precision.name, world.size
+    )
+
+
+def _taken(config: Config) -> bool:
+    """Whether run_dir is there and nothing says that this run may go on in it."""
+    if config.run_dir is None or not Path(config.run_dir).exists():
+        return False
+    return config.resume != "auto" or not (Path(config.run_dir) / "config.yaml").is_file()
 
 
 RULES: tuple[Rule, ...] = (
@@ -222,11 +237,42 @@ RULES: tuple[Rule, ...] = (
         lambda c, w: "model.name_or_path=the 16-bit original",
     ),
     Rule(
+        "zero-extra-agrees",
+        "strategy.extra says nothing that another setting says otherwise",
+        lambda c, w: bool(_contradictions(c, w)),
+        lambda c, w: "; ".join(_contradictions(c, w)),
+        lambda c, w: "take them out of strategy.extra",
+    ),
+    Rule(
+        "stop-before-the-end",
+        "training.stop_after_steps lies within the training",
+        lambda c, w: (
+            c.training.max_steps is not None
+            and (c.training.stop_after_steps or 0) > c.training.max_steps
+        ),
+        lambda c, w: (
+            f"training.stop_after_steps={c.training.stop_after_steps} is more than "
+            f"training.max_steps={c.training.max_steps}"
+        ),
+        lambda c, w: "training.stop_after_steps=null",
+    ),
+    Rule(
+        "auto-names-a-run",
+        "resume=auto comes with the run_dir to go on in",
+        lambda c, w: c.resume == "auto" and c.run_dir is None,
+        lambda c, w: "resume=auto goes on in a run, and run_dir does not name one",
+        lambda c, w: "run_dir=RUN, or resume=none",
+    ),
+    Rule(
         "run-dir-is-new",
-        "run_dir does not exist yet",
+        "run_dir does not exist yet, or is a run that resume=auto goes on with",
         # Rank 0 makes it; a rank that comes later finds it made.
-        lambda c, w: w.rank == 0 and c.run_dir is not None and Path(c.run_dir).exists(),
+        lambda c, w: w.rank == 0 and _taken(c),
         lambda c, w: f"run_dir={c.run_dir} exists, and nothing is overwritten",
-        lambda c, w: "run_dir=null (a new name) or another folder",
+        lambda c, w: (
+            "resume=auto to go on with it, or run_dir=null (a new name) or another folder"
+            if (Path(c.run_dir or "") / "config.yaml").is_file()
+            else "run_dir=null (a new name) or another folder"
+        ),
     ),
 )

@@ -24,9 +24,12 @@ Generated from `launcher/config/` by `make reference`; `make check` fails when i
 Set a value with `section.setting=value`, choose a file of a group with `group=name`.
 """
 
-TAIL = """## run_dir
+TAIL = """## run_dir, resume, resume_force
 
-The run folder, which must be new. `null` is `runs/<time>-<model>-<method>`.
+`run_dir`: the run folder, which must be new. `null` is `runs/<time>-<model>-<method>`.
+`resume`: `none` begins; `auto` goes on in `run_dir` from its newest whole checkpoint, or begins
+where there is none; the path of a checkpoint or a run begins a new run from there.
+`resume_force=true` goes on even where the configuration or the rows differ in what is learnt.
 
 ## Rules between settings
 

@@ -13,7 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launcher.config import SECTIONS, Config
+from launcher.config import SECTIONS, TOP_LEVEL, Config
 from launcher.config.setting import broken_limits
 from launcher.errors import UserError
 
@@ -36,7 +36,7 @@ def build(raw: Mapping[str, Any]) -> Config:
 
     Raises ConfigError with every unknown key, wrong type and broken limit at once.
     """
-    problems = [unknown(str(key)) for key in raw if key not in (*SECTIONS, "run_dir")]
+    problems = [unknown(str(key)) for key in raw if key not in (*SECTIONS, *TOP_LEVEL)]
     sections: dict[str, Any] = {}
     for section, schema in SECTIONS.items():
         values = raw[section] if section in raw else {}
@@ -50,10 +50,18 @@ def build(raw: Mapping[str, Any]) -> Config:
                 continue
             schema = schema[name]
         sections[section] = _section(section, schema, values, problems)
+    top = {"run_dir": None, "resume": "none", "resume_force": False}
+    top |= {key: raw[key] for key in TOP_LEVEL if key in raw}
+    if not isinstance(top["resume_force"], bool):
+        problems.append(f"resume_force={top['resume_force']} must be true or false")
     if problems:
         raise ConfigError(problems)
-    run_dir = raw["run_dir"] if "run_dir" in raw else None
-    return Config(**sections, run_dir=None if run_dir is None else str(run_dir))
+    return Config(
+        **sections,
+        run_dir=None if top["run_dir"] is None else str(top["run_dir"]),
+        resume="none" if top["resume"] is None else str(top["resume"]),
+        resume_force=bool(top["resume_force"]),
+    )
 
 
 def _section(section: str, schema: type, values: Mapping[Any, Any], problems: list[str]) -> Any:
@@ -97,7 +105,7 @@ def unknown(key: str, known: list[str] | None = None) -> str:
     if known is None and section in SECTIONS:
         known = settings(section)
     elif known is None:
-        key, known = section, [*SECTIONS, "run_dir"]
+        key, known = section, [*SECTIONS, *TOP_LEVEL]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
     return f"{key} is no setting; {hint}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from launcher.config.setting import setting
 
@@ -47,9 +48,47 @@ class HsdpConfig(FsdpConfig):
     )
 
 
+@dataclass(kw_only=True, slots=True)
+class ZeroConfig(StrategyConfig):
+    """DeepSpeed ZeRO-1: the optimizer state is sharded."""
+
+    reduce_bucket_size: int = setting(
+        50_000_000, "elements of gradient that are reduced in one message", minimum=1
+    )
+    extra: dict[str, Any] = setting(
+        {}, "more keys for the DeepSpeed JSON, as DeepSpeed spells them; contradictions are refused"
+    )
+
+    @property
+    def stage(self) -> int:
+        return int(self.name.removeprefix("zero"))
+
+
+@dataclass(kw_only=True, slots=True)
+class Zero2Config(ZeroConfig):
+    """DeepSpeed ZeRO-2: optimizer state and gradients are sharded."""
+
+    overlap_comm: bool = setting(True, "reduce gradients while backward goes on")
+
+
+@dataclass(kw_only=True, slots=True)
+class Zero3Config(Zero2Config):
+    """DeepSpeed ZeRO-3: parameters, gradients and optimizer state are sharded."""
+
+    prefetch_bucket_size: int = setting(
+        50_000_000, "elements of parameters that are gathered ahead of their use", minimum=0
+    )
+    persistence_threshold: int = setting(
+        100_000, "tensors of up to so many elements are kept whole on every rank", minimum=0
+    )
+
+
 STRATEGIES: dict[str, type[StrategyConfig]] = {
     "single": SingleConfig,
     "ddp": DdpConfig,
     "fsdp": FsdpConfig,
     "hsdp": HsdpConfig,
+    "zero1": ZeroConfig,
+    "zero2": Zero2Config,
+    "zero3": Zero3Config,
 }

@@ -11,6 +11,9 @@ from launcher.config.setting import setting
 class TrainingConfig:
     max_steps: int | None = setting(None, "optimizer steps; or say training.epochs", minimum=1)
     epochs: int | None = setting(None, "passes over the data; or say training.max_steps", minimum=1)
+    stop_after_steps: int | None = setting(
+        None, "end here with a checkpoint; the schedule is that of the whole training", minimum=1
+    )
     micro_batch_size: int = setting(1, "rows per rank and forward", minimum=1)
     global_batch_size: int = setting(8, "rows per optimizer step over all ranks", minimum=1)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", above=0)
@@ -27,6 +30,12 @@ class TrainingConfig:
 class CheckpointConfig:
     save_steps: int | None = setting(
         None, "save every so many steps; the end is always saved", minimum=1
+    )
+    keep_last: int | None = setting(
+        None, "keep so many checkpoints and the best by eval_loss; null keeps all", minimum=1
+    )
+    content: str = setting(
+        "all", "all can be resumed; weights can only be exported", choices=("all", "weights")
     )
 
 

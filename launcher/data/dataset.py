@@ -6,7 +6,7 @@ It is memory-mapped, so ranks of one machine share its pages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,7 @@ class Rows:
     starts: torch.Tensor  # [rows + 1] int64
     dropped: int  # rows of which nothing to learn was left within max_length
     truncated: int  # rows that were cut at max_length
+    fingerprint: str  # of the content of file, tokenizer and options
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -52,16 +53,23 @@ class Rows:
         return text
 
 
-def load_rows(path: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Rows:
+def load_rows(
+    path: Path,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    on_row: Callable[[], None] = lambda: None,
+) -> Rows:
     """Tokenise `path`, or take it from the cache when the same was tokenised before.
 
     The key is the content of file, tokenizer and template and the options, so a changed file is
-    noticed. One process tokenises; others on the machine wait for its lock.
+    noticed. One process tokenises; others on the machine wait for its lock. `on_row` is called
+    before each row that is tokenised; what it raises ends the work and nothing is kept.
     """
-    store = paths.cache() / "tokens" / f"{_key(path, config, tokenizer)}.safetensors"
+    key = _key(path, config, tokenizer)
+    store = paths.cache() / "tokens" / f"{key}.safetensors"
     if not store.is_file():
         try:
-            _fill_cache(store, path, config, tokenizer)
+            _fill_cache(store, lambda: _tokenize_file(path, config, tokenizer, on_row))
         except OSError as error:
             raise UserError(
                 f"the token cache {store.parent} cannot be written: {error.strerror}; "
@@ -69,7 +77,7 @@ def load_rows(path: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase
             ) from error
     tensors = load_file(store)
     counts = tensors.pop("counts").tolist()
-    rows = Rows(**tensors, dropped=counts[0], truncated=counts[1])
+    rows = Rows(**tensors, dropped=counts[0], truncated=counts[1], fingerprint=key)
     if not len(rows):
         raise UserError(
             f"data.path={path}: no answer lies within data.max_length={config.max_length}; raise it"
@@ -88,22 +96,26 @@ def split(rows: Rows, eval_rows: int, seed: int) -> tuple[Sequence[int], Sequenc
     return sorted(order[eval_rows:]), held_out
 
 
-def _fill_cache(
-    store: Path, path: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def _fill_cache(store: Path, make: Callable[[], dict[str, torch.Tensor]]) -> None:
     store.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(store.with_suffix(".lock")):
         if not store.is_file():  # else another rank has made it meanwhile
             aside = store.with_suffix(".partial")
-            aside.write_bytes(save(_tensors(_tokenize_file(path, config, tokenizer))))
+            aside.write_bytes(save(make()))
             aside.replace(store)
 
 
-def _tokenize_file(path: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Rows:
+def _tokenize_file(
+    path: Path,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    on_row: Callable[[], None],
+) -> dict[str, torch.Tensor]:
     ids: list[int] = []
     trained: list[bool] = []
     starts, dropped, truncated = [0], 0, 0
     for place, messages in source.read_messages(path, config.format):
+        on_row()
         tokens = tokenize(tokenizer, messages, config.max_length, place)
         truncated += tokens.cut
         if not any(tokens.trained[1:]):  # the first token is never predicted
@@ -112,18 +124,12 @@ def _tokenize_file(path: Path, config: DataConfig, tokenizer: PreTrainedTokenize
         ids += tokens.ids
         trained += tokens.trained
         starts.append(len(ids))
-    return Rows(
-        torch.tensor(ids, dtype=torch.int32),
-        torch.tensor(trained, dtype=torch.bool),
-        torch.tensor(starts, dtype=torch.int64),
-        dropped,
-        truncated,
-    )
-
-
-def _tensors(rows: Rows) -> dict[str, torch.Tensor]:
-    counts = torch.tensor([rows.dropped, rows.truncated])
-    return {"ids": rows.ids, "trained": rows.trained, "starts": rows.starts, "counts": counts}
+    return {
+        "ids": torch.tensor(ids, dtype=torch.int32),
+        "trained": torch.tensor(trained, dtype=torch.bool),
+        "starts": torch.tensor(starts, dtype=torch.int64),
+        "counts": torch.tensor([dropped, truncated]),
+    }
 
 
 def _key(path: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:

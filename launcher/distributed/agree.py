@@ -9,16 +9,17 @@ from pathlib import Path
 import torch.distributed as dist
 
 from launcher.errors import UserError
+from launcher.run_dir import RunDir
 
 PATIENCE = timedelta(minutes=5)
 
 
 def agree_on_run(
-    store: dist.Store, rank: int, world_size: int, fingerprint: str, create: Callable[[], Path]
-) -> Path:
+    store: dist.Store, rank: int, world_size: int, fingerprint: str, create: Callable[[], RunDir]
+) -> RunDir:
     """Every rank names its configuration's hash; if all are equal rank 0 makes the run folder.
 
-    All ranks return its path, or all raise UserError with the same sentence and nothing is made.
+    All ranks return it, or all raise UserError with the same sentence and nothing is made.
     """
     if rank == 0:
         verdict = _decide(store, world_size, fingerprint, create)
@@ -32,18 +33,19 @@ def agree_on_run(
     kind, _, text = verdict.partition(" ")
     if kind == "refused":
         raise UserError(text)
-    if not Path(text).is_dir():
+    attempt, _, path = text.partition(" ")
+    if not Path(path).is_dir():
         raise UserError(
-            f"rank {rank} cannot see {text}, which rank 0 made; "
+            f"rank {rank} cannot see {path}, which rank 0 made; "
             "set run_dir to a folder that every machine shares"
         )
-    return Path(text)
+    return RunDir(Path(path), int(attempt))
 
 
 def _decide(
-    store: dist.Store, world_size: int, fingerprint: str, create: Callable[[], Path]
+    store: dist.Store, world_size: int, fingerprint: str, create: Callable[[], RunDir]
 ) -> str:
-    """`made PATH` or `refused SENTENCE`."""
+    """`made ATTEMPT PATH` or `refused SENTENCE`."""
     try:
         _wait(store, [f"shardway/fingerprint/{rank}" for rank in range(1, world_size)])
         for rank in range(1, world_size):
@@ -52,7 +54,8 @@ def _decide(
                     f"rank {rank} composed another configuration than rank 0; start every torchrun "
                     "with the same overrides and conf/ (compare with --cfg job --resolve)"
                 )
-        return f"made {create()}"
+        made = create()
+        return f"made {made.attempt} {made.path}"
     except UserError as error:
         return f"refused {error}"
 

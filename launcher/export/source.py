@@ -43,7 +43,7 @@ def find_source(path: Path, base: str | None, adapter: Path | None) -> Source:
         saved = manifest.check(path / layout.MANIFEST)
         if not {"step", "base"} <= saved.keys():
             raise UserError(f"{path / layout.MANIFEST} is no checkpoint's manifest")
-        checkpoint = layout.Checkpoint(path, saved["step"])
+        checkpoint = layout.Checkpoint(path)
         folder = _base(base, saved["base"]["name_or_path"], saved["base"]["revision"])
         return Source(folder, checkpoint.adapter, checkpoint.model)
     if (path / "adapter_config.json").is_file():

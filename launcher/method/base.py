@@ -26,6 +26,9 @@ class Method(Protocol):
     def write(self, model: Any, trained: dict[str, torch.Tensor], folder: Path) -> None:
         """Write the gathered trained parameters (name in `model` → whole fp32 tensor)."""
 
+    def read(self, model: Any, folder: Path) -> dict[str, torch.Tensor]:
+        """What `write` wrote: name in `model` → whole fp32 tensor."""
+
 
 def describe(model: nn.Module) -> str:
     """Counts of trained and frozen parameters in words."""

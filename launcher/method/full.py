@@ -23,3 +23,6 @@ class Full:
 
     def write(self, model: nn.Module, trained: dict[str, torch.Tensor], folder: Path) -> None:
         raise NotImplementedError("the shards of a full run are written by the strategy")
+
+    def read(self, model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+        raise NotImplementedError("the shards of a full run are read by the strategy")

@@ -7,7 +7,7 @@ from pathlib import Path
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import nn
 
 from launcher.config.method import LoraConfig
@@ -65,6 +65,19 @@ class Lora:
         # Not save_file: it makes files that only their owner may read, whatever the umask.
         content = save({name: t.contiguous() for name, t in tensors.items()}, {"format": "pt"})
         (folder / "adapter_model.safetensors").write_bytes(content)
+
+    def read(self, model: peft.PeftModel, folder: Path) -> dict[str, torch.Tensor]:
+        stored = load_file(folder / "adapter_model.safetensors")
+        names = {name: torch.empty(0) for name, p in model.named_parameters() if p.requires_grad}
+        # PEFT's own renaming tells which stored name each parameter has.
+        renamed = peft.get_peft_model_state_dict(
+            model, state_dict=names, save_embedding_layers=False
+        )
+        stored_name = {id(tensor): name for name, tensor in renamed.items()}
+        wanted = {name: stored_name[id(tensor)] for name, tensor in names.items()}
+        if apart := sorted(stored.keys() ^ set(wanted.values())):
+            raise UserError(f"{folder} holds another adapter: {apart[0]} ({len(apart)} tensors)")
+        return {name: stored[other] for name, other in wanted.items()}
 
 
 def _check_targets(model: peft.PeftModel, targets: list[str]) -> None:

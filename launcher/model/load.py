@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
+from launcher.boxes import boxes
 from launcher.config.model import ModelConfig
 from launcher.errors import UserError
 from launcher.model.attention import attention_for
@@ -54,6 +55,24 @@ class SafetensorsFolder:
         box = tuple(slice(at, at + size) for at, size in zip(offsets, shape, strict=True))
         tensor: torch.Tensor = file.get_slice(name)[box] if shape else file.get_tensor(name)
         return tensor
+
+    def whole(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._open(self._file_of[name]).get_tensor(name)
+        return tensor
+
+    def read_run(self, name: str, begin: int, count: int) -> torch.Tensor:
+        """Elements [begin, begin + count) of the flattened tensor, 1-d; only their bytes are read,
+        but for the rows where the run begins and ends."""
+        found = boxes(begin, count, tuple(self.shape(name)))
+        parts = [self.read(name, offsets, sizes).flatten() for offsets, sizes in found]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=self.dtype(name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        file = self._open(self._file_of[name])
+        empty: torch.Tensor = (
+            file.get_slice(name)[:0] if self.shape(name) else file.get_tensor(name)
+        )
+        return empty.dtype
 
     def _open(self, file: str) -> safe_open:
         if file not in self._open_files:

@@ -9,31 +9,40 @@ out of `fully_shard`: they need neither a gather nor a second copy.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from launcher.config.strategy import FsdpConfig, HsdpConfig, StrategyConfig
-from launcher.distributed.collectives import gather_to_main, local_box, local_part
+from launcher.config.training import TrainingConfig
 from launcher.distributed.mesh import build_mesh
 from launcher.distributed.process_group import Place
+from launcher.distributed.shards import Shard, gather_to_main, local_box, local_part, shard_of
 from launcher.model.layers import decoder_layers
 from launcher.model.load import Weights
 from launcher.precision import Precision
-from launcher.strategy.base import OptimizerBuilder, StepResult
+from launcher.strategy.base import (
+    OptimizerBuilder,
+    StepResult,
+    TrainedState,
+    optimizer_state,
+    persistent_buffers,
+    split_state,
+    sum_over_ranks,
+)
 
 
 class Fsdp:
     model: nn.Module
     optimizer: torch.optim.Optimizer
 
-    def __init__(self, config: StrategyConfig, place: Place, precision: Precision) -> None:
+    def __init__(
+        self, config: StrategyConfig, training: TrainingConfig, place: Place, precision: Precision
+    ) -> None:
         self.config = config
         self.place = place
         self.precision = precision
@@ -58,12 +67,11 @@ class Fsdp:
             nn.Parameter(local_part(p.detach())) for p in self._trained.values()
         ]
         self._bound = False
-        self.optimizer = build_optimizer(self._shards_trained)
+        shapes = [parameter.shape for parameter in self._trained.values()]
+        self.optimizer = build_optimizer(zip(self._shards_trained, shapes, strict=True))
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
+        return sum_over_ranks(values)
 
     def accumulate(self, last: bool) -> None:
         if self._defer_sync:
@@ -82,18 +90,20 @@ class Fsdp:
             parameter.grad = None
         return StepResult(norm)
 
-    def gather_trained(self) -> dict[str, torch.Tensor] | None:
-        return gather_to_main(self._trained)
+    def weights(self) -> dict[str, Shard]:
+        return {name: shard_of(parameter) for name, parameter in self._trained.items()}
 
-    def save_model(self, folder: Path) -> None:
-        # named_parameters lists a tied parameter once; state_dict would write it twice.
-        persistent = self.model.state_dict().keys()
-        state = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
-        state |= {name: b for name, b in self.model.named_buffers() if name in persistent}
-        dcp.save({"model": state}, checkpoint_id=folder)
+    def state(self) -> TrainedState:
+        weights = self.weights()
+        states = optimizer_state(self.optimizer, self._shards_trained)
+        moments, counts = split_state(weights, states)
+        return TrainedState(weights, moments, counts, persistent_buffers(self.model))
 
-    def barrier(self) -> None:
-        self.sum(torch.zeros(1))
+    def refresh(self) -> None:
+        """Nothing to do: FSDP2 makes the working copies anew at every gather."""
+
+    def gather(self, shards: dict[str, Shard]) -> dict[str, torch.Tensor] | None:
+        return gather_to_main(shards, self._shard_group)
 
     def describe(self) -> str:
         replicas, shards = self.mesh.shape

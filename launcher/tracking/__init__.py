@@ -14,7 +14,9 @@ from launcher.tracking.plot import LossPlot
 def build_observers(
     config: TrackingConfig, run: RunDir, console: TextIOBase
 ) -> list[MetricsFile | Progress | LossPlot]:
-    observers: list[MetricsFile | Progress | LossPlot] = [MetricsFile(run.metrics)]
+    observers: list[MetricsFile | Progress | LossPlot] = [
+        MetricsFile(run.metrics, run.logs / "lost-metrics.jsonl")
+    ]
     if config.progress:
         observers.append(Progress(console))
     if config.plot:

@@ -19,14 +19,20 @@ class Progress:
     def __init__(self, console: TextIOBase) -> None:
         self.console = console
         self.bar: tqdm[NoReturn] | None = None
-        self._total = 0
+        self._done = self._total = 0
         self._began = self._last_line = 0.0
 
-    def start(self, total_steps: int) -> None:
-        self._total = total_steps
+    def start(self, done_steps: int, total_steps: int) -> None:
+        self._done, self._total = done_steps, total_steps
         self._began = self._last_line = time.monotonic()
         if self.console.isatty():
-            self.bar = tqdm(total=total_steps, unit="step", file=self.console, dynamic_ncols=True)
+            self.bar = tqdm(
+                total=total_steps,
+                initial=done_steps,
+                unit="step",
+                file=self.console,
+                dynamic_ncols=True,
+            )
 
     def log(self, records: list[Record]) -> None:
         for record in records:
@@ -56,7 +62,7 @@ class Progress:
         return True
 
     def _left(self, record: Record) -> str:
-        per_step = (time.monotonic() - self._began) / record["step"]
+        per_step = (time.monotonic() - self._began) / (record["step"] - self._done)
         return f"{per_step * (self._total - record['step']):.0f} s left"
 
     def _say(self, line: str) -> None:

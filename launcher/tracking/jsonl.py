@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import IO
 
+from launcher.manifest import write_text
 from launcher.metrics import Record
 
 
@@ -13,11 +14,20 @@ class MetricsFile:
     """Appends every record. Training lines carry step, loss, learning_rate, grad_norm, tokens,
     tokens_per_second, time; evaluation lines step and eval_loss."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lost: Path) -> None:
         self.path = path
+        self.lost = lost
         self._file: IO[str] | None = None
 
-    def start(self, total_steps: int) -> None:
+    def start(self, done_steps: int, total_steps: int) -> None:
+        """Go on after `done_steps`: lines of later steps, whose work was lost, are set aside."""
+        if self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= done_steps]
+            if lost := [line for line in lines if json.loads(line)["step"] > done_steps]:
+                with self.lost.open("a", encoding="utf-8") as file:
+                    file.writelines(lost)
+                write_text(self.path, "".join(kept))
         self._file = self.path.open("a", encoding="utf-8")
 
     def log(self, records: list[Record]) -> None:

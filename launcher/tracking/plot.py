@@ -15,7 +15,7 @@ class LossPlot:
         self.metrics = metrics
         self.picture = picture
 
-    def start(self, total_steps: int) -> None: ...
+    def start(self, done_steps: int, total_steps: int) -> None: ...
 
     def log(self, records: list[Record]) -> None: ...
 
@@ -30,6 +30,8 @@ def draw_loss(metrics: Path, picture: Path) -> None:
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [(record["step"], record["loss"]) for record in records if "loss" in record]
     evaluated = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
+    if not steps:
+        return  # stopped before the first step
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*steps, strict=True), color="tab:blue", alpha=0.35, label="loss")

@@ -33,7 +33,8 @@ def good(tiny: Path, rows_file: Path) -> dict[str, dict[str, Any]]:
 def build(good: dict[str, dict[str, Any]], changes: dict[str, dict[str, Any]]) -> Config:
     merged = {s: {**good.get(s, {}), **changes.get(s, {})} for s in {**good, **changes}}
     run_dir = merged.pop("run_dir", {}).get("path")
-    return store.build({**composed(**merged), "run_dir": run_dir})
+    resume = merged.pop("resume", {}).get("path", "none")
+    return store.build({**composed(**merged), "run_dir": run_dir, "resume": resume})
 
 
 def broken_ids(config: Config, world: World) -> set[str]:
@@ -76,6 +77,15 @@ CASES: dict[str, tuple[dict[str, Any], World, dict[str, Any]]] = {
     "model-is-there": ({"model": {"name_or_path": "/no/model"}}, ONE, {}),
     "model-has-safetensors": ({"model": {"name_or_path": "WEIGHTLESS"}}, ONE, {}),
     "model-is-not-quantised": ({"model": {"name_or_path": "QUANTISED"}}, ONE, {}),
+    "zero-extra-agrees": (
+        {"strategy": {"name": "zero2", "extra": {"gradient_clipping": 3.0}}}, TWO,
+        {"strategy": {"name": "zero2", "extra": {"wall_clock_breakdown": True}}},
+    ),
+    "stop-before-the-end": (
+        {"training": {"epochs": None, "max_steps": 5, "stop_after_steps": 6}}, ONE,
+        {"training": {"epochs": None, "max_steps": 5, "stop_after_steps": 5}},
+    ),
+    "auto-names-a-run": ({"resume": {"path": "auto"}}, ONE, {}),
     "run-dir-is-new": ({"run_dir": {"path": "."}}, ONE, {"run_dir": {"path": "./new"}}),
 }  # fmt: skip
 
@@ -111,7 +121,10 @@ def changes_of(fix: str) -> dict[str, dict[str, Any]]:
     return changes
 
 
-IN_WORDS = {"model-is-there", "model-has-safetensors", "model-is-not-quantised", "run-dir-is-new"}
+IN_WORDS = {
+    "model-is-there", "model-has-safetensors", "model-is-not-quantised", "run-dir-is-new",
+    "zero-extra-agrees", "auto-names-a-run",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -14,22 +14,27 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from launcher import manifest
-from launcher.checkpoint.save import save_checkpoint
-from launcher.config.model import ModelConfig
 from launcher.distributed.process_group import Place
 from launcher.export.dcp import read_model
 from tests.helpers import parts
 from tests.helpers.parts import Case
 
 QUESTION = torch.arange(3, 40).view(1, -1)
-LAYOUTS = [("single", 1, ()), ("ddp", 2, ()), ("fsdp", 3, ()), ("hsdp", 4, (("shard_size", 2),))]
+LAYOUTS = [
+    ("single", 1, ()),
+    ("ddp", 2, ()),
+    ("fsdp", 3, ()),
+    ("hsdp", 4, (("shard_size", 2),)),
+    ("zero1", 2, ()),
+    ("zero2", 3, ()),
+    ("zero3", 3, ()),
+]
 
 
 def save_and_answer(place: Place, case: Case, folder: Path) -> torch.Tensor:
     """Train, save a checkpoint; the live model's logits afterwards."""
     strategy, method, _ = parts.train(place, case)
-    source = ModelConfig(name_or_path=str(case.model))
-    save_checkpoint(strategy, method, source, folder, case.steps, place.is_main)
+    parts.saver(place, case, strategy, method, folder).save(case.steps, 0, None)
     strategy.model.eval()
     with torch.no_grad():
         return strategy.model(input_ids=QUESTION).logits
@@ -47,7 +52,7 @@ def count_gathers(place: Place, case: Case) -> tuple[int, int]:
 
     dist.gather = counted
     try:
-        strategy.gather_trained()
+        strategy.gather(strategy.weights())
     finally:
         dist.gather = original
     return len(seen), sum(seen)
@@ -62,8 +67,8 @@ def test_gathered_adapter_gives_the_live_logits_in_peft(
         learning_rate=1e-2, global_batch_size=12,
     )  # fmt: skip
     live = ranks.run(world, save_and_answer, case, tmp_path)[0]
-    saved = tmp_path / "step-000004"
-    assert not list(tmp_path.glob(".*")), "nothing is left aside"
+    saved = tmp_path / "checkpoints/step-000004"
+    assert not list((tmp_path / "checkpoints").glob(".*")), "nothing is left aside"
     assert manifest.check(saved / "manifest.json")["step"] == 4
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     with torch.no_grad():
@@ -92,14 +97,14 @@ def test_full_run_writes_dcp_shards_that_read_back(
         global_batch_size=12,
     )  # fmt: skip
     live = ranks.run(world, save_and_answer, case, tmp_path)[0]
-    tensors = read_model(tmp_path / "step-000003" / "model")
+    tensors = read_model(tmp_path / "checkpoints/step-000003" / "model")
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     assert tensors.keys() == dict(model.named_parameters()).keys(), "tied weights stand once"
     model.load_state_dict({name: t.whole() for name, t in tensors.items()}, strict=False)
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=QUESTION).logits, live, rtol=1e-5, atol=1e-5)
-    if strategy == "fsdp":
-        files = list((tmp_path / "step-000003" / "model").glob("*.distcp"))
+    if strategy in ("fsdp", "zero1", "zero2", "zero3"):
+        files = list((tmp_path / "checkpoints/step-000003" / "model").glob("*.distcp"))
         assert len(files) == world, "every rank writes its own shard"
 
 

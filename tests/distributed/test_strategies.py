@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from launcher.distributed.collectives import local_part
 from launcher.distributed.process_group import Place
+from launcher.distributed.shards import local_part
 from launcher.loop import token_loss
 from tests.helpers import parts
 from tests.helpers.parts import Case
@@ -29,6 +29,7 @@ GRID = [
     ("hsdp", 2, (("shard_size", 2),)),
     ("hsdp", 3, (("shard_size", 1),)),
     ("hsdp", 4, (("shard_size", 2),)),
+    *((f"zero{stage}", world, ()) for stage in (1, 2, 3) for world in (1, 2, 3)),
 ]
 
 
@@ -54,6 +55,8 @@ def first_gradients(place: Place, case: Case) -> dict[str, torch.Tensor]:
     for index, batch in enumerate(window.micro_batches, start=1):
         strategy.accumulate(last=index == len(window.micro_batches))
         strategy.backward(token_loss(strategy.model, batch) / targets)
+    if case.strategy.startswith("zero"):
+        return reduced_gradients(strategy)
     return {
         name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
         for name, p in strategy.model.named_parameters()
@@ -61,11 +64,32 @@ def first_gradients(place: Place, case: Case) -> dict[str, torch.Tensor]:
     }
 
 
+def reduced_gradients(strategy: Any) -> dict[str, torch.Tensor]:
+    """What DeepSpeed's optimizer is about to be given, put together over the ranks."""
+    found: dict[str, torch.Tensor] = {}
+    # Before the step: in it the engine shows the optimizer one group at a time.
+    take, flats, weights = strategy.optimizer.step, strategy._flats, strategy.weights()
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        for name, shard in weights.items():
+            run = strategy._run(strategy._trained[name])
+            grad = flats[run[0]].grad
+            if grad is not None and name not in found:
+                whole = torch.zeros(shard.shape).flatten()
+                whole[run[2] : run[2] + run[3]] = grad[run[1] : run[1] + run[3]]
+                found[name] = whole.view(shard.shape)
+        return take(*args, **kwargs)
+
+    strategy.optimizer.step = spy
+    strategy.step(1e9)
+    return {name: strategy.sum(part) for name, part in sorted(found.items())}
+
+
 def held_bytes(place: Place, case: Case, shards: int = 1) -> dict[str, int]:
     """Bytes that this rank holds of parameters, and of the optimizer's moments after one step;
     and the most that a rank may hold of a model of `shards` shards."""
     strategy, _, loader = parts.set_up(place, case)
-    parts.train_step(strategy, loader.window(0), parts.MAX_NORM, place.device)
+    parts.train_step(strategy, loader.window(0))
     parameters = [local_part(p) for p in strategy.model.parameters()]
     states = [
         local_part(value)
@@ -98,7 +122,7 @@ def dtypes(place: Place, case: Case) -> dict[str, set[torch.dtype]]:
     seen: set[torch.dtype] = set()
     head = strategy.model.get_output_embeddings()
     head.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
-    parts.train_step(strategy, loader.window(0), parts.MAX_NORM, place.device)
+    parts.train_step(strategy, loader.window(0))
     model = strategy.model
     return {
         "trained": {p.dtype for p in model.parameters() if p.requires_grad},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -60,7 +61,7 @@ def test_the_run_folder_holds_what_the_plan_of_the_house_says(finished: Path) ->
         "config.yaml", "launch.json", "metrics.jsonl", "loss.png", "logs", "checkpoints",
     }  # fmt: skip
     assert {path.name for path in (finished / "logs/attempt-1").iterdir()} == {
-        "torchrun.log", "rank-00.log", "rank-01.log",
+        "torchrun.log", "rank-00.log", "rank-01.log", "status.json",
     }  # fmt: skip
     assert {p.name for p in (finished / "checkpoints").iterdir()} == {"step-000003", "step-000004"}
     assert layout.newest(finished / "checkpoints").step == 4
@@ -175,7 +176,7 @@ def test_torchrun_on_two_hosts_agrees_on_one_run_folder(tiny: Path, tmp_path: Pa
     (folder,) = (tmp_path / "runs").iterdir()
     assert len(losses(folder)) == 4
     assert {path.name for path in (folder / "logs/attempt-1").iterdir()} == {
-        "rank-00.log", "rank-01.log",
+        "rank-00.log", "rank-01.log", "status.json",
     }  # fmt: skip
 
 
@@ -211,20 +212,100 @@ def wait_for_training(process: subprocess.Popen[str], folder: Path) -> None:
 LONG = ("training.epochs=null", "training.max_steps=100000")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopping_the_command_ends_every_rank(tiny: Path, tmp_path: Path, number: int) -> None:
-    process = start(*TRAIN_TINY, *LONG, "run_dir=run", cwd=tmp_path)
-    wait_for_training(process, tmp_path / "run")
-    assert len(processes_of(tmp_path / "run")) >= 3, "the agent and two ranks"
+def status(run_folder: Path, attempt: int = 1) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(
+        (run_folder / f"logs/attempt-{attempt}/status.json").read_text()
+    )
+    return found
+
+
+def tell(process: subprocess.Popen[str], number: int) -> None:
     if number == signal.SIGINT:  # a terminal tells the whole foreground group
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_the_command_saves_and_the_run_goes_on(
+    tiny: Path, tmp_path: Path, number: int
+) -> None:
+    process = start(*TRAIN_TINY, *LONG, "run_dir=run", cwd=tmp_path)
+    wait_for_training(process, tmp_path / "run")
+    assert len(processes_of(tmp_path / "run")) >= 3, "the agent and two ranks"
+    tell(process, number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert f"stopped by {signal.Signals(number).name}" in output
+    assert process.returncode == 75, output
     assert "Traceback" not in output
     assert processes_of(tmp_path / "run") == []
+    ended = status(tmp_path / "run")
+    assert (ended["state"], ended["reason"]) == ("stopped", signal.Signals(number).name)
+    assert layout.newest(tmp_path / "run/checkpoints").step == ended["step"]
+    assert not (tmp_path / "run/stop").exists()
+    more = f"training.stop_after_steps={ended['step'] + 2}"
+    done = shardway(*TRAIN_TINY, *LONG, "run_dir=run", "resume=auto", more, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [record["step"] for record in metrics(tmp_path / "run")]
+    assert steps == list(range(1, ended["step"] + 3))
+
+
+def test_a_second_signal_ends_every_rank_at_once(tiny: Path, tmp_path: Path) -> None:
+    process = start(*TRAIN_TINY, *LONG, "run_dir=run", cwd=tmp_path)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("run folder: ")
+    time.sleep(1)  # the ranks are importing torch
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGINT
+    time.sleep(1)
+    assert processes_of(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
+def test_going_on_equals_never_having_stopped(tiny: Path, tmp_path: Path, strategy: str) -> None:
+    words = (*TRAIN_TINY, *SHORT, f"strategy={strategy}", "method.dropout=0.1")
+    for more in (["run_dir=whole"], ["run_dir=parts", "training.stop_after_steps=2"]):
+        done = shardway(*words, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert status(tmp_path / "parts")["reason"] == "training.stop_after_steps=2"
+    done = shardway(*words, "run_dir=parts", "resume=auto", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    done = shardway("consolidate", "parts", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_broken_checkpoint_is_named_and_the_one_before_is_used(
+    finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    damaged = tmp_path / "run/checkpoints/step-000004/optimizer.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-9] ^= 1
+    damaged.write_bytes(content)
+    words = ("train", "model=tiny", "cluster.cpu_processes=2", *SHORT, "data.eval_rows=5")
+    done = shardway(*words, "run_dir=run", "resume=auto", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step-000004 is broken and passed over" in done.stdout
+    assert "optimizer.safetensors has another content" in done.stdout
+    assert "resumed from step-000003" in done.stdout
+    assert (tmp_path / "run/checkpoints/broken-1-step-000004").is_dir(), "nothing is lost"
+    assert losses(tmp_path / "run") == losses(finished)
+
+
+def test_a_changed_configuration_is_refused_with_what_changed(
+    finished: Path, tmp_path: Path
+) -> None:
+    words = ("train", "model=tiny", "cluster.cpu_processes=2", *SHORT, "data.eval_rows=5")
+    more = (f"resume={finished}", "optimizer.learning_rate=1e-2", "strategy=zero2")
+    done = shardway(*words, *more, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "optimizer.learning_rate: 0.0001 → 0.01" in done.stderr
+    assert "resume_force=true" in done.stderr
+    assert "strategy.name" not in done.stderr, "the strategy may change"
+    assert written(tmp_path) == []
 
 
 def test_a_killed_rank_is_named_and_the_others_end(tiny: Path, tmp_path: Path) -> None:

@@ -75,8 +75,7 @@ def test_a_full_run_becomes_a_model_in_the_base_s_dtype(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     case = Case(tiny, rows_file, method="full", steps=3)
-    (tmp_path / "checkpoints").mkdir()
-    ranks.run(3, save_and_answer, case, tmp_path / "checkpoints")
+    ranks.run(3, save_and_answer, case, tmp_path)
     (plain,) = ranks.run(
         1, trained_weights, Case(tiny, rows_file, method="full", strategy="single", steps=3)
     )
@@ -91,7 +90,7 @@ def test_a_full_run_becomes_a_model_in_the_base_s_dtype(
 
 def trained_weights(place: Place, case: Case) -> dict[str, torch.Tensor]:
     strategy, _, _ = parts.train(place, case)
-    trained = strategy.gather_trained()
+    trained = strategy.gather(strategy.weights())
     assert trained is not None
     return trained
 

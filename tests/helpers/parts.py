@@ -10,22 +10,25 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from launcher import loop
+from launcher.checkpoint.save import Saver
 from launcher.config.data import DataConfig
 from launcher.config.method import METHODS as METHOD_SCHEMAS
 from launcher.config.model import ModelConfig
 from launcher.config.optimizer import AdamwConfig
 from launcher.config.scheduler import SchedulerConfig
 from launcher.config.strategy import STRATEGIES as STRATEGY_SCHEMAS
+from launcher.config.training import CheckpointConfig, TrainingConfig
 from launcher.data.dataset import load_rows
 from launcher.data.loader import Loader
 from launcher.distributed.process_group import Place
-from launcher.loop import train_step
 from launcher.method import build_method
 from launcher.method.base import Method
 from launcher.model.load import build_model
 from launcher.model.tokenizer import load_tokenizer
 from launcher.optimizer import build_optimizer
 from launcher.precision import PRECISIONS
+from launcher.run_dir import RunDir
 from launcher.scheduler import build_scheduler
 from launcher.strategy import Strategy, build_strategy
 
@@ -55,9 +58,9 @@ class Case:
         options = {"rank": 4, **dict(self.method_options)} if self.method == "lora" else {}
         return build_method(METHOD_SCHEMAS[self.method](name=self.method, **options))
 
-    def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
+    def optimizer(self, trained: Any) -> torch.optim.Optimizer:
         rates = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
-        return build_optimizer(AdamwConfig(**rates), parameters)
+        return build_optimizer(AdamwConfig(**rates), trained)
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         config = SchedulerConfig(name="cosine", warmup_steps=3)
@@ -91,9 +94,45 @@ def set_up(place: Place, case: Case) -> tuple[Strategy, Method, Loader]:
     model = method.prepare(model, SEED)
     schema = STRATEGY_SCHEMAS[case.strategy]
     config = schema(name=case.strategy, **dict(case.strategy_options))
-    strategy = build_strategy(config, place, PRECISIONS[case.precision])
+    training = TrainingConfig(
+        micro_batch_size=case.micro_batch_size,
+        global_batch_size=case.global_batch_size,
+        max_grad_norm=MAX_NORM,
+    )
+    strategy = build_strategy(config, training, place, PRECISIONS[case.precision])
     strategy.setup(model, weights, case.optimizer)
     return strategy, method, case.loader(place.rank, place.world_size, case.micro_batch_size)
+
+
+def bare(strategy: Strategy) -> Any:
+    """The model without DeepSpeed's engine around it."""
+    return strategy._bare if hasattr(strategy, "_bare") else strategy.model
+
+
+def saver(
+    place: Place, case: Case, strategy: Strategy, method: Method, folder: Path, **options: Any
+) -> Saver:
+    """As the worker makes it, for a run in `folder` that keeps its `scheduler` as an attribute."""
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text("{}\n")
+    about = {"base": {"name_or_path": str(case.model), "revision": None}, "data": "rows"}
+    return Saver(
+        strategy,
+        method,
+        bare(strategy),
+        case.scheduler(strategy.optimizer),
+        RunDir(folder),
+        CheckpointConfig(**options),
+        place,
+        {**about, "ranks": place.world_size},
+    )
+
+
+def train_step(strategy: Strategy, window: Any, device: torch.device = CPU) -> Any:
+    """One step as `fit` does it."""
+    counts = torch.stack([window.target_tokens, window.tokens])
+    targets, tokens = strategy.sum(counts).tolist()
+    return loop.train_step(strategy, window, targets, tokens, MAX_NORM, device)
 
 
 def train(place: Place, case: Case) -> tuple[Strategy, Method, list[float]]:
@@ -103,7 +142,7 @@ def train(place: Place, case: Case) -> tuple[Strategy, Method, list[float]]:
     losses = []
     strategy.model.train()
     for step in range(case.steps):
-        stats = train_step(strategy, loader.window(step), MAX_NORM, place.device)
+        stats = train_step(strategy, loader.window(step))
         scheduler.step()
         losses.append(strategy.sum(stats.loss).item())
     return strategy, method, losses

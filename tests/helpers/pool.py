@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-PATIENCE_SECONDS = 240
+PATIENCE_SECONDS = 120
 
 
 class RankPool:
@@ -81,3 +82,14 @@ def _in_group(rank: int, world: int, store: str, function: Callable[..., Any], a
         return function(Place(rank, rank, world, world, torch.device("cpu")), *args)
     finally:
         dist.destroy_process_group()
+        if "deepspeed" in sys.modules:  # it keeps groups that are gone now
+            from deepspeed.comm import comm
+            from deepspeed.runtime.zero import partition_parameters
+            from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+            from deepspeed.utils import groups
+
+            comm.cdb = None
+            groups._release_process_group_references(None)
+            # Its numbers of modules and parameters must be alike on all ranks.
+            DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+            partition_parameters.Init.param_id = 0

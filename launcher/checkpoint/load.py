@@ -1,0 +1,140 @@
+"""Going on from a checkpoint: which one, and how its content comes back. Collective throughout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from launcher import manifest
+from launcher.checkpoint import resume, retention, rng, sharded
+from launcher.checkpoint.layout import MODEL, Checkpoint
+from launcher.config import Config
+from launcher.distributed.process_group import Place
+from launcher.distributed.shards import Shard
+from launcher.distributed.together import together
+from launcher.errors import UserError
+from launcher.method.base import Method
+from launcher.scheduler import go_on_from
+from launcher.strategy import Strategy
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far training has come."""
+
+    step: int = 0
+    tokens: int = 0
+
+
+def choose(config: Config, checkpoints: Path, place: Place, say: Say) -> Checkpoint | None:
+    """The checkpoint to go on from, None to begin; its files are what was written.
+
+    Broken ones of this run are named, set aside and passed over; one that was asked for by its path
+    is refused. Raises UserError when the configuration has changed in what is learnt.
+    """
+    together(lambda: retention.clear_leftovers(checkpoints) if place.is_main else None)
+    found: list[Any] = [resume.candidates(config.resume, checkpoints) if place.is_main else None]
+    dist.broadcast_object_list(found)
+    for checkpoint in found[0]:
+        wrong = _problems(checkpoint, place)
+        if not wrong:
+            refusals = resume.differences(checkpoint.config, config).breaking
+            if refusals and not config.resume_force:
+                raise UserError(resume.refusal(checkpoint, refusals))
+            return checkpoint  # type: ignore[no-any-return]
+        if checkpoint.path.parent != checkpoints:
+            raise UserError(f"resume={config.resume} is broken: {'; '.join(wrong)}")
+        say(f"{checkpoint.path.name} is broken and passed over: {'; '.join(wrong)}")
+        together(lambda c=checkpoint: resume.set_aside(c) if place.is_main else None)  # type: ignore[misc]
+    return None
+
+
+def restore(
+    checkpoint: Checkpoint,
+    strategy: Strategy,
+    method: Method,
+    model: nn.Module,
+    scheduler: LRScheduler,
+    place: Place,
+    about: dict[str, Any],
+    force: bool,
+) -> Progress:
+    """Bring back weights, optimizer, schedule and random states. Raises UserError for a checkpoint
+    without optimizer state or of other data."""
+    trainer = json.loads(checkpoint.trainer.read_text())
+    if trainer["content"] != "all":
+        raise UserError(
+            f"{checkpoint.path} holds weights only (checkpoint.content=weights), which can be "
+            "exported and not resumed"
+        )
+    if trainer["data"] != about["data"] and not force:
+        raise UserError(
+            f"the rows are not those of {checkpoint.path}: the data file, the tokenizer or its "
+            "chat template has changed; bring it back, or begin anew without resume "
+            "(resume_force=true trains on regardless)"
+        )
+    state = strategy.state()
+    moments = {
+        f"{moment}/{name}": shard
+        for name, each in state.moments.items()
+        for moment, shard in each.items()
+    }
+    if method.adapter:
+        assert checkpoint.adapter is not None
+        _fill(state.weights, method.read(model, checkpoint.adapter))
+        _fill(moments, load_file(checkpoint.moments))
+    else:
+        group = dist.new_group(backend="gloo")
+        buffers = {n: Shard(b.view(-1), 0, tuple(b.shape)) for n, b in state.buffers.items()}
+        sharded.read({"model": {**state.weights, **buffers}}, checkpoint.path / MODEL, group)
+        by_moment: dict[str, dict[str, Shard]] = {}
+        for key, shard in moments.items():
+            moment, _, name = key.partition("/")
+            by_moment.setdefault(moment, {})[name] = shard
+        sharded.read(by_moment, checkpoint.optimizer, group)
+    for name, counts in state.counts.items():
+        for key, value in counts.items():
+            value.fill_(trainer["counts"][name][key])
+    strategy.refresh()
+    go_on_from(scheduler, trainer["schedule"])
+    if trainer["ranks"] == place.world_size:
+        rng.restore(load_file(checkpoint.rng(place.rank)), place.device)
+    else:  # no rank's random states fit: begin new streams
+        torch.manual_seed(trainer["step"] * place.world_size + place.rank)
+    return Progress(trainer["step"], trainer["tokens"])
+
+
+def _problems(checkpoint: Checkpoint, place: Place) -> list[str]:
+    """What is wrong with a checkpoint's files; every rank reads its share of them."""
+
+    def look() -> list[str]:
+        try:
+            return manifest.problems(checkpoint.manifest, place.rank, place.world_size)
+        except UserError as error:
+            return [str(error)]
+
+    found: list[list[str]] = [[]] * place.world_size
+    dist.all_gather_object(found, together(look))
+    return sorted({problem for each in found for problem in each})
+
+
+@torch.no_grad()
+def _fill(shards: dict[str, Shard], whole: dict[str, torch.Tensor]) -> None:
+    """Write this rank's run of each whole tensor."""
+    if apart := sorted(shards.keys() ^ whole.keys()):
+        raise UserError(f"the checkpoint holds other tensors: {apart[0]} ({len(apart)})")
+    for name, shard in shards.items():
+        if tuple(whole[name].shape) != tuple(shard.shape):
+            raise UserError(f"the checkpoint holds {name} as {tuple(whole[name].shape)}")
+        shard.local.copy_(shard.of(whole[name]))

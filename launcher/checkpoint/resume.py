@@ -1,0 +1,104 @@
+"""Whether and from where a run goes on. Imports no torch: the command line asks it, too."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.checkpoint.layout import MANIFEST, Checkpoint, finished
+from launcher.config import Config, store
+from launcher.errors import UserError
+from launcher.run_dir import RunDir
+
+# What may change between two attempts: where and how it runs, and what is watched and kept. The
+# same batch under another strategy, rank count or micro-batch gives the same sums.
+FREE = (
+    "run_dir",
+    "resume",
+    "resume_force",
+    "strategy",
+    "cluster",
+    "checkpoint",
+    "tracking",
+    "launch",
+    "model.name",
+    "data.name",
+    "data.path",  # its content is compared, not its place
+    "data.eval_path",
+    "data.pad_to_multiple_of",
+    "training.micro_batch_size",
+    "training.eval_steps",
+    "training.log_steps",
+    "training.stop_after_steps",
+)
+
+
+@dataclass(frozen=True)
+class Differences:
+    """`key: old → new`, one a setting."""
+
+    free: list[str]
+    breaking: list[str]
+
+
+def candidates(resume: str, checkpoints: Path) -> list[Checkpoint]:
+    """Where to go on from, best first: the run's own checkpoints, else the one that is named."""
+    if resume == "none":
+        return []
+    return finished(checkpoints) or ([] if resume == "auto" else [named(resume)])
+
+
+def named(resume: str) -> Checkpoint:
+    """The checkpoint of `resume=PATH`: a checkpoint's folder, or a run's newest.
+
+    Raises UserError when it is neither.
+    """
+    path = Path(resume)
+    if (path / MANIFEST).is_file():
+        return Checkpoint(path.absolute())
+    found = finished(RunDir(path).checkpoints)
+    if not found:
+        raise UserError(
+            f"resume={resume} is neither a checkpoint ({MANIFEST}) nor a run that holds one; "
+            "name one, or resume=auto with run_dir=RUN"
+        )
+    return found[0]
+
+
+def differences(frozen: Path, config: Config) -> Differences:
+    """How `config` differs from the frozen one of a checkpoint."""
+    before, now = (dict(_leaves(dataclasses.asdict(c))) for c in (store.load(frozen), config))
+    found = Differences([], [])
+    for key in dict.fromkeys([*before, *now]):
+        old, new = (side[key] if key in side else None for side in (before, now))
+        if old != new:
+            free = any(key == each or key.startswith(f"{each}.") for each in FREE)
+            (found.free if free else found.breaking).append(f"{key}: {old} → {new}")
+    return found
+
+
+def refusal(checkpoint: Checkpoint, breaking: list[str]) -> str:
+    """The sentence for a run that would not go on as it began."""
+    return (
+        f"{checkpoint.path.name} was trained otherwise ({'; '.join(breaking)}), so going on would "
+        "not continue that training → set them back, or resume_force=true"
+    )
+
+
+def set_aside(checkpoint: Checkpoint) -> None:
+    """Take a broken checkpoint's name away, so that its step can be saved again."""
+    number = 1
+    while (aside := checkpoint.path.with_name(f"broken-{number}-{checkpoint.path.name}")).exists():
+        number += 1
+    checkpoint.path.rename(aside)
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,117 @@
+"""Shards in torch's distributed checkpoint (DCP) format, whatever strategy made them.
+
+A tensor is stored with its true shape, each rank's run of it as a few boxes: any number of ranks
+reads it back under any strategy, and so do torch's own tools.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from launcher.boxes import boxes
+from launcher.distributed.shards import Shard
+
+Tree = dict[str, Any]  # nested by name, Shards at the leaves
+
+
+def write(tree: Tree, folder: Path, group: dist.ProcessGroup) -> None:
+    """Write every rank's runs into `folder`; replicas are written once. Collective."""
+    dcp.save(
+        _map(_Stored, tree),
+        storage_writer=dcp.FileSystemWriter(folder),
+        planner=_SavePlanner(),
+        process_group=group,
+    )
+
+
+def read(tree: Tree, folder: Path, group: dist.ProcessGroup) -> None:
+    """Fill every run of `tree` in place from `folder`. Collective. Raises for a tensor that is not
+    there or has another shape."""
+    dcp.load(
+        _map(_Stored, tree),
+        storage_reader=dcp.FileSystemReader(folder),
+        planner=_LoadPlanner(),
+        process_group=group,
+    )
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A Shard with the methods by which DCP asks a sharded tensor for its parts."""
+
+    shard: Shard
+
+    def size(self) -> torch.Size:
+        return torch.Size(self.shard.shape)
+
+    def box(self, wanted: torch.Size | None) -> torch.Tensor:
+        """The box at the offsets `wanted`, as a view of the run."""
+        at = 0
+        for offsets, sizes in self._boxes():
+            count = math.prod(sizes)
+            if wanted is None or tuple(wanted) == offsets:
+                return self.shard.local[at : at + count].view(sizes)
+            at += count
+        raise ValueError(f"no box at {wanted}")
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [
+            ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+            for offsets, sizes in self._boxes()
+        ]
+
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self.shard.local)
+        return [
+            WriteItem(
+                index=MetadataIndex(name, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, properties, self.size()),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def _boxes(self) -> list[Any]:
+        return boxes(self.shard.begin, self.shard.local.numel(), self.shard.shape)
+
+
+class _SavePlanner(DefaultSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self.state_dict[index.fqn].box(index.offset)
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    def set_up_planner(
+        self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Without the default's copy of what it does not know: it would fill the copies."""
+        self.original_state_dict = state_dict
+        self.state_dict, self.mappings = flatten_state_dict(state_dict)
+        self.metadata, self.is_coordinator = metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        tensor: torch.Tensor = self.state_dict[index.fqn].box(index.offset)
+        return tensor
+
+
+def _map(function: Any, tree: Tree) -> Tree:
+    return {
+        key: _map(function, value) if isinstance(value, dict) else function(value)
+        for key, value in tree.items()
+    }

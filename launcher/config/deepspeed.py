@@ -1,0 +1,100 @@
+"""The DeepSpeed JSON, generated from the one configuration. Imports no torch, no deepspeed.
+
+Keys: https://www.deepspeed.ai/docs/config-json/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from launcher.config.strategy import Zero2Config, Zero3Config, ZeroConfig
+from launcher.config.training import TrainingConfig
+
+# Sections of DeepSpeed's that another setting of ours stands for.
+OURS = {
+    "optimizer": "optimizer=",
+    "scheduler": "scheduler=",
+    "amp": "precision=",
+    "torch_autocast": "precision=",
+    "checkpoint": "checkpoint.save_steps",
+}
+
+
+def engine_config(
+    strategy: ZeroConfig, training: TrainingConfig, precision: str, world_size: int
+) -> dict[str, Any]:
+    """What DeepSpeed is told. `strategy.extra` is merged in; it must not contradict (see below)."""
+    return _merge(_generated(strategy, training, precision, world_size), strategy.extra)
+
+
+def contradictions(
+    strategy: ZeroConfig, training: TrainingConfig, precision: str, world_size: int
+) -> list[str]:
+    """One sentence for each key of `strategy.extra` that says otherwise than the configuration."""
+    generated = dict(_leaves(_generated(strategy, training, precision, world_size)))
+    problems = [
+        f"strategy.extra.{key} is not DeepSpeed's to decide; say {OURS[key]}…"
+        for key in strategy.extra
+        if key in OURS
+    ]
+    for key, value in _leaves(strategy.extra):
+        if key in generated and generated[key] != value:
+            problems.append(f"strategy.extra.{key}={value} contradicts {key}={generated[key]}")
+        elif any(known.startswith(f"{key}.") for known in generated):
+            problems.append(f"strategy.extra.{key}={value} replaces a section; name keys in it")
+    return problems
+
+
+def _generated(
+    strategy: ZeroConfig, training: TrainingConfig, precision: str, world_size: int
+) -> dict[str, Any]:
+    per_round = training.micro_batch_size * world_size
+    zero: dict[str, Any] = {
+        "stage": strategy.stage,
+        "contiguous_gradients": True,
+        "overlap_comm": isinstance(strategy, Zero2Config) and strategy.overlap_comm,
+        "reduce_bucket_size": strategy.reduce_bucket_size,
+        # Under round robin DeepSpeed's own map of parameters to partitions is wrong.
+        "round_robin_gradients": False,
+    }
+    if isinstance(strategy, Zero3Config):
+        zero |= {
+            "stage3_prefetch_bucket_size": strategy.prefetch_bucket_size,
+            "stage3_param_persistence_threshold": strategy.persistence_threshold,
+        }
+    config: dict[str, Any] = {
+        "train_batch_size": training.global_batch_size,
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "gradient_accumulation_steps": training.global_batch_size // per_round,
+        # The loop says when a step ends: the last one of an epoch may take fewer micro-batches.
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": training.max_grad_norm,
+        "steps_per_print": None,
+        "zero_optimization": zero,
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": precision == "bf16"},
+    }
+    if precision == "bf16":
+        config |= {
+            "communication_data_type": "fp32",
+            "data_types": {"grad_accum_dtype": "fp32"},
+        }
+    return config
+
+
+def _merge(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in more.items():
+        below = merged[key] if key in merged else None
+        both = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merge(below, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

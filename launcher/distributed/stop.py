@@ -1,0 +1,59 @@
+"""A request to stop, noticed by each rank; the loop lets all ranks agree on it. Imports no torch.
+
+Signals are taken by a thread: a rank that waits in a collective runs no Python handler. The first
+asks for a checkpoint at the next step boundary, the second ends the process at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+SECONDS_BETWEEN_LOOKS = 0.2  # at the file: a shared file system answers slowly
+
+
+class Stopped(Exception):
+    """The work was given up before training began, because a stop was asked for."""
+
+
+class Stop:
+    """`RUN/stop`, or a signal to this process. The file may say in a word who asks."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._signal: str | None = None
+        self._seen = False
+        self._looked = 0.0
+
+    def listen(self) -> None:
+        """Take signals from here on. Call it early: torch's import takes seconds."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=self._take_signals, daemon=True, name="stop").start()
+
+    def requested(self) -> bool:
+        """Whether this rank has been asked; the answer stays yes."""
+        now = time.monotonic()
+        if not self._seen and now - self._looked > SECONDS_BETWEEN_LOOKS:
+            self._looked = now
+            self._seen = self._signal is not None or self.file.exists()
+        return self._seen or self._signal is not None
+
+    def raise_if_requested(self) -> None:
+        if self.requested():
+            raise Stopped
+
+    def reason(self) -> str:
+        """Who asked, as far as this rank knows."""
+        try:
+            return self.file.read_text(encoding="utf-8").strip() or self.file.name
+        except OSError:
+            return self._signal or "another rank"
+
+    def _take_signals(self) -> None:
+        self._signal = signal.Signals(signal.sigwait(SIGNALS)).name
+        again = signal.sigwait(SIGNALS)
+        os._exit(128 + again)

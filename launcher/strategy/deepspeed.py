@@ -1,0 +1,225 @@
+"""zero1, zero2 and zero3: DeepSpeed's engine, driven behind the same verbs.
+
+The JSON comes from `launcher.config.deepspeed`. Three things are done here because DeepSpeed would
+do them silently wrong or at the price of the whole model on every rank:
+
+* Under zero3 each rank reads its own partition of every parameter from the files, and the model is
+  built as everywhere else: `zero.Init` around the building would initialise over loaded embeddings,
+  round rotary frequencies and break adapters.
+* Masters begin at the stored value, not at its rounding to the working dtype.
+* After masters were read back the working copies are made from them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.partition_parameters import Init
+from torch import nn
+
+from launcher.config.deepspeed import engine_config
+from launcher.config.strategy import ZeroConfig
+from launcher.config.training import TrainingConfig
+from launcher.distributed.process_group import Place
+from launcher.distributed.shards import Shard, gather_to_main
+from launcher.model.load import Weights
+from launcher.precision import Precision
+from launcher.strategy.base import (
+    OptimizerBuilder,
+    StepResult,
+    TrainedState,
+    optimizer_state,
+    persistent_buffers,
+    split_state,
+    sum_over_ranks,
+)
+
+# Without GPUs gloo does all. DeepSpeed would compile an all-reduce of its own at the first start;
+# a start that is killed while it compiles leaves a lock behind on which every later one waits.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class DeepSpeed:
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def __init__(
+        self, config: ZeroConfig, training: TrainingConfig, place: Place, precision: Precision
+    ) -> None:
+        self.config = config
+        self.place = place
+        self.precision = precision
+        self.engine_config = engine_config(config, training, precision.name, place.world_size)
+
+    def setup(
+        self, model: nn.Module, weights: Weights | None, build_optimizer: OptimizerBuilder
+    ) -> None:
+        self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._shapes = {name: parameter.shape for name, parameter in self._trained.items()}
+        on_disk = {id(m.get_parameter(a)): name for m, a, name in weights.slots} if weights else {}
+        # The working dtype cannot hold what adapters begin with.
+        exact = {n: p.detach().clone() for n, p in self._trained.items() if not p.is_meta}
+        deepspeed.init_distributed()  # takes over the process group that stands
+        self._load(model, weights, on_disk)
+        self.optimizer = build_optimizer(
+            (parameter, self._shapes[name]) for name, parameter in self._trained.items()
+        )
+        self._group_of = {
+            id(parameter): number
+            for number, group in enumerate(self.optimizer.param_groups)
+            for parameter in group["params"]
+        }
+        self._bare = model
+        self.model, self._zero, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=self.optimizer,
+            config=self.engine_config,
+            dist_init_required=False,
+        )
+        for name, shard in self.weights().items():
+            if name in exact:
+                shard.local.copy_(shard.of(exact[name]))
+            elif weights and _is_wider(weights, on_disk[id(self._trained[name])], self.precision):
+                stored = on_disk[id(self._trained[name])]
+                run = weights.folder.read_run(stored, shard.begin, shard.local.numel())
+                shard.local.copy_(run)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return sum_over_ranks(values)
+
+    def accumulate(self, last: bool) -> None:
+        """Nothing to do: `step` ends the accumulation, however many micro-batches there were."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # DeepSpeed averages gradients over all ranks; undo it.
+        self.model.backward(loss * self.place.world_size, scale_wrt_gas=False)  # type: ignore[operator]
+
+    def step(self, max_norm: float) -> StepResult:
+        self._zero.clip_grad = max_norm
+        self.model.step()  # type: ignore[operator]
+        norm = self.model.get_global_grad_norm()  # type: ignore[operator]
+        return StepResult(torch.as_tensor(norm, dtype=torch.float32, device=self.place.device))
+
+    def weights(self) -> dict[str, Shard]:
+        shards = {}
+        for name, parameter in self._trained.items():
+            flat, at, begin, count = self._run(parameter)
+            local = self._flats[flat].detach()[at : at + count]
+            shards[name] = Shard(local, begin, tuple(self._shapes[name]))
+        return shards
+
+    def state(self) -> TrainedState:
+        states = self._optimizer_states()
+        weights, parts = self.weights(), []
+        for parameter in self._trained.values():
+            flat, at, _, count = self._run(parameter)
+            parts.append(
+                {
+                    key: value[at : at + count] if torch.is_tensor(value) and value.ndim else value
+                    for key, value in states[flat].items()
+                }
+            )
+        moments, counts = split_state(weights, parts)
+        return TrainedState(weights, moments, counts, persistent_buffers(self._bare))
+
+    def refresh(self) -> None:
+        if self.config.stage < 3:
+            self._zero.update_lp_params()
+            return
+        for flat, working in zip(self._flats, self._zero.fp16_partitioned_groups_flat, strict=True):
+            working.copy_(flat.detach())
+        if kept_whole := self._zero.persistent_parameters:
+            kept_whole[0].partition(kept_whole)
+            kept_whole[0].all_gather(kept_whole)
+
+    def gather(self, shards: dict[str, Shard]) -> dict[str, torch.Tensor] | None:
+        return gather_to_main(shards)
+
+    def describe(self) -> str:
+        sharded = ["optimizer state", "gradients", "parameters"][: self.config.stage]
+        return (
+            f"{self.config.name}: DeepSpeed, {', '.join(sharded)} sharded over "
+            f"{self.place.world_size} rank(s) on {self.place.device.type}"
+        )
+
+    def _load(self, model: nn.Module, weights: Weights | None, on_disk: dict[int, str]) -> None:
+        """Give every parameter its values in the working dtype; under zero3 each rank reads and
+        keeps its own partition."""
+        init = None
+        if self.config.stage == 3:
+            init = Init(config_dict_or_path=self.engine_config, dtype=self.precision.compute)
+        for parameter in model.parameters():
+            if not parameter.is_meta:
+                whole = parameter.detach()
+            else:
+                assert weights is not None, "only what is in files is on meta"
+                name = on_disk[id(parameter)]
+                whole = (
+                    self._own_part(parameter, weights, name) if init else weights.folder.whole(name)
+                )
+            whole = whole.to(self.place.device, self.precision.compute)
+            # In place, so that tied modules see it.
+            torch.utils.swap_tensors(
+                parameter, nn.Parameter(whole, requires_grad=parameter.requires_grad)
+            )
+            if init is not None:
+                init._convert_to_deepspeed_param(parameter)
+                parameter.partition()  # type: ignore[attr-defined]
+
+    def _own_part(self, parameter: nn.Parameter, weights: Weights, name: str) -> torch.Tensor:
+        """The parameter, of which only this rank's partition holds values: no other is kept."""
+        whole = torch.empty(parameter.shape, dtype=self.precision.compute)
+        begin, count = self._partition(parameter.numel())
+        whole.view(-1)[begin : begin + count] = weights.folder.read_run(name, begin, count)
+        return whole
+
+    def _partition(self, numel: int) -> tuple[int, int]:
+        """(begin, count) of this rank's partition of a tensor under zero3: ⌈numel / ranks⌉ each."""
+        k = -(-numel // self.place.world_size)
+        begin = min(self.place.rank * k, numel)
+        return begin, min(k, numel - begin)
+
+    @property
+    def _flats(self) -> list[Any]:
+        """The flat master weights that the optimizer steps."""
+        if self.config.stage == 3:
+            return list(self._zero.fp32_partitioned_groups_flat)
+        return [group["params"][0] for group in self.optimizer.param_groups]
+
+    def _run(self, parameter: Any) -> tuple[int, int, int, int]:
+        """Where this rank's part of a trained parameter is: (number of the flat tensor, offset in
+        it, first element of the parameter, count)."""
+        if self.config.stage == 3:
+            flat, at, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+            return (flat, at, *self._partition(parameter.ds_numel))
+        mapping = parameter._hp_mapping
+        if mapping is None:  # it lies in other ranks' partitions
+            return self._group_of[id(parameter)], 0, 0, 0
+        run = mapping.lp_fragment_address
+        flat = mapping.param_group_index
+        return flat, mapping.get_hp_fragment_address().start, run.start, run.numel
+
+    def _optimizer_states(self) -> list[dict[str, Any]]:
+        """The optimizer's state of each flat tensor. Under zero3 the engine shows the optimizer one
+        flat tensor at a time, and none in between."""
+        if self.config.stage < 3:
+            return list(optimizer_state(self.optimizer, self._flats))
+        shown = [group["params"] for group in self.optimizer.param_groups]
+        groups = self._zero.sub_group_to_group_id
+        for number, group in enumerate(self.optimizer.param_groups):
+            group["params"] = [f for at, f in enumerate(self._flats) if groups[at] == number]
+        states = list(optimizer_state(self.optimizer, self._flats))
+        for group, before in zip(self.optimizer.param_groups, shown, strict=True):
+            group["params"] = before
+        return states
+
+
+def _whole(parameter: nn.Parameter, weights: Weights, name: str) -> torch.Tensor:
+    return weights.folder.whole(name)
+
+
+def _is_wider(weights: Weights, name: str, precision: Precision) -> bool:
+    """Whether a stored tensor holds more than the working dtype can."""
+    return weights.folder.dtype(name).itemsize > precision.compute.itemsize

@@ -1,0 +1,150 @@
+"""What is saved and read back goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launcher.checkpoint import load
+from launcher.checkpoint.layout import Checkpoint
+from launcher.distributed.process_group import Place
+from launcher.errors import UserError
+from tests.helpers import parts
+from tests.helpers.parts import Case
+
+STOP, END = 3, 6
+LAYOUTS = [
+    ("single", 1, ()),
+    ("ddp", 2, ()),
+    ("ddp", 3, ()),
+    ("fsdp", 2, ()),
+    ("fsdp", 3, ()),
+    ("hsdp", 4, (("shard_size", 2),)),
+    ("zero1", 2, ()),
+    ("zero2", 2, ()),
+    ("zero3", 2, ()),
+    ("zero3", 3, ()),
+]
+
+
+def run_steps(
+    place: Place, case: Case, folder: Path, first: int, last: int, **options: Any
+) -> list[float]:
+    """Losses of steps [first, last): from the checkpoint of step `first`, if it is not 0; a
+    checkpoint is saved at `last`."""
+    torch.manual_seed(7 + place.rank)
+    strategy, method, loader = parts.set_up(place, case)
+    saver = parts.saver(place, case, strategy, method, folder, **options)
+    if first:
+        checkpoint = Checkpoint(folder / f"checkpoints/step-{first:06d}")
+        torch.manual_seed(99)  # what is restored must not depend on it
+        model, about = parts.bare(strategy), saver.about
+        done = load.restore(
+            checkpoint, strategy, method, model, saver.scheduler, place, about, force=False
+        )
+        assert done.step == first
+    strategy.model.train()
+    losses = []
+    for step in range(first, last):
+        stats = parts.train_step(strategy, loader.window(step))
+        saver.scheduler.step()
+        losses.append(strategy.sum(stats.loss).item())
+    saver.save(last, 0, None)
+    return losses
+
+
+def case_of(tiny: Path, rows_file: Path, method: str, strategy: str, **options: Any) -> Case:
+    dropout = (("dropout", 0.1),) if method == "lora" else ()
+    return Case(
+        tiny, rows_file, method=method, strategy=strategy, method_options=dropout,
+        global_batch_size=12, steps=END, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("strategy", "world", "options"), LAYOUTS)
+def test_stopping_and_going_on_changes_no_bit(
+    ranks: Any,
+    tiny: Path,
+    rows_file: Path,
+    tmp_path: Path,
+    method: str,
+    precision: str,
+    strategy: str,
+    world: int,
+    options: Any,
+) -> None:
+    case = case_of(tiny, rows_file, method, strategy, precision=precision, strategy_options=options)
+    whole = ranks.run(world, run_steps, case, tmp_path / "whole", 0, END)
+    first = ranks.run(world, run_steps, case, tmp_path / "parts", 0, STOP)
+    second = ranks.run(world, run_steps, case, tmp_path / "parts", STOP, END)
+    assert [a + b for a, b in zip(first, second, strict=True)] == whole
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(("zero3", 2), ("fsdp", 3)), (("fsdp", 3), ("zero2", 2)), (("zero1", 3), ("zero3", 2))],
+)
+def test_any_strategy_goes_on_on_any_number_of_ranks(
+    ranks: Any,
+    tiny: Path,
+    rows_file: Path,
+    tmp_path: Path,
+    method: str,
+    before: tuple[str, int],
+    after: tuple[str, int],
+) -> None:
+    case = dataclasses.replace(case_of(tiny, rows_file, method, before[0]), method_options=())
+    whole = ranks.run(before[1], run_steps, case, tmp_path / "whole", 0, END)[0]
+    ranks.run(before[1], run_steps, case, tmp_path / "parts", 0, STOP)
+    case = dataclasses.replace(case, strategy=after[0])
+    found = ranks.run(after[1], run_steps, case, tmp_path / "parts", STOP, END)[0]
+    assert found == pytest.approx(whole[STOP:], rel=1e-5)
+
+
+def fail_on_one_rank(place: Place, case: Case, folder: Path) -> str:
+    strategy, method, loader = parts.set_up(place, case)
+    parts.train_step(strategy, loader.window(0))
+    saver = parts.saver(place, case, strategy, method, folder)
+    if place.rank == 1:
+        saver._write_own = broken  # type: ignore[method-assign]
+    try:
+        saver.save(1, 0, None)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def broken(*_: Any) -> Any:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_save_that_fails_on_one_rank_fails_on_all_with_its_cause(
+    ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    case = case_of(tiny, rows_file, "full", "fsdp")
+    said = ranks.run(2, fail_on_one_rank, case, tmp_path)
+    assert said == ["rank 1: OSError: [Errno 28] No space left on device"] * 2
+    assert not list((tmp_path / "checkpoints").glob("step-*")), "half of one is none"
+
+
+def test_weights_alone_can_be_exported_and_not_resumed(
+    ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    case = case_of(tiny, rows_file, "full", "zero2")
+    ranks.run(2, weights_only, case, tmp_path)
+    names = {path.name for path in (tmp_path / "checkpoints/step-000001").iterdir()}
+    assert names >= {"model", "manifest.json"}
+    assert "optimizer" not in names
+    with pytest.raises(AssertionError, match="holds weights only"):
+        ranks.run(2, run_steps, case, tmp_path, 1, 2)
+
+
+def weights_only(place: Place, case: Case, folder: Path) -> None:
+    run_steps(place, case, folder, 0, 1, content="weights")
