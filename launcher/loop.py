@@ -36,12 +36,8 @@ class Observer(Protocol):
     def finish(self) -> None: ...
 
 
-class Halt(Protocol):
-    """Whether this rank wants training to end. All ranks then end it at the same step."""
-
-    def __call__(self) -> bool: ...
-
-
+# Whether this rank wants training to end. All ranks then end it at the same step.
+Halt = Callable[[], bool]
 Save = Callable[[int, int, float | None], None]  # step, tokens so far, evaluation loss at this step
 
 

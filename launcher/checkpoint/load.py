@@ -85,24 +85,16 @@ def restore(
             "(resume_force=true trains on regardless)"
         )
     state = strategy.state()
-    moments = {
-        f"{moment}/{name}": shard
-        for name, each in state.moments.items()
-        for moment, shard in each.items()
-    }
     if method.adapter:
         assert checkpoint.adapter is not None
         _fill(state.weights, method.read(model, checkpoint.adapter))
+        moments = {f"{m}/{n}": s for m, each in state.moments.items() for n, s in each.items()}
         _fill(moments, load_file(checkpoint.moments))
     else:
         group = dist.new_group(backend="gloo")
-        buffers = {n: Shard(b.view(-1), 0, tuple(b.shape)) for n, b in state.buffers.items()}
-        sharded.read({"model": {**state.weights, **buffers}}, checkpoint.path / MODEL, group)
-        by_moment: dict[str, dict[str, Shard]] = {}
-        for key, shard in moments.items():
-            moment, _, name = key.partition("/")
-            by_moment.setdefault(moment, {})[name] = shard
-        sharded.read(by_moment, checkpoint.optimizer, group)
+        model_tree = {"model": {**state.weights, **state.buffers}}
+        sharded.read(model_tree, checkpoint.path / MODEL, group)
+        sharded.read(state.moments, checkpoint.optimizer, group)
     for name, counts in state.counts.items():
         for key, value in counts.items():
             value.fill_(trainer["counts"][name][key])

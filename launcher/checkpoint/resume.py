@@ -45,10 +45,10 @@ class Differences:
 
 
 def candidates(resume: str, checkpoints: Path) -> list[Checkpoint]:
-    """Where to go on from, best first: the run's own checkpoints, else the one that is named."""
+    """Where to go on from, best first: the run's own checkpoints, then the one that is named."""
     if resume == "none":
         return []
-    return finished(checkpoints) or ([] if resume == "auto" else [named(resume)])
+    return finished(checkpoints) + ([] if resume == "auto" else [named(resume)])
 
 
 def named(resume: str) -> Checkpoint:

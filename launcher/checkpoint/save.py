@@ -29,7 +29,7 @@ from launcher.distributed.together import together
 from launcher.errors import UserError
 from launcher.method.base import Method
 from launcher.run_dir import RunDir
-from launcher.strategy import Strategy, TrainedState
+from launcher.strategy import Strategy
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Saver:
             "content": self.config.content,
             **self.about,
         }
-        moments = _by_moment(state) if resumable else {}
+        moments = state.moments if resumable else {}
         if resumable:
             trainer["counts"] = _numbers(state.counts)
         nbytes = sum(shard.nbytes for shard in _leaves({"w": state.weights, **moments}))
@@ -97,8 +97,7 @@ class Saver:
                 {f"{what}/{name}": s for what, part in named.items() for name, s in part.items()}
             )
         else:
-            buffers = {n: Shard(b.view(-1), 0, tuple(b.shape)) for n, b in state.buffers.items()}
-            shards[MODEL] = {"model": {**state.weights, **buffers}}
+            shards[MODEL] = {"model": {**state.weights, **state.buffers}}
             if resumable:
                 shards["optimizer"] = moments
         return Snapshot(trainer, nbytes, adapter, shards, rng.capture(self.place.device))
@@ -159,15 +158,6 @@ class Saver:
         aside.path.rename(final)
         if self.config.keep_last is not None:
             retention.prune(self.run.checkpoints, self.config.keep_last)
-
-
-def _by_moment(state: TrainedState) -> dict[str, dict[str, Shard]]:
-    """exp_avg → parameter name → shard."""
-    turned: dict[str, dict[str, Shard]] = {}
-    for name, moments in state.moments.items():
-        for moment, shard in moments.items():
-            turned.setdefault(moment, {})[name] = shard
-    return turned
 
 
 def _numbers(counts: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, float]]:

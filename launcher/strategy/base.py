@@ -12,7 +12,7 @@ from torch import nn
 
 from launcher.config.training import TrainingConfig
 from launcher.distributed.process_group import Place
-from launcher.distributed.shards import Shard
+from launcher.distributed.shards import Shard, shard_of
 from launcher.model.load import Weights
 from launcher.precision import Precision
 
@@ -33,9 +33,9 @@ class TrainedState:
     """What training has learnt, as this rank's runs. Writing into a run changes the training."""
 
     weights: dict[str, Shard]  # parameter name → master weight
-    moments: dict[str, dict[str, Shard]]  # parameter name → exp_avg, exp_avg_sq
+    moments: dict[str, dict[str, Shard]]  # exp_avg, exp_avg_sq → parameter name → its run
     counts: dict[str, dict[str, torch.Tensor]]  # parameter name → step, 0-d; as the optimizer's own
-    buffers: dict[str, torch.Tensor]  # persistent buffers, whole on every rank
+    buffers: dict[str, Shard]  # persistent buffers, whole on every rank
 
 
 class Strategy(Protocol):
@@ -121,11 +121,10 @@ def split_state(
     counts: dict[str, dict[str, torch.Tensor]] = {}
     for (name, weight), state in zip(weights.items(), states, strict=True):
         tensors = {key: value for key, value in state.items() if torch.is_tensor(value)}
-        moments[name] = {
-            key: replace(weight, local=value.detach().view(-1))
-            for key, value in tensors.items()
-            if value.ndim and value.numel() == weight.local.numel()
-        }
+        for key, value in tensors.items():
+            if value.ndim and value.numel() == weight.local.numel():
+                moment = replace(weight, local=value.detach().view(-1))
+                moments.setdefault(key, {})[name] = moment
         counts[name] = {key: value for key, value in tensors.items() if value.ndim == 0}
     return moments, counts
 
@@ -136,7 +135,7 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+def persistent_buffers(model: nn.Module) -> dict[str, Shard]:
     """The buffers that belong to a model's weights, by name."""
     saved = model.state_dict(keep_vars=True).keys()
-    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    return {name: shard_of(buffer) for name, buffer in model.named_buffers() if name in saved}
