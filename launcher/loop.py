@@ -27,6 +27,16 @@ class Plan:
     save_steps: int | None
     log_steps: int
 
+    def evaluates(self, step: int) -> bool:
+        return step == self.end_step or _due(self.eval_steps, step)
+
+    def saves(self, step: int) -> bool:
+        return step == self.end_step or _due(self.save_steps, step)
+
+    def pauses(self, step: int) -> bool:
+        """Whether the loop does anything after this step but go on."""
+        return self.evaluates(step) or self.saves(step) or _due(self.log_steps, step)
+
 
 class Observer(Protocol):
     """Watches a run; the step does not know of it."""
@@ -36,9 +46,21 @@ class Observer(Protocol):
     def finish(self) -> None: ...
 
 
+class Checkpoints(Protocol):
+    """Keeps what is learnt. All ranks call it alike; what fails on one raises on all."""
+
+    def save(self, step: int, tokens: int, eval_loss: float | None) -> None:
+        """Save what is learnt after `step`, now or in the background."""
+
+    def failed(self) -> bool:
+        """Whether a save in the background has come to nothing; the next call raises its cause."""
+
+    def finish(self) -> None:
+        """Wait until what was saved is on disk."""
+
+
 # Whether this rank wants training to end. All ranks then end it at the same step.
 Halt = Callable[[], bool]
-Save = Callable[[int, int, float | None], None]  # step, tokens so far, evaluation loss at this step
 
 
 def fit(
@@ -48,7 +70,7 @@ def fit(
     evaluation: Loader | None,
     plan: Plan,
     observers: list[Observer],
-    save: Save,
+    checkpoints: Checkpoints,
     device: torch.device,
     halt: Halt,
     done_steps: int = 0,
@@ -65,33 +87,31 @@ def fit(
     step = saved = done_steps
     while step < plan.end_step:
         window = training.window(step)
-        counts = torch.stack([window.target_tokens, window.tokens, torch.tensor(int(halt()))])
-        targets, tokens, halting = strategy.sum(counts).tolist()
-        if halting:
+        halting = torch.tensor(int(halt() or checkpoints.failed()))
+        counts = torch.stack([window.target_tokens, window.tokens, halting])
+        targets, tokens, halted = strategy.sum(counts).tolist()
+        if halted:
             break
         step += 1
         learning_rate = float(scheduler.get_last_lr()[0])
         stats = train_step(strategy, window, targets, tokens, plan.max_grad_norm, device)
         scheduler.step()
         ledger.add(step, learning_rate, stats)
-        last = step == plan.end_step
-        evaluates = evaluation is not None and (last or _due(plan.eval_steps, step))
-        saves = last or _due(plan.save_steps, step)
-        if evaluates or saves or _due(plan.log_steps, step):
+        if plan.pauses(step):
             _tell(observers, ledger.flush())
-        eval_loss = None
-        if evaluation is not None and evaluates:
-            eval_loss = evaluate(strategy, evaluation, device, halt)
-        if eval_loss is not None:
-            _tell(observers, [{"step": step, "eval_loss": eval_loss}])
-        if saves:
-            save(step, ledger.tokens, eval_loss)
-            saved = step
-        if evaluates or saves:
+            eval_loss = None
+            if evaluation is not None and plan.evaluates(step):
+                eval_loss = evaluate(strategy, evaluation, device, halt)
+            if eval_loss is not None:
+                _tell(observers, [{"step": step, "eval_loss": eval_loss}])
+            if plan.saves(step):
+                checkpoints.save(step, ledger.tokens, eval_loss)
+                saved = step
             ledger.restart_clock()
     if step > saved:
         _tell(observers, ledger.flush())
-        save(step, ledger.tokens, None)
+        checkpoints.save(step, ledger.tokens, None)
+    checkpoints.finish()
     for observer in observers:
         observer.finish()
     return step

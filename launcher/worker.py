@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from io import TextIOBase
 from pathlib import Path
@@ -70,77 +71,56 @@ def run(
 ) -> None:
     """Build the parts and train. Data before the process group: a rank that waits for the
     tokeniser is not in a collective."""
-    import torch
     import torch.distributed as dist
 
     from launcher.checkpoint import load
     from launcher.checkpoint.save import Saver
     from launcher.distributed import process_group
     from launcher.distributed.together import any_rank
-    from launcher.loop import Plan, fit
+    from launcher.loop import fit
     from launcher.model.folder import model_folder
     from launcher.model.tokenizer import load_tokenizer
-    from launcher.scheduler import build_scheduler
     from launcher.tracking import build_observers
 
     say = partial(print, file=console, flush=True)
-    place, training = process_group.place(), config.training
-    source = config.model
+    place, source = process_group.place(), config.model
     folder = model_folder(source.name_or_path, source.revision, source.trust_remote_code)
     tokenizer = load_tokenizer(folder, source.trust_remote_code)
-    try:
-        learnt, held_out = _loaders(config.data, training, place, tokenizer, say, stop)
-    except Stopped:
-        learnt = held_out = None
+    learnt: Any = None
+    held_out: Any = None
+    with suppress(Stopped):
+        learnt, held_out = _loaders(config.data, config.training, place, tokenizer, say, stop)
     process_group.start(place, meeting or process_group.rendezvous())
     if any_rank(stop.requested()):
         _leave_status(run_folder, place.is_main, 0, stop.reason(), say)
         return
     chosen = load.choose(config, run_folder.checkpoints, place, say)
-    model, method, strategy = _method_and_strategy(config, folder, place, say)
-    total_steps = training.max_steps or (training.epochs or 0) * learnt.steps_per_epoch
-    end_step = min(total_steps, training.stop_after_steps or total_steps)
-    scheduler = build_scheduler(config.scheduler, strategy.optimizer, total_steps)
-    about = {
-        "base": {"name_or_path": source.name_or_path, "revision": source.revision},
-        "data": learnt.rows.fingerprint,
-        "ranks": place.world_size,
-        "strategy": config.strategy.name,
-    }
-    saver = Saver(strategy, method, model, scheduler, run_folder, config.checkpoint, place, about)
+    plan = _plan(config, learnt.steps_per_epoch)
+    learner = _learner(config, folder, place, learnt.rows.fingerprint, plan.total_steps, say)
+    saver = Saver(learner, run_folder, config.checkpoint)
     saver.check_space()
-    torch.manual_seed(training.seed + place.rank)  # dropout differs from rank to rank
     done = load.Progress()
     if chosen is not None:
-        done = load.restore(
-            chosen, strategy, method, model, scheduler, place, about, config.resume_force
-        )
+        done = load.restore(chosen, learner, config.resume_force)
         say(f"resumed from {chosen.path.name}: {done.step} steps, {done.tokens:,} tokens")
     last = fit(
-        strategy,
-        scheduler,
+        learner.strategy,
+        learner.scheduler,
         learnt,
         held_out,
-        Plan(
-            total_steps=total_steps,
-            end_step=end_step,
-            max_grad_norm=training.max_grad_norm,
-            eval_steps=training.eval_steps,
-            save_steps=config.checkpoint.save_steps,
-            log_steps=training.log_steps,
-        ),
+        plan,
         list(build_observers(config.tracking, run_folder, console)) if place.is_main else [],
-        save=saver.save,
-        device=place.device,
+        saver,
+        place.device,
         halt=stop.requested,
         done_steps=done.step,
         tokens=done.tokens,
     )
     reason = None
-    if last < end_step:
+    if last < plan.end_step:
         reason = stop.reason()
-    elif last < total_steps:
-        reason = f"training.stop_after_steps={training.stop_after_steps}"
+    elif last < plan.total_steps:
+        reason = f"training.stop_after_steps={config.training.stop_after_steps}"
     _leave_status(run_folder, place.is_main, last, reason, say)
     dist.destroy_process_group()
 
@@ -194,15 +174,38 @@ def _loaders(
     return learnt, deal(rows, held_out, seed=None) if held_out else None
 
 
-def _method_and_strategy(
-    config: Config, folder: Path, place: Any, say: Say
-) -> tuple[Any, Any, Any]:
-    """The model, made ready in this order: method, strategy (shards), optimizer."""
+def _plan(config: Config, steps_per_epoch: int) -> Any:
+    from launcher.loop import Plan
+
+    training = config.training
+    total_steps = training.max_steps or (training.epochs or 0) * steps_per_epoch
+    return Plan(
+        total_steps=total_steps,
+        end_step=min(total_steps, training.stop_after_steps or total_steps),
+        max_grad_norm=training.max_grad_norm,
+        eval_steps=training.eval_steps,
+        save_steps=config.checkpoint.save_steps,
+        log_steps=training.log_steps,
+    )
+
+
+def _learner(
+    config: Config, folder: Path, place: Any, data: str, total_steps: int, say: Say
+) -> Any:
+    """The model, made ready in this order: method, strategy (shards), optimizer, scheduler.
+
+    `data` is the fingerprint of the rows.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from launcher.checkpoint.learner import Learner
     from launcher.method import build_method
     from launcher.method.base import describe
     from launcher.model.load import build_model
     from launcher.optimizer import build_optimizer
     from launcher.precision import PRECISIONS
+    from launcher.scheduler import build_scheduler
     from launcher.strategy import build_strategy
 
     method, precision = build_method(config.method), PRECISIONS[config.precision.name]
@@ -213,7 +216,17 @@ def _method_and_strategy(
     strategy.setup(model, weights, lambda trained: build_optimizer(config.optimizer, trained))
     say(f"strategy: {strategy.describe()}")
     say(f"precision: {precision.table()}")
-    return model, method, strategy
+    torch.manual_seed(config.training.seed + place.rank)  # dropout differs from rank to rank
+    source = config.model
+    about = {
+        "base": {"name_or_path": source.name_or_path, "revision": source.revision},
+        "data": data,
+        "ranks": place.world_size,
+        "strategy": config.strategy.name,
+    }
+    scheduler = build_scheduler(config.scheduler, strategy.optimizer, total_steps)
+    group = dist.new_group(backend="gloo")
+    return Learner(strategy, method, model, scheduler, place, group, about)
 
 
 if __name__ == "__main__":

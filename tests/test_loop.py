@@ -92,9 +92,28 @@ class Recorder:
         self.calls.append("finish")
 
 
+class Saves:
+    """Notes when it is asked to save; from `fails_after` calls on a save in the background fails."""
+
+    def __init__(self, fails_after: int | None = None) -> None:
+        self.steps: list[int] = []
+        self.fails_after = fails_after
+
+    def save(self, step: int, tokens: int, eval_loss: float | None) -> None:
+        self.finish()
+        self.steps.append(step)
+
+    def failed(self) -> bool:
+        return self.fails_after is not None and len(self.steps) >= self.fails_after
+
+    def finish(self) -> None:
+        if self.failed():
+            raise UserError("no space left")
+
+
 def fitted(place: Place, case: Case, log_steps: int) -> tuple[Recorder, list[int], list[float]]:
     strategy, _, loader = parts.set_up(place, case)
-    recorder, saved = Recorder(), []
+    recorder, saves = Recorder(), Saves()
     fit(
         strategy,
         case.scheduler(strategy.optimizer),
@@ -102,13 +121,13 @@ def fitted(place: Place, case: Case, log_steps: int) -> tuple[Recorder, list[int
         case.loader(place.rank, place.world_size, 2),
         Plan(7, end_step=7, max_grad_norm=0.5, eval_steps=3, save_steps=5, log_steps=log_steps),
         [recorder],
-        lambda step, tokens, eval_loss: saved.append(step),
+        saves,
         place.device,
         halt=lambda: False,
     )
     return (
         recorder,
-        saved,
+        saves.steps,
         [record["learning_rate"] for record in recorder.records if "loss" in record],
     )
 

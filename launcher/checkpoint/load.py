@@ -11,20 +11,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from launcher import manifest
 from launcher.checkpoint import resume, retention, rng, sharded
 from launcher.checkpoint.layout import MODEL, Checkpoint
+from launcher.checkpoint.learner import Learner
 from launcher.config import Config
 from launcher.distributed.process_group import Place
 from launcher.distributed.shards import Shard
 from launcher.distributed.together import together
 from launcher.errors import UserError
-from launcher.method.base import Method
 from launcher.scheduler import go_on_from
-from launcher.strategy import Strategy
 
 Say = Callable[[str], None]
 
@@ -60,51 +57,45 @@ def choose(config: Config, checkpoints: Path, place: Place, say: Say) -> Checkpo
     return None
 
 
-def restore(
-    checkpoint: Checkpoint,
-    strategy: Strategy,
-    method: Method,
-    model: nn.Module,
-    scheduler: LRScheduler,
-    place: Place,
-    about: dict[str, Any],
-    force: bool,
-) -> Progress:
-    """Bring back weights, optimizer, schedule and random states. Raises UserError for a checkpoint
-    without optimizer state or of other data."""
+def restore(checkpoint: Checkpoint, learner: Learner, force: bool) -> Progress:
+    """Bring back weights, optimizer, schedule and random states. Collective. Raises UserError for a
+    checkpoint without optimizer state, or, unless `force`, of other data."""
     trainer = json.loads(checkpoint.trainer.read_text())
-    if trainer["content"] != "all":
-        raise UserError(
-            f"{checkpoint.path} holds weights only (checkpoint.content=weights), which can be "
-            "exported and not resumed"
-        )
-    if trainer["data"] != about["data"] and not force:
-        raise UserError(
-            f"the rows are not those of {checkpoint.path}: the data file, the tokenizer or its "
-            "chat template has changed; bring it back, or begin anew without resume "
-            "(resume_force=true trains on regardless)"
-        )
-    state = strategy.state()
-    if method.adapter:
-        assert checkpoint.adapter is not None
-        _fill(state.weights, method.read(model, checkpoint.adapter))
+    _refuse(checkpoint, trainer, learner, force)
+    state = learner.strategy.state()
+    if checkpoint.adapter is not None:
+        _fill(state.weights, learner.method.read(learner.model, checkpoint.adapter))
         moments = {f"{m}/{n}": s for m, each in state.moments.items() for n, s in each.items()}
         _fill(moments, load_file(checkpoint.moments))
     else:
-        group = dist.new_group(backend="gloo")
         model_tree = {"model": {**state.weights, **state.buffers}}
-        sharded.read(model_tree, checkpoint.path / MODEL, group)
-        sharded.read(state.moments, checkpoint.optimizer, group)
+        sharded.read(model_tree, checkpoint.path / MODEL, learner.group)
+        sharded.read(state.moments, checkpoint.optimizer, learner.group)
     for name, counts in state.counts.items():
         for key, value in counts.items():
             value.fill_(trainer["counts"][name][key])
-    strategy.refresh()
-    go_on_from(scheduler, trainer["schedule"])
+    learner.strategy.refresh()
+    go_on_from(learner.scheduler, trainer["schedule"])
+    place = learner.place
     if trainer["ranks"] == place.world_size:
         rng.restore(load_file(checkpoint.rng(place.rank)), place.device)
     else:  # no rank's random states fit: begin new streams
         torch.manual_seed(trainer["step"] * place.world_size + place.rank)
     return Progress(trainer["step"], trainer["tokens"])
+
+
+def _refuse(checkpoint: Checkpoint, trainer: Any, learner: Learner, force: bool) -> None:
+    if trainer["content"] != "all":
+        raise UserError(
+            f"{checkpoint.path} holds weights only (checkpoint.content=weights), which can be "
+            "exported and not resumed"
+        )
+    if trainer["data"] != learner.about["data"] and not force:
+        raise UserError(
+            f"the rows are not those of {checkpoint.path}: the data file, the tokenizer or its "
+            "chat template has changed; bring it back, or begin anew without resume "
+            "(resume_force=true trains on regardless)"
+        )
 
 
 def _problems(checkpoint: Checkpoint, place: Place) -> list[str]:

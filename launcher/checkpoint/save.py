@@ -9,27 +9,25 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save
-from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from launcher import manifest
 from launcher.checkpoint import retention, rng, sharded
 from launcher.checkpoint.layout import ADAPTER, MODEL, Checkpoint, folder_name
+from launcher.checkpoint.learner import Learner
 from launcher.config.training import CheckpointConfig
-from launcher.distributed.process_group import Place
 from launcher.distributed.shards import Shard
 from launcher.distributed.together import together
 from launcher.errors import UserError
-from launcher.method.base import Method
 from launcher.run_dir import RunDir
-from launcher.strategy import Strategy
 
 
 @dataclass(frozen=True)
@@ -39,61 +37,75 @@ class Snapshot:
     trainer: dict[str, Any]
     nbytes: int  # of all ranks, about
     adapter: dict[str, torch.Tensor] | None  # rank 0 of an adapter: "weight/NAME", "exp_avg/NAME"
-    shards: dict[str, sharded.Tree]  # else: folder → tree
+    shards: sharded.Tree  # else: folder → tree of Shards
     rng: rng.States
 
 
 class Saver:
-    """Saves the checkpoints of a run."""
+    """Saves the checkpoints of a run, one at a time.
 
-    def __init__(
-        self,
-        strategy: Strategy,
-        method: Method,
-        model: nn.Module,
-        scheduler: LRScheduler,
-        run: RunDir,
-        config: CheckpointConfig,
-        place: Place,
-        about: dict[str, Any],
-    ) -> None:
-        """`about` goes into every trainer.json and manifest: base model, data, ranks."""
-        self.strategy, self.method, self.model, self.scheduler = strategy, method, model, scheduler
-        self.run, self.config, self.place, self.about = run, config, place, about
-        self.group = dist.new_group(backend="gloo")
+    With `checkpoint.async_save` a thread of every rank writes while training goes on, from copies
+    in host memory and over the learner's own process group: a collective of the thread never meets
+    one of the training.
+    """
+
+    def __init__(self, learner: Learner, run: RunDir, config: CheckpointConfig) -> None:
+        self.learner, self.run, self.config = learner, run, config
+        self.place, self.group = learner.place, learner.group
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if config.async_save else None
+        self._under_way: Future[None] | None = None
+        self._staging = sharded.Staging()
 
     def save(self, step: int, tokens: int, eval_loss: float | None) -> None:
-        """Write `checkpoints/step-N`. Collective. Raises UserError on all ranks with the cause
-        when it fails on one."""
-        self._write(self._snapshot(step, tokens, eval_loss))
+        """Write `checkpoints/step-N`, or begin to. Collective. Raises UserError on all ranks with
+        the cause when it, or the save before it, fails on one."""
+        self.finish()
+        snapshot = self._snapshot(step, tokens, eval_loss)
+        if self._thread is None:
+            self._write(snapshot)
+        else:
+            staged = replace(snapshot, shards=self._staging.copies(snapshot.shards))
+            self._under_way = self._thread.submit(self._write, staged)
+
+    def failed(self) -> bool:
+        save = self._under_way
+        return save is not None and save.done() and save.exception() is not None
+
+    def finish(self) -> None:
+        """Wait for the save in the background. Raises its UserError."""
+        save, self._under_way = self._under_way, None
+        if save is not None:
+            save.result()
 
     def check_space(self) -> None:
         """Refuse a run whose first checkpoint would not fit. Collective."""
-        weights = self.strategy.weights()
+        weights = self.learner.strategy.weights()
         moments = 3 if self.config.content == "all" else 1  # the usual two moments of each weight
         needed = moments * sum(shard.nbytes for shard in weights.values())
         together(lambda: self._refuse_without_space(needed), self.group)
 
     def _snapshot(self, step: int, tokens: int, eval_loss: float | None) -> Snapshot:
-        state = self.strategy.state()
+        learner = self.learner
+        state = learner.strategy.state()
         resumable = self.config.content == "all"
         trainer = {
             "step": step,
             "tokens": tokens,
-            "schedule": self.scheduler.last_epoch,
+            "schedule": learner.scheduler.last_epoch,
             "eval_loss": eval_loss,
             "content": self.config.content,
-            **self.about,
+            **learner.about,
         }
         moments = state.moments if resumable else {}
         if resumable:
             trainer["counts"] = _numbers(state.counts)
         nbytes = sum(shard.nbytes for shard in _leaves({"w": state.weights, **moments}))
-        adapter, shards = None, {}
-        if self.method.adapter:
+        adapter: dict[str, torch.Tensor] | None = None
+        shards: sharded.Tree = {}
+        if learner.method.adapter:
             # One message for weights and moments: all are masters' fp32.
             named = {"weight": state.weights, **moments}
-            adapter = self.strategy.gather(
+            adapter = learner.strategy.gather(
                 {f"{what}/{name}": s for what, part in named.items() for name, s in part.items()}
             )
         else:
@@ -108,7 +120,8 @@ class Saver:
         aside = Checkpoint(self.run.checkpoints / f".{final.name}.partial")
         together(lambda: self._begin(final, aside, snapshot.nbytes), self.group)
         for name, tree in snapshot.shards.items():
-            together(lambda n=name, t=tree: sharded.write(t, aside.path / n, self.group))  # type: ignore[misc]
+            write = partial(sharded.write, tree, aside.path / name, self.group)
+            together(write, self.group)
         mine = together(lambda: self._write_own(snapshot, aside), self.group)
         files: list[manifest.Entries] = [{}] * self.place.world_size
         dist.all_gather_object(files, mine, group=self.group)
@@ -141,7 +154,7 @@ class Saver:
         if snapshot.adapter is not None:
             parts = {key.partition("/")[0] for key in snapshot.adapter} - {"weight"}
             weights = _part(snapshot.adapter, "weight")
-            self.method.write(self.model, weights, aside.path / ADAPTER)
+            self.learner.method.write(self.learner.model, weights, aside.path / ADAPTER)
             if parts:
                 moments = {k: t for k, t in snapshot.adapter.items() if not k.startswith("weight/")}
                 aside.moments.write_bytes(save(moments))

@@ -7,7 +7,7 @@ reads it back under any strategy, and so do torch's own tools.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,29 @@ def read(tree: Tree, folder: Path, group: dist.ProcessGroup) -> None:
         planner=_LoadPlanner(),
         process_group=group,
     )
+
+
+class Staging:
+    """Copies of shards in host memory, kept for the next save: at most one save is under way."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def copies(self, tree: Tree) -> Tree:
+        """`tree` as it is now. Pinned memory takes what a GPU holds at the speed of the bus."""
+        copied = {name: self._copy(value, name) for name, value in tree.items()}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copied
+
+    def _copy(self, value: Any, name: str) -> Any:
+        if isinstance(value, dict):
+            return {key: self._copy(each, f"{name}/{key}") for key, each in value.items()}
+        local, kept = value.local, self._kept.get(name)
+        if kept is None:
+            kept = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
+            self._kept[name] = kept
+        return replace(value, local=kept.copy_(local, non_blocking=True))
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,9 @@ class CheckpointConfig:
     content: str = setting(
         "all", "all can be resumed; weights can only be exported", choices=("all", "weights")
     )
+    async_save: bool = setting(
+        False, "write while training goes on, from a copy of each rank's shards in host memory"
+    )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -216,10 +216,6 @@ class DeepSpeed:
         return states
 
 
-def _whole(parameter: nn.Parameter, weights: Weights, name: str) -> torch.Tensor:
-    return weights.folder.whole(name)
-
-
 def _is_wider(weights: Weights, name: str, precision: Precision) -> bool:
     """Whether a stored tensor holds more than the working dtype can."""
     return weights.folder.dtype(name).itemsize > precision.compute.itemsize

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from launcher import manifest
 from launcher.checkpoint import load
 from launcher.checkpoint.layout import Checkpoint
 from launcher.distributed.process_group import Place
 from launcher.errors import UserError
+from launcher.loop import Plan, fit
 from tests.helpers import parts
 from tests.helpers.parts import Case
 
@@ -38,22 +41,20 @@ def run_steps(
     checkpoint is saved at `last`."""
     torch.manual_seed(7 + place.rank)
     strategy, method, loader = parts.set_up(place, case)
-    saver = parts.saver(place, case, strategy, method, folder, **options)
+    learner = parts.learner(place, case, strategy, method)
+    saver = parts.saver(learner, folder, **options)
     if first:
         checkpoint = Checkpoint(folder / f"checkpoints/step-{first:06d}")
         torch.manual_seed(99)  # what is restored must not depend on it
-        model, about = parts.bare(strategy), saver.about
-        done = load.restore(
-            checkpoint, strategy, method, model, saver.scheduler, place, about, force=False
-        )
-        assert done.step == first
+        assert load.restore(checkpoint, learner, force=False).step == first
     strategy.model.train()
     losses = []
     for step in range(first, last):
         stats = parts.train_step(strategy, loader.window(step))
-        saver.scheduler.step()
+        learner.scheduler.step()
         losses.append(strategy.sum(stats.loss).item())
     saver.save(last, 0, None)
+    saver.finish()
     return losses
 
 
@@ -108,10 +109,56 @@ def test_any_strategy_goes_on_on_any_number_of_ranks(
     assert found == pytest.approx(whole[STOP:], rel=1e-5)
 
 
+def save_every_step(place: Place, case: Case, folder: Path) -> list[float]:
+    """Train through as `fit` does, with a save in the background after every step."""
+    torch.manual_seed(7 + place.rank)
+    strategy, method, loader = parts.set_up(place, case)
+    learner = parts.learner(place, case, strategy, method)
+    saver = parts.saver(learner, folder, async_save=True)
+    plan = Plan(END, END, parts.MAX_NORM, eval_steps=None, save_steps=1, log_steps=1)
+    seen = Losses()
+    fit(
+        strategy, learner.scheduler, loader, None, plan, [seen], saver, place.device, lambda: False
+    )  # fmt: skip
+    return seen.losses
+
+
+class Losses:
+    """Observes the losses of a run."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def start(self, done_steps: int, total_steps: int) -> None: ...
+    def finish(self) -> None: ...
+    def log(self, records: list[dict[str, Any]]) -> None:
+        self.losses += [record["loss"] for record in records]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("strategy", "world"), [("fsdp", 3), ("ddp", 2), ("zero1", 2), ("zero3", 2)]
+)
+def test_training_goes_on_while_a_checkpoint_is_written(
+    ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path, method: str, strategy: str, world: int
+) -> None:
+    """What is written is the state of its step, whatever training has changed since."""
+    case = case_of(tiny, rows_file, method, strategy)
+    whole = ranks.run(world, run_steps, case, tmp_path / "whole", 0, END)
+    assert ranks.run(world, save_every_step, case, tmp_path / "parts") == whole
+    for step in range(1, END + 1):
+        manifest.check(tmp_path / f"parts/checkpoints/step-{step:06d}/manifest.json")
+    for step in (STOP, END - 1):
+        name = f"checkpoints/step-{step:06d}"
+        shutil.copytree(tmp_path / "parts" / name, tmp_path / f"from-{step}" / name)
+        found = ranks.run(world, run_steps, case, tmp_path / f"from-{step}", step, END)
+        assert found == [losses[step:] for losses in whole]
+
+
 def fail_on_one_rank(place: Place, case: Case, folder: Path) -> str:
     strategy, method, loader = parts.set_up(place, case)
     parts.train_step(strategy, loader.window(0))
-    saver = parts.saver(place, case, strategy, method, folder)
+    saver = parts.saver(parts.learner(place, case, strategy, method), folder)
     if place.rank == 1:
         saver._write_own = broken  # type: ignore[method-assign]
     try:

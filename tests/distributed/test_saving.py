@@ -34,7 +34,7 @@ LAYOUTS = [
 def save_and_answer(place: Place, case: Case, folder: Path) -> torch.Tensor:
     """Train, save a checkpoint; the live model's logits afterwards."""
     strategy, method, _ = parts.train(place, case)
-    parts.saver(place, case, strategy, method, folder).save(case.steps, 0, None)
+    parts.saver(parts.learner(place, case, strategy, method), folder).save(case.steps, 0, None)
     strategy.model.eval()
     with torch.no_grad():
         return strategy.model(input_ids=QUESTION).logits

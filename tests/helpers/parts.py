@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from launcher import loop
+from launcher.checkpoint.learner import Learner
 from launcher.checkpoint.save import Saver
 from launcher.config.data import DataConfig
 from launcher.config.method import METHODS as METHOD_SCHEMAS
@@ -104,28 +106,25 @@ def set_up(place: Place, case: Case) -> tuple[Strategy, Method, Loader]:
     return strategy, method, case.loader(place.rank, place.world_size, case.micro_batch_size)
 
 
-def bare(strategy: Strategy) -> Any:
-    """The model without DeepSpeed's engine around it."""
-    return strategy._bare if hasattr(strategy, "_bare") else strategy.model
-
-
-def saver(
-    place: Place, case: Case, strategy: Strategy, method: Method, folder: Path, **options: Any
-) -> Saver:
-    """As the worker makes it, for a run in `folder` that keeps its `scheduler` as an attribute."""
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text("{}\n")
+def learner(place: Place, case: Case, strategy: Strategy, method: Method) -> Learner:
+    """As the worker makes it."""
     about = {"base": {"name_or_path": str(case.model), "revision": None}, "data": "rows"}
-    return Saver(
+    return Learner(
         strategy,
         method,
-        bare(strategy),
+        strategy._bare if hasattr(strategy, "_bare") else strategy.model,
         case.scheduler(strategy.optimizer),
-        RunDir(folder),
-        CheckpointConfig(**options),
         place,
+        dist.new_group(backend="gloo"),
         {**about, "ranks": place.world_size},
     )
+
+
+def saver(learner: Learner, folder: Path, **options: Any) -> Saver:
+    """As the worker makes it, for a run in `folder`."""
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text("{}\n")
+    return Saver(learner, RunDir(folder), CheckpointConfig(**options))
 
 
 def train_step(strategy: Strategy, window: Any, device: torch.device = CPU) -> Any:

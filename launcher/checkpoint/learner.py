@@ -1,0 +1,27 @@
+"""What a checkpoint holds and brings back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from launcher.distributed.process_group import Place
+from launcher.method.base import Method
+from launcher.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Learner:
+    """The parts of a run that change while it trains, and what they learn from."""
+
+    strategy: Strategy
+    method: Method
+    model: nn.Module  # as the method made it, without the strategy's wrapper
+    scheduler: LRScheduler
+    place: Place
+    group: dist.ProcessGroup  # all ranks, on CPU, for checkpoints alone
+    about: dict[str, Any]  # into every trainer.json: base model, data, ranks, strategy
