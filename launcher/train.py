@@ -129,12 +129,9 @@ def _resume_problems(config: Config) -> list[str]:
     """What stands between a run and the checkpoint that it is to go on from."""
     try:
         checkpoint = _start(config)
-        differences = resume.differences(checkpoint.config, config) if checkpoint else None
+        return resume.problems(checkpoint, config) if checkpoint else []
     except UserError as error:
         return [str(error)]
-    if checkpoint is None or differences is None or config.resume_force:
-        return []
-    return [resume.refusal(checkpoint, differences.breaking)] if differences.breaking else []
 
 
 def _start(config: Config) -> Checkpoint | None:

@@ -103,19 +103,24 @@ def run(
     if chosen is not None:
         done = load.restore(chosen, learner, config.resume_force)
         say(f"resumed from {chosen.path.name}: {done.step} steps, {done.tokens:,} tokens")
-    last = fit(
-        learner.strategy,
-        learner.scheduler,
-        learnt,
-        held_out,
-        plan,
-        list(build_observers(config.tracking, run_folder, console)) if place.is_main else [],
-        saver,
-        place.device,
-        halt=stop.requested,
-        done_steps=done.step,
-        tokens=done.tokens,
-    )
+    observers = build_observers(config.tracking, run_folder, console) if place.is_main else ()
+    try:
+        last = fit(
+            learner.strategy,
+            learner.scheduler,
+            learnt,
+            held_out,
+            plan,
+            list(observers),
+            saver,
+            place.device,
+            halt=stop.requested,
+            done_steps=done.step,
+            tokens=done.tokens,
+        )
+    except UserError:  # on all ranks alike; what was learnt before it is not lost
+        saver.finish()
+        raise
     reason = None
     if last < plan.end_step:
         reason = stop.reason()

@@ -93,18 +93,18 @@ class Recorder:
 
 
 class Saves:
-    """Notes when it is asked to save; from `fails_after` calls on a save in the background fails."""
+    """Notes when it is asked to save; the save in the background of `fails_at` fails."""
 
-    def __init__(self, fails_after: int | None = None) -> None:
+    def __init__(self, fails_at: int | None = None) -> None:
         self.steps: list[int] = []
-        self.fails_after = fails_after
+        self.fails_at = fails_at
 
     def save(self, step: int, tokens: int, eval_loss: float | None) -> None:
         self.finish()
         self.steps.append(step)
 
     def failed(self) -> bool:
-        return self.fails_after is not None and len(self.steps) >= self.fails_after
+        return self.fails_at in self.steps
 
     def finish(self) -> None:
         if self.failed():

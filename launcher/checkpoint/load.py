@@ -46,9 +46,8 @@ def choose(config: Config, checkpoints: Path, place: Place, say: Say) -> Checkpo
     for checkpoint in found[0]:
         wrong = _problems(checkpoint, place)
         if not wrong:
-            refusals = resume.differences(checkpoint.config, config).breaking
-            if refusals and not config.resume_force:
-                raise UserError(resume.refusal(checkpoint, refusals))
+            if refusals := resume.problems(checkpoint, config):
+                raise UserError("; ".join(refusals))
             return checkpoint  # type: ignore[no-any-return]
         if checkpoint.path.parent != checkpoints:
             raise UserError(f"resume={config.resume} is broken: {'; '.join(wrong)}")
@@ -59,9 +58,14 @@ def choose(config: Config, checkpoints: Path, place: Place, say: Say) -> Checkpo
 
 def restore(checkpoint: Checkpoint, learner: Learner, force: bool) -> Progress:
     """Bring back weights, optimizer, schedule and random states. Collective. Raises UserError for a
-    checkpoint without optimizer state, or, unless `force`, of other data."""
+    checkpoint of other data, unless `force`."""
     trainer = json.loads(checkpoint.trainer.read_text())
-    _refuse(checkpoint, trainer, learner, force)
+    if trainer["data"] != learner.about["data"] and not force:
+        raise UserError(
+            f"the rows are not those of {checkpoint.path}: the data file, the tokenizer or its "
+            "chat template has changed; bring it back, or begin anew without resume "
+            "(resume_force=true trains on regardless)"
+        )
     state = learner.strategy.state()
     if checkpoint.adapter is not None:
         _fill(state.weights, learner.method.read(learner.model, checkpoint.adapter))
@@ -82,20 +86,6 @@ def restore(checkpoint: Checkpoint, learner: Learner, force: bool) -> Progress:
     else:  # no rank's random states fit: begin new streams
         torch.manual_seed(trainer["step"] * place.world_size + place.rank)
     return Progress(trainer["step"], trainer["tokens"])
-
-
-def _refuse(checkpoint: Checkpoint, trainer: Any, learner: Learner, force: bool) -> None:
-    if trainer["content"] != "all":
-        raise UserError(
-            f"{checkpoint.path} holds weights only (checkpoint.content=weights), which can be "
-            "exported and not resumed"
-        )
-    if trainer["data"] != learner.about["data"] and not force:
-        raise UserError(
-            f"the rows are not those of {checkpoint.path}: the data file, the tokenizer or its "
-            "chat template has changed; bring it back, or begin anew without resume "
-            "(resume_force=true trains on regardless)"
-        )
 
 
 def _problems(checkpoint: Checkpoint, place: Place) -> list[str]:

@@ -80,12 +80,20 @@ def differences(frozen: Path, config: Config) -> Differences:
     return found
 
 
-def refusal(checkpoint: Checkpoint, breaking: list[str]) -> str:
-    """The sentence for a run that would not go on as it began."""
-    return (
+def problems(checkpoint: Checkpoint, config: Config) -> list[str]:
+    """Why `config` cannot go on from `checkpoint`; empty when it can."""
+    if checkpoint.summary()["content"] != "all":
+        return [
+            f"{checkpoint.path} holds weights only (checkpoint.content=weights), which can be "
+            "exported and not resumed → name another checkpoint with resume=PATH, or resume=none"
+        ]
+    breaking = differences(checkpoint.config, config).breaking
+    if not breaking or config.resume_force:
+        return []
+    return [
         f"{checkpoint.path.name} was trained otherwise ({'; '.join(breaking)}), so going on would "
         "not continue that training → set them back, or resume_force=true"
-    )
+    ]
 
 
 def set_aside(checkpoint: Checkpoint) -> None:
