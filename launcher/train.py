@@ -138,7 +138,7 @@ def _start(config: Config) -> Checkpoint | None:
     """The checkpoint that a run will go on from, if its files are whole: the ranks look."""
     checkpoints = RunDir(Path(config.run_dir or "")).checkpoints
     found = resume.candidates(config.resume, checkpoints)
-    return found[0] if found else None
+    return next((each for each in found if each.is_finished), None)
 
 
 def show(config: Config, world: World) -> int:

@@ -67,6 +67,15 @@ class Checkpoint:
     def rng(self, rank: int) -> Path:
         return self.path / "rng" / f"rank-{rank:02d}.safetensors"
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has a manifest, which is written last. Its files may be damaged since."""
+        try:
+            self.summary()
+        except UserError:
+            return False
+        return True
+
     def summary(self) -> dict[str, Any]:
         """What the manifest says, without a look at the files."""
         return manifest.read(self.manifest)
@@ -76,10 +85,14 @@ def folder_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
+def named(checkpoints: Path) -> list[Checkpoint]:
+    """All folders with the name of a checkpoint, newest first, whole or not."""
+    return sorted(map(Checkpoint, checkpoints.glob("step-*")), key=lambda each: -each.step)
+
+
 def finished(checkpoints: Path) -> list[Checkpoint]:
     """The checkpoints that have a manifest, newest first."""
-    found = [Checkpoint(path) for path in checkpoints.glob("step-*") if (path / MANIFEST).is_file()]
-    return sorted(found, key=lambda checkpoint: -checkpoint.step)
+    return [each for each in named(checkpoints) if each.is_finished]
 
 
 def newest(checkpoints: Path) -> Checkpoint:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.checkpoint.layout import MANIFEST, Checkpoint, finished
+from launcher.checkpoint.layout import MANIFEST, Checkpoint, finished, named
 from launcher.config import Config, store
 from launcher.errors import UserError
 from launcher.run_dir import RunDir
@@ -45,13 +45,14 @@ class Differences:
 
 
 def candidates(resume: str, checkpoints: Path) -> list[Checkpoint]:
-    """Where to go on from, best first: the run's own checkpoints, then the one that is named."""
+    """Where to go on from, best first: the run's own checkpoints, whole or not, then the one that
+    is asked for."""
     if resume == "none":
         return []
-    return finished(checkpoints) + ([] if resume == "auto" else [named(resume)])
+    return named(checkpoints) + ([] if resume == "auto" else [asked_for(resume)])
 
 
-def named(resume: str) -> Checkpoint:
+def asked_for(resume: str) -> Checkpoint:
     """The checkpoint of `resume=PATH`: a checkpoint's folder, or a run's newest.
 
     Raises UserError when it is neither.

@@ -7,6 +7,7 @@ reads it back under any strategy, and so do torch's own tools.
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -26,29 +28,39 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from launcher.boxes import boxes
 from launcher.distributed.shards import Shard
+from launcher.distributed.together import innermost
+from launcher.errors import UserError
 
 Tree = dict[str, Any]  # nested by name, Shards at the leaves
 
 
 def write(tree: Tree, folder: Path, group: dist.ProcessGroup) -> None:
-    """Write every rank's runs into `folder`; replicas are written once. Collective."""
-    dcp.save(
-        _map(_Stored, tree),
-        storage_writer=dcp.FileSystemWriter(folder),
-        planner=_SavePlanner(),
-        process_group=group,
-    )
+    """Write every rank's runs into `folder`; replicas are written once. Collective. Raises
+    UserError with the cause, and with the room on the disk: torch's zip writer does not tell."""
+    try:
+        dcp.save(
+            _map(_Stored, tree),
+            storage_writer=dcp.FileSystemWriter(folder),
+            planner=_SavePlanner(),
+            process_group=group,
+        )
+    except CheckpointException as error:
+        free = shutil.disk_usage(folder.parent).free / 1e6
+        raise UserError(f"{innermost(error)} ({free:,.1f} MB free on its disk)") from error
 
 
 def read(tree: Tree, folder: Path, group: dist.ProcessGroup) -> None:
     """Fill every run of `tree` in place from `folder`. Collective. Raises for a tensor that is not
     there or has another shape."""
-    dcp.load(
-        _map(_Stored, tree),
-        storage_reader=dcp.FileSystemReader(folder),
-        planner=_LoadPlanner(),
-        process_group=group,
-    )
+    try:
+        dcp.load(
+            _map(_Stored, tree),
+            storage_reader=dcp.FileSystemReader(folder),
+            planner=_LoadPlanner(),
+            process_group=group,
+        )
+    except CheckpointException as error:  # no Exception: it would pass by every handler
+        raise UserError(innermost(error)) from error
 
 
 class Staging:

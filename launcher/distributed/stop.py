@@ -6,6 +6,7 @@ asks for a checkpoint at the next step boundary, the second ends the process at 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -55,5 +56,9 @@ class Stop:
 
     def _take_signals(self) -> None:
         self._signal = signal.Signals(signal.sigwait(SIGNALS)).name
+        # Ranks that are not in a collective with this one, as while rows are tokenised, learn of it
+        # by the file. On a full disk they learn of it later, from the loop.
+        with contextlib.suppress(OSError), self.file.open("x", encoding="utf-8") as file:
+            file.write(self._signal)
         again = signal.sigwait(SIGNALS)
         os._exit(128 + again)

@@ -23,7 +23,7 @@ def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
     try:
         result = action()
     except Exception as error:
-        problem, cause = str(error) if isinstance(error, UserError) else _innermost(error), error
+        problem, cause = str(error) if isinstance(error, UserError) else innermost(error), error
     problems: list[str | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(problems, problem, group=group)
     for rank, each in enumerate(problems):
@@ -39,7 +39,7 @@ def any_rank(here: bool) -> bool:
     return bool(count)
 
 
-def _innermost(error: BaseException) -> str:
+def innermost(error: BaseException) -> str:
     """The cause behind a chain of wrappers; DCP keeps one of each rank in `failures`."""
     while True:
         failures = getattr(error, "failures", None)

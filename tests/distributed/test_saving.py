@@ -17,18 +17,10 @@ from launcher import manifest
 from launcher.distributed.process_group import Place
 from launcher.export.dcp import read_model
 from tests.helpers import parts
+from tests.helpers.layouts import ONE_OF_EACH
 from tests.helpers.parts import Case
 
 QUESTION = torch.arange(3, 40).view(1, -1)
-LAYOUTS = [
-    ("single", 1, ()),
-    ("ddp", 2, ()),
-    ("fsdp", 3, ()),
-    ("hsdp", 4, (("shard_size", 2),)),
-    ("zero1", 2, ()),
-    ("zero2", 3, ()),
-    ("zero3", 3, ()),
-]
 
 
 def save_and_answer(place: Place, case: Case, folder: Path) -> torch.Tensor:
@@ -58,7 +50,7 @@ def count_gathers(place: Place, case: Case) -> tuple[int, int]:
     return len(seen), sum(seen)
 
 
-@pytest.mark.parametrize(("strategy", "world", "options"), LAYOUTS)
+@pytest.mark.parametrize(("strategy", "world", "options"), ONE_OF_EACH)
 def test_gathered_adapter_gives_the_live_logits_in_peft(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path, strategy: str, world: int, options: Any
 ) -> None:
@@ -88,7 +80,7 @@ def test_gathering_moves_the_adapter_in_one_message_and_not_the_model(
     assert elements == trained / 2
 
 
-@pytest.mark.parametrize(("strategy", "world", "options"), LAYOUTS)
+@pytest.mark.parametrize(("strategy", "world", "options"), ONE_OF_EACH)
 def test_full_run_writes_dcp_shards_that_read_back(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path, strategy: str, world: int, options: Any
 ) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from launcher import loop
 from launcher.checkpoint.learner import Learner
 from launcher.checkpoint.save import Saver
+from launcher.config import store
 from launcher.config.data import DataConfig
 from launcher.config.method import METHODS as METHOD_SCHEMAS
 from launcher.config.model import ModelConfig
@@ -33,6 +34,7 @@ from launcher.precision import PRECISIONS
 from launcher.run_dir import RunDir
 from launcher.scheduler import build_scheduler
 from launcher.strategy import Strategy, build_strategy
+from tests.config.test_schema import composed
 
 SEED = 3
 MAX_NORM = 0.5  # below the gradient norms of these runs: clipping takes part
@@ -123,7 +125,7 @@ def learner(place: Place, case: Case, strategy: Strategy, method: Method) -> Lea
 def saver(learner: Learner, folder: Path, **options: Any) -> Saver:
     """As the worker makes it, for a run in `folder`."""
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text("{}\n")
+    (folder / "config.yaml").write_text(store.dump(store.build(composed())))
     return Saver(learner, RunDir(folder), CheckpointConfig(**options))
 
 

@@ -1,7 +1,8 @@
-"""A pool of gloo ranks: start four processes once, run functions on them for a second each."""
+"""A pool of gloo ranks: start processes once, run functions on them for a second each."""
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import sys
@@ -20,8 +21,11 @@ class RankPool:
     group and returns their results in order of rank. Functions are module-level: they travel by
     name."""
 
-    def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, size: int, method: str = "spawn") -> None:
+        """`method="forkserver"`: after the first such pool one starts in no time, for ranks that
+        are going to die."""
+        context = multiprocessing.get_context(method)
+        multiprocessing.set_forkserver_preload(["tests.helpers.parts", "deepspeed"])
         self._scratch = tempfile.TemporaryDirectory(prefix="shardway-ranks-")
         self._runs = 0
         self._pipes: list[Connection] = []
@@ -33,17 +37,22 @@ class RankPool:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    def run(
+        self, world: int, function: Callable[..., Any], *args: Any, **options: Any
+    ) -> list[Any]:
         self._runs += 1
         store = str(Path(self._scratch.name) / f"store-{self._runs}")
         for pipe in self._pipes[:world]:
-            pipe.send((function, args, world, store))
+            pipe.send((functools.partial(function, **options), args, world, store))
         results, failures = [], []
         for rank, pipe in enumerate(self._pipes[:world]):
             if not pipe.poll(PATIENCE_SECONDS):
                 failures.append(f"rank {rank} gave no answer in {PATIENCE_SECONDS} s")
                 continue
-            fine, answer = pipe.recv()
+            try:
+                fine, answer = pipe.recv()
+            except EOFError:
+                fine, answer = False, "died"
             results.append(answer)
             if not fine:
                 failures.append(f"rank {rank}:\n{answer}")
@@ -51,9 +60,9 @@ class RankPool:
         return results
 
     def close(self) -> None:
-        for pipe in self._pipes:
-            pipe.send(None)
-        for process in self._processes:
+        for pipe, process in zip(self._pipes, self._processes, strict=True):
+            if process.is_alive():
+                pipe.send(None)
             process.join(10)
         self._scratch.cleanup()
 
