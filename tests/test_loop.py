@@ -146,6 +146,55 @@ def test_events_come_when_they_are_due(
     assert rates[:4] == pytest.approx([0, 1e-3 / 3, 2e-3 / 3, 1e-3]), "warm-up of three steps"
 
 
+def fit_with(
+    place: Place, case: Case, halt_at: int, fails_at: int | None
+) -> tuple[int | str, list[int], list[dict[str, Any]]]:
+    """Rank 1 halts at its `halt_at`-th look, and its save of step `fails_at` fails."""
+    strategy, _, loader = parts.set_up(place, case)
+    recorder = Recorder()
+    saves = Saves(fails_at if place.rank == 1 else None)
+    looks = iter(range(1, 1000))
+    ended: int | str
+    try:
+        ended = fit(
+            strategy,
+            case.scheduler(strategy.optimizer),
+            loader,
+            case.loader(place.rank, place.world_size, 2),
+            Plan(7, end_step=7, max_grad_norm=0.5, eval_steps=1, save_steps=2, log_steps=1),
+            [recorder],
+            saves,
+            place.device,
+            halt=lambda: place.rank == 1 and next(looks) >= halt_at,
+        )
+    except UserError as error:
+        ended = str(error)
+    return ended, saves.steps, recorder.records
+
+
+@pytest.mark.parametrize(("halt_at", "evaluations"), [(3, 0), (5, 1), (7, 1)])
+def test_a_halt_inside_an_evaluation_ends_both_on_all_ranks_with_a_save(
+    ranks: Any, tiny: Path, rows_file: Path, halt_at: int, evaluations: int
+) -> None:
+    """A step asks once, and an evaluation of 13 rows in windows of 6 three times."""
+    for step, saved, records in ranks.run(
+        2, fit_with, Case(tiny, rows_file, strategy="ddp"), halt_at, None
+    ):
+        assert step == 1 + evaluations * (halt_at > 5)
+        assert saved == [step]
+        assert sum("eval_loss" in record for record in records) == evaluations
+
+
+def test_a_save_that_failed_on_one_rank_ends_training_on_all(
+    ranks: Any, tiny: Path, rows_file: Path
+) -> None:
+    (there, saved, _), (here, _, _) = ranks.run(
+        2, fit_with, Case(tiny, rows_file, strategy="ddp"), 1000, 2
+    )
+    assert here == "no space left"
+    assert (there, saved) == (2, [2]), "nobody steps on; the true Saver raises on all ranks"
+
+
 def test_evaluation_is_the_mean_over_all_target_tokens(
     ranks: Any, tiny: Path, rows_file: Path
 ) -> None:

@@ -70,10 +70,11 @@ def test_gathered_adapter_gives_the_live_logits_in_peft(
     assert (after - before).abs().max() > 1e-3, "the adapter must do something"
 
 
+@pytest.mark.parametrize("strategy", ["fsdp", "zero1", "zero3"])
 def test_gathering_moves_the_adapter_in_one_message_and_not_the_model(
-    ranks: Any, tiny: Path, rows_file: Path
+    ranks: Any, tiny: Path, rows_file: Path, strategy: str
 ) -> None:
-    messages, elements = ranks.run(2, count_gathers, Case(tiny, rows_file))[0]
+    messages, elements = ranks.run(2, count_gathers, Case(tiny, rows_file, strategy=strategy))[0]
     model = parts.plain_model(Case(tiny, rows_file))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert messages == 1

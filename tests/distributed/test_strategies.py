@@ -210,6 +210,49 @@ def test_hsdp_shards_inside_groups_and_ddp_nothing(
         assert [rank[what] for rank in whole] == [alone[what]] * 2
 
 
+def zero_elements(place: Place, case: Case) -> dict[str, int]:
+    """Elements that this rank holds under ZeRO after one step, and those of the whole model."""
+    strategy, _, loader = parts.set_up(place, case)
+    parts.train_step(strategy, loader.window(0))
+    state = strategy.state()
+    moments = [shard.local for each in state.moments.values() for shard in each.values()]
+    parameters = list(strategy.model.parameters())
+    partitions = [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
+    return {
+        "masters": sum(shard.local.numel() for shard in state.weights.values()),
+        "moments": sum(moment.numel() for moment in moments),
+        "flat": sum(flat.numel() for flat in strategy._flats),
+        "whole": sum(parameter.data.numel() for parameter in parameters),
+        "partitions": sum(partition.numel() for partition in partitions),
+    }
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_shards_what_its_stage_promises(
+    ranks: Any, tiny: Path, rows_file: Path, method: str, world: int, stage: int
+) -> None:
+    """Masters and moments stand once over all ranks; under zero3 parameters, too, and none whole."""
+    options = (("persistence_threshold", 0),) if stage == 3 else ()
+    case = case_of(
+        tiny, rows_file, method=method, strategy=f"zero{stage}", strategy_options=options
+    )
+    model = parts.plain_model(case)
+    every = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tensors = len(list(model.parameters()))
+    held = ranks.run(world, zero_elements, case)
+    assert sum(rank["masters"] for rank in held) == trained
+    assert sum(rank["moments"] for rank in held) == 2 * trained
+    assert max(rank["flat"] for rank in held) <= trained / world + tensors * world, "but padding"
+    for rank in held:
+        assert rank["whole"] == (0 if stage == 3 else every)
+    if stage == 3:
+        most = max(rank["partitions"] for rank in held)
+        assert every / world <= most <= every / world + tensors * world
+
+
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp"])
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_bf16_keeps_fp32_masters(

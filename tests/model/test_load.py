@@ -46,7 +46,17 @@ def logits(place: Place, case: Case) -> torch.Tensor:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize(
-    ("strategy", "world"), [("single", 1), ("ddp", 2), ("fsdp", 2), ("fsdp", 3)]
+    ("strategy", "world"),
+    [
+        ("single", 1),
+        ("ddp", 2),
+        ("fsdp", 2),
+        ("fsdp", 3),
+        ("zero1", 2),
+        ("zero2", 2),
+        ("zero3", 2),
+        ("zero3", 3),
+    ],
 )
 def test_logits_equal_from_pretrained_to_the_bit(
     ranks: Any,
