@@ -233,7 +233,7 @@ def zero_elements(place: Place, case: Case) -> dict[str, int]:
 def test_zero_shards_what_its_stage_promises(
     ranks: Any, tiny: Path, rows_file: Path, method: str, world: int, stage: int
 ) -> None:
-    """Masters and moments stand once over all ranks; under zero3 parameters, too, and none whole."""
+    """Masters and moments stand once over all ranks; under zero3 so do the parameters."""
     options = (("persistence_threshold", 0),) if stage == 3 else ()
     case = case_of(
         tiny, rows_file, method=method, strategy=f"zero{stage}", strategy_options=options

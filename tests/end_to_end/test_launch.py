@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 
+from launcher import paths
 from launcher.checkpoint import layout
 from tests.helpers.commands import (
     TRAIN_TINY,
@@ -247,6 +248,30 @@ def test_stopping_the_command_saves_and_the_run_goes_on(
     assert done.returncode == 0, done.stdout + done.stderr
     steps = [record["step"] for record in metrics(tmp_path / "run")]
     assert steps == list(range(1, ended["step"] + 3))
+
+
+def test_a_signal_to_one_rank_while_rows_are_tokenised_stops_all(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """Half a minute of tokenising is given up, and the other rank does not begin it anew."""
+    row = json.dumps(
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    )
+    (tmp_path / "rows.jsonl").write_text(f"{row}\n" * 100_000)
+    kept = set((paths.cache() / "tokens").glob("*.safetensors"))
+    words = (*TRAIN_TINY, *LONG, "data=messages", f"data.path={tmp_path / 'rows.jsonl'}")
+    process = start(*words, "run_dir=run", cwd=tmp_path)
+    log = tmp_path / "run/logs/attempt-1/rank-01.log"
+    while not log.is_file():  # it listens for signals before it opens its log
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    the_rank(tmp_path / "run", 1).send_signal(signal.SIGUSR2)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 75, output
+    assert status(tmp_path / "run") == {
+        "state": "stopped", "reason": "SIGUSR2", "step": 0, "exit_code": 75,
+    }  # fmt: skip
+    assert set((paths.cache() / "tokens").glob("*.safetensors")) == kept, "nothing was tokenised"
 
 
 def test_a_second_signal_ends_every_rank_at_once(tiny: Path, tmp_path: Path) -> None:
