@@ -84,7 +84,7 @@ def fit(
         observer.start(done_steps, plan.end_step)
     ledger = Ledger(strategy.sum, tokens)
     strategy.model.train()
-    step = saved = done_steps
+    step = done_steps
     while step < plan.end_step:
         window = training.window(step)
         halting = torch.tensor(int(halt() or checkpoints.failed()))
@@ -106,9 +106,8 @@ def fit(
                 _tell(observers, [{"step": step, "eval_loss": eval_loss}])
             if plan.saves(step):
                 checkpoints.save(step, ledger.tokens, eval_loss)
-                saved = step
             ledger.restart_clock()
-    if step > saved:
+    if step > done_steps and not plan.saves(step):
         _tell(observers, ledger.flush())
         checkpoints.save(step, ledger.tokens, None)
     checkpoints.finish()

@@ -96,7 +96,7 @@ def run(
         return
     chosen = load.choose(config, run_folder.checkpoints, place, say)
     plan = _plan(config, learnt.steps_per_epoch)
-    learner = _learner(config, folder, place, learnt.rows.fingerprint, plan.total_steps, say)
+    learner = build_learner(config, folder, place, learnt.rows.fingerprint, plan.total_steps, say)
     saver = Saver(learner, run_folder, config.checkpoint)
     saver.check_space()
     done = load.Progress()
@@ -121,13 +121,16 @@ def run(
     except UserError:  # on all ranks alike; what was learnt before it is not lost
         saver.finish()
         raise
-    reason = None
-    if last < plan.end_step:
-        reason = stop.reason()
-    elif last < plan.total_steps:
-        reason = f"training.stop_after_steps={config.training.stop_after_steps}"
+    reason = stop.reason() if last < plan.end_step else _planned_end(config, plan)
     _leave_status(run_folder, place.is_main, last, reason, say)
     dist.destroy_process_group()
+
+
+def _planned_end(config: Config, plan: Any) -> str | None:
+    """Why training ends before its schedule does, by configuration."""
+    if plan.end_step == plan.total_steps:
+        return None
+    return f"training.stop_after_steps={config.training.stop_after_steps}"
 
 
 def _leave_status(
@@ -194,7 +197,7 @@ def _plan(config: Config, steps_per_epoch: int) -> Any:
     )
 
 
-def _learner(
+def build_learner(
     config: Config, folder: Path, place: Any, data: str, total_steps: int, say: Say
 ) -> Any:
     """The model, made ready in this order: method, strategy (shards), optimizer, scheduler.

@@ -110,7 +110,7 @@ def learner(place: Place, folder: Path, method: str) -> Learner:
             "cluster": {"name": "local"},
         }
     )
-    made: Learner = worker._learner(config, folder, place, "none", 100, lambda text: None)
+    made: Learner = worker.build_learner(config, folder, place, "none", 100, lambda text: None)
     return made
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,30 +39,41 @@ Tree = dict[str, Any]  # nested by name, Shards at the leaves
 def write(tree: Tree, folder: Path, group: dist.ProcessGroup) -> None:
     """Write every rank's runs into `folder`; replicas are written once. Collective. Raises
     UserError with the cause, and with the room on the disk: torch's zip writer does not tell."""
-    try:
+    with _told(
+        lambda: f" ({shutil.disk_usage(folder.parent).free / 1e6:,.1f} MB free on its disk)"
+    ):
         dcp.save(
             _map(_Stored, tree),
             storage_writer=dcp.FileSystemWriter(folder),
             planner=_SavePlanner(),
             process_group=group,
         )
-    except CheckpointException as error:
-        free = shutil.disk_usage(folder.parent).free / 1e6
-        raise UserError(f"{innermost(error)} ({free:,.1f} MB free on its disk)") from error
 
 
 def read(tree: Tree, folder: Path, group: dist.ProcessGroup) -> None:
     """Fill every run of `tree` in place from `folder`. Collective. Raises for a tensor that is not
     there or has another shape."""
-    try:
+    with _told():
         dcp.load(
             _map(_Stored, tree),
             storage_reader=dcp.FileSystemReader(folder),
             planner=_LoadPlanner(),
             process_group=group,
         )
-    except CheckpointException as error:  # no Exception: it would pass by every handler
-        raise UserError(innermost(error)) from error
+
+
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+@contextmanager
+def _told(more: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """Turn DCP's own error, which is no Exception and would pass by every handler, into a sentence
+    with its cause and `more`."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise UserError(f"{innermost(error)}{more()}") from error
 
 
 class Staging:

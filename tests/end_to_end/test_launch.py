@@ -253,7 +253,7 @@ def test_stopping_the_command_saves_and_the_run_goes_on(
 def test_a_signal_to_one_rank_while_rows_are_tokenised_stops_all(
     tiny: Path, tmp_path: Path
 ) -> None:
-    """Half a minute of tokenising is given up, and the other rank does not begin it anew."""
+    """Tokenising is given up, and the other rank does not begin it anew."""
     row = json.dumps(
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     )
