@@ -6,8 +6,11 @@ import json
 import re
 import signal
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
+
+import psutil
 
 from launcher.cluster import command
 from launcher.run_dir import RunDir
@@ -29,15 +32,22 @@ def launch(run: RunDir, nproc_per_node: int, gpus: int) -> int:
     The first signal asks the ranks to stop with a checkpoint, the second ends them.
     """
     signals: list[int] = []
+    agent: subprocess.Popen[bytes] | None = None
 
     def take(number: int, frame: FrameType | None) -> None:
         signals.append(number)
         if len(signals) == 1:
             run.stop.write_text(signal.Signals(number).name)
             print("\nstopping at the next step boundary, with a checkpoint; again: at once")
-        else:
-            agent.kill()  # the kernel ends its ranks with it (rank_log)
+        elif agent is not None:
+            _end_at_once(agent)
 
+    # What is ignored stays ignored: `nohup` means it.
+    before = {
+        number: signal.signal(number, take)
+        for number in TAKEN
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
     with (run.logs / "torchrun.log").open("wb") as log:
         agent = subprocess.Popen(
             command.torchrun(run.path, run.attempt, nproc_per_node),
@@ -46,17 +56,11 @@ def launch(run: RunDir, nproc_per_node: int, gpus: int) -> int:
             env=command.environment(nproc_per_node, gpus),
             start_new_session=True,  # Ctrl-C in a terminal reaches this process alone
         )
-        # What is ignored stays ignored: `nohup` means it.
-        before = {
-            number: signal.signal(number, take)
-            for number in TAKEN
-            if signal.getsignal(number) is not signal.SIG_IGN
-        }
-        try:
-            status = agent.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        if len(signals) > 1:
+            _end_at_once(agent)
+        status = agent.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
     if status == 0 and run.status.is_file():
         return int(json.loads(run.status.read_text())["exit_code"])
     run.stop.unlink(missing_ok=True)
@@ -66,6 +70,23 @@ def launch(run: RunDir, nproc_per_node: int, gpus: int) -> int:
     failure = first_failure(run)
     print(_report(run, failure))
     return failure.exit_code if failure else status or 1
+
+
+def _end_at_once(agent: subprocess.Popen[bytes]) -> None:
+    """Kill the agent and its ranks.
+
+    The kernel ends a rank with its agent only once the rank has asked for it (rank_log): one that
+    was just started would outlive it. A stopped agent starts no more.
+    """
+    agent.send_signal(signal.SIGSTOP)
+    try:
+        ranks = psutil.Process(agent.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        ranks = []
+    agent.kill()
+    for rank in ranks:
+        with suppress(psutil.NoSuchProcess):
+            rank.kill()
 
 
 def first_failure(run: RunDir) -> Failure | None:

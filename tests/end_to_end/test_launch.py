@@ -27,6 +27,7 @@ from tests.helpers.commands import (
     start,
     the_agent,
     the_rank,
+    wait_until,
     written,
 )
 
@@ -202,12 +203,7 @@ def test_a_host_with_other_overrides_is_refused(tiny: Path, tmp_path: Path) -> N
 
 
 def wait_for_training(process: subprocess.Popen[str], folder: Path) -> None:
-    for _ in range(600):
-        if (folder / "metrics.jsonl").is_file() and losses(folder):
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.1)
-    raise AssertionError("training did not begin within a minute")
+    wait_until(process, lambda: (folder / "metrics.jsonl").is_file() and losses(folder) != [])
 
 
 LONG = ("training.epochs=null", "training.max_steps=100000")
@@ -262,9 +258,7 @@ def test_a_signal_to_one_rank_while_rows_are_tokenised_stops_all(
     words = (*TRAIN_TINY, *LONG, "data=messages", f"data.path={tmp_path / 'rows.jsonl'}")
     process = start(*words, "run_dir=run", cwd=tmp_path)
     log = tmp_path / "run/logs/attempt-1/rank-01.log"
-    while not log.is_file():  # it listens for signals before it opens its log
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.1)
+    wait_until(process, log.is_file)  # it listens for signals before it opens its log
     the_rank(tmp_path / "run", 1).send_signal(signal.SIGUSR2)
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 75, output
@@ -274,13 +268,16 @@ def test_a_signal_to_one_rank_while_rows_are_tokenised_stops_all(
     assert set((paths.cache() / "tokens").glob("*.safetensors")) == kept, "nothing was tokenised"
 
 
-def test_a_second_signal_ends_every_rank_at_once(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 3], ids=["the agent starts", "two ranks just started"])
+def test_a_second_signal_ends_every_rank_at_once(
+    tiny: Path, tmp_path: Path, processes: int
+) -> None:
     process = start(*TRAIN_TINY, *LONG, "run_dir=run", cwd=tmp_path)
     assert process.stdout is not None
     assert process.stdout.readline().startswith("run folder: ")
-    time.sleep(1)  # the ranks are importing torch
+    wait_until(process, lambda: len(processes_of(tmp_path / "run")) >= processes)
     process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    wait_until(process, (tmp_path / "run/stop").exists)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
     assert process.returncode == 128 + signal.SIGINT
