@@ -34,6 +34,8 @@ FREE = (
     "training.log_steps",
     "training.stop_after_steps",
 )
+# What the stored tensors are made for: under another one they fit nowhere.
+SHAPING = ("method.name", "method.rank", "method.target_modules", "optimizer.name")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Differences:
     """`key: old → new`, one a setting."""
 
     free: list[str]
-    breaking: list[str]
+    breaking: list[str]  # what is learnt changes
+    shaping: list[str]  # what is stored does not fit
 
 
 def candidates(resume: str, checkpoints: Path) -> list[Checkpoint]:
@@ -72,12 +75,13 @@ def asked_for(resume: str) -> Checkpoint:
 def differences(frozen: Path, config: Config) -> Differences:
     """How `config` differs from the frozen one of a checkpoint."""
     before, now = (dict(_leaves(dataclasses.asdict(c))) for c in (store.load(frozen), config))
-    found = Differences([], [])
+    found = Differences([], [], [])
     for key in dict.fromkeys([*before, *now]):
         old, new = (side[key] if key in side else None for side in (before, now))
         if old != new:
             free = any(key == each or key.startswith(f"{each}.") for each in FREE)
-            (found.free if free else found.breaking).append(f"{key}: {old} → {new}")
+            kind = found.free if free else found.shaping if key in SHAPING else found.breaking
+            kind.append(f"{key}: {old} → {new}")
     return found
 
 
@@ -88,13 +92,18 @@ def problems(checkpoint: Checkpoint, config: Config) -> list[str]:
             f"{checkpoint.path} holds weights only (checkpoint.content=weights), which can be "
             "exported and not resumed → name another checkpoint with resume=PATH, or resume=none"
         ]
-    breaking = differences(checkpoint.config, config).breaking
-    if not breaking or config.resume_force:
-        return []
-    return [
-        f"{checkpoint.path.name} was trained otherwise ({'; '.join(breaking)}), so going on would "
-        "not continue that training → set them back, or resume_force=true"
-    ]
+    changed = differences(checkpoint.config, config)
+    if changed.shaping:
+        return [
+            f"{checkpoint.path.name} holds other tensors ({'; '.join(changed.shaping)}) → set them "
+            "back, or begin anew with resume=none"
+        ]
+    if changed.breaking and not config.resume_force:
+        return [
+            f"{checkpoint.path.name} was trained otherwise ({'; '.join(changed.breaking)}), so "
+            "going on would not continue that training → set them back, or resume_force=true"
+        ]
+    return []
 
 
 def set_aside(checkpoint: Checkpoint) -> None:

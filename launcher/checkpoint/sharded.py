@@ -39,9 +39,7 @@ Tree = dict[str, Any]  # nested by name, Shards at the leaves
 def write(tree: Tree, folder: Path, group: dist.ProcessGroup) -> None:
     """Write every rank's runs into `folder`; replicas are written once. Collective. Raises
     UserError with the cause, and with the room on the disk: torch's zip writer does not tell."""
-    with _told(
-        lambda: f" ({shutil.disk_usage(folder.parent).free / 1e6:,.1f} MB free on its disk)"
-    ):
+    with _told(lambda: f" ({_free(folder.parent) / 1e6:,.1f} MB free on its disk)"):
         dcp.save(
             _map(_Stored, tree),
             storage_writer=dcp.FileSystemWriter(folder),

@@ -266,17 +266,17 @@ def test_bf16_keeps_fp32_masters(
         assert found["moments"] == {torch.float32}
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
 def test_bf16_is_one_arithmetic_under_every_strategy(
-    ranks: Any, tiny: Path, rows_file: Path
+    ranks: Any, tiny: Path, rows_file: Path, strategy: str, method: str
 ) -> None:
     """Same casts everywhere: what is left is the order of sums."""
-    runs = [
-        ranks.run(world, losses, case_of(tiny, rows_file, strategy=strategy, precision="bf16"))[0]
-        for strategy, world in (("single", 1), ("ddp", 2), ("fsdp", 2))
-    ]
-    exact = expected_losses(case_of(tiny, rows_file))
-    for found in runs:
-        assert found == pytest.approx(runs[0], rel=2e-4)
+    case = case_of(tiny, rows_file, method=method, precision="bf16")
+    (alone,) = ranks.run(1, losses, dataclasses.replace(case, strategy="single"))
+    exact = expected_losses(case_of(tiny, rows_file, method=method))
+    for found in ranks.run(2, losses, dataclasses.replace(case, strategy=strategy)):
+        assert found == pytest.approx(alone, rel=2e-4)
         assert found == pytest.approx(exact, rel=1e-2)
 
 

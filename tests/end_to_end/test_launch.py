@@ -3,59 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from launcher import paths
 from launcher.checkpoint import layout
 from tests.helpers.commands import (
+    LONG,
+    SHORT,
     TRAIN_TINY,
-    processes_of,
+    losses,
+    metrics,
     run,
     shardway,
     start,
-    the_agent,
-    the_rank,
-    wait_until,
     written,
 )
 
 pytestmark = pytest.mark.slow
-SHORT = ("training.epochs=null", "training.max_steps=4")
-
-
-def metrics(run_folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(run_folder: Path) -> list[float]:
-    return [record["loss"] for record in metrics(run_folder) if "loss" in record]
-
-
-@pytest.fixture(scope="module")
-def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with evaluation and intermediate saves."""
-    cwd = tmp_path_factory.mktemp("finished")
-    done = shardway(
-        *("train", "model=tiny", "cluster.cpu_processes=2", *SHORT, "run_dir=run"),
-        *("data.eval_rows=5", "training.eval_steps=2", "checkpoint.save_steps=3"),
-        cwd=cwd,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "step 4/4" in done.stdout
-    assert "tokens/s" in done.stdout
-    return cwd / "run"
 
 
 def test_the_run_folder_holds_what_the_plan_of_the_house_says(finished: Path) -> None:
@@ -200,156 +170,6 @@ def test_a_host_with_other_overrides_is_refused(tiny: Path, tmp_path: Path) -> N
     finally:
         for node in nodes:
             node.kill()
-
-
-def wait_for_training(process: subprocess.Popen[str], folder: Path) -> None:
-    wait_until(process, lambda: (folder / "metrics.jsonl").is_file() and losses(folder) != [])
-
-
-LONG = ("training.epochs=null", "training.max_steps=100000")
-
-
-def status(run_folder: Path, attempt: int = 1) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(
-        (run_folder / f"logs/attempt-{attempt}/status.json").read_text()
-    )
-    return found
-
-
-def tell(process: subprocess.Popen[str], number: int) -> None:
-    if number == signal.SIGINT:  # a terminal tells the whole foreground group
-        os.killpg(process.pid, number)
-    else:
-        process.send_signal(number)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopping_the_command_saves_and_the_run_goes_on(
-    tiny: Path, tmp_path: Path, number: int
-) -> None:
-    process = start(*TRAIN_TINY, *LONG, "run_dir=run", cwd=tmp_path)
-    wait_for_training(process, tmp_path / "run")
-    assert len(processes_of(tmp_path / "run")) >= 3, "the agent and two ranks"
-    tell(process, number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, output
-    assert "Traceback" not in output
-    assert processes_of(tmp_path / "run") == []
-    ended = status(tmp_path / "run")
-    assert (ended["state"], ended["reason"]) == ("stopped", signal.Signals(number).name)
-    assert layout.newest(tmp_path / "run/checkpoints").step == ended["step"]
-    assert not (tmp_path / "run/stop").exists()
-    more = f"training.stop_after_steps={ended['step'] + 2}"
-    done = shardway(*TRAIN_TINY, *LONG, "run_dir=run", "resume=auto", more, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    steps = [record["step"] for record in metrics(tmp_path / "run")]
-    assert steps == list(range(1, ended["step"] + 3))
-
-
-def test_a_signal_to_one_rank_while_rows_are_tokenised_stops_all(
-    tiny: Path, tmp_path: Path
-) -> None:
-    """Tokenising is given up, and the other rank does not begin it anew."""
-    row = json.dumps(
-        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    )
-    (tmp_path / "rows.jsonl").write_text(f"{row}\n" * 100_000)
-    kept = set((paths.cache() / "tokens").glob("*.safetensors"))
-    words = (*TRAIN_TINY, *LONG, "data=messages", f"data.path={tmp_path / 'rows.jsonl'}")
-    process = start(*words, "run_dir=run", cwd=tmp_path)
-    log = tmp_path / "run/logs/attempt-1/rank-01.log"
-    wait_until(process, log.is_file)  # it listens for signals before it opens its log
-    the_rank(tmp_path / "run", 1).send_signal(signal.SIGUSR2)
-    output, _ = process.communicate(timeout=90)
-    assert process.returncode == 75, output
-    assert status(tmp_path / "run") == {
-        "state": "stopped", "reason": "SIGUSR2", "step": 0, "exit_code": 75,
-    }  # fmt: skip
-    assert set((paths.cache() / "tokens").glob("*.safetensors")) == kept, "nothing was tokenised"
-
-
-@pytest.mark.parametrize("processes", [1, 3], ids=["the agent starts", "two ranks just started"])
-def test_a_second_signal_ends_every_rank_at_once(
-    tiny: Path, tmp_path: Path, processes: int
-) -> None:
-    process = start(*TRAIN_TINY, *LONG, "run_dir=run", cwd=tmp_path)
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("run folder: ")
-    wait_until(process, lambda: len(processes_of(tmp_path / "run")) >= processes)
-    process.send_signal(signal.SIGINT)
-    wait_until(process, (tmp_path / "run/stop").exists)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
-    assert process.returncode == 128 + signal.SIGINT
-    time.sleep(1)
-    assert processes_of(tmp_path / "run") == []
-
-
-@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
-def test_going_on_equals_never_having_stopped(tiny: Path, tmp_path: Path, strategy: str) -> None:
-    words = (*TRAIN_TINY, *SHORT, f"strategy={strategy}", "method.dropout=0.1")
-    for more in (["run_dir=whole"], ["run_dir=parts", "training.stop_after_steps=2"]):
-        done = shardway(*words, *more, cwd=tmp_path)
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert status(tmp_path / "parts")["reason"] == "training.stop_after_steps=2"
-    done = shardway(*words, "run_dir=parts", "resume=auto", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    done = shardway("consolidate", "parts", "--output", "out", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_broken_checkpoint_is_named_and_the_one_before_is_used(
-    finished: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(finished, tmp_path / "run")
-    damaged = tmp_path / "run/checkpoints/step-000004/optimizer.safetensors"
-    content = bytearray(damaged.read_bytes())
-    content[-9] ^= 1
-    damaged.write_bytes(content)
-    words = ("train", "model=tiny", "cluster.cpu_processes=2", *SHORT, "data.eval_rows=5")
-    done = shardway(*words, "run_dir=run", "resume=auto", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "step-000004 is broken and passed over" in done.stdout
-    assert "optimizer.safetensors has another content" in done.stdout
-    assert "resumed from step-000003" in done.stdout
-    assert (tmp_path / "run/checkpoints/broken-1-step-000004").is_dir(), "nothing is lost"
-    assert losses(tmp_path / "run") == losses(finished)
-
-
-def test_a_changed_configuration_is_refused_with_what_changed(
-    finished: Path, tmp_path: Path
-) -> None:
-    words = ("train", "model=tiny", "cluster.cpu_processes=2", *SHORT, "data.eval_rows=5")
-    more = (f"resume={finished}", "optimizer.learning_rate=1e-2", "strategy=zero2")
-    done = shardway(*words, *more, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "optimizer.learning_rate: 0.0001 → 0.01" in done.stderr
-    assert "resume_force=true" in done.stderr
-    assert "strategy.name" not in done.stderr, "the strategy may change"
-    assert written(tmp_path) == []
-
-
-def test_a_killed_rank_is_named_and_the_others_end(tiny: Path, tmp_path: Path) -> None:
-    process = start(*TRAIN_TINY, *LONG, "run_dir=run", cwd=tmp_path)
-    wait_for_training(process, tmp_path / "run")
-    the_rank(tmp_path / "run", 1).kill()
-    output, _ = process.communicate(timeout=90)
-    assert process.returncode == 128 + signal.SIGKILL
-    lines = output.strip().splitlines()
-    assert "rank 1 failed: ended by signal SIGKILL; often the machine ran out of memory" in lines
-    assert lines[-1] == f"Log: {tmp_path}/run/logs/attempt-1/rank-01.log"
-    assert processes_of(tmp_path / "run") == []
-
-
-def test_a_killed_agent_leaves_no_orphan(tiny: Path, tmp_path: Path) -> None:
-    process = start(*TRAIN_TINY, *LONG, "run_dir=run", cwd=tmp_path)
-    wait_for_training(process, tmp_path / "run")
-    the_agent(tmp_path / "run").kill()
-    process.communicate(timeout=60)
-    assert process.returncode != 0
-    time.sleep(1)
-    assert processes_of(tmp_path / "run") == []
 
 
 def test_training_goes_on_when_its_console_has_gone(tiny: Path, tmp_path: Path) -> None:

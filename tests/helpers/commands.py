@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 SHARDWAY = (sys.executable, "-m", "launcher.cli")
+SHORT = ("training.epochs=null", "training.max_steps=4")
+LONG = ("training.epochs=null", "training.max_steps=100000")
 TRAIN_TINY = ("train", "model=tiny", "cluster.cpu_processes=2", "tracking.plot=false")
 
 
@@ -46,6 +50,10 @@ def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool]) ->
         time.sleep(0.05)
 
 
+def wait_for_training(process: subprocess.Popen[str], folder: Path) -> None:
+    wait_until(process, lambda: (folder / "metrics.jsonl").is_file() and losses(folder) != [])
+
+
 def processes_of(folder: Path) -> list[int]:
     """Processes whose command line names `folder`: the agent and the ranks of a run."""
     found = []
@@ -73,3 +81,18 @@ def _only(folder: Path, is_it: Callable[[psutil.Process], bool]) -> psutil.Proce
 
 def written(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def metrics(run_folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_folder: Path) -> list[float]:
+    return [record["loss"] for record in metrics(run_folder) if "loss" in record]
+
+
+def status(run_folder: Path, attempt: int = 1) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(
+        (run_folder / f"logs/attempt-{attempt}/status.json").read_text()
+    )
+    return found

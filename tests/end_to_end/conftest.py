@@ -1,0 +1,24 @@
+"""What the end-to-end suites share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.commands import SHORT, shardway
+
+
+@pytest.fixture(scope="session")
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with evaluation and intermediate saves."""
+    cwd = tmp_path_factory.mktemp("finished")
+    done = shardway(
+        *("train", "model=tiny", "cluster.cpu_processes=2", *SHORT, "run_dir=run"),
+        *("data.eval_rows=5", "training.eval_steps=2", "checkpoint.save_steps=3"),
+        cwd=cwd,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 4/4" in done.stdout
+    assert "tokens/s" in done.stdout
+    return cwd / "run"

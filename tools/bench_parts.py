@@ -1,0 +1,119 @@
+"""What the benchmarks on several ranks share: ranks, the parts of a run, a look at the memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+from launcher import worker
+from launcher.checkpoint.learner import Learner
+from launcher.config import Config, store
+from launcher.distributed.process_group import Place, start
+
+MB = 1e6
+_console = 1
+
+
+def spawn(bench: Callable[..., None], ranks: int, *words: Any) -> None:
+    """Run `bench(place, *words)` in `ranks` new processes, on GPUs where there are enough."""
+    # Freed memory goes back at once: what is seen at the peak was in use.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    multiprocessing.spawn(_rank, args=(bench, ranks, store.port, *words), nprocs=ranks)
+
+
+def _rank(rank: int, bench: Callable[..., None], ranks: int, port: int, *words: Any) -> None:
+    global _console
+    _console = os.dup(1)
+    os.dup2(2, 1)  # libraries talk on stdout
+    torch.set_num_threads(1)
+    cuda = torch.cuda.device_count() >= ranks
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    place = Place(rank, rank, ranks, ranks, device)
+    start(place, dist.TCPStore("127.0.0.1", port))
+    bench(place, *words)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def learner(place: Place, folder: Path, strategy: str, method: str, rows: int = 8) -> Learner:
+    """The parts of a run in fp32, as the worker puts them together; `rows` a step."""
+    config: Config = store.build(
+        {
+            "model": {"name_or_path": str(folder)},
+            "data": {"path": "none"},
+            "training": {"global_batch_size": rows},
+            "method": {"name": method},
+            "strategy": {"name": strategy},
+            "precision": {"name": "fp32"},
+            "optimizer": {"name": "adamw"},
+            "scheduler": {"name": "cosine"},
+            "cluster": {"name": "local"},
+        }
+    )
+    made: Learner = worker.build_learner(config, folder, place, "none", 100, lambda text: None)
+    return made
+
+
+@dataclass
+class Memory:
+    """Of the rank that needed most, when the work is done."""
+
+    seconds: float = 0.0
+    host: int = 0  # bytes: growth of the process's own memory at its peak
+    gpu: int = 0  # bytes: the most that was allocated
+
+    def __str__(self) -> str:
+        gpu = f", {self.gpu / MB:,.0f} MB on the GPU" if self.gpu else ""
+        return f"{self.seconds:.2f} s, {self.host / MB:,.0f} MB on the fullest rank{gpu}"
+
+
+@contextmanager
+def memory(place: Place) -> Iterator[Memory]:
+    """What the work inside needs at its peak. Collective.
+
+    On the host that is RssAnon: pages of mapped files belong to the system and can be dropped.
+    """
+    used, before, peak, done = Memory(), _own_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, _own_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    dist.barrier()
+    began = time.perf_counter()
+    try:
+        yield used
+    finally:
+        used.seconds = time.perf_counter() - began
+        done.set()
+        watcher.join()
+    gpu = torch.cuda.max_memory_allocated() if place.device.type == "cuda" else 0
+    most = torch.tensor([max(peak, _own_bytes()) - before, gpu])
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    used.host, used.gpu = most.tolist()
+
+
+def say(place: Place, text: str) -> None:
+    """Rank 0 alone, on the console as it was."""
+    if place.is_main:
+        os.write(_console, text.encode())
+
+
+def _own_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
