@@ -73,27 +73,45 @@ def run(
     tokeniser is not in a collective."""
     import torch.distributed as dist
 
-    from launcher.checkpoint import load
-    from launcher.checkpoint.save import Saver
     from launcher.distributed import process_group
     from launcher.distributed.together import any_rank
-    from launcher.loop import fit
     from launcher.model.folder import model_folder
     from launcher.model.tokenizer import load_tokenizer
-    from launcher.tracking import build_observers
 
     say = partial(print, file=console, flush=True)
     place, source = process_group.place(), config.model
     folder = model_folder(source.name_or_path, source.revision, source.trust_remote_code)
     tokenizer = load_tokenizer(folder, source.trust_remote_code)
-    learnt: Any = None
-    held_out: Any = None
+    loaders: Any = None
     with suppress(Stopped):
-        learnt, held_out = _loaders(config.data, config.training, place, tokenizer, say, stop)
+        loaders = _loaders(config.data, config.training, place, tokenizer, say, stop)
     process_group.start(place, meeting or process_group.rendezvous())
+    ended: tuple[int, str | None]
     if any_rank(stop.requested()):
-        _leave_status(run_folder, place.is_main, 0, stop.reason(), say)
-        return
+        ended = 0, stop.reason()  # read after all have met: it may be another rank's
+    else:
+        ended = _train(run_folder, config, folder, loaders, place, console, stop)
+    _leave_status(run_folder, place.is_main, *ended, say)
+    dist.destroy_process_group()
+
+
+def _train(
+    run_folder: RunDir,
+    config: Config,
+    folder: Path,
+    loaders: tuple[Any, Any],
+    place: Any,
+    console: TextIOBase,
+    stop: Stop,
+) -> tuple[int, str | None]:
+    """Begin or go on; the last step done, and why it is not the schedule's last (None if it is)."""
+    from launcher.checkpoint import load
+    from launcher.checkpoint.save import Saver
+    from launcher.loop import fit
+    from launcher.tracking import build_observers
+
+    say = partial(print, file=console, flush=True)
+    learnt, held_out = loaders
     chosen = load.choose(config, run_folder.checkpoints, place, say)
     plan = _plan(config, learnt.steps_per_epoch)
     learner = build_learner(config, folder, place, learnt.rows.fingerprint, plan.total_steps, say)
@@ -121,9 +139,7 @@ def run(
     except UserError:  # on all ranks alike; what was learnt before it is not lost
         saver.finish()
         raise
-    reason = stop.reason() if last < plan.end_step else _planned_end(config, plan)
-    _leave_status(run_folder, place.is_main, last, reason, say)
-    dist.destroy_process_group()
+    return last, stop.reason() if last < plan.end_step else _planned_end(config, plan)
 
 
 def _planned_end(config: Config, plan: Any) -> str | None:

@@ -28,8 +28,8 @@ def spawn(bench: Callable[..., None], ranks: int, *words: Any) -> None:
     """Run `bench(place, *words)` in `ranks` new processes, on GPUs where there are enough."""
     # Freed memory goes back at once: what is seen at the peak was in use.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    multiprocessing.spawn(_rank, args=(bench, ranks, store.port, *words), nprocs=ranks)
+    meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    multiprocessing.spawn(_rank, args=(bench, ranks, meeting.port, *words), nprocs=ranks)
 
 
 def _rank(rank: int, bench: Callable[..., None], ranks: int, port: int, *words: Any) -> None:

@@ -33,6 +33,8 @@ from tests.helpers.commands import (
 
 pytestmark = pytest.mark.slow
 
+AS_FINISHED = (*TRAIN_TINY, *SHORT, "data.eval_rows=5")  # what `finished` learns
+
 
 def tell(process: subprocess.Popen[str], number: int) -> None:
     if number == signal.SIGINT:  # a terminal tells the whole foreground group
@@ -125,8 +127,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_used(
     content = bytearray(damaged.read_bytes())
     content[-9] ^= 1
     damaged.write_bytes(content)
-    words = ("train", "model=tiny", "cluster.cpu_processes=2", *SHORT, "data.eval_rows=5")
-    done = shardway(*words, "run_dir=run", "resume=auto", cwd=tmp_path)
+    done = shardway(*AS_FINISHED, "run_dir=run", "resume=auto", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step-000004 is broken and passed over" in done.stdout
     assert "optimizer.safetensors has another content" in done.stdout
@@ -138,9 +139,8 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_used(
 def test_a_changed_configuration_is_refused_with_what_changed(
     finished: Path, tmp_path: Path
 ) -> None:
-    words = ("train", "model=tiny", "cluster.cpu_processes=2", *SHORT, "data.eval_rows=5")
     more = (f"resume={finished}", "optimizer.learning_rate=1e-2", "strategy=zero2")
-    done = shardway(*words, *more, cwd=tmp_path)
+    done = shardway(*AS_FINISHED, *more, cwd=tmp_path)
     assert done.returncode == 2
     assert "optimizer.learning_rate: 0.0001 → 0.01" in done.stderr
     assert "resume_force=true" in done.stderr
@@ -149,10 +149,9 @@ def test_a_changed_configuration_is_refused_with_what_changed(
 
 
 def test_a_forced_change_goes_on_and_is_shown(finished: Path, tmp_path: Path) -> None:
-    words = ("train", "model=tiny", "cluster.cpu_processes=2", "data.eval_rows=5")
-    longer = ("training.epochs=null", "training.max_steps=6", "optimizer.learning_rate=1e-2")
+    longer = ("training.max_steps=6", "optimizer.learning_rate=1e-2")
     more = (f"resume={finished}", "resume_force=true", "run_dir=run")
-    done = shardway(*words, *longer, *more, cwd=tmp_path)
+    done = shardway(*AS_FINISHED, *longer, *more, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "  optimizer.learning_rate: 0.0001 → 0.01" in done.stdout.splitlines()
     assert "  training.max_steps: 4 → 6" in done.stdout.splitlines()
@@ -160,9 +159,8 @@ def test_a_forced_change_goes_on_and_is_shown(finished: Path, tmp_path: Path) ->
 
 
 def test_what_does_not_fit_cannot_be_forced(finished: Path, tmp_path: Path) -> None:
-    words = ("train", "model=tiny", "cluster.cpu_processes=2", *SHORT, "data.eval_rows=5")
     more = (f"resume={finished}", "resume_force=true", "method.rank=4", "run_dir=run")
-    done = shardway(*words, *more, cwd=tmp_path)
+    done = shardway(*AS_FINISHED, *more, cwd=tmp_path)
     assert done.returncode == 2
     assert "step-000004 holds other tensors (method.rank: 8 → 4)" in done.stderr
     assert written(tmp_path) == []
@@ -200,15 +198,14 @@ def test_a_rank_that_dies_in_a_save_costs_one_save(
         "import os\nfrom tests.helpers.faults import die_at\n"
         f"if os.environ.get('RANK') == '0':\n    {fault}\n"
     )
-    words = ("train", "model=tiny", "cluster.cpu_processes=2", *SHORT, "data.eval_rows=5")
     more = ("run_dir=run", "checkpoint.save_steps=1", "resume=auto")
     with monkeypatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}")
-        done = shardway(*words, *more, cwd=tmp_path)
+        done = shardway(*AS_FINISHED, *more, cwd=tmp_path)
     assert done.returncode == 128 + signal.SIGKILL
     assert "rank 0 failed: ended by signal SIGKILL" in done.stdout
     assert len(list((tmp_path / "run/checkpoints").glob(".step-000003.partial"))) == 1
-    done = shardway(*words, *more, cwd=tmp_path)
+    done = shardway(*AS_FINISHED, *more, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed from step-000002" in done.stdout
     assert losses(tmp_path / "run") == losses(finished)

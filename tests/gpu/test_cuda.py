@@ -17,7 +17,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_gpu_trains_and_the_result_serves(
     tiny: Path, tmp_path: Path, method: str, strategy: str, precision: str
