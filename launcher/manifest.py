@@ -55,7 +55,7 @@ def read(path: Path) -> dict[str, Any]:
 def problems(path: Path, part: int = 0, parts: int = 1) -> list[str]:
     """A sentence for each file that is missing or changed; `parts` callers share the work."""
     listed = sorted(read(path)["files"].items())[part::parts]
-    return list(filter(None, (_wrong(path.parent / name, entry) for name, entry in listed)))
+    return list(filter(None, (problem(path.parent / name, entry) for name, entry in listed)))
 
 
 def checksum(path: Path) -> str:
@@ -82,7 +82,8 @@ def write_text(path: Path, text: str) -> None:
     aside.replace(path)
 
 
-def _wrong(path: Path, expected: dict[str, Any]) -> str | None:
+def problem(path: Path, expected: dict[str, Any]) -> str | None:
+    """A sentence when the file is missing or not what `expected` says."""
     if not path.is_file():
         return f"{path} is missing"
     if (size := path.stat().st_size) != expected["bytes"]:

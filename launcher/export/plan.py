@@ -3,166 +3,134 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import xxhash
 
+from launcher import versions
 from launcher.errors import UserError
-from launcher.export import dcp, lora
-from launcher.export.safetensors_file import StoredTensor, nbytes
-from launcher.export.source import Source, base_tensors
-
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-@dataclass(frozen=True)
-class OutputTensor:
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    action: str  # copied | merged | gathered
-    parts: Callable[[], Iterator[torch.Tensor]]  # its rows in order, in any number of pieces
-
-    @property
-    def nbytes(self) -> int:
-        return nbytes(self.dtype, self.shape)
+from launcher.export.assemble import assemble
+from launcher.export.gathered import Assembled, Options
+from launcher.export.modelfile import modelfile
+from launcher.export.shards import assign, natural
+from launcher.export.source import Source, read_json
+from launcher.export.tensor import Tensor
 
 
 @dataclass(frozen=True)
 class Plan:
     source: Source
-    shards: list[list[OutputTensor]]
-    max_shard_bytes: int
+    options: Options
+    config: dict[str, Any]  # config.json of the result, adapter_config.json of an adapter alone
+    shards: list[list[Tensor]]
+    actions: dict[str, str]  # name → copied | cast | gathered | merged … | replaced
+    notes: tuple[str, ...]
+    extras: dict[str, str]  # further text files of the folder: name → content
 
     @property
-    def tensors(self) -> list[OutputTensor]:
-        return [tensor for shard in self.shards for tensor in shard]
+    def tensors(self) -> Iterator[Tensor]:
+        return (tensor for shard in self.shards for tensor in shard)
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def file_name(self, shard: int) -> str:
-        count = len(self.shards)
+        stem, count = "adapter_model" if self.options.adapter_only else "model", len(self.shards)
         if count == 1:
-            return "model.safetensors"
-        return f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
+            return f"{stem}.safetensors"
+        return f"{stem}-{shard + 1:05d}-of-{count:05d}.safetensors"
+
+    def sources(self) -> list[Path]:
+        """Every file that is read, once."""
+        return sorted({file for tensor in self.tensors for file in tensor.files()})
+
+    def identity(self) -> str:
+        """A hash of all that decides the bytes: what a resumed export must agree on."""
+        stats = [
+            (str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in self.sources()
+        ]
+        layout = [
+            (self.file_name(number), tensor.name, str(tensor.dtype), tensor.shape)
+            for number, shard in enumerate(self.shards)
+            for tensor in shard
+        ]
+        options = {key: str(value) for key, value in asdict(self.options).items()}
+        version = versions.installed()["shardway"]
+        text = json.dumps([stats, layout, self.actions, options, self.config, version])
+        return xxhash.xxh3_128_hexdigest(text.encode())
 
     def describe(self) -> str:
-        counts = {
-            action: sum(tensor.action == action for tensor in self.tensors)
-            for action in ("copied", "merged", "gathered")
-        }
-        done = ", ".join(f"{count} {action}" for action, count in counts.items() if count)
+        counts = Counter(self.actions.values())
+        done = ", ".join(f"{count} {action}" for action, count in sorted(counts.items()))
         return (
-            f"{len(self.tensors)} tensors ({done}), {self.nbytes / 1e6:,.1f} MB "
-            f"in {len(self.shards)} file(s) of at most {self.max_shard_bytes / 1e6:,.1f} MB"
+            f"{len(self.actions)} tensors ({done}), {self.nbytes / 1e6:,.1f} MB in "
+            f"{len(self.shards)} file(s) of at most {self.options.max_shard_bytes / 1e6:,.1f} MB"
         )
 
+    def table(self) -> Iterator[str]:
+        """One line a tensor."""
+        for number, shard in enumerate(self.shards):
+            for tensor in shard:
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                yield (
+                    f"{self.file_name(number)}  {tensor.name}  {self.actions[tensor.name]}  "
+                    f"{dtype} {list(tensor.shape)}  {tensor.nbytes:,} bytes"
+                )
 
-def make_plan(source: Source, max_shard_bytes: int) -> Plan:
+
+def make_plan(source: Source, options: Options | None = None) -> Plan:
     """Decide everything before the first byte is written. Raises UserError for what cannot be."""
-    base = base_tensors(source.base)
-    trained = source.adapter or source.shards
-    if trained and (scheme := _config(source.base).get("quantization_config")):
+    options = options or Options()
+    assembled = assemble(source, options)
+    _check(source, assembled, options)
+    ordered = [
+        tensor.called(name)
+        for name, tensor in sorted(assembled.tensors.items(), key=lambda each: natural(each[0]))
+    ]
+    cap = sum(each.nbytes for each in ordered) if options.adapter_only else options.max_shard_bytes
+    extras = {}
+    if options.modelfile:
+        extras["Modelfile"] = modelfile(source.companions[0], assembled.config)
+    shards = assign(ordered, cap)
+    return Plan(
+        source, options, assembled.config, shards, assembled.actions, assembled.notes, extras
+    )
+
+
+def _check(source: Source, assembled: Assembled, options: Options) -> None:
+    if not assembled.tensors:
+        raise UserError(f"SOURCE {source.path} holds no tensor")
+    if empty := [name for name, tensor in assembled.tensors.items() if not tensor.nbytes]:
         raise UserError(
-            f"the base model {source.base} is quantised ({scheme.get('quant_method')}); merging "
-            "into it cannot be done yet. Name the 16-bit original with --base"
+            f"{empty[0]} ({len(empty)} tensor(s)) has no element: its values are elsewhere, as in "
+            "a file saved under ZeRO-3 without gathering; name the sharded checkpoint as SOURCE"
         )
-    if source.shards is not None:
-        tensors = _gathered(source, base)
-    else:
-        deltas = lora.read_adapter(source.adapter, base) if source.adapter else {}
-        _refuse_tied(source, base, deltas)
-        tensors = [_merged(tensor, deltas.get(name)) for name, tensor in base.items()]
-    tensors.sort(key=lambda tensor: _natural(tensor.name))
-    return Plan(source, assign(tensors, max_shard_bytes), max_shard_bytes)
+    if options.adapter_only:
+        return
+    rows = max(
+        (t.shape[0] for name, t in assembled.tensors.items() if "embed_tokens" in name), default=0
+    )
+    for folder in source.companions:
+        tokens = _longest_id(folder / "tokenizer.json") + 1
+        if rows and tokens > rows:
+            raise UserError(
+                f"{folder}/tokenizer.json has {tokens} tokens, the embedding {rows} rows: the "
+                "tokenizer is another model's, or the embedding was resized elsewhere"
+            )
 
 
-def assign(tensors: list[OutputTensor], cap: int) -> list[list[OutputTensor]]:
-    """Fill shards in order up to `cap` bytes; only a single larger tensor may pass it."""
-    shards: list[list[OutputTensor]] = [[]]
-    for tensor in tensors:
-        if shards[-1] and sum(each.nbytes for each in shards[-1]) + tensor.nbytes > cap:
-            shards.append([])
-        shards[-1].append(tensor)
-    # Wider dtypes first keeps every tensor aligned to its element size.
-    return [sorted(shard, key=lambda tensor: -tensor.dtype.itemsize) for shard in shards]
-
-
-def parse_size(text: str) -> int:
-    """`5GB` is 5·10⁹ bytes, `5GiB` 5·2³⁰."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].upper() not in UNITS or float(match[1]) <= 0:
-        raise UserError(f"--max-shard-size {text} is no size; write 5GB, 500MB or 5GiB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
-
-
-def _merged(weight: StoredTensor, delta: lora.LoraDelta | None) -> OutputTensor:
-    if delta is None:
-        action, parts = "copied", partial(_copy, weight)
-    else:
-        action, parts = "merged", partial(delta.merged, weight, weight.dtype)
-    return OutputTensor(weight.name, weight.dtype, weight.shape, action, parts)
-
-
-def _copy(weight: StoredTensor) -> Iterator[torch.Tensor]:
-    rows = weight.shape[0] if weight.shape else 1
-    step = max(1, (8 << 20) // max(1, weight.row_bytes))
-    for first in range(0, rows, step):
-        yield weight.rows(first, min(rows, first + step))
-
-
-def _gathered(source: Source, base: dict[str, StoredTensor]) -> list[OutputTensor]:
-    """The tensors of a full run: base names and dtypes, trained values."""
-    assert source.shards is not None
-    trained = dcp.read_model(source.shards)
-    # Some folders store the head although it is the embedding; a tied model is trained once.
-    aliases = {"lm_head.weight"} if _config(source.base).get("tie_word_embeddings") else set()
-    wanted = base.keys() - (aliases - trained.keys())
-    if trained.keys() != wanted:
-        apart = sorted(trained.keys() ^ wanted)
-        raise UserError(
-            f"{source.shards} and the base model {source.base} differ in {len(apart)} tensor(s), "
-            f"such as {apart[0]}; is it another model's?"
-        )
-    outputs = []
-    for name, tensor in trained.items():
-        if tensor.shape != base[name].shape:
-            raise UserError(f"{name} has shape {tensor.shape}, the base model {base[name].shape}")
-        dtype = base[name].dtype
-        parts = partial(_cast, tensor, dtype)
-        outputs.append(OutputTensor(name, dtype, tensor.shape, "gathered", parts))
-    return outputs
-
-
-def _cast(tensor: dcp.ShardedTensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    yield tensor.whole().to(dtype)
-
-
-def _refuse_tied(
-    source: Source, base: dict[str, StoredTensor], deltas: dict[str, lora.LoraDelta]
-) -> None:
-    """Merging into one side of a tied pair would change the other."""
-    touched = [name for name in deltas if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
-    if touched and _config(source.base).get("tie_word_embeddings"):
-        raise UserError(
-            f"the adapter changes {touched[0]}, which is tied to its counterpart "
-            "(tie_word_embeddings); merging it cannot be done yet"
-        )
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return config
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key under which layer 10 comes after layer 2."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+def _longest_id(path: Path) -> int:
+    """The largest token id of a tokenizer.json; -1 where there is none."""
+    if not path.is_file():
+        return -1
+    content = read_json(path)
+    vocabulary = content.get("model", {}).get("vocab", {})
+    listed = len(vocabulary) - 1 if isinstance(vocabulary, list) else -1
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else ()
+    added = (int(token["id"]) for token in content.get("added_tokens", ()))
+    return max([listed, *map(int, ids), *added])

@@ -1,8 +1,9 @@
-"""What a SOURCE is: a run, a checkpoint, an adapter or a model folder."""
+"""What a SOURCE is, recognised by what is in it, and which other folders it needs."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,72 +11,65 @@ from typing import Any
 from launcher import manifest
 from launcher.checkpoint import layout
 from launcher.errors import UserError
-from launcher.export.safetensors_file import StoredTensor, read_header
-from launcher.model.folder import model_folder, the_safetensors_file
+from launcher.export.readers import dcp, dcp_safetensors, universal, zero
+from launcher.export.readers.found import Found
+from launcher.model.folder import model_folder
 from launcher.run_dir import RunDir
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is to be consolidated. At most one of `adapter` and `shards` is set."""
+    """What is to be consolidated. `read` gives a sharded model's tensors; it is None when the
+    weights are those of `base`. Its argument: whether fp32 masters are wanted."""
 
-    base: Path  # folder with config, tokenizer and the weights that training began with
-    adapter: Path | None = None  # PEFT adapter folder
-    shards: Path | None = None  # DCP folder of a whole model
+    kind: str
+    path: Path
+    base: Path | None = None  # model folder with the weights that training began with
+    read: Callable[[bool], Found] | None = None
+    adapters: tuple[Path, ...] = ()  # PEFT adapter folders
+    adapter_config: Path | None = None  # of the adapter within a sharded checkpoint
+    companions: tuple[Path, ...] = ()  # folders with config and tokenizer, the best first
+
+    def describe(self) -> str:
+        parts = [f"source {self.path} ({self.kind})", f"base {self.base}" if self.base else ""]
+        parts += [f"adapter {folder}" for folder in self.adapters if folder != self.path]
+        return "\n".join(filter(None, parts))
 
 
-def find_source(path: Path, base: str | None, adapter: Path | None) -> Source:
-    """Recognise `path` by what is in it; `base` and `adapter` override what it says.
+def find_source(
+    path: Path, base: str | None = None, adapters: Sequence[Path] = (), tag: str | None = None
+) -> Source:
+    """Recognise `path` by what is in it; `base` and `adapters` override what it says. `tag`: which
+    of a DeepSpeed folder's checkpoints.
 
-    Raises UserError when it is nothing known, or is not whole.
+    Raises UserError when it is nothing known, or is not whole, or an option would be ignored.
     """
     if not path.is_dir():
         raise UserError(f"SOURCE {path} is no folder")
-    is_model = (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
-    if adapter is not None and not is_model:
-        raise UserError(f"--adapter {adapter} goes with a model folder, and SOURCE {path} is none")
-    if base is not None and is_model:
-        raise UserError(f"SOURCE {path} is a model itself; leave --base {base} out")
     run = RunDir(path)
     if run.config.is_file() and run.checkpoints.is_dir():
         path = layout.newest(run.checkpoints).path
     if (path / layout.MANIFEST).is_file():
-        saved = manifest.check(path / layout.MANIFEST)
-        if not {"step", "base"} <= saved.keys():
-            raise UserError(f"{path / layout.MANIFEST} is no checkpoint's manifest")
-        checkpoint = layout.Checkpoint(path)
-        folder = _base(base, saved["base"]["name_or_path"], saved["base"]["revision"])
-        return Source(folder, checkpoint.adapter, checkpoint.model)
-    if (path / "adapter_config.json").is_file():
-        named = read_json(path / "adapter_config.json")
-        return Source(
-            _base(base, named.get("base_model_name_or_path"), named.get("revision")), adapter=path
+        source = _checkpoint(path, base)
+    elif tag is not None or (_is_sharded(path) and not _has_weights(path)):
+        source = _sharded(path, base, tag)
+    elif (path / ADAPTER_CONFIG).is_file():
+        source = _adapter(path, base)
+    elif (path / "config.json").is_file():
+        source = _model(path, base, adapters)
+    else:
+        raise UserError(
+            f"SOURCE {path} is neither a run (config.yaml, checkpoints/), a checkpoint "
+            f"({layout.MANIFEST}), an adapter (adapter_config.json), a model (config.json) nor a "
+            "sharded checkpoint of DeepSpeed (latest, *_model_states.pt) or torch (.metadata)"
         )
-    if is_model:
-        return Source(path, adapter=adapter)
-    raise UserError(
-        f"SOURCE {path} is neither a run (config.yaml, checkpoints/), a checkpoint "
-        f"({layout.MANIFEST}), an adapter (adapter_config.json) nor a model (config.json)"
-    )
-
-
-def base_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Name → tensor over all files that the model folder's index lists, or its one file."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return read_header(the_safetensors_file(folder))
-    weight_map: dict[str, str] = read_json(index).get("weight_map") or {}
-    if not weight_map:
-        raise UserError(f"{index} lists no tensors")
-    tensors: dict[str, StoredTensor] = {}
-    for name in sorted(set(weight_map.values())):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing; {index.name} lists it")
-        found = read_header(folder / name)
-        tensors |= {key: each for key, each in found.items() if weight_map.get(key) == name}
-    if lost := sorted(weight_map.keys() - tensors.keys()):
-        raise UserError(f"{index} lists {lost[:3]} ({len(lost)} tensors) that no file holds")
-    return tensors
+    if adapters and source.kind != "model folder":
+        raise UserError(
+            f"--adapter {adapters[0]} goes with a model folder, and SOURCE {path} is none"
+        )
+    return source
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -87,6 +81,81 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no settings")
     return content
+
+
+def _checkpoint(path: Path, base: str | None) -> Source:
+    saved = manifest.check(path / layout.MANIFEST)
+    if not {"step", "base"} <= saved.keys():
+        raise UserError(f"{path / layout.MANIFEST} is no checkpoint's manifest")
+    checkpoint = layout.Checkpoint(path)
+    folder = _base(base, saved["base"]["name_or_path"], saved["base"]["revision"])
+    kind = "Shardway checkpoint"
+    if checkpoint.adapter is not None:
+        return Source(kind, path, folder, adapters=(checkpoint.adapter,), companions=(path, folder))
+    assert checkpoint.model is not None
+    shards = checkpoint.model
+    return Source(kind, path, folder, lambda _: dcp.read_model(shards), companions=(path, folder))
+
+
+def _adapter(path: Path, base: str | None) -> Source:
+    folder = _base_of_adapter(path / ADAPTER_CONFIG, base)
+    return Source("PEFT adapter", path, folder, adapters=(path,), companions=(path, folder))
+
+
+def _model(path: Path, base: str | None, adapters: Sequence[Path]) -> Source:
+    if base is not None:
+        raise UserError(f"SOURCE {path} is a model itself; leave --base {base} out")
+    for adapter in adapters:
+        if not (adapter / ADAPTER_CONFIG).is_file():
+            raise UserError(f"--adapter {adapter} holds no {ADAPTER_CONFIG}")
+    return Source(
+        "model folder", path, path, adapters=tuple(adapters), companions=(*adapters, path)
+    )
+
+
+def _sharded(path: Path, base: str | None, tag: str | None) -> Source:
+    """A checkpoint of DeepSpeed or torch. Trainers keep config and adapter_config beside it."""
+    kind, read = _reader(path, tag)
+    beside = [path, *path.absolute().parents[:2]]
+    settings = next((f / ADAPTER_CONFIG for f in beside if (f / ADAPTER_CONFIG).is_file()), None)
+    if base is None and settings is not None:
+        folder: Path | None = _base_of_adapter(settings, None)
+    else:
+        folder = model_folder(base, None) if base else None
+    companions = [f for f in (*beside, folder) if f and (f / "config.json").is_file()]
+    if not companions:
+        raise UserError(
+            f"SOURCE {path} ({kind}) has no config.json beside it; say with --base FOLDER which "
+            "model it is"
+        )
+    return Source(kind, path, folder, read, (), settings, tuple(companions))
+
+
+def _reader(path: Path, tag: str | None) -> tuple[str, Callable[[bool], Found]]:
+    if tag is not None and not zero.recognises(path):
+        raise UserError(f"--tag {tag} goes with a DeepSpeed checkpoint, and SOURCE {path} is none")
+    if universal.recognises(path):
+        return universal.KIND, lambda masters: universal.read_model(path, masters)
+    if zero.recognises(path):
+        return zero.KIND, lambda masters: zero.read_model(path, tag, masters)
+    if dcp_safetensors.recognises(path):
+        return dcp_safetensors.KIND, lambda _: dcp_safetensors.read_model(path)
+    return dcp.KIND, lambda _: dcp.read_model(path)
+
+
+def _is_sharded(path: Path) -> bool:
+    return any(each.recognises(path) for each in (universal, zero, dcp_safetensors, dcp))
+
+
+def _has_weights(path: Path) -> bool:
+    """Whether whole weights lie beside a trainer's sharded state: they are taken then."""
+    whole = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+    return (path / "config.json").is_file() and any((path / name).is_file() for name in whole)
+
+
+def _base_of_adapter(settings: Path, given: str | None) -> Path:
+    named = read_json(settings)
+    return _base(given, named.get("base_model_name_or_path"), named.get("revision"))
 
 
 def _base(given: str | None, recorded: str | None, revision: str | None) -> Path:

@@ -1,127 +1,284 @@
-"""Write a plan: into a folder aside, checked, then one rename."""
+"""Write a plan: into a folder aside, file by file, checked, then one rename.
+
+A journal beside the folder aside, `.NAME.partial`, lists its finished files. Whatever ends the
+process, `--resume` goes on from there; the target is never seen half written.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, TextIO
 
-from tqdm import tqdm
+import torch
+import xxhash
 
 from launcher import manifest, versions
 from launcher.errors import UserError
-from launcher.export.plan import OutputTensor, Plan
-from launcher.export.safetensors_file import header, readable, tensor_bytes
+from launcher.export import readback
+from launcher.export.companions import MANIFEST, write_companions
+from launcher.export.plan import Plan
+from launcher.export.progress import Progress
+from launcher.export.readers.safetensors_file import header, readable
+from launcher.export.recompute import recompute
+from launcher.export.sink import Sink
+from launcher.export.stored import as_bytes
+from launcher.export.tensor import Tensor
+from launcher.export.tiles import refuse_overflow, tiles
 
-MANIFEST = "consolidation_manifest.json"
-INDEX = "model.safetensors.index.json"
-# Everything else of the base folder travels: config, tokenizer, chat template, its own code.
-WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".index.json",
-)
+TILE_BYTES = 4 << 20
+WORKER_BYTES = 48 << 20  # two buffers, tiles, an adapter's factors
+OURS_BYTES = 320 << 20  # the interpreter and torch
+
+Entry = dict[str, Any]  # bytes, xxh3_128, tensors: name → xxh3_64
 
 
-def write(plan: Plan, output: Path) -> None:
+@dataclass(frozen=True)
+class How:
+    """What changes the way and never the bytes."""
+
+    workers: int = 0  # files written at once; 0: as many as cores, up to 4
+    memory: int = 512 << 20  # bytes of resident set to stay under
+    direct: bool = True
+    resume: bool = False
+    overwrite: bool = False
+    verify: bool = True
+
+    @property
+    def at_once(self) -> int:
+        wanted = self.workers or min(os.cpu_count() or 1, 4)
+        return max(1, min(wanted, (self.memory - OURS_BYTES) // WORKER_BYTES))
+
+
+@dataclass(frozen=True)
+class Report:
+    written: int  # bytes; less than the plan's where an export was resumed
+    seconds: float  # writing them
+    files: dict[str, Entry]
+
+
+def write(plan: Plan, output: Path, how: How | None = None) -> Report:
     """Write the folder `output`. Raises UserError before the first byte when it cannot be."""
-    refuse_target(plan, output)
+    how = how or How()
+    refuse_target(plan, output, how)
     output.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.partial-"))
-    try:
-        progress = tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="writing", disable=None)
-        with progress:
-            for number, shard in enumerate(plan.shards):
-                _write_file(aside / plan.file_name(number), shard, progress)
-        _write_index(plan, aside)
-        _copy_companions(plan.source.base, aside)
-        for path in (aside, *aside.iterdir()):
-            readable(path)
-        _write_manifest(plan, aside)
-        if output.exists():
-            output.rmdir()  # empty, or this refuses
-        aside.rename(output)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)  # ours alone: made above under a fresh name
-        raise
+    aside = partial_folder(output)
+    with _journal(aside, plan.identity(), how) as journal:
+        try:
+            report = _write_files(plan, aside, journal, how)
+            write_companions(plan, aside)
+            if how.verify:
+                readback.compare(aside, report.files, how.at_once)
+                recompute(plan, aside, how.at_once)
+            _write_manifest(plan, aside, report.files)
+        except (KeyboardInterrupt, SystemExit, OSError):
+            raise  # what is finished stays, for --resume
+        except BaseException:
+            shutil.rmtree(aside)  # ours alone, and of no use
+            journal_of(aside).unlink()
+            raise
+    for path in (aside, *aside.iterdir()):
+        readable(path)
+    _put_in_place(aside, output)
+    return report
 
 
-def refuse_target(plan: Plan, output: Path) -> None:
-    """Raises UserError for a target in use and for a disk without room."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output} exists and is not empty; nothing is overwritten")
+def partial_folder(output: Path) -> Path:
+    return output.absolute().parent / f".{output.name}.partial"
+
+
+def journal_of(aside: Path) -> Path:
+    return aside.with_name(aside.name + ".jsonl")
+
+
+def refuse_target(plan: Plan, output: Path, how: How) -> None:
+    """Raises UserError for a target in use, one that holds a source, and a disk without room."""
+    in_use = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    if in_use and not (how.overwrite and output.is_dir()):
+        raise UserError(
+            f"--output {output} exists and is not empty; name another folder, or add --overwrite"
+        )
+    target = output.resolve()
+    for file in plan.sources():
+        if target in file.resolve().parents:
+            raise UserError(f"--output {output} holds {file}, which is a source of this export")
     there = next(folder for folder in output.absolute().parents if folder.exists())
-    free = shutil.disk_usage(there).free
+    aside = partial_folder(output)
+    standing = sum(file.stat().st_size for file in aside.iterdir()) if aside.is_dir() else 0
+    free = shutil.disk_usage(there).free + standing
     if free < plan.nbytes * 1.01:
         raise UserError(
             f"--output {output} needs {plan.nbytes / 1e9:.1f} GB, {there} has {free / 1e9:.1f} GB"
         )
 
 
-def _write_file(path: Path, tensors: list[OutputTensor], progress: tqdm[NoReturn]) -> None:
-    """One safetensors file, a part of a tensor in memory at a time."""
-    with path.open("wb") as file:
-        file.write(header([(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]))
+@contextmanager
+def _journal(aside: Path, identity: str, how: How) -> Iterator[TextIO]:
+    """The journal of a partial folder, new or to be gone on with, for this process alone."""
+    if aside.exists() and not (how.resume or how.overwrite):
+        raise UserError(
+            f"an unfinished export stands in {aside}: --resume goes on with it, --overwrite begins "
+            "anew"
+        )
+    aside.mkdir(exist_ok=True)
+    with journal_of(aside).open("a+", encoding="utf-8") as journal:
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing {aside}") from None
+        journal.seek(0)
+        begun = journal.readline().strip()
+        if begun != identity:
+            if begun and not how.overwrite:
+                raise UserError(
+                    f"{aside} was begun with other sources or options; --overwrite begins anew"
+                )
+            for path in aside.iterdir():
+                path.unlink()
+            journal.truncate(0)
+            _note(journal, identity)
+        yield journal
+
+
+def _finished(aside: Path, journal: TextIO) -> dict[str, Entry]:
+    """The files that the journal says are whole. A last line cut short counts for nothing."""
+    journal.seek(0)
+    found: dict[str, Entry] = {}
+    for line in journal.readlines()[1:]:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        path = aside / entry.pop("name")
+        if path.is_file() and path.stat().st_size == entry["bytes"]:
+            found[path.name] = entry
+    return found
+
+
+def _note(journal: TextIO, line: str) -> None:
+    journal.seek(0, os.SEEK_END)
+    journal.write(line + "\n")
+    journal.flush()
+    os.fsync(journal.fileno())
+
+
+def _write_files(plan: Plan, aside: Path, journal: TextIO, how: How) -> Report:
+    files = _finished(aside, journal)
+    shards = {plan.file_name(number): shard for number, shard in enumerate(plan.shards)}
+    missing = {name: shard for name, shard in shards.items() if name not in files}
+    for path in aside.iterdir():
+        if path.name not in files:
+            path.unlink()
+    total = sum(tensor.nbytes for shard in missing.values() for tensor in shard)
+    stop = threading.Event()
+    with (
+        Progress("writing", total) as progress,
+        ThreadPoolExecutor(how.at_once, initializer=_alone) as pool,
+    ):
+        jobs = {
+            pool.submit(_write_file, aside / name, shard, plan, progress, stop, how.direct): name
+            for name, shard in missing.items()
+        }
+        try:
+            for job in as_completed(jobs):
+                files[jobs[job]] = job.result()
+                _note(journal, json.dumps({"name": jobs[job], **job.result()}))
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return Report(total, progress.seconds, dict(sorted(files.items())))
+
+
+def _alone() -> None:
+    """A thread of the pool computes on one core: there are as many threads as cores."""
+    torch.set_num_threads(1)
+
+
+def _write_file(
+    path: Path,
+    tensors: list[Tensor],
+    plan: Plan,
+    progress: Progress,
+    stop: threading.Event,
+    direct: bool,
+) -> Entry:
+    """One safetensors file, a tile of a tensor in memory at a time."""
+    hashes: dict[str, str] = {}
+    with torch.inference_mode(), Sink(path, direct) as sink:
+        head = header([(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors])
+        sink.room(len(head)).copy_(torch.frombuffer(bytearray(head), dtype=torch.uint8))
         for tensor in tensors:
-            written = 0
-            for part in tensor.parts():
-                data = tensor_bytes(part)
-                file.write(data)
-                written += len(data)
-                progress.update(len(data))
-            if written != tensor.nbytes:
-                raise RuntimeError(f"{tensor.name}: {written} bytes instead of {tensor.nbytes}")
-        file.flush()
-        os.fsync(file.fileno())
+            digest = xxhash.xxh3_64()
+            for first, last in tiles(tensor.rows, tensor.row_bytes, TILE_BYTES):
+                if stop.is_set():
+                    raise InterruptedError("another file failed")
+                out = sink.room((last - first) * tensor.row_bytes).view(tensor.dtype)
+                out = out.view(last - first, tensor.columns)
+                tensor.fill(out, first)
+                if plan.actions[tensor.name] == "gathered" and tensor.dtype.is_floating_point:
+                    refuse_overflow(tensor.name, out, out)
+                digest.update(as_bytes(out))
+                progress.advance(out.nbytes)
+            hashes[tensor.name] = digest.hexdigest()
+        whole = sink.finish()
+        return {"bytes": sink.bytes, "xxh3_128": whole, "tensors": hashes}
 
 
-def _write_index(plan: Plan, folder: Path) -> None:
-    """The index that transformers, vLLM and SGLang read; one file needs none."""
-    if len(plan.shards) == 1:
-        return
-    parameters = sum(tensor.nbytes // tensor.dtype.itemsize for tensor in plan.tensors)
-    weight_map = {
-        tensor.name: plan.file_name(number)
-        for number, shard in enumerate(plan.shards)
-        for tensor in shard
-    }
-    index = {
-        "metadata": {"total_parameters": parameters, "total_size": plan.nbytes},
-        "weight_map": weight_map,
-    }
-    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    (folder / INDEX).write_text(text, encoding="utf-8")
-
-
-def _copy_companions(base: Path, folder: Path) -> None:
-    for path in sorted(base.iterdir()):
-        if path.is_file() and not path.name.endswith(WEIGHTS) and path.name != MANIFEST:
-            shutil.copyfile(path, folder / path.name)
-
-
-def _write_manifest(plan: Plan, folder: Path) -> None:
-    actions: dict[str, int] = {}
-    for tensor in plan.tensors:
-        actions[tensor.action] = actions.get(tensor.action, 0) + 1
+def _write_manifest(plan: Plan, folder: Path, files: dict[str, Entry]) -> None:
+    """What was made of what. No clock time and no place: the same inputs give the same bytes."""
     source = plan.source
+    hashes = {name: value for entry in files.values() for name, value in entry["tensors"].items()}
+    beside = manifest.entries(folder, lambda p: p.name not in (MANIFEST, *files))
+    weights = {
+        name: {key: value for key, value in entry.items() if key != "tensors"}
+        for name, entry in files.items()
+    }
     manifest.write(
         folder / MANIFEST,
         {
-            "shardway": versions.installed()["shardway"],
-            "base": str(source.base),
-            "adapter": str(source.adapter) if source.adapter else None,
-            "shards": str(source.shards) if source.shards else None,
-            "max_shard_bytes": plan.max_shard_bytes,
+            "versions": versions.installed(),
+            "source": {"kind": source.kind, "path": str(source.path)},
+            "base": str(source.base) if source.base else None,
+            "adapters": [str(adapter) for adapter in source.adapters],
+            "read": {str(file): readback.fingerprint(file) for file in plan.sources()},
+            "options": {key: str(value) for key, value in vars(plan.options).items()},
             "total_size": plan.nbytes,
-            "tensors": actions,
+            "notes": list(plan.notes),
+            "tensors": {
+                name: {"action": plan.actions[name], "xxh3_64": hashes[name]}
+                for name in sorted(hashes)
+            },
         },
+        beside | weights,
     )
+
+
+def _put_in_place(aside: Path, output: Path) -> None:
+    """The rename. What `--overwrite` replaces is moved aside first and removed last."""
+    old = output.absolute().parent / f".{output.name}.replaced"
+    _sync(aside)
+    if output.exists():
+        shutil.rmtree(old, ignore_errors=True)  # of an export that was killed below
+        output.rename(old)
+    aside.rename(output)
+    _sync(output.absolute().parent)
+    journal_of(aside).unlink()
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from launcher import manifest
 from launcher.distributed.process_group import Place
-from launcher.export.dcp import read_model
+from launcher.export.readers.dcp import read_model
 from tests.helpers import parts
 from tests.helpers.layouts import ONE_OF_EACH
 from tests.helpers.parts import Case
@@ -90,7 +90,7 @@ def test_full_run_writes_dcp_shards_that_read_back(
         global_batch_size=12,
     )  # fmt: skip
     live = ranks.run(world, save_and_answer, case, tmp_path)[0]
-    tensors = read_model(tmp_path / "checkpoints/step-000003" / "model")
+    tensors = read_model(tmp_path / "checkpoints/step-000003" / "model").tensors
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     assert tensors.keys() == dict(model.named_parameters()).keys(), "tied weights stand once"
     model.load_state_dict({name: t.whole() for name, t in tensors.items()}, strict=False)

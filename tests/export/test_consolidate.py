@@ -1,107 +1,31 @@
-"""What is exported is base + adapter to the bit, in files that others read, or it is refused."""
+"""One command from any source to a folder that others load, or a refusal with the reason."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launcher.errors import UserError
-from launcher.export import cli, lora, write
-from launcher.export.plan import Plan, make_plan, parse_size
-from launcher.export.safetensors_file import read_header
-from launcher.export.source import find_source
-from launcher.export.verify import verify
+from launcher.export.readers.safetensors_file import read_header
 from launcher.model.tiny import make_tiny
+from tests.helpers.exports import (
+    consolidate,
+    contents,
+    make_adapter,
+    merged_by_peft,
+    plan_of,
+    stored,
+)
 
 QUESTION = torch.arange(3, 60).view(1, -1)
-
-
-def make_adapter(
-    base: Path, folder: Path, dtype: torch.dtype = torch.float32, **options: Any
-) -> Path:
-    """A PEFT adapter whose both halves are random."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    options = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", **options}
-    wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
-    torch.manual_seed(4)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_" in name:
-            parameter.data = torch.randn_like(parameter.data) * 0.05
-            parameter.data = parameter.data.to(dtype)
-    wrapped.save_pretrained(folder)
-    return folder
-
-
-def consolidate(*words: object) -> None:
-    cli.consolidate(cli._parser().parse_args([str(word) for word in words]))
-
-
-def plan_of(source: Path, size: str = "5GB", **options: Any) -> Plan:
-    arguments = {"base": None, "adapter": None, **options}
-    return make_plan(find_source(source, **arguments), parse_size(size))
-
-
-def merged_by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    return {name: p.detach() for name, p in merged.named_parameters()}
-
-
-def stored(folder: Path) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    return tensors
-
-
-@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("base_dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"use_rslora": True},
-        {"lora_alpha": 5, "r": 3},
-        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 7}},
-        {"target_modules": ["q_proj", "down_proj"]},
-    ],
-    ids=["plain", "rslora", "odd-scale", "patterns", "some-modules"],
-)
-def test_merged_weights_equal_peft_s_to_the_bit(
-    tmp_path: Path, options: dict[str, Any], base_dtype: torch.dtype, adapter_dtype: torch.dtype
-) -> None:
-    make_tiny(tmp_path / "made", tie=False)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "made", dtype=base_dtype)
-    model.save_pretrained(tmp_path / "base")
-    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", adapter_dtype, **options)
-    write.write(plan_of(adapter), tmp_path / "out")
-    expected, found = merged_by_peft(tmp_path / "base", adapter), stored(tmp_path / "out")
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == base_dtype
-        assert torch.equal(found[name], tensor), name
-
-
-def test_tiles_give_the_bits_of_the_whole_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    b, a = torch.randn(1000, 8), torch.randn(8, 300)
-    whole = b @ a
-    for rows in (64, 256, 999):
-        monkeypatch.setattr(lora, "TILE_ROWS", rows)
-        ranges = lora.tiles(1000)
-        assert [first for first, _ in ranges[1:]] == [last for _, last in ranges[:-1]]
-        assert (ranges[0][0], ranges[-1][1]) == (0, 1000)
-        assert min(last - first for first, last in ranges) >= 64
-        assert torch.equal(torch.cat([b[i:j] @ a for i, j in ranges]), whole)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -166,177 +90,153 @@ def test_a_model_and_an_adapter_can_be_named_apart(tmp_path: Path, tiny: Path) -
 def test_options_that_would_be_ignored_are_refused(tmp_path: Path, tiny: Path) -> None:
     adapter = make_adapter(tiny, tmp_path / "adapter")
     with pytest.raises(UserError, match="goes with a model folder"):
-        plan_of(adapter, adapter=adapter)
+        plan_of(adapter, adapters=[adapter])
     with pytest.raises(UserError, match="is a model itself"):
         plan_of(tiny, base=str(tiny))
+    with pytest.raises(UserError, match="--tag"):
+        plan_of(tiny, tag="global_step3")
 
 
-def test_a_quantised_base_is_refused(tmp_path: Path, tiny: Path) -> None:
+def test_two_adapters_are_summed(tmp_path: Path, tiny: Path) -> None:
+    one = make_adapter(tiny, tmp_path / "one", target_modules=["q_proj"])
+    two = make_adapter(tiny, tmp_path / "two", target_modules=["v_proj"])
+    consolidate(tiny, "--adapter", one, "--adapter", two, "--output", tmp_path / "out")
+    expected = merged_by_peft(tiny, one)
+    for name, tensor in merged_by_peft(tiny, two).items():
+        if "v_proj" in name:
+            expected[name] = tensor
+    found = stored(tmp_path / "out")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_quantised_base_of_another_kind_is_refused(tmp_path: Path, tiny: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny, base)
     adapter = make_adapter(base, tmp_path / "adapter")
     config = json.loads((base / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8"}
     (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"quantised \(fp8\)"):
+    with pytest.raises(UserError, match="fp8"):
         plan_of(adapter)
 
 
-def test_a_dry_run_writes_nothing(
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_weights_are_cast_once(tmp_path: Path, tiny: Path, dtype: str) -> None:
+    adapter = make_adapter(tiny, tmp_path / "adapter")
+    consolidate(adapter, "--output", tmp_path / "out", "--dtype", dtype)
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    found = stored(tmp_path / "out")
+    for name, tensor in merged.named_parameters():
+        assert torch.equal(found[name], tensor.to(wanted)), name
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == wanted
+
+
+def test_values_that_do_not_fit_fp16_are_counted_and_refused(tmp_path: Path) -> None:
+    make_tiny(tmp_path / "made", tie=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "made", dtype=torch.bfloat16)
+    model.lm_head.weight.data[5, :3] = 1e6
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match=r"lm_head\.weight: 3 value\(s\) .* --dtype bf16 or fp32"):
+        consolidate(tmp_path / "base", "--output", tmp_path / "out", "--dtype", "fp16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, tiny: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([f"<extra-{n}>" for n in range(9)])
+    tokenizer.save_pretrained(base)
+    with pytest.raises(UserError, match=r"268 tokens, the embedding 259 rows"):
+        plan_of(base)
+
+
+def test_the_tokenizer_that_training_kept_is_taken(tmp_path: Path, tiny: Path) -> None:
+    adapter = make_adapter(tiny, tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(adapter)
+    consolidate(adapter, "--output", tmp_path / "out")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert exported.chat_template == tokenizer.chat_template
+    assert "adapter_config.json" not in contents(tmp_path / "out")
+
+
+def test_an_adapter_can_be_taken_out(tmp_path: Path, tiny: Path) -> None:
+    adapter = make_adapter(tiny, tmp_path / "adapter")
+    consolidate(adapter, "--adapter-only", "--output", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype="auto")
+    again = PeftModel.from_pretrained(model, tmp_path / "out").merge_and_unload()
+    for name, tensor in merged_by_peft(tiny, adapter).items():
+        assert torch.equal(again.get_parameter(name), tensor)
+
+
+def test_a_dry_run_says_everything_and_writes_nothing(
     tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     consolidate(tiny, "--output", tmp_path / "out", "--dry-run")
-    assert "20 tensors (20 copied)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "20 tensors (20 copied)" in out
+    for name, tensor in read_header(tiny / "model.safetensors").items():
+        assert f"{name}  copied  bfloat16 {list(tensor.shape)}  {tensor.nbytes:,} bytes" in out
+    assert "GB free in" in out
     assert not list(tmp_path.iterdir())
 
 
-def edit_config(adapter: Path, **changes: Any) -> None:
-    file = adapter / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"peft_type": "ADALORA"},
-        {"alora_invocation_tokens": [1]},
-        {"use_dora": True},
-        {"init_lora_weights": "pissa"},
-        {"modules_to_save": ["lm_head"]},
-        {"bias": "all"},
-        {"layer_replication": [[0, 1]]},
-        {"target_parameters": ["x"]},
-        {"fan_in_fan_out": True},
-    ],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_adapters_beyond_plain_lora_are_refused_by_name(
-    tmp_path: Path, tiny: Path, changes: dict[str, Any]
+def test_the_result_can_be_had_as_json(
+    tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    adapter = make_adapter(tiny, tmp_path / "adapter")
-    edit_config(adapter, **changes)
-    with pytest.raises(UserError, match=next(iter(changes))):
-        plan_of(adapter)
+    consolidate(tiny, "--output", tmp_path / "out", "--json")
+    result = json.loads(capsys.readouterr().out)
+    assert result["files"] == {
+        "model.safetensors": (tmp_path / "out" / "model.safetensors").stat().st_size
+    }
+    assert result["bytes"] == sum(t.nbytes for t in stored(tiny).values())
+
+
+def test_an_ollama_modelfile_writes_what_the_chat_template_writes(
+    tmp_path: Path, tiny: Path
+) -> None:
+    consolidate(tiny, "--output", tmp_path / "out", "--modelfile")
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    template = text.split('"""')[1]
+    filled = template.replace("{{ if .System }}", "").replace("{{ if .Prompt }}", "")
+    for key, value in (("System", "be brief"), ("Prompt", "why?"), ("Response", "so.")):
+        filled = filled.replace(f"{{{{ .{key} }}}}", value)
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "why?"},
+        {"role": "assistant", "content": "so."},
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    expected = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert filled.replace("{{ end }}", "") == expected
+    assert 'PARAMETER stop "<|im_end|>"' in text
+
+
+def test_the_hub_is_asked_before_anything_is_written(tmp_path: Path, tiny: Path) -> None:
+    with pytest.raises(UserError, match=r"--push-to-hub me/model: .*hf auth login"):
+        consolidate(tiny, "--output", tmp_path / "out", "--push-to-hub", "me/model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_is_told_with_the_way_out(tmp_path: Path, tiny: Path) -> None:
+    code = (
+        "import os, signal, launcher.export.write as w\n"
+        "w.write_companions = lambda *a: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "from launcher.export.cli import main; main()"
+    )
+    words = [sys.executable, "-c", code, tiny, "--output", tmp_path / "out"]
+    ended = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr.count("Traceback")) == (130, 0)
+    assert "--resume goes on" in ended.stderr
+    consolidate(tiny, "--output", tmp_path / "out", "--resume")
 
 
 def test_every_adapter_tensor_must_find_its_weight(tmp_path: Path, tiny: Path) -> None:
     adapter = make_adapter(tiny, tmp_path / "adapter")
-    other = tmp_path / "other"
-    make_tiny(other, layers=1)
-    with pytest.raises(UserError, match=r"layers\.1\..* is in no file of the base model"):
-        plan_of(adapter, base=str(other))
-    edit_config(adapter, r=5)
-    with pytest.raises(UserError, match="do not fit rank 5"):
-        plan_of(adapter)
-
-
-def test_an_adapter_on_a_tied_head_is_refused(tmp_path: Path, tiny: Path) -> None:
-    adapter = make_adapter(tiny, tmp_path / "adapter", target_modules=["q_proj"])
-    file = adapter / "adapter_model.safetensors"
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(file)
-    tensors["base_model.model.model.embed_tokens.lora_A.weight"] = torch.zeros(4, 48)
-    tensors["base_model.model.model.embed_tokens.lora_B.weight"] = torch.zeros(259, 4)
-    save_file(tensors, file)
-    with pytest.raises(UserError, match="tied"):
-        plan_of(adapter)
-
-
-def test_nothing_is_overwritten(tmp_path: Path, tiny: Path) -> None:
-    (tmp_path / "out").mkdir()
-    consolidate(tiny, "--output", tmp_path / "out")
-    with pytest.raises(UserError, match="exists and is not empty"):
-        consolidate(tiny, "--output", tmp_path / "out")
-    with pytest.raises(UserError, match="exists and is not empty"):
-        consolidate(tiny, "--output", tmp_path / "out" / "config.json")
-
-
-def test_a_failure_leaves_nothing(
-    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(write, "_write_index", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        consolidate(tiny, "--output", tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_full_disk_is_noticed_first(
-    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"needs .* GB"):
-        consolidate(tiny, "--output", tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("5GB", 5 * 10**9), ("100MB", 10**8), ("1.5 kb", 1500), ("2GiB", 2 * 2**30), ("77", 77)],
-)
-def test_sizes_are_decimal_unless_written_binary(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "0GB", "-1GB", "5XB", "5 G B"])
-def test_a_size_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="is no size"):
-        parse_size(text)
-
-
-@pytest.mark.parametrize("what", ["nothing", "file"])
-def test_a_source_that_is_none_is_refused(tmp_path: Path, what: str) -> None:
-    source = tmp_path / "source"
-    if what == "file":
-        source.write_text("")
-    else:
-        source.mkdir()
-    with pytest.raises(UserError, match="SOURCE"):
-        find_source(source, None, None)
-
-
-class TestVerify:
-    @pytest.fixture
-    def exported(self, tmp_path: Path, tiny_untied: Path) -> Path:
-        consolidate(tiny_untied, "--output", tmp_path / "out", "--max-shard-size", "40KB")
-        return tmp_path / "out"
-
-    def test_a_whole_folder_passes(self, exported: Path) -> None:
-        assert "whole. 21 tensors" in verify(exported)
-
-    def test_one_flipped_bit_is_found(self, exported: Path) -> None:
-        file = sorted(exported.glob("*.safetensors"))[1]
-        data = bytearray(file.read_bytes())
-        data[-5] ^= 1
-        file.write_bytes(data)
-        with pytest.raises(UserError, match=f"{file.name} has another content"):
-            verify(exported)
-
-    def test_a_cut_file_is_found(self, exported: Path) -> None:
-        file = sorted(exported.glob("*.safetensors"))[0]
-        file.write_bytes(file.read_bytes()[:-3])
-        with pytest.raises(UserError, match=f"{file.name} has"):
-            verify(exported)
-
-    def test_a_missing_file_is_found(self, exported: Path) -> None:
-        (exported / "tokenizer.json").unlink()
-        with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
-            verify(exported)
-
-    def test_a_stray_shard_is_found(self, exported: Path) -> None:
-        shutil.copy(sorted(exported.glob("*.safetensors"))[0], exported / "extra.safetensors")
-        with pytest.raises(UserError, match=r"extra\.safetensors"):
-            verify(exported)
-
-    def test_a_folder_without_manifest_is_told(self, tiny: Path) -> None:
-        with pytest.raises(UserError, match="was it written by shardway consolidate"):
-            verify(tiny)
-
-
-def test_a_damaged_safetensors_file_is_named(tmp_path: Path, tiny: Path) -> None:
-    content = (tiny / "model.safetensors").read_bytes()
-    file = tmp_path / "model.safetensors"
-    for damaged in (content[:-7], content + b"x", content[:20], b"", b"\xff" * 100):
-        file.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"model\.safetensors"):
-            read_header(file)
+    make_tiny(tmp_path / "other", layers=1)
+    with pytest.raises(UserError, match=r"layers\.1\."):
+        plan_of(adapter, base=str(tmp_path / "other"))

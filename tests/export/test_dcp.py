@@ -1,9 +1,7 @@
-"""DCP folders are read exactly, and their pickles execute nothing."""
+"""A run's own DCP shards become a model, and no other one's."""
 
 from __future__ import annotations
 
-import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,62 +11,10 @@ import torch.distributed.checkpoint as dcp
 
 from launcher.distributed.process_group import Place
 from launcher.errors import UserError
-from launcher.export.dcp import read_model
-from launcher.export.plan import make_plan
-from launcher.export.source import Source
-from launcher.export.write import write
 from tests.distributed.test_saving import save_and_answer
-from tests.export.test_consolidate import stored
 from tests.helpers import parts
+from tests.helpers.exports import consolidate, plan_of, stored
 from tests.helpers.parts import Case
-
-TENSORS = {
-    "a": torch.randn(7, 5),
-    "scalar": torch.tensor(3.5),
-    "whole": torch.arange(9),
-    "half": torch.randn(4, 3).bfloat16(),
-}
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    dcp.save({"model": TENSORS, "optimizer": {"a": torch.ones(2)}}, checkpoint_id=tmp_path / "dcp")
-    return tmp_path / "dcp"
-
-
-def test_tensors_come_back_with_shape_and_dtype(saved: Path) -> None:
-    tensors = read_model(saved)
-    assert tensors.keys() == TENSORS.keys(), "the optimizer's are left alone"
-    for name, tensor in TENSORS.items():
-        assert torch.equal(tensors[name].whole(), tensor)
-        assert tensors[name].dtype == tensor.dtype
-
-
-def test_a_missing_shard_is_named(saved: Path) -> None:
-    next(saved.glob("*.distcp")).unlink()
-    with pytest.raises(UserError, match=r"\.distcp is missing"):
-        read_model(saved)
-
-
-def test_a_save_that_did_not_finish_is_named(saved: Path) -> None:
-    (saved / ".metadata").unlink()
-    with pytest.raises(UserError, match="no DCP metadata"):
-        read_model(saved)
-
-
-class Harmful:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, ("touch harmed",)
-
-
-def test_a_harmful_pickle_is_refused_and_not_run(
-    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (saved / ".metadata").write_bytes(pickle.dumps(Harmful()))
-    with pytest.raises(UserError, match="system"):
-        read_model(saved)
-    assert not (tmp_path / "harmed").exists()
 
 
 def test_a_full_run_becomes_a_model_in_the_base_s_dtype(
@@ -79,8 +25,7 @@ def test_a_full_run_becomes_a_model_in_the_base_s_dtype(
     (plain,) = ranks.run(
         1, trained_weights, Case(tiny, rows_file, method="full", strategy="single", steps=3)
     )
-    shards = tmp_path / "checkpoints" / "step-000003" / "model"
-    write(make_plan(Source(tiny, shards=shards), 10**9), tmp_path / "out")
+    consolidate(tmp_path / "checkpoints" / "step-000003", "--output", tmp_path / "out")
     found = stored(tmp_path / "out")
     assert found.keys() == stored(tiny).keys()
     for name, tensor in found.items():
@@ -95,6 +40,7 @@ def trained_weights(place: Place, case: Case) -> dict[str, torch.Tensor]:
     return trained
 
 
-def test_another_model_s_shards_are_refused(saved: Path, tiny: Path) -> None:
+def test_another_model_s_shards_are_refused(tmp_path: Path, tiny: Path) -> None:
+    dcp.save({"model": {"a": torch.ones(2)}}, checkpoint_id=tmp_path)
     with pytest.raises(UserError, match="differ in"):
-        make_plan(Source(tiny, shards=saved), 10**9)
+        plan_of(tmp_path, base=str(tiny))

@@ -1,0 +1,83 @@
+"""An Ollama Modelfile for an exported folder, its template taken from the chat template.
+
+Ollama's templates are Go's, chat templates are Jinja; instead of translating code, the chat
+template is asked what it writes around each part of a conversation
+(https://docs.ollama.com/modelfile). Tools and reasoning blocks are not carried over.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import UserError
+
+SYSTEM, USER, ANSWER, AGAIN = "\u2460sys", "\u2461usr", "\u2462ans", "\u2463agn"  # found verbatim
+
+
+def modelfile(folder: Path, config: dict[str, Any]) -> str:
+    """The text of the Modelfile of the model in `folder`, whose tokenizer is read.
+
+    Raises UserError when the chat template cannot be taken apart.
+    """
+    from transformers import AutoTokenizer  # seconds to import; only this option needs it
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.chat_template:
+        raise UserError(f"--modelfile: {folder} has no chat template to take apart")
+    stop = dict.fromkeys(filter(None, (tokenizer.eos_token, _last_token(tokenizer))))
+    lines = ["FROM .", f'TEMPLATE """{_template(tokenizer, folder)}"""']
+    lines += [f'PARAMETER stop "{token}"' for token in stop]
+    context = config.get("max_position_embeddings") or config.get("n_positions")
+    if context:
+        lines.append(f"PARAMETER num_ctx {context}")
+    return "\n".join(lines) + "\n"
+
+
+def _template(tokenizer: Any, folder: Path) -> str:
+    """Go template of one turn: system, prompt, response."""
+    asked = _render(tokenizer, [("user", USER)], True)
+    answered = _render(tokenizer, [("user", USER), ("assistant", ANSWER)], False)
+    twice = _render(tokenizer, [("user", USER), ("assistant", ANSWER), ("user", AGAIN)], False)
+    try:
+        _, before_answer = asked.split(USER)
+        _, end = answered.split(ANSWER)
+        between = twice.split(ANSWER)[1].split(AGAIN)[0]
+        before_user = between.removeprefix(end)
+        system = _system_part(tokenizer, before_user)
+    except (ValueError, IndexError):
+        raise UserError(
+            f"--modelfile: the chat template of {folder} does not write each message once, in "
+            "order; write the Modelfile by hand"
+        ) from None
+    prompt = f"{{{{ if .Prompt }}}}{before_user}{{{{ .Prompt }}}}{{{{ end }}}}"
+    return f"{system}{prompt}{before_answer}{{{{ .Response }}}}{end}"
+
+
+def _system_part(tokenizer: Any, before_user: str) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        text = _render(tokenizer, [("system", SYSTEM), ("user", USER)], False)
+    except TemplateError:
+        return ""  # the model knows no system message, and its template says so
+    before, rest = text.split(SYSTEM)
+    after = rest.split(USER)[0].removesuffix(before_user)
+    if getattr(tokenizer, "add_bos_token", False):
+        before = before.removeprefix(tokenizer.bos_token or "")  # Ollama puts it there itself
+    return f"{{{{ if .System }}}}{before}{{{{ .System }}}}{after}{{{{ end }}}}"
+
+
+def _render(tokenizer: Any, messages: list[tuple[str, str]], ask: bool) -> str:
+    conversation = [{"role": role, "content": content} for role, content in messages]
+    text: str = tokenizer.apply_chat_template(
+        conversation, tokenize=False, add_generation_prompt=ask
+    )
+    return text
+
+
+def _last_token(tokenizer: Any) -> str | None:
+    """The special token that ends an answer, where the template writes another than eos."""
+    text = _render(tokenizer, [("user", USER), ("assistant", ANSWER)], False)
+    end = text.split(ANSWER)[-1].strip()
+    return end if end in tokenizer.all_special_tokens else None

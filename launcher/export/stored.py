@@ -1,0 +1,152 @@
+"""A tensor that lies in files, whole or in parts, and the ways in which parts are cut."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from launcher.boxes import boxes
+from launcher.errors import UserError
+from launcher.export.disk import read_into, read_plainly
+from launcher.export.tensor import Tensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of the matrix that lies contiguously in a file, row after row."""
+
+    file: Path
+    begin: int  # of its bytes
+    rows: tuple[int, int]  # [first, last)
+    columns: tuple[int, int]
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return (self.rows[1] - self.rows[0]) * (self.columns[1] - self.columns[0])
+
+
+@dataclass(frozen=True)
+class Stored(Tensor):
+    """A tensor in one or several files. `pieces` must tile the matrix exactly, or UserError."""
+
+    pieces: tuple[Piece, ...]
+
+    def __post_init__(self) -> None:
+        ordered = sorted(
+            (piece for piece in self.pieces if piece.size), key=lambda p: (p.rows, p.columns)
+        )
+        object.__setattr__(self, "pieces", tuple(ordered))
+        if not _tile(self.pieces, self.rows, self.columns):
+            raise UserError(
+                f"{self.name}: its {len(self.pieces)} part(s) do not tile the shape "
+                f"{list(self.shape)}"
+            )
+
+    def fill(self, out: torch.Tensor, first: int) -> None:
+        last, width = first + len(out), self.dtype.itemsize
+        for piece in self.pieces:
+            top, bottom = max(first, piece.rows[0]), min(last, piece.rows[1])
+            if piece.rows[0] >= last:
+                break
+            if top >= bottom:
+                continue
+            left, right = piece.columns
+            begin = piece.begin + (top - piece.rows[0]) * (right - left) * width
+            target = out[top - first : bottom - first, left:right]
+            if target.is_contiguous():
+                read_into(as_bytes(target), piece.file, begin, self.name)
+            else:
+                part = torch.empty(target.shape, dtype=self.dtype)
+                read_into(as_bytes(part), piece.file, begin, self.name)
+                target.copy_(part)
+
+    def exact(self, first: int, last: int) -> torch.Tensor:
+        out = torch.empty(last - first, self.columns, dtype=self.dtype)
+        width = self.dtype.itemsize
+        for row in range(first, last):
+            for piece in self.pieces:
+                if not piece.rows[0] <= row < piece.rows[1]:
+                    continue
+                left, right = piece.columns
+                begin = piece.begin + (row - piece.rows[0]) * (right - left) * width
+                data = read_plainly(piece.file, begin, (right - left) * width)
+                out[row - first, left:right] = torch.frombuffer(data, dtype=self.dtype)
+        return out.double() if self.dtype.is_floating_point else out
+
+    def files(self) -> Iterator[Path]:
+        return (piece.file for piece in self.pieces)
+
+
+def run_pieces(
+    file: Path, at: int, begin: int, count: int, shape: tuple[int, ...], itemsize: int
+) -> list[Piece]:
+    """Elements [begin, begin + count) of the flattened tensor, which lie at byte `at`: at most a
+    part of a row, whole rows, a part of a row."""
+    columns = shape[-1] if len(shape) > 1 else 1
+    pieces = []
+    flat = (math.prod(shape) // columns, columns) if columns else (0, 0)
+    for (top, left), (height, width) in boxes(begin, count, flat):
+        pieces.append(Piece(file, at, (top, top + height), (left, left + width)))
+        at += height * width * itemsize
+    return pieces
+
+
+def box_pieces(
+    file: Path,
+    at: int,
+    offsets: tuple[int, ...],
+    sizes: tuple[int, ...],
+    shape: tuple[int, ...],
+    itemsize: int,
+) -> list[Piece]:
+    """The box [offsets, offsets + sizes) of a tensor of `shape`, contiguous at byte `at`."""
+    if not math.prod(sizes):
+        return []
+    if len(shape) < 2:
+        first = offsets[0] if shape else 0
+        return [Piece(file, at, (first, first + (sizes[0] if shape else 1)), (0, 1))]
+    columns = (offsets[-1], offsets[-1] + sizes[-1])
+    height = sizes[-2]
+    pieces = []
+    for outer in itertools.product(
+        *(range(o, o + n) for o, n in zip(offsets[:-2], sizes[:-2], strict=True))
+    ):
+        row = 0
+        for index, size in zip(outer, shape[:-2], strict=True):
+            row = row * size + index
+        row = row * shape[-2] + offsets[-2]
+        pieces.append(Piece(file, at, (row, row + height), columns))
+        at += height * sizes[-1] * itemsize
+    return pieces
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _tile(pieces: tuple[Piece, ...], rows: int, columns: int) -> bool:
+    """Whether pieces, sorted by their rows, cover a rows × columns matrix without overlap.
+
+    They have the matrix's area, and each begins where those above it end.
+    """
+    if sum(piece.size for piece in pieces) != rows * columns:
+        return False
+    covered = [(0, columns, 0)]  # disjoint column ranges and the first row not yet covered
+    for piece in pieces:
+        (top, bottom), (left, right) = piece.rows, piece.columns
+        if not (left >= 0 and right <= columns and bottom <= rows):
+            return False
+        above = [(max(b, left), min(e, right), down) for b, e, down in covered]
+        if any(begin < end and down != top for begin, end, down in above):
+            return False
+        beside = [(b, min(e, left), down) for b, e, down in covered]
+        beside += [(max(b, right), e, down) for b, e, down in covered]
+        covered = [*(each for each in beside if each[0] < each[1]), (left, right, bottom)]
+    return True
