@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from launcher.distributed.process_group import Place
-from launcher.export.sink import Sink
+from launcher.export.result.sink import Sink
 
 LAYERS = 28  # at size 1: Qwen2.5-1.5B's shape, 1.54 B parameters
 RANK = 16
@@ -220,7 +220,7 @@ def _model(scratch: Path, layers: int) -> tuple[Path, Path]:
             module = f"base_model.model.{name.removesuffix('.weight')}"
             halves[f"{module}.lora_A.weight"] = torch.randn(RANK, meta.shape[1]) * 0.02
             halves[f"{module}.lora_B.weight"] = torch.randn(meta.shape[0], RANK) * 0.02
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for layer, tensors in parts.items():
         save_file(tensors, base / f"model-{layer}.safetensors", {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, f"model-{layer}.safetensors")

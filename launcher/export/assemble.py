@@ -19,8 +19,8 @@ from launcher.export.readers import folder
 from launcher.export.readers.found import Found
 from launcher.export.readers.strided import Strided
 from launcher.export.source import Source, read_json
-from launcher.export.stored import Stored
 from launcher.export.tensor import Held
+from launcher.export.tensor.stored import Stored
 
 
 def assemble(source: Source, options: Options) -> Assembled:

@@ -30,13 +30,13 @@ from typing import Any, NoReturn
 import torch
 
 from launcher.errors import UserError
-from launcher.export import hub
 from launcher.export.gathered import Options
 from launcher.export.plan import Plan, make_plan
+from launcher.export.result import hub
+from launcher.export.result.write import How, Report, partial_folder, refuse_target, write
 from launcher.export.shards import parse_size
 from launcher.export.source import find_source
 from launcher.export.verify import structure
-from launcher.export.write import How, Report, partial_folder, refuse_target, write
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ASSUMED_RATE = 1e9  # bytes a second, for the estimate of a dry run

@@ -18,9 +18,9 @@ from typing import Any
 
 from launcher import manifest
 from launcher.errors import UserError
-from launcher.export import readback
-from launcher.export.companions import INDEX, MANIFEST
 from launcher.export.readers.safetensors_file import read_header
+from launcher.export.result import readback
+from launcher.export.result.companions import INDEX, MANIFEST
 from launcher.export.tensor import Tensor
 
 

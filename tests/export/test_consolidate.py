@@ -224,7 +224,7 @@ def test_the_hub_is_asked_before_anything_is_written(tmp_path: Path, tiny: Path)
 
 def test_an_interrupt_is_told_with_the_way_out(tmp_path: Path, tiny: Path) -> None:
     code = (
-        "import os, signal, launcher.export.write as w\n"
+        "import os, signal, launcher.export.result.write as w\n"
         "w.write_companions = lambda *a: os.kill(os.getpid(), signal.SIGTERM)\n"
         "from launcher.export.cli import main; main()"
     )

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from launcher.errors import UserError
 from launcher.export.names import Naming, find_naming
 from launcher.export.readers.safetensors_file import read_header
-from launcher.export.stored import Stored
 from launcher.export.tensor import Tensor, held
+from launcher.export.tensor.stored import Stored
 
 TEXT: dict[str, Any] = {
     "vocab_size": 40,

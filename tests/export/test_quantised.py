@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from launcher.errors import UserError
 from launcher.export.quantised import dequantised, round_trip
+from launcher.export.quantised.through import Through4Bit, Through8Bit
 from launcher.export.readers.safetensors_file import read_header
 from launcher.export.tensor import Tensor, held
-from launcher.export.through import Through4Bit, Through8Bit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((128, 64), (33, 50), (7, 33), (300, 96), (1, 30), (2, 5000), (640, 65))
@@ -268,7 +268,7 @@ def test_a_tied_head_that_was_quantised_is_refused(tmp_path: Path) -> None:
     ["Gemma", "Gemma2", "Granite", "Llama", "Mistral", "Olmo2", "Qwen2", "Qwen3", "SmolLM3"],
 )
 def test_linear_weights_known_by_name_are_those_of_the_class(architecture: str) -> None:
-    from launcher.export.quantised import _linear_by_class, _linear_weights
+    from launcher.export.quantised.model import _linear_by_class, _linear_weights
 
     config_class = getattr(transformers, f"{architecture}Config")
     config = config_class(**SIZES, pad_token_id=0, architectures=[f"{architecture}ForCausalLM"])

@@ -19,8 +19,8 @@ from torch import nn
 from launcher.errors import UserError
 from launcher.export.readers.strided import Strided
 from launcher.export.readers.torch_file import read_file
-from launcher.export.stored import Stored
 from launcher.export.tensor import Held
+from launcher.export.tensor.stored import Stored
 
 WEIGHT = torch.randn(30, 20).bfloat16()
 CUBE = torch.randn(3, 8, 6)

@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from launcher.errors import UserError
-from launcher.export import views
+from launcher.export.names.traced import traced
 from launcher.export.readers.safetensors_file import read_header
-from launcher.export.tensor import Tensor, held
-from launcher.export.traced import traced
+from launcher.export.tensor import Tensor, held, views
 
 Code = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
 

@@ -19,13 +19,13 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from launcher.errors import UserError
-from launcher.export import readback, recompute, sink, write
 from launcher.export.readers.safetensors_file import data_ranges, header, read_header
+from launcher.export.result import readback, recompute, sink, write
+from launcher.export.result.write import How, partial_folder
 from launcher.export.shards import assign, natural, parse_size
 from launcher.export.source import find_source
 from launcher.export.tensor import held
 from launcher.export.verify import verify
-from launcher.export.write import How, partial_folder
 from tests.helpers.exports import consolidate, contents, make_adapter, plan_of, stored
 
 

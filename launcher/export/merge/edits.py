@@ -12,7 +12,7 @@ from launcher.export.merge.experts import with_experts
 from launcher.export.merge.lora import Delta, WithLora
 from launcher.export.merge.rows import BiasSum, Replaced, TokenRows
 from launcher.export.tensor import Tensor
-from launcher.export.tiles import spans
+from launcher.export.tensor.tiles import spans
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ import torch
 from launcher.export.merge.kept import in_fp32, kept
 from launcher.export.merge.rows import Replaced
 from launcher.export.tensor import Tensor
-from launcher.export.tiles import THINNEST_TILE, refuse_overflow, scratch, spans
+from launcher.export.tensor.tiles import THINNEST_TILE, refuse_overflow, scratch, spans
 
 
 @dataclass(frozen=True, eq=False)

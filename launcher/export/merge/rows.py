@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from launcher.export.tensor import Cast, Tensor
-from launcher.export.tiles import refuse_overflow
+from launcher.export.tensor.tiles import refuse_overflow
 
 
 @dataclass(frozen=True, eq=False)

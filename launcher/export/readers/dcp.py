@@ -18,8 +18,8 @@ from launcher.errors import UserError
 from launcher.export.readers.found import Found
 from launcher.export.readers.prefixes import clean, cleaned, dropped
 from launcher.export.readers.torch_file import read_file, unpickle
-from launcher.export.stored import Piece, Stored, box_pieces
 from launcher.export.tensor import Tensor
+from launcher.export.tensor.stored import Piece, Stored, box_pieces
 
 KIND = "PyTorch distributed checkpoint (DCP)"
 ACCELERATE = "pytorch_model_fsdp_*"  # accelerate's folder of a model's DCP files

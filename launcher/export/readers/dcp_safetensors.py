@@ -17,8 +17,8 @@ from launcher.errors import UserError
 from launcher.export.readers.found import Found
 from launcher.export.readers.prefixes import with_clean_names
 from launcher.export.readers.safetensors_file import read_header
-from launcher.export.stored import Piece, Stored, box_pieces
 from launcher.export.tensor import Tensor
+from launcher.export.tensor.stored import Piece, Stored, box_pieces
 
 KIND = "sharded safetensors of PyTorch's distributed checkpoint"
 NAME = re.compile(r"shard-(\d+)-model-(\d+)-of-(\d+)\.safetensors")

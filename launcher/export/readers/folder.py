@@ -12,8 +12,8 @@ from launcher.export.readers.found import Found
 from launcher.export.readers.prefixes import dropped, with_clean_names
 from launcher.export.readers.safetensors_file import read_header
 from launcher.export.readers.torch_file import read_file, tensors_in
-from launcher.export.stored import Stored
 from launcher.export.tensor import Held, Tensor
+from launcher.export.tensor.stored import Stored
 from launcher.model.folder import the_safetensors_file
 
 KIND = "Hugging Face folder"

@@ -15,8 +15,8 @@ import torch
 
 from launcher.errors import UserError
 from launcher.export.readers.strided import Strided, is_contiguous, reach
-from launcher.export.stored import Stored, run_pieces
 from launcher.export.tensor import Tensor
+from launcher.export.tensor.stored import Stored, run_pieces
 
 Places = dict[str, tuple[int, int]]  # a storage's key → its bytes in the file: (begin, length)
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from launcher.errors import UserError
-from launcher.export.stored import Piece, Stored, run_pieces
 from launcher.export.tensor import Tensor
+from launcher.export.tensor.stored import Piece, Stored, run_pieces
 
 ALIGNMENT = 4096  # of the data: page-aligned for mmap and direct I/O
 LONGEST_HEADER = 100_000_000  # the format's own limit, bytes

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy
 import torch
 
-from launcher.export.disk import read_into
-from launcher.export.stored import as_bytes
 from launcher.export.tensor import Tensor
-from launcher.export.tiles import SPAN
+from launcher.export.tensor.disk import read_into
+from launcher.export.tensor.stored import as_bytes
+from launcher.export.tensor.tiles import SPAN
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from launcher.export.readers.found import Found
 from launcher.export.readers.torch_file import read_file, tensors_in
 from launcher.export.readers.zero import NO_FROZEN, buffers, frozen, live_dtype, named, shapes_of
 from launcher.export.readers.zero_files import Grid, find_grid, tag_folder
-from launcher.export.stored import Stored, run_pieces
 from launcher.export.tensor import Tensor
-from launcher.export.tiles import tiles
+from launcher.export.tensor.stored import Stored, run_pieces
+from launcher.export.tensor.tiles import tiles
 
 KIND = "DeepSpeed universal checkpoint"
 POINTER = "latest_universal"

@@ -24,8 +24,8 @@ from launcher.export.readers.found import Found
 from launcher.export.readers.prefixes import cleaned, dropped
 from launcher.export.readers.torch_file import tensors_in
 from launcher.export.readers.zero_files import FULL, PART, Grid, find_grid, tag_folder
-from launcher.export.stored import Piece, Stored, run_pieces
 from launcher.export.tensor import Tensor
+from launcher.export.tensor.stored import Piece, Stored, run_pieces
 
 KIND = "DeepSpeed ZeRO checkpoint"
 NO_FROZEN = "the checkpoint was saved without its frozen parameters (exclude_frozen_parameters)"

@@ -13,8 +13,8 @@ from typing import Any
 import xxhash
 
 from launcher.errors import UserError
-from launcher.export.progress import Progress
 from launcher.export.readers.safetensors_file import data_ranges
+from launcher.export.result.progress import Progress
 
 BLOCK = 8 << 20
 WHOLE_UP_TO = 64 << 20  # bytes; of a larger source file samples are hashed

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from launcher.export.tensor import Tensor
-from launcher.export.tiles import refuse_overflow, spans
+from launcher.export.tensor.tiles import refuse_overflow, spans
 
 STEP_8 = 7.874015718698502e-3  # 1/127, as bitsandbytes has it
 

@@ -16,9 +16,9 @@ from dataclasses import replace
 import torch
 
 from launcher.errors import UserError
-from launcher.export.shapes import Beside, Columns, Reshaped, Transposed
-from launcher.export.stored import Stored
-from launcher.export.tensor import Rows, Stack, Tensor
+from launcher.export.tensor.base import Rows, Stack, Tensor
+from launcher.export.tensor.shapes import Beside, Columns, Reshaped, Transposed
+from launcher.export.tensor.stored import Stored
 
 LARGEST_MATRIX = 128 << 20  # bytes; a transposed tensor holds one such matrix for each thread
 MOST_PARTS = 1 << 16  # of one joined tensor; each part is an object of about 300 bytes

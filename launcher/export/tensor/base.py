@@ -17,7 +17,7 @@ from typing import Self
 
 import torch
 
-from launcher.export.tiles import refuse_overflow, scratch, spans
+from launcher.export.tensor.tiles import refuse_overflow, scratch, spans
 
 
 @dataclass(frozen=True)

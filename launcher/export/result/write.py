@@ -23,16 +23,16 @@ import xxhash
 
 from launcher import manifest, versions
 from launcher.errors import UserError
-from launcher.export import readback
-from launcher.export.companions import MANIFEST, write_companions
 from launcher.export.plan import Plan
-from launcher.export.progress import Progress
 from launcher.export.readers.safetensors_file import header, readable
-from launcher.export.recompute import recompute
-from launcher.export.sink import Sink
-from launcher.export.stored import as_bytes
+from launcher.export.result import readback
+from launcher.export.result.companions import MANIFEST, write_companions
+from launcher.export.result.progress import Progress
+from launcher.export.result.recompute import recompute
+from launcher.export.result.sink import Sink
 from launcher.export.tensor import Tensor
-from launcher.export.tiles import refuse_overflow, tiles
+from launcher.export.tensor.stored import as_bytes
+from launcher.export.tensor.tiles import refuse_overflow, tiles
 
 TILE_BYTES = 4 << 20
 WORKER_BYTES = 48 << 20  # two buffers, tiles, an adapter's factors

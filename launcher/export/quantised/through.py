@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from launcher.errors import UserError
-from launcher.export.blockwise import STEP_8, Run, scale
+from launcher.export.quantised.blockwise import STEP_8, Run, scale
 from launcher.export.tensor import Tensor
-from launcher.export.tiles import refuse_overflow, scratch, spans
+from launcher.export.tensor.tiles import refuse_overflow, scratch, spans
 
 BLOCK = 64  # elements to one magnitude, when transformers quantises
 SMALLEST = 1e-38  # a block's magnitude, as a divisor

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from launcher.errors import UserError
+from launcher.export.names.traced import traced
 from launcher.export.tensor import Tensor
-from launcher.export.traced import traced
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from launcher.export.tensor import Tensor
-from launcher.export.tiles import scratch, spans
+from launcher.export.tensor.base import Tensor
+from launcher.export.tensor.tiles import scratch, spans
 
 _own = threading.local()
 

@@ -10,10 +10,10 @@ from typing import Any, cast
 import torch
 
 from launcher.errors import UserError
-from launcher.export.blockwise import EightBit, FourBit, Nested
+from launcher.export.quantised.blockwise import EightBit, FourBit, Nested
+from launcher.export.quantised.through import Through4Bit, Through8Bit
 from launcher.export.tensor import Tensor
-from launcher.export.through import Through4Bit, Through8Bit
-from launcher.export.views import transposed
+from launcher.export.tensor.views import transposed
 
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(?:nf4|fp4)")
 _HELPER = re.compile(

@@ -14,7 +14,7 @@ import torch
 
 from launcher.errors import UserError
 from launcher.export.tensor import Tensor
-from launcher.export.views import joined, narrow, reshaped, transposed
+from launcher.export.tensor.views import joined, narrow, reshaped, transposed
 
 
 class Traced(torch.Tensor):

@@ -12,8 +12,8 @@ import torch
 
 from launcher.boxes import boxes
 from launcher.errors import UserError
-from launcher.export.disk import read_into, read_plainly
-from launcher.export.tensor import Tensor
+from launcher.export.tensor.base import Tensor
+from launcher.export.tensor.disk import read_into, read_plainly
 
 
 @dataclass(frozen=True)
