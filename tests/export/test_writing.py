@@ -314,7 +314,7 @@ class TestVerification:
     def test_all_tensors_are_computed_again(self, tmp_path: Path, adapter: Path) -> None:
         plan = plan_of(adapter, 40_000)
         write.write(plan, tmp_path / "out", How(verify=False))
-        assert recompute.recompute(plan, tmp_path / "out", 1) == 21
+        assert recompute.recompute(plan, tmp_path / "out") == 21
 
     @pytest.mark.parametrize(
         ("damage", "told"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from launcher.export.tensor import Tensor
 ROWS = 4
 
 
-def recompute(plan: Plan, folder: Path, at_once: int) -> int:
+def recompute(plan: Plan, folder: Path) -> int:
     """Compare ROWS random rows of every tensor in `folder` with the plan's; how many tensors.
 
     Which rows, the plan's identity decides: a resumed export looks at the same. Raises UserError
@@ -24,12 +23,10 @@ def recompute(plan: Plan, folder: Path, at_once: int) -> int:
     dtype; a copied tensor may not differ at all.
     """
     seed = plan.identity()
-    with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        jobs = [
-            pool.submit(_compare_file, folder / plan.file_name(number), shard, plan, seed)
-            for number, shard in enumerate(plan.shards)
-        ]
-        return sum(job.result() for job in jobs)
+    return sum(
+        _compare_file(folder / plan.file_name(number), shard, plan, seed)
+        for number, shard in enumerate(plan.shards)
+    )
 
 
 def _compare_file(path: Path, tensors: list[Tensor], plan: Plan, seed: str) -> int:

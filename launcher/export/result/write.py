@@ -76,8 +76,7 @@ def write(plan: Plan, output: Path, how: How | None = None) -> Report:
             report = _write_files(plan, aside, journal, how)
             write_companions(plan, aside)
             if how.verify:
-                readback.compare(aside, report.files, how.at_once)
-                recompute(plan, aside, how.at_once)
+                _verify(plan, aside, report, how)
             _write_manifest(plan, aside, report.files)
         except (KeyboardInterrupt, SystemExit, OSError):
             raise  # what is finished stays, for --resume
@@ -231,6 +230,14 @@ def _write_file(
             hashes[tensor.name] = digest.hexdigest()
         whole = sink.finish()
         return {"bytes": sink.bytes, "xxh3_128": whole, "tensors": hashes}
+
+
+def _verify(plan: Plan, aside: Path, report: Report, how: How) -> None:
+    """The disk is busy reading back while the processor computes again."""
+    with ThreadPoolExecutor(1, initializer=_alone) as pool:
+        again = pool.submit(recompute, plan, aside)
+        readback.compare(aside, report.files, how.at_once)
+        again.result()
 
 
 def _write_manifest(plan: Plan, folder: Path, files: dict[str, Entry]) -> None:
