@@ -164,6 +164,21 @@ def test_the_tokenizer_that_training_kept_is_taken(tmp_path: Path, tiny: Path) -
     assert "adapter_config.json" not in contents(tmp_path / "out")
 
 
+def test_nothing_that_a_server_would_mistake_is_in_the_folder(tmp_path: Path, tiny: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    for stray in ("adapter_model.safetensors", "consolidated.00.pth", "optimizer.pt", "latest"):
+        (base / stray).write_bytes(b"x")
+    for stray in ("trainer_state.json", "training_args.bin", "zero_to_fp32.py"):
+        (base / stray).write_bytes(b"x")
+    adapter = make_adapter(tiny, tmp_path / "adapter")
+    consolidate(base, "--adapter", adapter, "--output", tmp_path / "out", "--max-shard-size", "1MB")
+    found = contents(tmp_path / "out").keys()
+    expected = {path.name for path in tiny.iterdir()} | {"consolidation_manifest.json"}
+    assert found == expected
+    assert json.loads((tmp_path / "out/config.json").read_text())["architectures"]
+
+
 def test_an_adapter_can_be_taken_out(tmp_path: Path, tiny: Path) -> None:
     adapter = make_adapter(tiny, tmp_path / "adapter")
     consolidate(adapter, "--adapter-only", "--output", tmp_path / "out")

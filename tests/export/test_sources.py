@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from deepspeed.checkpoint import ds_to_universal
 from peft import PeftModel
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from launcher.distributed.process_group import Place
 from launcher.errors import UserError
 from launcher.export.source import find_source
+from tests.export.test_readers_universal import options
 from tests.helpers.exports import consolidate, make_adapter, plan_of, stored
 from tests.helpers.sharded import Trained, save_zero
 
@@ -79,6 +81,36 @@ def test_an_adapter_within_a_deepspeed_checkpoint_is_merged(
         assert torch.equal(found[name], tensor), name
         changed += not torch.equal(found[name], stored(tiny_untied)[name])
     assert changed > 3
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_tied_model_stays_one_tensor(ranks: Any, tiny: Path, tmp_path: Path, stage: int) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    live = ranks.run(2, save_zero, folder, Trained(stage, base=tiny))[0]
+    consolidate(folder, "--output", tmp_path / "out")
+    consolidate(folder, "--output", tmp_path / "known", "--base", tiny)
+    assert stored(tmp_path / "out").keys() == stored(tiny).keys()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "known" / "model.safetensors"
+    ).read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype="auto")
+    model.load_state_dict(live, strict=False)
+    with torch.no_grad():
+        assert torch.equal(logits(tmp_path / "out"), model(QUESTION).logits)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_universal_checkpoint_becomes_the_same_folder(
+    ranks: Any, trainer_folder: Path, tiny_untied: Path, tmp_path: Path, stage: int
+) -> None:
+    ranks.run(3, save_zero, trainer_folder / "zero", Trained(stage, base=tiny_untied))
+    ds_to_universal.main(options(trainer_folder))
+    consolidate(trainer_folder / "zero", "--output", tmp_path / "zero")
+    consolidate(trainer_folder / "universal", "--output", tmp_path / "universal")
+    ours = stored(tmp_path / "universal")
+    assert ours.keys() == stored(tmp_path / "zero").keys()
+    assert all(torch.equal(ours[n], tensor) for n, tensor in stored(tmp_path / "zero").items())
 
 
 def test_an_adapter_without_its_config_is_refused(
