@@ -48,6 +48,8 @@ def assemble(source: Source, options: Options) -> Assembled:
         result = _merged(source, base, Frozen(memory, config, naming), adapters, options)
     elif options.qlora_base == "dequantized":
         raise UserError("--qlora-base dequantized goes with an adapter, and there is none")
+    elif options.tied != "auto":
+        raise UserError(f"--tied {options.tied} goes with an adapter, and there is none")
     else:
         result = Assembled(base, dict.fromkeys(base, "copied"), config)
     result = replace(result, actions=_told(result), notes=(*notes, *result.notes))

@@ -32,7 +32,8 @@ from launcher.errors import UserError
 from launcher.export.gathered import Options
 from launcher.export.plan import Plan, make_plan
 from launcher.export.result import hub
-from launcher.export.result.write import How, Report, partial_folder, refuse_target, write
+from launcher.export.result.journal import partial_folder
+from launcher.export.result.write import How, Report, refuse_target, write
 from launcher.export.shards import parse_size
 from launcher.export.source import find_source
 from launcher.export.verify import structure

@@ -95,6 +95,9 @@ def test_options_that_would_be_ignored_are_refused(tmp_path: Path, tiny: Path) -
         plan_of(tiny, base=str(tiny))
     with pytest.raises(UserError, match="--tag"):
         plan_of(tiny, tag="global_step3")
+    for option in ("--tied=untie", "--qlora-base=dequantized"):
+        with pytest.raises(UserError, match="goes with an adapter"):
+            consolidate(tiny, "--output", tmp_path / "out", option)
 
 
 def test_two_adapters_are_summed(tmp_path: Path, tiny: Path) -> None:

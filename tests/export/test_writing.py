@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 
 from launcher.errors import UserError
 from launcher.export.readers.safetensors_file import data_ranges, header, read_header
-from launcher.export.result import readback, recompute, sink, write
-from launcher.export.result.write import How, partial_folder
+from launcher.export.result import journal, readback, recompute, sink, write
+from launcher.export.result.journal import partial_folder, path_of
+from launcher.export.result.write import How
 from launcher.export.shards import assign, natural, parse_size
 from launcher.export.source import find_source
 from launcher.export.tensor import held
@@ -185,12 +186,20 @@ class TestKilled:
         assert write.write(plan, output, How(resume=True)).written == 0
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
+    def test_a_journal_left_over_from_a_finished_export_hinders_nobody(
+        self, tmp_path: Path, adapter: Path
+    ) -> None:
+        """As when the process is killed between the rename and the journal's removal."""
+        path_of(partial_folder(tmp_path / "out")).write_text("another plan\n")
+        write.write(plan_of(adapter), tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
     def test_a_stranger_in_the_partial_folder_is_kept_out(
         self, tmp_path: Path, adapter: Path
     ) -> None:
         aside = partial_folder(tmp_path / "out")
         with (
-            write._journal(aside, "mine", How()),
+            journal.opened(aside, "mine", resume=False, overwrite=False),
             pytest.raises(UserError, match="another process is writing"),
         ):
             write.write(plan_of(adapter), tmp_path / "out", How(resume=True))

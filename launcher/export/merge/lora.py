@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from launcher.export.merge.kept import in_fp32, kept
-from launcher.export.merge.rows import Replaced
+from launcher.export.merge.rows import unrounded
 from launcher.export.tensor import Tensor
 from launcher.export.tensor.tiles import THINNEST_TILE, refuse_overflow, scratch, spans
 
@@ -86,10 +86,11 @@ class WithLora(Tensor):
         return itertools.chain.from_iterable(part.files() for part in parts)
 
     def to(self, dtype: torch.dtype) -> Tensor:
-        if dtype == self.dtype:
-            return self
-        of = self.of.to(dtype) if isinstance(self.of, Replaced) else self.of
-        return replace(self, dtype=dtype, of=of)
+        return (
+            self
+            if dtype == self.dtype
+            else replace(self, dtype=dtype, of=unrounded(self.of, dtype))
+        )
 
     def _sum(self, total: torch.Tensor, first: int) -> None:
         """W + the deltas, rows [first, first + len(total)), in fp32."""

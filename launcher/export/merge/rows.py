@@ -30,6 +30,11 @@ class Replaced(Cast):
         return replace(self, dtype=dtype)
 
 
+def unrounded(of: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a sum in `dtype` is of: the base's values as they are stored, saved ones in `dtype`."""
+    return of.to(dtype) if isinstance(of, Replaced) else of
+
+
 @dataclass(frozen=True, eq=False)
 class TokenRows(Tensor):
     """`of` with row indices[k] taken from row k of `values`: absolute, not a difference."""
@@ -83,10 +88,11 @@ class BiasSum(Tensor):
         return itertools.chain.from_iterable(part.files() for part in parts)
 
     def to(self, dtype: torch.dtype) -> Tensor:
-        if dtype == self.dtype:
-            return self
-        of = self.of.to(dtype) if isinstance(self.of, Replaced) else self.of
-        return replace(self, dtype=dtype, of=of)
+        return (
+            self
+            if dtype == self.dtype
+            else replace(self, dtype=dtype, of=unrounded(self.of, dtype))
+        )
 
     def _change(self, first: int, last: int) -> torch.Tensor:
         change = torch.zeros(last - first, 1)

@@ -6,17 +6,14 @@ process, `--resume` goes on from there; the target is never seen half written.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 import xxhash
@@ -25,8 +22,9 @@ from launcher import manifest, versions
 from launcher.errors import UserError
 from launcher.export.plan import Plan
 from launcher.export.readers.safetensors_file import header, readable
-from launcher.export.result import readback
+from launcher.export.result import journal, readback
 from launcher.export.result.companions import MANIFEST, write_companions
+from launcher.export.result.journal import Entry
 from launcher.export.result.progress import Progress
 from launcher.export.result.recompute import recompute
 from launcher.export.result.sink import Sink
@@ -37,8 +35,6 @@ from launcher.export.tensor.tiles import refuse_overflow, tiles
 TILE_BYTES = 4 << 20
 WORKER_BYTES = 48 << 20  # two buffers, tiles, an adapter's factors
 OURS_BYTES = 320 << 20  # the interpreter and torch
-
-Entry = dict[str, Any]  # bytes, xxh3_128, tensors: name → xxh3_64
 
 
 @dataclass(frozen=True)
@@ -76,10 +72,10 @@ def write(plan: Plan, output: Path, how: How | None = None) -> Report:
     how = how or How()
     refuse_target(plan, output, how)
     output.parent.mkdir(parents=True, exist_ok=True)
-    aside, identity = partial_folder(output), plan.identity()
-    with _journal(aside, identity, how) as journal:
+    aside, identity = journal.partial_folder(output), plan.identity()
+    with journal.opened(aside, identity, how.resume, how.overwrite) as log:
         try:
-            report = _write_files(plan, aside, journal, how)
+            report = _write_files(plan, aside, log, how)
             write_companions(plan, aside)
             if how.verify:
                 _verify(plan, aside, report, how)
@@ -92,20 +88,12 @@ def write(plan: Plan, output: Path, how: How | None = None) -> Report:
             raise  # what is finished stays, for --resume
         except BaseException:
             shutil.rmtree(aside)  # ours alone, and of no use
-            journal_of(aside).unlink()
+            journal.path_of(aside).unlink()
             raise
         for path in (aside, *aside.iterdir()):
             readable(path)
         _put_in_place(aside, output)
     return report
-
-
-def partial_folder(output: Path) -> Path:
-    return output.absolute().parent / f".{output.name}.partial"
-
-
-def journal_of(aside: Path) -> Path:
-    return aside.with_name(aside.name + ".jsonl")
 
 
 def refuse_target(plan: Plan, output: Path, how: How) -> None:
@@ -130,7 +118,7 @@ def refuse_target(plan: Plan, output: Path, how: How) -> None:
                 "replaces exports alone: remove it yourself, or name another folder"
             )
     there = next(folder for folder in output.absolute().parents if folder.exists())
-    aside = partial_folder(output)
+    aside = journal.partial_folder(output)
     standing = sum(file.stat().st_size for file in aside.iterdir()) if aside.is_dir() else 0
     free = shutil.disk_usage(there).free + standing
     if free < plan.nbytes * 1.01:
@@ -139,65 +127,8 @@ def refuse_target(plan: Plan, output: Path, how: How) -> None:
         )
 
 
-@contextmanager
-def _journal(aside: Path, identity: str, how: How) -> Iterator[TextIO]:
-    """The journal of a partial folder, new or to be gone on with, for this process alone."""
-    if aside.exists() and not (how.resume or how.overwrite):
-        raise UserError(
-            f"an unfinished export stands in {aside}: --resume goes on with it, --overwrite begins "
-            "anew"
-        )
-    aside.mkdir(exist_ok=True)
-    with journal_of(aside).open("a+", encoding="utf-8") as journal:
-        try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is writing {aside}") from None
-        if not _is_at(journal, journal_of(aside)):
-            raise UserError(f"another process has just finished {aside}; look at what it wrote")
-        journal.seek(0)
-        begun = journal.readline().strip()
-        if begun != identity:
-            if begun and not how.overwrite:
-                raise UserError(
-                    f"{aside} was begun with other sources or options; --overwrite begins anew"
-                )
-            for path in aside.iterdir():
-                path.unlink()
-            journal.truncate(0)
-            _note(journal, identity)
-        yield journal
-
-
-def _is_at(file: TextIO, path: Path) -> bool:
-    """Whether `file`, open since before we had its lock, still has its name."""
-    return path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino
-
-
-def _finished(aside: Path, journal: TextIO) -> dict[str, Entry]:
-    """The files that the journal says are whole. A last line cut short counts for nothing."""
-    journal.seek(0)
-    found: dict[str, Entry] = {}
-    for line in journal.readlines()[1:]:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            break
-        path = aside / entry.pop("name")
-        if path.is_file() and path.stat().st_size == entry["bytes"]:
-            found[path.name] = entry
-    return found
-
-
-def _note(journal: TextIO, line: str) -> None:
-    journal.seek(0, os.SEEK_END)
-    journal.write(line + "\n")
-    journal.flush()
-    os.fsync(journal.fileno())
-
-
-def _write_files(plan: Plan, aside: Path, journal: TextIO, how: How) -> Report:
-    files = _finished(aside, journal)
+def _write_files(plan: Plan, aside: Path, log: TextIO, how: How) -> Report:
+    files = journal.finished(aside, log)
     shards = {plan.file_name(number): shard for number, shard in enumerate(plan.shards)}
     missing = {name: shard for name, shard in shards.items() if name not in files}
     for path in aside.iterdir():
@@ -216,7 +147,7 @@ def _write_files(plan: Plan, aside: Path, journal: TextIO, how: How) -> Report:
         try:
             for job in as_completed(jobs):
                 files[jobs[job]] = job.result()
-                _note(journal, json.dumps({"name": jobs[job], **job.result()}))
+                journal.note(log, json.dumps({"name": jobs[job], **job.result()}))
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)
@@ -305,7 +236,7 @@ def _put_in_place(aside: Path, output: Path) -> None:
         output.rename(old)
     aside.rename(output)
     _sync(output.absolute().parent)
-    journal_of(aside).unlink()
+    journal.path_of(aside).unlink()
     if old.exists():
         shutil.rmtree(old)
 
