@@ -18,7 +18,6 @@ Exit status: 0 the folder stands and is verified, 2 the request cannot be met, 1
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import shutil
 import signal
@@ -54,11 +53,10 @@ def main() -> None:
         print("interrupted; the same command with --resume goes on", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise
+        where = error.filename or partial_folder(arguments.output)
         print(
-            f"{partial_folder(arguments.output)}: {error.strerror}. Mend that; the same command "
-            "with --resume goes on",
+            f"{where}: {error.strerror or error}. Mend that; the same command with --resume goes "
+            "on with what is finished",
             file=sys.stderr,
         )
         sys.exit(2)
@@ -66,7 +64,14 @@ def main() -> None:
 
 def consolidate(arguments: argparse.Namespace) -> None:
     """Plan, show, and unless it is a dry run write. Raises UserError."""
-    source = find_source(arguments.source, arguments.base, arguments.adapter, arguments.tag)
+    arguments.output = arguments.output.resolve()  # the place itself, not a link to it
+    source = find_source(
+        arguments.source,
+        arguments.base,
+        arguments.adapter,
+        arguments.tag,
+        arguments.adapter_only,
+    )
     plan = make_plan(source, _options(arguments))
     how = _how(arguments)
     refuse_target(plan, arguments.output, how)
@@ -218,6 +223,12 @@ def parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="the result as one JSON object on stdout")
     add("--trust-remote-code", action="store_true", help="run the model folder's own Python code")
     return made
+
+
+def _count(text: str) -> int:
+    if int(text) < 0:
+        raise ValueError(text)
+    return int(text)
 
 
 def _interrupt(signum: int, frame: object) -> NoReturn:

@@ -56,8 +56,8 @@ def gathered(
     whole = found.tensors
     if source.partial:
         whole = _in_memory(source, base, whole, options) | whole
-    tensors, config, notes = _without_twin(whole, config)
-    tensors, config, more = _with_vocabulary(source, tensors, config)
+    tensors, config, notes = without_twin(whole, config)
+    config, more = with_vocabulary(source, tensors, config)
     # That format cannot tell by itself that a rank's files are missing: shapes must be compared.
     known = config.get("model_type") in SAME_NAMES and source.kind != dcp_safetensors.KIND
     if tensors.keys() != base.keys() and not known:
@@ -88,11 +88,11 @@ def _in_memory(source: Source, base: Tensors, trained: Tensors, options: Options
 
 def naming_of(source: Source, options: Options, disk: Iterable[str]) -> names.Naming:
     """How names in memory become those on disk; like `disk`'s where a base is known."""
-    where = source.base or source.companions[0]
+    where = source.base or next(f for f in source.companions if (f / "config.json").is_file())
     return names.find_naming(where, options.trust_remote_code, tuple(disk))
 
 
-def _without_twin(tensors: Tensors, config: Config) -> tuple[Tensors, Config, tuple[str, ...]]:
+def without_twin(tensors: Tensors, config: Config) -> tuple[Tensors, Config, tuple[str, ...]]:
     """A tied head that is stored too is left out when it equals the embedding; when it does not,
     the two are no longer tied."""
     ends = find_ends(tensors, config)
@@ -104,20 +104,20 @@ def _without_twin(tensors: Tensors, config: Config) -> tuple[Tensors, Config, tu
     return tensors, config | changed(config, tie_word_embeddings=False), (note,)
 
 
-def _with_vocabulary(
+def with_vocabulary(
     source: Source, tensors: Tensors, config: Config
-) -> tuple[Tensors, Config, tuple[str, ...]]:
+) -> tuple[Config, tuple[str, ...]]:
     """The config with as many tokens as the trained embedding has rows."""
     ends, stated = find_ends(tensors, config), setting(config, "vocab_size")
     if ends is None or stated is None or (rows := tensors[ends.embedding].shape[0]) == stated:
-        return tensors, config, ()
-    if rows < stated:
+        return config, ()
+    if rows < stated and source.kind == dcp_safetensors.KIND:
         raise UserError(
             f"{source.path}: {ends.embedding} has {rows} rows, config.json vocab_size={stated}: "
             "shards are missing, or it is another model's; name the right one with --base"
         )
-    note = f"the vocabulary was enlarged from {stated} to {rows}"
-    return tensors, config | changed(config, vocab_size=rows), (note,)
+    note = f"the vocabulary was resized from {stated} to {rows} rows"
+    return config | changed(config, vocab_size=rows), (note,)
 
 
 def _as_in_base(source: Source, base: Tensors, tensors: Tensors, config: Config) -> Tensors:

@@ -15,14 +15,21 @@ from launcher.errors import UserError
 SYSTEM, USER, ANSWER, AGAIN = "\u2460sys", "\u2461usr", "\u2462ans", "\u2463agn"  # found verbatim
 
 
-def modelfile(folder: Path, config: dict[str, Any]) -> str:
-    """The text of the Modelfile of the model in `folder`, whose tokenizer is read.
+def modelfile(folder: Path | None, config: dict[str, Any]) -> str:
+    """The text of the Modelfile of a model whose tokenizer is in `folder`.
 
     Raises UserError when the chat template cannot be taken apart.
     """
     from transformers import AutoTokenizer  # seconds to import; only this option needs it
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if folder is None:
+        raise UserError("--modelfile: no tokenizer is known, and so no chat template")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--modelfile: the tokenizer in {folder} cannot be read: {error}"
+        ) from error
     if not tokenizer.chat_template:
         raise UserError(f"--modelfile: {folder} has no chat template to take apart")
     stop = dict.fromkeys(filter(None, (tokenizer.eos_token, _last_token(tokenizer))))

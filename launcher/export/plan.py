@@ -15,9 +15,11 @@ from launcher import versions
 from launcher.errors import UserError
 from launcher.export.assemble import assemble
 from launcher.export.gathered import Assembled, Options
+from launcher.export.merge.ties import find_ends
 from launcher.export.modelfile import modelfile
+from launcher.export.readers.safetensors_file import CODES
 from launcher.export.shards import assign, natural
-from launcher.export.source import Source, read_json
+from launcher.export.source import Source, read_json, tokenizer_folder
 from launcher.export.tensor import Tensor
 
 
@@ -93,35 +95,36 @@ def make_plan(source: Source, options: Options | None = None) -> Plan:
         for name, tensor in sorted(assembled.tensors.items(), key=lambda each: natural(each[0]))
     ]
     cap = sum(each.nbytes for each in ordered) if options.adapter_only else options.max_shard_bytes
-    extras = {}
+    folder, notes, extras = tokenizer_folder(source), assembled.notes, {}
+    if folder is None and not options.adapter_only:
+        notes = (*notes, "no tokenizer is known: add its files to the folder before it is served")
     if options.modelfile:
-        extras["Modelfile"] = modelfile(source.companions[0], assembled.config)
+        extras["Modelfile"] = modelfile(folder, assembled.config)
     shards = assign(ordered, cap)
-    return Plan(
-        source, options, assembled.config, shards, assembled.actions, assembled.notes, extras
-    )
+    return Plan(source, options, assembled.config, shards, assembled.actions, notes, extras)
 
 
 def _check(source: Source, assembled: Assembled, options: Options) -> None:
     if not assembled.tensors:
         raise UserError(f"SOURCE {source.path} holds no tensor")
-    if empty := [name for name, tensor in assembled.tensors.items() if not tensor.nbytes]:
+    if empty := [name for name, tensor in assembled.tensors.items() if tensor.shape == (0,)]:
         raise UserError(
             f"{empty[0]} ({len(empty)} tensor(s)) has no element: its values are elsewhere, as in "
             "a file saved under ZeRO-3 without gathering; name the sharded checkpoint as SOURCE"
         )
-    if options.adapter_only:
+    for name, tensor in assembled.tensors.items():
+        if tensor.dtype not in CODES:
+            raise UserError(f"{name} is of {tensor.dtype}, which safetensors cannot hold")
+    ends, folder = find_ends(assembled.tensors, assembled.config), tokenizer_folder(source)
+    if options.adapter_only or ends is None or folder is None:
         return
-    rows = max(
-        (t.shape[0] for name, t in assembled.tensors.items() if "embed_tokens" in name), default=0
-    )
-    for folder in source.companions:
-        tokens = _longest_id(folder / "tokenizer.json") + 1
-        if rows and tokens > rows:
-            raise UserError(
-                f"{folder}/tokenizer.json has {tokens} tokens, the embedding {rows} rows: the "
-                "tokenizer is another model's, or the embedding was resized elsewhere"
-            )
+    rows = assembled.tensors[ends.embedding].shape[0]
+    if (tokens := _longest_id(folder / "tokenizer.json") + 1) > rows:
+        raise UserError(
+            f"{folder}/tokenizer.json has {tokens} tokens, the embedding {rows} rows: the "
+            "tokenizer is another model's, or the embedding was resized elsewhere; name the model "
+            "it belongs to with --base, or correct the tokenizer's files"
+        )
 
 
 def _longest_id(path: Path) -> int:

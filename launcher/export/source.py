@@ -40,10 +40,14 @@ class Source:
 
 
 def find_source(
-    path: Path, base: str | None = None, adapters: Sequence[Path] = (), tag: str | None = None
+    path: Path,
+    base: str | None = None,
+    adapters: Sequence[Path] = (),
+    tag: str | None = None,
+    adapter_only: bool = False,
 ) -> Source:
     """Recognise `path` by what is in it; `base` and `adapters` override what it says. `tag`: which
-    of a DeepSpeed folder's checkpoints.
+    of a DeepSpeed folder's checkpoints. `adapter_only`: no base is looked for.
 
     Raises UserError when it is nothing known, or is not whole, or an option would be ignored.
     """
@@ -53,11 +57,11 @@ def find_source(
     if run.config.is_file() and run.checkpoints.is_dir():
         path = layout.newest(run.checkpoints).path
     if (path / layout.MANIFEST).is_file():
-        source = _checkpoint(path, base)
+        source = _checkpoint(path, base, adapter_only)
     elif tag is not None or (_is_sharded(path) and not _has_weights(path)):
-        source = _sharded(path, base, tag)
+        source = _sharded(path, base, tag, adapter_only)
     elif (path / ADAPTER_CONFIG).is_file():
-        source = _adapter(path, base)
+        source = _adapter(path, base, adapter_only)
     elif (path / "config.json").is_file():
         source = _model(path, base, adapters)
     else:
@@ -73,6 +77,12 @@ def find_source(
     return source
 
 
+def tokenizer_folder(source: Source) -> Path | None:
+    """Training's own folder before the base's: its tokenizer may have more tokens."""
+    folders = (*source.companions, *([source.base] if source.base else []))
+    return next((f for f in folders if (f / "tokenizer_config.json").is_file()), None)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Raises UserError when it is no JSON object."""
     try:
@@ -84,11 +94,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _checkpoint(path: Path, base: str | None) -> Source:
+def _checkpoint(path: Path, base: str | None, adapter_only: bool) -> Source:
     saved = manifest.check(path / layout.MANIFEST)
     if not {"step", "base"} <= saved.keys():
         raise UserError(f"{path / layout.MANIFEST} is no checkpoint's manifest")
     checkpoint = layout.Checkpoint(path)
+    if adapter_only and checkpoint.adapter is not None:
+        return Source("Shardway checkpoint", path, adapters=(checkpoint.adapter,))
     folder = _base(base, saved["base"]["name_or_path"], saved["base"]["revision"])
     kind = "Shardway checkpoint"
     if checkpoint.adapter is not None:
@@ -105,7 +117,9 @@ def _checkpoint(path: Path, base: str | None) -> Source:
     )
 
 
-def _adapter(path: Path, base: str | None) -> Source:
+def _adapter(path: Path, base: str | None, adapter_only: bool) -> Source:
+    if adapter_only:
+        return Source("PEFT adapter", path, adapters=(path,), companions=(path,))
     folder = _base_of_adapter(path / ADAPTER_CONFIG, base)
     return Source("PEFT adapter", path, folder, adapters=(path,), companions=(path, folder))
 
@@ -121,17 +135,22 @@ def _model(path: Path, base: str | None, adapters: Sequence[Path]) -> Source:
     )
 
 
-def _sharded(path: Path, base: str | None, tag: str | None) -> Source:
+def _sharded(path: Path, base: str | None, tag: str | None, adapter_only: bool) -> Source:
     """A checkpoint of DeepSpeed or torch. Trainers keep config and adapter_config beside it."""
     kind, read = _reader(path, tag)
     beside = [path, *path.absolute().parents[:2]]
     settings = next((f / ADAPTER_CONFIG for f in beside if (f / ADAPTER_CONFIG).is_file()), None)
-    if base is None and settings is not None:
-        folder: Path | None = _base_of_adapter(settings, None)
+    if adapter_only:
+        folder: Path | None = None
+    elif base is None and settings is not None:
+        folder = _base_of_adapter(settings, None)
     else:
         folder = model_folder(base, None) if base else None
-    companions = [f for f in (*beside, folder) if f and (f / "config.json").is_file()]
-    if not companions:
+    useful = ("config.json", "tokenizer_config.json")
+    companions = [
+        f for f in (*beside, folder) if f and any((f / name).is_file() for name in useful)
+    ]
+    if not adapter_only and not any((f / "config.json").is_file() for f in companions):
         raise UserError(
             f"SOURCE {path} ({kind}) has no config.json beside it; say with --base FOLDER which "
             "model it is"
@@ -168,6 +187,8 @@ def _base_of_adapter(settings: Path, given: str | None) -> Path:
 
 def _base(given: str | None, recorded: str | None, revision: str | None) -> Path:
     name = given or recorded
+    if not isinstance(name, str | None):
+        raise UserError(f"base_model_name_or_path={name!r} is no name; add --base FOLDER")
     if not name:
         raise UserError("the adapter does not say which model it belongs to; add --base FOLDER")
     folder = model_folder(name, None if given else revision)

@@ -43,6 +43,10 @@ def verify(folder: Path) -> str:
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} holds no {MANIFEST}; was it written by shardway consolidate?")
     written = manifest.read(folder / MANIFEST)
+    if not isinstance(written.get("tensors"), dict):
+        raise UserError(
+            f"{folder / MANIFEST} lists no tensors: it is damaged, or of another version"
+        )
     shards = {name for name in written["files"] if name.endswith(".safetensors")}
     _compare_contents(folder, written, shards)
     return structure(folder, shards)
@@ -69,7 +73,7 @@ def structure(folder: Path, shards: set[str]) -> str:
 def _compare_contents(folder: Path, written: dict[str, Any], shards: set[str]) -> None:
     others = {name: entry for name, entry in written["files"].items() if name not in shards}
     wrong = list(filter(None, (manifest.problem(folder / n, entry) for n, entry in others.items())))
-    tensors = {name: entry["xxh3_64"] for name, entry in written["tensors"].items()}
+    tensors = {name: str(entry["xxh3_64"]) for name, entry in written["tensors"].items()}
     files = {name: written["files"][name] | {"tensors": tensors} for name in sorted(shards)}
     try:
         readback.compare(folder, files, min(os.cpu_count() or 1, 4))

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from launcher.errors import UserError
 from launcher.export.readers.safetensors_file import read_header
@@ -182,6 +182,8 @@ def test_nothing_that_a_server_would_mistake_is_in_the_folder(tmp_path: Path, ti
 def test_an_adapter_can_be_taken_out(tmp_path: Path, tiny: Path) -> None:
     adapter = make_adapter(tiny, tmp_path / "adapter")
     consolidate(adapter, "--adapter-only", "--output", tmp_path / "out")
+    consolidate(adapter, "--adapter-only", "--dtype", "bf16", "--output", tmp_path / "bf16")
+    assert {tensor.dtype for tensor in stored(tmp_path / "bf16").values()} == {torch.bfloat16}
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype="auto")
     again = PeftModel.from_pretrained(model, tmp_path / "out").merge_and_unload()
     for name, tensor in merged_by_peft(tiny, adapter).items():
@@ -235,6 +237,55 @@ def test_the_hub_is_asked_before_anything_is_written(tmp_path: Path, tiny: Path)
     with pytest.raises(UserError, match=r"--push-to-hub me/model: .*hf auth login"):
         consolidate(tiny, "--output", tmp_path / "out", "--push-to-hub", "me/model")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_modelfile_takes_the_template_of_the_tokenizer_there_is(
+    tmp_path: Path, tiny: Path
+) -> None:
+    adapter = make_adapter(tiny, tmp_path / "adapter")
+    consolidate(adapter, "--output", tmp_path / "out", "--modelfile")
+    assert "<|im_start|>user" in (tmp_path / "out" / "Modelfile").read_text()
+
+
+def test_one_tokenizer_is_taken_and_not_a_mixture(tmp_path: Path, tiny: Path) -> None:
+    """An older one keeps its template inside, and the base has a file for it, which would win."""
+    adapter = make_adapter(tiny, tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.save_pretrained(adapter)
+    (adapter / "chat_template.jinja").unlink()
+    settings = json.loads((adapter / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "OLD {{ messages[0].content }}"
+    (adapter / "tokenizer_config.json").write_text(json.dumps(settings))
+    consolidate(adapter, "--output", tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template.startswith("OLD")
+
+
+def test_a_head_that_differs_from_the_embedding_is_said_to_be_untied(tmp_path: Path) -> None:
+    """Where config.json says nothing, each server would decide for itself."""
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=40))
+    model.save_pretrained(tmp_path / "made")
+    base = tmp_path / "base"
+    base.mkdir()
+    torch.save(model.state_dict(), base / "pytorch_model.bin")
+    config = json.loads((tmp_path / "made" / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    (base / "config.json").write_text(json.dumps(config))
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["wte"]))
+    torch.nn.init.normal_(wrapped.base_model.model.transformer.wte.lora_embedding_A["default"])
+    wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    consolidate(base, "--adapter", tmp_path / "adapter", "--output", tmp_path / "out")
+    found = stored(tmp_path / "out")
+    assert not torch.equal(found["lm_head.weight"], found["transformer.wte.weight"])
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_files_that_are_not_there_are_named(tmp_path: Path, tiny: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    (base / "model.safetensors").unlink()
+    (base / "model.safetensors").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        plan_of(base)
 
 
 def test_an_interrupt_is_told_with_the_way_out(tmp_path: Path, tiny: Path) -> None:

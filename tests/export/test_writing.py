@@ -196,6 +196,26 @@ class TestKilled:
             write.write(plan_of(adapter), tmp_path / "out", How(resume=True))
 
 
+class TestTwoAtOnce:
+    def test_the_second_waits_for_the_rename(
+        self, tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The lock is held until the folder has its name."""
+        plan, output = plan_of(adapter), tmp_path / "out"
+        put, refused = write._put_in_place, []
+
+        def late(aside: Path, target: Path) -> None:
+            with pytest.raises(UserError, match="another process is writing") as error:
+                write.write(plan, output, How(overwrite=True))
+            refused.append(error)
+            put(aside, target)
+
+        monkeypatch.setattr(write, "_put_in_place", late)
+        write.write(plan, output)
+        assert refused
+        assert "whole" in verify(output)
+
+
 def interrupted(*_: Any) -> None:
     raise KeyboardInterrupt
 
@@ -208,6 +228,12 @@ class TestRefusals:
             consolidate(tiny, "--output", tmp_path / "out")
         with pytest.raises(UserError, match="exists and is not empty"):
             consolidate(tiny, "--output", tmp_path / "out" / "config.json")
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "notes.txt").write_text("years of work")
+        with pytest.raises(UserError, match="is no export of ours"):
+            consolidate(tiny, "--output", tmp_path / "mine", "--overwrite")
+        (tmp_path / "mine" / "notes.txt").unlink()
+        (tmp_path / "mine").rmdir()
         (tmp_path / "out" / "extra").touch()
         consolidate(tiny, "--output", tmp_path / "out", "--overwrite")
         assert not (tmp_path / "out" / "extra").exists()
@@ -219,6 +245,36 @@ class TestRefusals:
             consolidate(
                 tmp_path / "models" / "base", "--output", tmp_path / "models", "--overwrite"
             )
+
+    def test_so_is_a_link_to_one(self, tmp_path: Path, tiny: Path) -> None:
+        """As the hub's cache has them: the files are elsewhere."""
+        (tmp_path / "snapshot").mkdir()
+        for file in tiny.iterdir():
+            (tmp_path / "snapshot" / file.name).symlink_to(file)
+        (tmp_path / "snapshot" / "consolidation_manifest.json").touch()
+        with pytest.raises(UserError, match="which is a source of this export"):
+            consolidate(tmp_path / "snapshot", "--output", tmp_path / "snapshot", "--overwrite")
+
+    def test_an_output_that_is_a_link_is_written_where_it_leads(
+        self, tmp_path: Path, tiny: Path
+    ) -> None:
+        (tmp_path / "big").mkdir()
+        (tmp_path / "link").symlink_to(tmp_path / "big")
+        consolidate(tiny, "--output", tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+        assert "whole" in verify(tmp_path / "big")
+
+    def test_where_one_stands_is_no_output(
+        self, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        for output in (".", "..", "/"):
+            with pytest.raises(UserError, match="where you stand"):
+                consolidate(tiny, "--output", output)
+
+    def test_less_memory_than_one_file_needs_is_told(self, tmp_path: Path, tiny: Path) -> None:
+        with pytest.raises(UserError, match=r"--memory .* 368MiB"):
+            consolidate(tiny, "--output", tmp_path / "out", "--memory", "1KB")
 
     def test_a_failure_leaves_nothing(
         self, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,10 @@ from launcher.export.readers.torch_file import read_file
 from launcher.export.tensor import Tensor
 
 PREFIX = "base_model.model."
+NAMELESS = (  # as PEFT's files have them, without the adapter's name
+    r".+\.(lora_[AB]\.(weight|bias)|lora_embedding_[AB]|lora_magnitude_vector|"
+    r"token_adapter\.trainable_tokens_delta)"
+)
 
 
 @dataclass(frozen=True)
@@ -56,29 +60,36 @@ def split(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict
     """A live PEFT model's state: the base's tensors under their plain names, and by adapter name
     its tensors under the names of PEFT's files (peft/utils/save_and_load.py).
 
-    Rows that trainable tokens had before training are dropped: the base holds them.
+    What wrapped modules had before training is dropped where the state also has what they have
+    now: the base holds it.
     """
+    bares = {name.removeprefix(PREFIX) for name in tensors}
     base: dict[str, Tensor] = {}
     adapters: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         bare = name.removeprefix(PREFIX)
-        if ".trainable_tokens_original." in bare:
+        # PEFT's files repeat a saved module under both of these names.
+        again = re.sub(r"\.(original_module|modules_to_save)(?=\.\w+$)", "", bare)
+        if ".trainable_tokens_original." in bare or (again != bare and again in bares):
             continue
         found = _of_adapter(bare)
         if found is not None:
             adapter, own = found
             adapters.setdefault(adapter, {})[own] = tensor.called(own)
             continue
-        plain = re.sub(r"\.(token_adapter|base_layer|original_module)(?=\.)", "", bare)
-        base[plain] = tensor.called(plain)
+        base[plain_name(name)] = tensor.called(plain_name(name))
     return base, adapters
+
+
+def plain_name(name: str) -> str:
+    """Of a base's tensor in a live PEFT model."""
+    bare = name.removeprefix(PREFIX)
+    return re.sub(r"\.(token_adapter|base_layer|original_module)(?=\.)", "", bare)
 
 
 def _of_adapter(name: str) -> tuple[str, str] | None:
     """The adapter's name, and the tensor's in a file. Some trainers save without the name."""
-    if re.fullmatch(
-        r".+\.(lora_[AB]\.(weight|bias)|lora_embedding_[AB]|lora_magnitude_vector)", name
-    ):
+    if re.fullmatch(NAMELESS, name):
         return "default", PREFIX + name
     for pattern, own in (
         (r"(.+)\.modules_to_save\.([^.]+)\.(.+)", r"\1.\3"),

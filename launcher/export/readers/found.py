@@ -12,3 +12,4 @@ class Found:
     tensors: dict[str, Tensor]
     aliases: dict[str, str] = field(default_factory=dict)  # tied name → the name that is in tensors
     notes: tuple[str, ...] = ()  # sentences for the person: what was dropped or assumed
+    trained: frozenset[str] | None = None  # names that an optimizer stepped; None: not known

@@ -25,6 +25,9 @@ LONGEST_HEADER = 100_000_000  # the format's own limit, bytes
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "I8": torch.int8,
     "I16": torch.int16,
     "I32": torch.int32,
@@ -77,8 +80,8 @@ def readable(path: Path) -> None:
 
 def _entries(file: Path) -> tuple[int, dict[str, Entry]]:
     """Where the data begin, and what the header says of each tensor."""
-    size = file.stat().st_size
     try:
+        size = file.stat().st_size
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > min(LONGEST_HEADER, size):
@@ -89,7 +92,7 @@ def _entries(file: Path) -> tuple[int, dict[str, Entry]]:
             name: (DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
             for name, entry in header.items()
         }
-    except (struct.error, ValueError, KeyError, TypeError) as error:
+    except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is no safetensors file: {error}") from error
     _check_tiling(file, entries, 8 + length, size)
     return 8 + length, entries

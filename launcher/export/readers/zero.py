@@ -61,10 +61,12 @@ def named(
     tied = {**shared({k: v for k, v in tensors.items() if k not in tied}), **tied}
     kept = {name: each for name, each in tensors.items() if name not in tied}
     short = cleaned([*kept, *tied], folder)
+    stepped = {name for group in shapes_of(state) for name in group}
     return Found(
         {short[name]: each.called(short[name]) for name, each in kept.items() if name in short},
         {short[name]: short[_end(tied, name)] for name in tied if name in short},
         notes,
+        frozenset(short[name] for name in stepped if name in short),
     )
 
 

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher.export.plan import Plan
-from launcher.export.source import ADAPTER_CONFIG, Source
+from launcher.export.source import ADAPTER_CONFIG, Source, tokenizer_folder
 
 MANIFEST = "consolidation_manifest.json"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-# A tokenizer that training kept is better than the base's: it may have more tokens.
 TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -23,22 +22,24 @@ TOKENIZER = (
     "vocab.*",
     "merges.txt",
     "*.model",
-    "*processor_config.json",
 )
-LEFT_BEHIND = (  # weights, and what trainers keep for themselves
-    *(
-        "*.safetensors",
-        "*.bin",
-        "*.pt",
-        "*.pth",
-        "*.gguf",
-        "*.h5",
-        "*.msgpack",
-        "*.onnx",
-        "*.distcp",
-    ),
-    *("*.index.json", ".*", "latest", "latest_universal", "zero_to_*.py", "trainer_state.json"),
-    *("trainer.json", "manifest.json", MANIFEST, ADAPTER_CONFIG, CONFIG, "config.yaml"),
+PROCESSOR = ("*processor_config.json",)
+# Of the model's own folder: what describes it. Weights, and what trainers keep for themselves, not.
+TRAVELS = (
+    *TOKENIZER,
+    *PROCESSOR,
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.py",
+    "*.tiktoken",
+    "*.md",
+    "LICENSE*",
+    "NOTICE*",
+)
+STAYS = (
+    *("*.index.json", ".*", "zero_to_*.py", "trainer_state.json", "*_results.json", "trainer.json"),
+    *("manifest.json", "ds_config*.json", "*deepspeed*.json", MANIFEST, ADAPTER_CONFIG, CONFIG),
 )
 
 
@@ -55,24 +56,26 @@ def write_companions(plan: Plan, folder: Path) -> None:
 
 
 def companions(source: Source, tokenizer_only: bool) -> dict[str, Path]:
-    """Name → file. All that is no weight comes from the model's folder, tokenizers from the first
-    folder that has one."""
-    home = source.base or source.companions[0]
+    """Name → file. What describes the model comes from its folder, the tokenizer whole from the
+    first folder that has one."""
     found: dict[str, Path] = {}
+    home = None
     if not tokenizer_only:
-        found |= {path.name: path for path in home.iterdir() if _travels(path, LEFT_BEHIND)}
-    for folder in reversed(source.companions):
-        if folder != home and (folder / "tokenizer_config.json").is_file():
-            found |= {path.name: path for path in folder.iterdir() if _is(path, TOKENIZER)}
+        home = source.base or next(f for f in source.companions if (f / CONFIG).is_file())
+        found |= {path.name: path for path in _files(home, TRAVELS) if not _is(path, STAYS)}
+    folder = tokenizer_folder(source)
+    if folder is not None and folder != home:
+        kept = {name: path for name, path in found.items() if not _is(path, TOKENIZER)}
+        found = kept | {path.name: path for path in _files(folder, (*TOKENIZER, *PROCESSOR))}
     return found
 
 
-def _travels(path: Path, left_behind: tuple[str, ...]) -> bool:
-    return path.is_file() and not _is(path, left_behind)
+def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_file() and _is(path, patterns)]
 
 
 def _is(path: Path, patterns: tuple[str, ...]) -> bool:
-    return path.is_file() and any(fnmatch(path.name, pattern) for pattern in patterns)
+    return any(fnmatch(path.name, pattern) for pattern in patterns)
 
 
 def _index(plan: Plan) -> dict[str, Any]:

@@ -54,6 +54,12 @@ class How:
 
     @property
     def at_once(self) -> int:
+        """Files written at once. Raises UserError when `memory` is not enough for one."""
+        if self.memory < OURS_BYTES + WORKER_BYTES:
+            raise UserError(
+                f"--memory {self.memory} bytes: one file at a time needs "
+                f"{(OURS_BYTES + WORKER_BYTES) >> 20}MiB"
+            )
         wanted = self.workers or min(os.cpu_count() or 1, 4)
         return max(1, min(wanted, (self.memory - OURS_BYTES) // WORKER_BYTES))
 
@@ -70,13 +76,17 @@ def write(plan: Plan, output: Path, how: How | None = None) -> Report:
     how = how or How()
     refuse_target(plan, output, how)
     output.parent.mkdir(parents=True, exist_ok=True)
-    aside = partial_folder(output)
-    with _journal(aside, plan.identity(), how) as journal:
+    aside, identity = partial_folder(output), plan.identity()
+    with _journal(aside, identity, how) as journal:
         try:
             report = _write_files(plan, aside, journal, how)
             write_companions(plan, aside)
             if how.verify:
                 _verify(plan, aside, report, how)
+            if plan.identity() != identity:
+                raise UserError(
+                    f"a source of {output} changed while it was read; nothing was kept: run again"
+                )
             _write_manifest(plan, aside, report.files)
         except (KeyboardInterrupt, SystemExit, OSError):
             raise  # what is finished stays, for --resume
@@ -84,9 +94,9 @@ def write(plan: Plan, output: Path, how: How | None = None) -> Report:
             shutil.rmtree(aside)  # ours alone, and of no use
             journal_of(aside).unlink()
             raise
-    for path in (aside, *aside.iterdir()):
-        readable(path)
-    _put_in_place(aside, output)
+        for path in (aside, *aside.iterdir()):
+            readable(path)
+        _put_in_place(aside, output)
     return report
 
 
@@ -100,15 +110,25 @@ def journal_of(aside: Path) -> Path:
 
 def refuse_target(plan: Plan, output: Path, how: How) -> None:
     """Raises UserError for a target in use, one that holds a source, and a disk without room."""
-    in_use = output.exists() and (not output.is_dir() or any(output.iterdir()))
-    if in_use and not (how.overwrite and output.is_dir()):
-        raise UserError(
-            f"--output {output} exists and is not empty; name another folder, or add --overwrite"
-        )
-    target = output.resolve()
-    for file in plan.sources():
-        if target in file.resolve().parents:
-            raise UserError(f"--output {output} holds {file}, which is a source of this export")
+    if not output.name or output.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(f"--output {output} is where you stand; name a folder in it")
+    source = plan.source
+    inputs = [*plan.sources(), source.path, source.base, *source.adapters, *source.companions]
+    for path in filter(None, inputs):
+        for each in (path.absolute(), path.resolve()):
+            if output.resolve() in (each, *each.parents) or output.absolute() in each.parents:
+                raise UserError(f"--output {output} holds {path}, which is a source of this export")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if not (how.overwrite and output.is_dir()):
+            raise UserError(
+                f"--output {output} exists and is not empty; name another folder, or add "
+                "--overwrite"
+            )
+        if not (output / MANIFEST).is_file():
+            raise UserError(
+                f"--output {output} is no export of ours (it holds no {MANIFEST}); --overwrite "
+                "replaces exports alone: remove it yourself, or name another folder"
+            )
     there = next(folder for folder in output.absolute().parents if folder.exists())
     aside = partial_folder(output)
     standing = sum(file.stat().st_size for file in aside.iterdir()) if aside.is_dir() else 0
@@ -133,6 +153,8 @@ def _journal(aside: Path, identity: str, how: How) -> Iterator[TextIO]:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is writing {aside}") from None
+        if not _is_at(journal, journal_of(aside)):
+            raise UserError(f"another process has just finished {aside}; look at what it wrote")
         journal.seek(0)
         begun = journal.readline().strip()
         if begun != identity:
@@ -145,6 +167,11 @@ def _journal(aside: Path, identity: str, how: How) -> Iterator[TextIO]:
             journal.truncate(0)
             _note(journal, identity)
         yield journal
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    """Whether `file`, open since before we had its lock, still has its name."""
+    return path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino
 
 
 def _finished(aside: Path, journal: TextIO) -> dict[str, Entry]:
@@ -223,7 +250,7 @@ def _write_file(
                 out = sink.room((last - first) * tensor.row_bytes).view(tensor.dtype)
                 out = out.view(last - first, tensor.columns)
                 tensor.fill(out, first)
-                if plan.actions[tensor.name] == "gathered" and tensor.dtype.is_floating_point:
+                if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
                     refuse_overflow(tensor.name, out, out)
                 digest.update(as_bytes(out))
                 progress.advance(out.nbytes)
@@ -241,7 +268,7 @@ def _verify(plan: Plan, aside: Path, report: Report, how: How) -> None:
 
 
 def _write_manifest(plan: Plan, folder: Path, files: dict[str, Entry]) -> None:
-    """What was made of what. No clock time and no place: the same inputs give the same bytes."""
+    """What was made of what. No clock time: the same command gives the same bytes."""
     source = plan.source
     hashes = {name: value for entry in files.values() for name, value in entry["tensors"].items()}
     beside = manifest.entries(folder, lambda p: p.name not in (MANIFEST, *files))

@@ -99,7 +99,9 @@ class Rows(Tensor):
         return self.of.exact(self.begin + first, self.begin + last)
 
     def to(self, dtype: torch.dtype) -> Tensor:
-        return self if dtype == self.dtype else replace(self, dtype=dtype, of=self.of.to(dtype))
+        if dtype == self.dtype or not self.dtype.is_floating_point:
+            return self
+        return replace(self, dtype=dtype, of=self.of.to(dtype))
 
     def files(self) -> Iterator[Path]:
         return self.of.files()
@@ -123,7 +125,7 @@ class Stack(Tensor):
         return torch.cat([part.exact(top, end) for part, _, top, end in self._within(first, last)])
 
     def to(self, dtype: torch.dtype) -> Tensor:
-        if dtype == self.dtype:
+        if dtype == self.dtype or not self.dtype.is_floating_point:
             return self
         return replace(self, dtype=dtype, of=tuple(part.to(dtype) for part in self.of))
 
