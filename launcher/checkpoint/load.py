@@ -59,6 +59,11 @@ def restore(checkpoint: Checkpoint, learner: Learner, force: bool) -> Progress:
     """Bring back weights, optimizer, schedule and random states. Collective. Raises UserError for a
     checkpoint of other data, unless `force`."""
     trainer = json.loads(checkpoint.trainer.read_text())
+    if "evaluations" not in trainer:
+        raise UserError(
+            f"{checkpoint.path} is of an older Shardway, which kept less of the schedule; go on "
+            "with that version, or begin anew from its weights"
+        )
     if trainer["data"] != learner.about["data"] and not force:
         raise UserError(
             f"the rows are not those of {checkpoint.path}: the data file, the tokenizer or its "

@@ -87,11 +87,7 @@ class Fsdp:
 
     def step(self, max_norm: float) -> StepResult:
         self._lend_gradients()
-        if self.loss_scale is None:
-            norm = self._gradient_norm()
-            result = StepResult(norm, guarded=self._guard(norm))
-        else:
-            result = self._unscale(self.loss_scale)
+        result = self._unscale(self.loss_scale) if self.loss_scale else self._guarded()
         if result.applied:
             torch.nn.utils.clip_grads_with_norm_(self._shards_trained, max_norm, result.grad_norm)
             self.optimizer.step()
@@ -132,12 +128,14 @@ class Fsdp:
             shard.grad = None if parameter.grad is None else local_part(parameter.grad)
         self._bound = True
 
-    def _guard(self, norm: torch.Tensor) -> bool:
-        """Have the optimizer skip a step whose gradient is not finite, without waiting to know."""
+    def _guarded(self) -> StepResult:
+        """Have the optimizer skip a step whose gradient is not finite. torch's own need not wait to
+        know whether it is; others are not asked to step, which all ranks wait for."""
+        norm = self._gradient_norm()
         if not getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            return False
+            return StepResult(norm, applied=bool(norm.isfinite()))
         self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-        return True
+        return StepResult(norm, guarded=True)
 
     def _unscale(self, loss_scale: LossScale) -> StepResult:
         """Take the loss scale out of the gradients. They are reduced, so that what overflowed on

@@ -23,6 +23,11 @@ from tests.helpers import parts
 from tests.helpers.layouts import ONE_OF_EACH
 from tests.helpers.parts import Case
 
+# A gradient is scaled by the ranks too, whose mean is taken: the same ranks overflow alike.
+AT_TWO = [
+    *((name, 2, ()) for name in ("ddp", "fsdp", "zero1", "zero2", "zero3")),
+    ("hsdp", 2, (("shard_size", 2),)),
+]
 HUGE = (("initial_scale_power", 30), ("growth_window", 4))
 
 
@@ -62,14 +67,14 @@ def test_scales_follow_the_same_sequence_under_every_strategy(
     ranks: Any, tiny: Path, rows_file: Path, method: str
 ) -> None:
     found = {}
-    for layout in ONE_OF_EACH:
+    for layout in AT_TWO:
         case = case_of(
             tiny, rows_file, layout, "fp16", precision_options=HUGE, steps=24, method=method
         )
-        answers = ranks.run(layout[1], scales_and_losses, case)
+        answers = ranks.run(2, scales_and_losses, case)
         assert all(answer == answers[0] for answer in answers), "all ranks agree"
         found[layout[0]] = answers[0]
-    scales, losses = found["single"]
+    scales, losses = found["ddp"]
     skipped = [applied for _, applied in scales].count(False)
     assert 5 < skipped < 20, "the first scales overflow, later ones do not"
     assert scales[0] == (2.0**30, False)
@@ -80,27 +85,35 @@ def test_scales_follow_the_same_sequence_under_every_strategy(
         assert more == pytest.approx(losses, rel=2e-2), strategy
 
 
+def with_factor(strategy: Any, factor: float, window: Any) -> StepStats:
+    """One step whose losses are multiplied on this rank."""
+    backward = strategy.backward
+    strategy.backward = lambda loss: backward(loss * factor)
+    try:
+        return parts.train_step(strategy, window)  # type: ignore[no-any-return]
+    finally:
+        strategy.backward = backward
+
+
+def has_moved(strategy: Any, before: dict[str, torch.Tensor]) -> bool:
+    now = strategy.weights()
+    return any(not torch.equal(shard.local, before[name]) for name, shard in now.items())
+
+
+def copies(strategy: Any) -> dict[str, torch.Tensor]:
+    return {name: shard.local.clone() for name, shard in strategy.weights().items()}
+
+
 def overflow_on_one_rank(place: Place, case: Case) -> tuple[bool, list[bool], float]:
     """Rank 1 alone has an infinite gradient in step 1: whether weights moved in it, whether each
     step was applied, the scale at the end."""
     strategy, _, loader = parts.set_up(place, case)
-    before = {name: shard.local.clone() for name, shard in strategy.weights().items()}
-    applied = []
-    for step in range(2):
-        if place.rank == 1 and step == 0:
-            backward = strategy.backward
-            strategy.backward = lambda loss: backward(loss * math.inf)  # type: ignore[method-assign]
-        stats = parts.train_step(strategy, loader.window(step))
-        if place.rank == 1 and step == 0:
-            strategy.backward = backward  # type: ignore[method-assign]
-        if step == 0:
-            moved = any(
-                not torch.equal(shard.local, before[name])
-                for name, shard in strategy.weights().items()
-            )
-        applied.append(stats.applied)
+    before = copies(strategy)
+    first = with_factor(strategy, math.inf if place.rank == 1 else 1.0, loader.window(0))
+    moved = has_moved(strategy, before)
+    second = parts.train_step(strategy, loader.window(1))
     assert strategy.loss_scale is not None
-    return moved, applied, strategy.loss_scale.scale
+    return moved, [first.applied, second.applied], strategy.loss_scale.scale
 
 
 @pytest.mark.parametrize("layout", ONE_OF_EACH[1:], ids=lambda layout: layout[0])
@@ -156,21 +169,16 @@ def poisoned(place: Place, case: Case) -> tuple[bool, bool, str]:
     """A step with a gradient that is not finite, without a loss scale: whether weights moved in
     it, and in the next; what is to blame when a weight is not finite."""
     strategy, _, loader = parts.set_up(place, case)
-
-    def step(number: int, factor: float) -> bool:
-        before = {name: shard.local.clone() for name, shard in strategy.weights().items()}
-        backward = strategy.backward
-        strategy.backward = lambda loss: backward(loss * factor)  # type: ignore[method-assign]
-        parts.train_step(strategy, loader.window(number))
-        strategy.backward = backward  # type: ignore[method-assign]
-        return any(not torch.equal(s.local, before[n]) for n, s in strategy.weights().items())
-
-    moved = step(0, math.nan), step(1, 1.0)
+    before = copies(strategy)
+    with_factor(strategy, math.nan, loader.window(0))
+    moved = has_moved(strategy, before)
+    with_factor(strategy, 1.0, loader.window(1))
+    moves_on = has_moved(strategy, before)
     with torch.no_grad():
         for name, shard in strategy.weights().items():
             if "layers.1.mlp.up_proj" in name:
                 shard.local.fill_(math.nan)
-    return *moved, first_bad_module(strategy.model, loader.window(0), place.device)
+    return moved, moves_on, first_bad_module(strategy.model, loader.window(0), place.device)
 
 
 @pytest.mark.parametrize("layout", ONE_OF_EACH[:4], ids=lambda layout: layout[0])
