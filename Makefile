@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format reference
+.PHONY: help demo test test-all check format reference
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,10 @@ demo: $(VENV)/user  ## fetch a model, fine-tune it, export it, ask it (under 5 m
 test: $(VENV)/developer  ## the whole test suite (under 20 minutes on 2 cores)
 	$(BIN)/shardway fetch smollm2_135m
 	$(BIN)/python -m pytest
+
+test-all: $(VENV)/developer  ## every cell of every grid, not the pairs alone (an hour)
+	$(BIN)/shardway fetch smollm2_135m
+	$(BIN)/python -m pytest -m ""
 
 check: $(VENV)/developer  ## lint, formatting, types, imports between rooms
 	$(BIN)/ruff check .

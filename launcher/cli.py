@@ -12,6 +12,7 @@ VERBS = {
     "verify": ("launcher.export.verify", "check an exported folder against its manifest"),
     "chat": ("launcher.chat.terminal", "talk to an exported folder in the terminal"),
     "fetch": ("launcher.model.fetch", "fetch the demo model (or the tiny one of the tests)"),
+    "schedule": ("launcher.schedule", "draw the learning rate of a configuration over its steps"),
     "rules": ("launcher.config.reference", "print every rule that a configuration must keep"),
 }
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import LRScheduler
 
 from launcher.data.loader import IGNORED, Loader, MicroBatch, Window
 from launcher.metrics import Ledger, Record, StepStats
+from launcher.nonfinite import first_bad_module
+from launcher.scheduler import Schedule
 from launcher.strategy import Strategy
+from launcher.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,20 @@ class Plan:
     eval_steps: int | None
     save_steps: int | None
     log_steps: int
+    label_smoothing: float = 0.0
+    patience: int = 20  # so many steps in a row without a finite gradient end the run
+    save_best: bool = False  # after every evaluation that is the best so far
 
     def evaluates(self, step: int) -> bool:
         return step == self.end_step or _due(self.eval_steps, step)
 
     def saves(self, step: int) -> bool:
         return step == self.end_step or _due(self.save_steps, step)
+
+    def judges(self, step: int) -> bool:
+        """Whether the schedule and the best go by this evaluation: one that a stop has brought
+        about would not have been in an uninterrupted training."""
+        return step == self.total_steps or _due(self.eval_steps, step)
 
     def pauses(self, step: int) -> bool:
         """Whether the loop does anything after this step but go on."""
@@ -65,7 +76,7 @@ Halt = Callable[[], bool]
 
 def fit(
     strategy: Strategy,
-    scheduler: LRScheduler,
+    scheduler: Schedule,
     training: Loader,
     evaluation: Loader | None,
     plan: Plan,
@@ -75,41 +86,60 @@ def fit(
     halt: Halt,
     done_steps: int = 0,
     tokens: int = 0,
+    watch: Watch | None = None,
 ) -> int:
-    """Train from `done_steps` to `plan.end_step`, or until a rank halts; return the last step done.
+    """Train from `done_steps` to `plan.end_step`, or until a rank halts or the evaluation loss has
+    stalled for the patience of `watch`; return the last step done.
 
     Saves when it is time, and at the end. Steps are counted from 1 in logs and names.
     """
     for observer in observers:
         observer.start(done_steps, plan.end_step)
-    ledger = Ledger(strategy.sum, tokens)
+    ledger = Ledger(strategy.sum, tokens, plan.patience)
+    watch = watch or Watch()
+
+    def look() -> float | None:
+        if evaluation is None:
+            return None
+        loss = evaluate(strategy, evaluation, device, halt)
+        if loss is not None:
+            _tell(observers, [{"step": step, "eval_loss": loss}])
+            if plan.judges(step):
+                scheduler.evaluated(loss)
+                watch.add(step, loss)
+        return loss
+
     strategy.model.train()
-    step = done_steps
+    step = saved = done_steps
+    eval_loss = None
+    if step and plan.judges(step) and not watch.has_seen(step):
+        look()  # a halt came before it, or in its midst
     while step < plan.end_step:
         window = training.window(step)
-        halting = torch.tensor(int(halt() or checkpoints.failed()))
+        halting = torch.tensor(int(halt() or checkpoints.failed() or watch.stalled()))
         counts = torch.stack([window.target_tokens, window.tokens, halting])
         targets, tokens, halted = strategy.sum(counts).tolist()
         if halted:
             break
-        step += 1
+        step, eval_loss = step + 1, None
         learning_rate = float(scheduler.get_last_lr()[0])
-        stats = train_step(strategy, window, targets, tokens, plan.max_grad_norm, device)
-        scheduler.step()
+        ledger.blame = partial(first_bad_module, strategy.model, window, device)
+        stats = train_step(
+            strategy, window, targets, tokens, plan.max_grad_norm, device, plan.label_smoothing
+        )
+        if stats.applied:
+            scheduler.step()
         ledger.add(step, learning_rate, stats)
         if plan.pauses(step):
             _tell(observers, ledger.flush())
-            eval_loss = None
-            if evaluation is not None and plan.evaluates(step):
-                eval_loss = evaluate(strategy, evaluation, device, halt)
-            if eval_loss is not None:
-                _tell(observers, [{"step": step, "eval_loss": eval_loss}])
-            if plan.saves(step):
+            eval_loss = look() if plan.evaluates(step) else None
+            if plan.saves(step) or (plan.save_best and watch.is_lowest(step)):
                 checkpoints.save(step, ledger.tokens, eval_loss)
+                saved = step
             ledger.restart_clock()
-    if step > done_steps and not plan.saves(step):
+    if step > saved:
         _tell(observers, ledger.flush())
-        checkpoints.save(step, ledger.tokens, None)
+        checkpoints.save(step, ledger.tokens, eval_loss)
     checkpoints.finish()
     for observer in observers:
         observer.finish()
@@ -123,24 +153,32 @@ def train_step(
     tokens: int,
     max_grad_norm: float,
     device: torch.device,
+    label_smoothing: float = 0.0,
 ) -> StepStats:
     """One optimizer step: the loss is a sum over target tokens, divided by their count `targets`
     over all ranks (`tokens`: all tokens of the step, for the record)."""
     loss = torch.zeros((), device=device)
     for index, micro_batch in enumerate(window.micro_batches, start=1):
         strategy.accumulate(last=index == len(window.micro_batches))
-        part = token_loss(strategy.model, micro_batch.to(device)) / targets
+        loss_sum = token_loss(strategy.model, micro_batch.to(device), label_smoothing)
+        part = loss_sum / targets
         strategy.backward(part)
         loss += part.detach()
     result = strategy.step(max_grad_norm)
-    return StepStats(loss, result.grad_norm, tokens)
+    return StepStats(
+        loss, result.grad_norm, tokens, result.applied, result.guarded, result.loss_scale
+    )
 
 
-def token_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+def token_loss(model: nn.Module, batch: MicroBatch, label_smoothing: float = 0.0) -> torch.Tensor:
     """Cross-entropy in fp32, summed over the targets of `batch`. Causal, without attention mask."""
     logits = model(input_ids=batch.input_ids, use_cache=False).logits
     return cross_entropy(
-        logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        logits.flatten(0, 1).float(),
+        batch.targets.flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+        label_smoothing=label_smoothing,
     )
 
 

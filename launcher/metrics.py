@@ -22,6 +22,9 @@ class StepStats:
     loss: torch.Tensor  # 0-d fp32 on the device: this rank's share of the mean over targets
     grad_norm: torch.Tensor  # 0-d fp32 on the device, of all ranks
     tokens: int  # of all ranks, without padding
+    applied: bool = True  # whether the optimizer was asked to step
+    guarded: bool = False  # if asked, it has not where the gradient was not finite
+    loss_scale: float | None = None  # under fp16
 
 
 @dataclass
@@ -30,6 +33,9 @@ class Ledger:
 
     sum: Callable[[torch.Tensor], torch.Tensor]
     tokens: int = 0  # since the start of training
+    patience: int = 1  # so many steps in a row without a finite gradient end the run
+    blame: Callable[[], str] = lambda: ""  # what is to blame, for that end. Collective
+    _bad: int = 0  # of these so far
     _pending: list[tuple[int, float, StepStats]] = field(default_factory=list)
     _since: float = field(default_factory=time.perf_counter)
 
@@ -39,7 +45,8 @@ class Ledger:
     def flush(self) -> list[Record]:
         """The records of the steps since the last flush. Collective; waits for the device once.
 
-        Raises UserError when a loss or gradient norm is not finite.
+        Steps whose loss or gradient norm is not finite are recorded as skipped. Raises UserError
+        when one has changed the weights, or after `patience` of them in a row.
         """
         if not self._pending:
             return []
@@ -50,26 +57,40 @@ class Ledger:
         rate = sum(stats.tokens for _, _, stats in self._pending) / max(now - self._since, 1e-9)
         records = []
         for (step, learning_rate, stats), loss, norm in zip(self._pending, *values, strict=True):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise UserError(
-                    f"step {step}: loss {loss}, gradient norm {norm}; training stops here. "
-                    "Try a lower optimizer.learning_rate, or look at the rows of this step"
-                )
+            self._judge(step, loss, norm, stats)
             self.tokens += stats.tokens
-            records.append(
-                {
-                    "step": step,
-                    "loss": loss,
-                    "learning_rate": learning_rate,
-                    "grad_norm": norm,
-                    "tokens": self.tokens,
-                    "tokens_per_second": round(rate, 1),
-                    "time": round(time.time(), 3),
-                }
-            )
+            record = {
+                "step": step,
+                "loss": loss,
+                "learning_rate": learning_rate,
+                "grad_norm": norm,
+                "tokens": self.tokens,
+                "tokens_per_second": round(rate, 1),
+                "time": round(time.time(), 3),
+            }
+            if stats.loss_scale is not None:
+                record["loss_scale"] = stats.loss_scale
+            if self._bad:
+                record["skipped"] = True
+            records.append({key: each for key, each in record.items() if math.isfinite(each)})
         self._pending.clear()
         self._since = now
         return records
+
+    def _judge(self, step: int, loss: float, norm: float, stats: StepStats) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            self._bad = 0
+            return
+        self._bad += 1
+        harmless = stats.guarded or not stats.applied
+        if harmless and self._bad < self.patience:
+            return
+        raise UserError(
+            f"step {step}: loss {loss}, gradient norm {norm}"
+            + (f", the {self._bad}th step in a row that is not finite" if self._bad > 1 else "")
+            + f"; training stops here. {self.blame()}Try a lower optimizer.learning_rate, or look "
+            "at the rows of this step"
+        )
 
     def restart_clock(self) -> None:
         """Leave the time since the last flush (evaluation, saving) out of tokens_per_second."""

@@ -95,7 +95,7 @@ def attempt(config: Config, argv: list[str], world_size: int) -> tuple[RunDir, C
     run.stop.unlink(missing_ok=True)  # meant for the attempt before
     manifest.write_json(run.launch, _circumstances(argv))
     if isinstance(config.strategy, ZeroConfig):
-        told = (config.strategy, config.training, config.precision.name, world_size)
+        told = (config.strategy, config.training, config.precision, world_size)
         manifest.write_json(run.engine_config, deepspeed.engine_config(*told))
     manifest.write_text(run.config, store.dump(config))
     return run, config

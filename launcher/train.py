@@ -147,7 +147,7 @@ def show(config: Config, world: World) -> int:
     print(store.dump(config))
     print(f"# {world.size} ranks on {world.nodes} machine(s), {world.gpus} GPU(s) visible")
     if isinstance(config.strategy, ZeroConfig):
-        told = (config.strategy, config.training, config.precision.name, world.size)
+        told = (config.strategy, config.training, config.precision, world.size)
         print(f"# deepspeed.json\n{json.dumps(deepspeed.engine_config(*told), indent=2)}")
     if checkpoint := _start(config):
         print(f"# goes on from {checkpoint.path}")

@@ -19,6 +19,7 @@ from typing import Any
 from launcher import manifest, rank_log, run_dir
 from launcher.config import Config, store
 from launcher.config.data import DataConfig
+from launcher.config.scheduler import WarmupConfig
 from launcher.config.training import TrainingConfig
 from launcher.distributed.stop import Stop, Stopped
 from launcher.errors import UserError
@@ -135,11 +136,14 @@ def _train(
             halt=stop.requested,
             done_steps=done.step,
             tokens=done.tokens,
+            watch=learner.watch,
         )
     except UserError:  # on all ranks alike; what was learnt before it is not lost
         saver.finish()
         raise
-    return last, stop.reason() if last < plan.end_step else _planned_end(config, plan)
+    if last < plan.end_step:
+        return last, learner.watch.reason() or stop.reason()
+    return last, _planned_end(config, plan)
 
 
 def _planned_end(config: Config, plan: Any) -> str | None:
@@ -165,7 +169,7 @@ def _leave_status(
     manifest.write_json(run_folder.status, status)
     run_folder.stop.unlink(missing_ok=True)
     if reason is not None:
-        further = " training.stop_after_steps=null" if planned else ""
+        further = f" {reason.partition('=')[0]}=null" if planned else ""
         say(
             f"stopped after step {step} ({reason}); go on: shardway train --config-path "
             f"{run_folder.path} --config-name config resume=auto{further}"
@@ -203,13 +207,23 @@ def _plan(config: Config, steps_per_epoch: int) -> Any:
 
     training = config.training
     total_steps = training.max_steps or (training.epochs or 0) * steps_per_epoch
+    scheduler = config.scheduler
+    if isinstance(scheduler, WarmupConfig) and scheduler.warmup_steps > total_steps:
+        raise UserError(
+            f"scheduler.warmup_steps={scheduler.warmup_steps} is more than the {total_steps} steps "
+            f"of training.epochs={training.epochs}: the peak rate is never reached "
+            f"→ scheduler.warmup_steps={total_steps // 10}, or scheduler.warmup_ratio=0.1"
+        )
     return Plan(
         total_steps=total_steps,
         end_step=min(total_steps, training.stop_after_steps or total_steps),
         max_grad_norm=training.max_grad_norm,
+        patience=training.skipped_steps,
         eval_steps=training.eval_steps,
         save_steps=config.checkpoint.save_steps,
         log_steps=training.log_steps,
+        label_smoothing=training.label_smoothing,
+        save_best=config.checkpoint.save_best,
     )
 
 
@@ -225,21 +239,28 @@ def build_learner(
 
     from launcher.checkpoint.learner import Learner
     from launcher.method import build_method
-    from launcher.method.base import describe
+    from launcher.method.trained import describe
     from launcher.model.load import build_model
-    from launcher.optimizer import build_optimizer
-    from launcher.precision import PRECISIONS
+    from launcher.model.noise import add_noise
+    from launcher.model.recompute import recompute_activations
+    from launcher.optimizer import build_optimizer, state_dtype
+    from launcher.precision import precision_of
     from launcher.scheduler import build_scheduler
     from launcher.strategy import build_strategy
+    from launcher.watch import Watch
 
-    method, precision = build_method(config.method), PRECISIONS[config.precision.name]
+    method, precision = build_method(config.method), precision_of(config.precision)
     model, weights = build_model(config.model, folder, config.training.seed, precision.compute)
-    model = method.prepare(model, config.training.seed)
-    say(f"method: {config.method.name}: {describe(model)}")
+    model = method.prepare(model, config.training.seed, weights)
+    say(f"method: {config.method.name}: {describe(model, precision.master, precision.compute)}")
+    add_noise(model, config.training.neftune_alpha)
+    kept = recompute_activations(model, config.training.activation_checkpointing)
+    say(f"activations: {kept}")
     strategy = build_strategy(config.strategy, config.training, place, precision)
-    strategy.setup(model, weights, lambda trained: build_optimizer(config.optimizer, trained))
+    build = partial(build_optimizer, config.optimizer, rate=method.rate)
+    strategy.setup(model, weights, build)
     say(f"strategy: {strategy.describe()}")
-    say(f"precision: {precision.table()}")
+    say(f"precision: {precision.table(state_dtype(config.optimizer))}")
     torch.manual_seed(config.training.seed + place.rank)  # dropout differs from rank to rank
     source = config.model
     about = {
@@ -250,7 +271,9 @@ def build_learner(
     }
     scheduler = build_scheduler(config.scheduler, strategy.optimizer, total_steps)
     group = dist.new_group(backend="gloo")
-    return Learner(strategy, method, model, scheduler, place, group, about)
+    training = config.training
+    watch = Watch(training.early_stopping_patience, training.early_stopping_threshold)
+    return Learner(strategy, method, model, scheduler, place, group, about, watch)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from launcher.config.data import DataConfig
 from launcher.config.method import LoraConfig
 from launcher.config.model import ModelConfig
 from launcher.config.optimizer import AdamwConfig
-from launcher.config.scheduler import SchedulerConfig
+from launcher.config.scheduler import CosineConfig
 from launcher.config.strategy import SingleConfig
 from launcher.config.training import TrainingConfig
 from launcher.data.dataset import load_rows
@@ -46,7 +46,7 @@ Step = Callable[[int], float]  # step number → loss
 SEED = 42
 METHOD = LoraConfig(name="lora", rank=16)
 OPTIMIZER = AdamwConfig(learning_rate=1e-4)
-SCHEDULER = SchedulerConfig(name="cosine")
+SCHEDULER = CosineConfig(name="cosine")
 
 
 def main() -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from launcher.distributed.process_group import Place
 from launcher.method.base import Method
+from launcher.scheduler import Schedule
 from launcher.strategy import Strategy
+from launcher.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Learner:
     strategy: Strategy
     method: Method
     model: nn.Module  # as the method made it, without the strategy's wrapper
-    scheduler: LRScheduler
+    scheduler: Schedule
     place: Place
     group: dist.ProcessGroup  # all ranks, on CPU, for checkpoints alone
     about: dict[str, Any]  # into every trainer.json: base model, data, ranks, strategy
+    watch: Watch = field(default_factory=Watch)

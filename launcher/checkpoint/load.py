@@ -21,7 +21,6 @@ from launcher.distributed.process_group import Place
 from launcher.distributed.shards import Shard
 from launcher.distributed.together import together
 from launcher.errors import UserError
-from launcher.scheduler import go_on_from
 
 Say = Callable[[str], None]
 
@@ -60,6 +59,11 @@ def restore(checkpoint: Checkpoint, learner: Learner, force: bool) -> Progress:
     """Bring back weights, optimizer, schedule and random states. Collective. Raises UserError for a
     checkpoint of other data, unless `force`."""
     trainer = json.loads(checkpoint.trainer.read_text())
+    if "evaluations" not in trainer:
+        raise UserError(
+            f"{checkpoint.path} is of an older Shardway, which kept less of the schedule; go on "
+            "with that version, or begin anew from its weights"
+        )
     if trainer["data"] != learner.about["data"] and not force:
         raise UserError(
             f"the rows are not those of {checkpoint.path}: the data file, the tokenizer or its "
@@ -67,6 +71,12 @@ def restore(checkpoint: Checkpoint, learner: Learner, force: bool) -> Progress:
             "(resume_force=true trains on regardless)"
         )
     state = learner.strategy.state()
+    if state.blockwise and trainer["shards"] != state.shards:
+        raise UserError(
+            f"the 8-bit optimizer state of {checkpoint.path} is quantised in blocks of the "
+            f"{trainer['shards']} runs that a tensor was cut into, and there are {state.shards} "
+            "now; go on with as many ranks under the same strategy (single and ddp cut nothing)"
+        )
     if checkpoint.adapter is not None:
         _fill(state.weights, learner.method.read(learner.model, checkpoint.adapter))
         moments = {f"{m}/{n}": s for m, each in state.moments.items() for n, s in each.items()}
@@ -78,8 +88,11 @@ def restore(checkpoint: Checkpoint, learner: Learner, force: bool) -> Progress:
     for name, counts in state.counts.items():
         for key, value in counts.items():
             value.fill_(trainer["counts"][name][key])
+    if learner.strategy.loss_scale is not None:
+        learner.strategy.loss_scale.load(trainer["loss_scale"])
     learner.strategy.refresh()
-    go_on_from(learner.scheduler, trainer["schedule"])
+    learner.scheduler.go_on_from(trainer["schedule"])
+    learner.watch.go_on_from(trainer["evaluations"])
     place = learner.place
     if trainer["ranks"] == place.world_size:
         rng.restore(load_file(checkpoint.rng(place.rank)), place.device)

@@ -10,6 +10,7 @@ from typing import Any
 
 from launcher.checkpoint.layout import MANIFEST, Checkpoint, finished, named
 from launcher.config import Config, store
+from launcher.config.scheduler import PlateauConfig
 from launcher.errors import UserError
 from launcher.run_dir import RunDir
 
@@ -30,12 +31,28 @@ FREE = (
     "data.eval_path",
     "data.pad_to_multiple_of",
     "training.micro_batch_size",
+    "training.activation_checkpointing",  # the same values
     "training.eval_steps",
+    "training.early_stopping_patience",
+    "training.early_stopping_threshold",
     "training.log_steps",
     "training.stop_after_steps",
 )
+# ... unless the learning rate goes by the evaluations.
+EVALUATION = ("training.eval_steps", "data.eval_path")
 # What the stored tensors are made for: under another one they fit nowhere.
-SHAPING = ("method.name", "method.rank", "method.target_modules", "optimizer.name")
+SHAPING = (
+    "method.name",
+    "method.rank",
+    "method.rank_pattern",
+    "method.target_modules",
+    "method.modules_to_save",
+    "method.dora",
+    "method.layers",
+    "method.modules",
+    "method.extra_modules",
+    "optimizer.name",
+)
 
 
 @dataclass(frozen=True)
@@ -79,8 +96,11 @@ def differences(frozen: Path, config: Config) -> Differences:
     for key in dict.fromkeys([*before, *now]):
         old, new = (side[key] if key in side else None for side in (before, now))
         if old != new:
-            free = any(key == each or key.startswith(f"{each}.") for each in FREE)
-            kind = found.free if free else found.shaping if key in SHAPING else found.breaking
+            free = any(key == each or key.startswith(f"{each}.") for each in FREE) and not (
+                key in EVALUATION and isinstance(config.scheduler, PlateauConfig)
+            )
+            shaping = any(key == each or key.startswith(f"{each}.") for each in SHAPING)
+            kind = found.free if free else found.shaping if shaping else found.breaking
             kind.append(f"{key}: {old} → {new}")
     return found
 

@@ -91,19 +91,24 @@ class Saver:
         trainer = {
             "step": step,
             "tokens": tokens,
-            "schedule": learner.scheduler.last_epoch,
+            "schedule": learner.scheduler.state(),
+            "evaluations": learner.watch.state(),
             "eval_loss": eval_loss,
             "content": self.config.content,
+            "partial": learner.method.partial,
             **learner.about,
         }
+        if learner.strategy.loss_scale is not None:
+            trainer["loss_scale"] = learner.strategy.loss_scale.state()
         moments = state.moments if resumable else {}
         if resumable:
             trainer["counts"] = _numbers(state.counts)
+            trainer["shards"] = state.shards
         nbytes = sum(shard.nbytes for shard in _leaves({"w": state.weights, **moments}))
         adapter: dict[str, torch.Tensor] | None = None
         shards: sharded.Tree = {}
         if learner.method.adapter:
-            # One message for weights and moments: all are masters' fp32.
+            # One message a dtype: weights and moments are masters' fp32, quantised moments not.
             named = {"weight": state.weights, **moments}
             adapter = learner.strategy.gather(
                 {f"{what}/{name}": s for what, part in named.items() for name, s in part.items()}
@@ -152,10 +157,9 @@ class Saver:
             aside.trainer.write_text(json.dumps(snapshot.trainer, indent=1) + "\n")
             shutil.copyfile(self.run.config, aside.config)
         if snapshot.adapter is not None:
-            parts = {key.partition("/")[0] for key in snapshot.adapter} - {"weight"}
             weights = _part(snapshot.adapter, "weight")
             self.learner.method.write(self.learner.model, weights, aside.path / ADAPTER)
-            if parts:
+            if self.config.content == "all":
                 moments = {k: t for k, t in snapshot.adapter.items() if not k.startswith("weight/")}
                 aside.moments.write_bytes(save(moments))
         return manifest.entries(aside.path, lambda path: _writer_of(path) == self.place.rank)
@@ -165,7 +169,8 @@ class Saver:
     ) -> None:
         if not self.place.is_main:
             return
-        what = {key: snapshot.trainer[key] for key in ("step", "eval_loss", "content", "base")}
+        told = ("step", "eval_loss", "content", "partial", "base")
+        what = {key: snapshot.trainer[key] for key in told}
         merged = {name: entry for each in files for name, entry in each.items()}
         manifest.write(aside.manifest, what, merged)
         aside.path.rename(final)

@@ -8,7 +8,7 @@ from launcher.config.cluster import CLUSTERS, ClusterConfig
 from launcher.config.data import DataConfig
 from launcher.config.method import METHODS, MethodConfig
 from launcher.config.model import ModelConfig
-from launcher.config.optimizer import OPTIMIZERS, AdamwConfig
+from launcher.config.optimizer import OPTIMIZERS, OptimizerConfig
 from launcher.config.precision import PRECISIONS, PrecisionConfig
 from launcher.config.scheduler import SCHEDULERS, SchedulerConfig
 from launcher.config.strategy import STRATEGIES, StrategyConfig
@@ -25,7 +25,7 @@ class Config:
     method: MethodConfig
     strategy: StrategyConfig
     precision: PrecisionConfig
-    optimizer: AdamwConfig
+    optimizer: OptimizerConfig
     scheduler: SchedulerConfig
     tracking: TrackingConfig
     cluster: ClusterConfig

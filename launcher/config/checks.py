@@ -5,43 +5,22 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import paths
 from launcher.config import Config, deepspeed
+from launcher.config.method_rules import METHOD_RULES
+from launcher.config.optimizer_rules import OPTIMIZER_RULES
+from launcher.config.rule import Rule, World
+from launcher.config.schedule_rules import SCHEDULE_RULES
 from launcher.config.strategy import HsdpConfig, ZeroConfig
 
 
-@dataclass(frozen=True)
-class World:
-    """What is known of the ranks before they start."""
-
-    nodes: int
-    nproc_per_node: int
-    gpus: int  # visible on this machine; 0 where ranks run on CPU
-    rank: int = 0  # of the asking process, where torchrun started it
-
-    @property
-    def size(self) -> int:
-        return self.nodes * self.nproc_per_node
-
-
-@dataclass(frozen=True)
-class Rule:
-    id: str
-    about: str  # what it asks, for `shardway rules` and the reference
-    broken: Callable[[Config, World], bool]
-    sentence: Callable[[Config, World], str]
-    fix: Callable[[Config, World], str]
-
-
-def broken_rules(config: Config, world: World) -> list[str]:
-    """One sentence with its fix for every rule that `config` breaks on `world`."""
+def broken_rules(config: Config, world: World, rules: tuple[Rule, ...] | None = None) -> list[str]:
+    """One sentence with its fix for every rule (of `rules`) that `config` breaks on `world`."""
     return [
         f"{rule.sentence(config, world)} → {rule.fix(config, world)} [{rule.id}]"
-        for rule in RULES
+        for rule in rules or RULES
         if rule.broken(config, world)
     ]
 
@@ -85,9 +64,7 @@ def _shard_size(config: Config, world: World) -> int | None:
 def _contradictions(config: Config, world: World) -> list[str]:
     if not isinstance(config.strategy, ZeroConfig):
         return []
-    return deepspeed.contradictions(
-        config.strategy, config.training, config.precision.name, world.size
-    )
+    return deepspeed.contradictions(config.strategy, config.training, config.precision, world.size)
 
 
 def _taken(config: Config) -> bool:
@@ -158,35 +135,9 @@ RULES: tuple[Rule, ...] = (
         ),
         lambda c, w: f"cluster.nproc_per_node={w.gpus}",
     ),
-    Rule(
-        "constant-has-no-warmup",
-        "scheduler=constant comes without warm-up",
-        lambda c, w: c.scheduler.name == "constant" and c.scheduler.warmup_steps > 0,
-        lambda c, w: (
-            f"scheduler=constant has no warm-up, and "
-            f"scheduler.warmup_steps={c.scheduler.warmup_steps}"
-        ),
-        lambda c, w: "scheduler.warmup_steps=0, or scheduler=linear",
-    ),
-    Rule(
-        "warmup-ends",
-        "the warm-up ends before training does",
-        lambda c, w: (
-            c.training.max_steps is not None and c.scheduler.warmup_steps > c.training.max_steps
-        ),
-        lambda c, w: (
-            f"scheduler.warmup_steps={c.scheduler.warmup_steps} is more than "
-            f"training.max_steps={c.training.max_steps}: the peak rate is never reached"
-        ),
-        lambda c, w: f"scheduler.warmup_steps={(c.training.max_steps or 0) // 10}",
-    ),
-    Rule(
-        "two-betas",
-        "optimizer.betas are two numbers below 1",
-        lambda c, w: len(c.optimizer.betas) != 2 or max(c.optimizer.betas) >= 1,
-        lambda c, w: f"optimizer.betas={c.optimizer.betas} are not two numbers below 1",
-        lambda c, w: "optimizer.betas=[0.9,0.999]",
-    ),
+    *SCHEDULE_RULES,
+    *OPTIMIZER_RULES,
+    *METHOD_RULES,
     Rule(
         "one-evaluation-set",
         "at most one of data.eval_path and data.eval_rows names the evaluation rows",

@@ -10,9 +10,16 @@ from launcher.config.setting import setting
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     name: str = setting("data", "names the data set in logs")
-    path: str = setting(help="a .json or .jsonl file")
+    path: str = setting(help="a .json or .jsonl file; of raw text also .txt")
     format: str = setting(
-        "auto", "how a row is read; auto looks at the keys", choices=("auto", "alpaca", "messages")
+        "auto",
+        "how a row is read; auto looks at the keys; text is raw text for pre-training",
+        choices=("auto", "alpaca", "messages", "text"),
+    )
+    concatenate: bool = setting(
+        True,
+        "of format=text: texts end to end, cut into rows of data.max_length; false: a row each "
+        "(of a .txt file each line)",
     )
     max_length: int = setting(2048, "tokens a row keeps; what is beyond is cut off", minimum=8)
     pad_to_multiple_of: int = setting(

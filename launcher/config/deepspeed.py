@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from launcher.config.precision import Fp16Config, PrecisionConfig
 from launcher.config.strategy import Zero2Config, Zero3Config, ZeroConfig
 from launcher.config.training import TrainingConfig
 
@@ -22,14 +23,14 @@ OURS = {
 
 
 def engine_config(
-    strategy: ZeroConfig, training: TrainingConfig, precision: str, world_size: int
+    strategy: ZeroConfig, training: TrainingConfig, precision: PrecisionConfig, world_size: int
 ) -> dict[str, Any]:
     """What DeepSpeed is told. `strategy.extra` is merged in; it must not contradict (see below)."""
     return _merge(_generated(strategy, training, precision, world_size), strategy.extra)
 
 
 def contradictions(
-    strategy: ZeroConfig, training: TrainingConfig, precision: str, world_size: int
+    strategy: ZeroConfig, training: TrainingConfig, precision: PrecisionConfig, world_size: int
 ) -> list[str]:
     """One sentence for each key of `strategy.extra` that says otherwise than the configuration."""
     generated = dict(_leaves(_generated(strategy, training, precision, world_size)))
@@ -47,7 +48,7 @@ def contradictions(
 
 
 def _generated(
-    strategy: ZeroConfig, training: TrainingConfig, precision: str, world_size: int
+    strategy: ZeroConfig, training: TrainingConfig, precision: PrecisionConfig, world_size: int
 ) -> dict[str, Any]:
     per_round = training.micro_batch_size * world_size
     zero: dict[str, Any] = {
@@ -63,7 +64,7 @@ def _generated(
             "stage3_prefetch_bucket_size": strategy.prefetch_bucket_size,
             "stage3_param_persistence_threshold": strategy.persistence_threshold,
         }
-    config: dict[str, Any] = {
+    return {
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": training.global_batch_size // per_round,
@@ -71,16 +72,38 @@ def _generated(
         "managed_gradient_accumulation": False,
         "gradient_clipping": training.max_grad_norm,
         "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,  # tests/distributed/test_optimizers.py tests them
         "zero_optimization": zero,
-        "fp16": {"enabled": False},
-        "bf16": {"enabled": precision == "bf16"},
+        **_arithmetic(precision),
     }
-    if precision == "bf16":
-        config |= {
+
+
+def _arithmetic(precision: PrecisionConfig) -> dict[str, Any]:
+    """Sums of gradients in fp32 but under pure_bf16, as under every strategy."""
+    sections: dict[str, Any] = {"fp16": {"enabled": False}, "bf16": {"enabled": False}}
+    if isinstance(precision, Fp16Config):
+        sections["fp16"] = {
+            "enabled": True,
+            "loss_scale": 0,  # dynamic
+            "initial_scale_power": precision.initial_scale_power,
+            "loss_scale_window": precision.growth_window,
+            "hysteresis": precision.hysteresis,
+            "min_loss_scale": precision.minimum_scale,
+        }
+    elif precision.name == "bf16":
+        sections["bf16"] = {"enabled": True}
+    elif precision.name == "pure_bf16":
+        sections["bf16"] = {
+            "enabled": True,
+            "bf16_master_weights_and_grads": True,
+            "bf16_optimizer_states": True,
+        }
+    if precision.name in ("bf16", "fp16"):
+        sections |= {
             "communication_data_type": "fp32",
             "data_types": {"grad_accum_dtype": "fp32"},
         }
-    return config
+    return sections
 
 
 def _merge(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:

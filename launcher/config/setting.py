@@ -55,7 +55,8 @@ def broken_limits(section: str, values: Any) -> Iterator[str]:
         value = getattr(values, field.name)
         if value is None or not field.metadata:
             continue
-        for item in value if isinstance(value, list) else [value]:
+        items = value.values() if isinstance(value, dict) else value
+        for item in items if isinstance(value, (list, dict)) else [value]:
             if not _within(field, item):
                 yield f"{section}.{field.name}={item} must be {limits(field)}"
 

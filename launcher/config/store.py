@@ -99,9 +99,42 @@ def settings(section: str) -> list[str]:
     return [f"{section}.{name}" for name in dict.fromkeys(names)]
 
 
+def _owners(key: str) -> list[str]:
+    """The choices of a section that have the setting `key`."""
+    section, _, name = key.partition(".")
+    schema = SECTIONS[section] if section in SECTIONS else None
+    if not isinstance(schema, dict):
+        return []
+    return [
+        choice
+        for choice, each in schema.items()
+        if name in (field.name for field in dataclasses.fields(each))
+    ]
+
+
+def _mapping(key: str) -> str | None:
+    """The setting that `key` is or lies in, if it holds entries of any name."""
+    section, name = (*key.split("."), "")[:2]
+    schema = SECTIONS[section] if section in SECTIONS else {}
+    fields = [
+        field
+        for each in (schema.values() if isinstance(schema, dict) else [schema])
+        for field in dataclasses.fields(each)
+    ]
+    holds = any(f.name == name and str(f.type).startswith("dict[") for f in fields)
+    return f"{section}.{name}" if holds else None
+
+
 def unknown(key: str, known: list[str] | None = None) -> str:
     """`key` is no setting, with the nearest one or, where nothing is near, the choice there is."""
     section = key.partition(".")[0]
+    if known is None and (mapping := _mapping(key)):
+        return f"{key}: entries are added with a plus sign, +{mapping}.NAME=VALUE"
+    if owners := _owners(key):
+        return (
+            f"{key} is a setting of {section}={', '.join(owners)} and not of the one chosen; "
+            f"leave it out (~{key} where a file sets it), or choose {section}={owners[0]}"
+        )
     if known is None and section in SECTIONS:
         known = settings(section)
     elif known is None:

@@ -17,8 +17,28 @@ class TrainingConfig:
     micro_batch_size: int = setting(1, "rows per rank and forward", minimum=1)
     global_batch_size: int = setting(8, "rows per optimizer step over all ranks", minimum=1)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", above=0)
+    activation_checkpointing: str = setting(
+        "off",
+        "layers whose activations are computed again in backward instead of kept: off, full (all) "
+        "or N (the first of every N)",
+    )
+    neftune_alpha: float | None = setting(
+        None, "size of the noise on embeddings while training (NEFTune)", above=0
+    )
+    label_smoothing: float = setting(
+        0.0, "share of the target's probability dealt to all tokens", minimum=0, maximum=1
+    )
+    skipped_steps: int = setting(
+        20, "so many steps in a row without a finite gradient end the run", minimum=1
+    )
     eval_steps: int | None = setting(
         None, "evaluate every so many steps; the end always", minimum=1
+    )
+    early_stopping_patience: int | None = setting(
+        None, "end after so many evaluations in a row without a lower eval_loss", minimum=1
+    )
+    early_stopping_threshold: float = setting(
+        0.0, "of early stopping: only a loss lower by more than this counts as lower", minimum=0
     )
     log_steps: int = setting(1, "write metrics every so many steps, all lines at once", minimum=1)
     seed: int = setting(
@@ -33,6 +53,9 @@ class CheckpointConfig:
     )
     keep_last: int | None = setting(
         None, "keep so many checkpoints and the best by eval_loss; null keeps all", minimum=1
+    )
+    save_best: bool = setting(
+        False, "save after every evaluation that is the best so far, besides save_steps"
     )
     content: str = setting(
         "all", "all can be resumed; weights can only be exported", choices=("all", "weights")

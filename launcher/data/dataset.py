@@ -6,7 +6,7 @@ It is memory-mapped, so ranks of one machine share its pages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from launcher import paths
 from launcher.config.data import DataConfig
 from launcher.data import source
-from launcher.data.chat import tokenize
+from launcher.data.chat import Tokens, tokenize
+from launcher.data.text import tokenize_texts
 from launcher.errors import UserError
 
 FORMAT = "2"  # part of the key: raise it when tokenising changes
@@ -114,9 +115,7 @@ def _tokenize_file(
     ids: list[int] = []
     trained: list[bool] = []
     starts, dropped, truncated = [0], 0, 0
-    for place, messages in source.read_messages(path, config.format):
-        on_row()
-        tokens = tokenize(tokenizer, messages, config.max_length, place)
+    for tokens in _tokenized(path, config, tokenizer, on_row):
         truncated += tokens.cut
         if not any(tokens.trained[1:]):  # the first token is never predicted
             dropped += 1
@@ -132,6 +131,25 @@ def _tokenize_file(
     }
 
 
+def _tokenized(
+    path: Path,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    on_row: Callable[[], None],
+) -> Iterator[Tokens]:
+    def texts() -> Iterator[str]:
+        for _, text in source.read_texts(path, by_line=not config.concatenate):
+            on_row()
+            yield text
+
+    if config.format == "text":
+        yield from tokenize_texts(tokenizer, texts(), config.max_length, config.concatenate)
+        return
+    for place, messages in source.read_messages(path, config.format):
+        on_row()
+        yield tokenize(tokenizer, messages, config.max_length, place)
+
+
 def _key(path: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
@@ -141,4 +159,6 @@ def _key(path: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> 
     special = sorted(tokenizer.special_tokens_map.items())  # templates and the mask use them
     options = (FORMAT, config.format, config.max_length, tokenizer.chat_template, backend, special)
     digest.update(repr(options).encode())
+    if config.format == "text":
+        digest.update(f"{path.suffix} {config.concatenate}".encode())
     return digest.hexdigest()

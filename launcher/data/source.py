@@ -21,7 +21,10 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     Raises UserError when the file is missing, empty, or not JSON.
     """
     if path.suffix not in (".json", ".jsonl"):
-        raise UserError(f"data.path={path} ends in neither .json nor .jsonl; rename or convert it")
+        raise UserError(
+            f"data.path={path} ends in neither .json nor .jsonl; rename or convert it"
+            + ("; raw text is data=pretrain" if path.suffix == ".txt" else "")
+        )
     try:
         text = path.open(encoding="utf-8-sig")  # some editors put a byte order mark first
     except OSError as error:
@@ -45,11 +48,38 @@ def read_messages(path: Path, format: str) -> Iterator[tuple[str, list[Message]]
         yield place, to_messages(place, row, format)
 
 
+def read_texts(path: Path, by_line: bool) -> Iterator[tuple[str, str]]:
+    """Each raw text with its place: a .txt file whole or (`by_line`) its lines, or the field text
+    of .json and .jsonl rows. Raises UserError for the first row that is bad."""
+    if path.suffix != ".txt":
+        for place, row in read_rows(path):
+            if not isinstance(row, dict):
+                raise UserError(f"{place} is {type(row).__name__}, not an object with a field text")
+            yield place, _text(place, row, "text")
+        return
+    try:
+        whole = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"data.path={path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.path={path} is not UTF-8 ({error}); convert it") from error
+    if not whole.strip():
+        raise UserError(f"data.path={path} holds no text; give it some")
+    if not by_line:
+        yield str(path), whole
+        return
+    for number, line in enumerate(whole.splitlines(), start=1):
+        if line.strip():
+            yield f"{path}:{number}", line
+
+
 def problems(path: Path, format: str) -> list[str]:
     """What is wrong with a data file, as far as a short look tells. Large files are only opened;
     the rest of their rows is checked, with the same sentences, when they are tokenised."""
+    rows: Iterator[Any] = (
+        read_texts(path, by_line=False) if format == "text" else read_messages(path, format)
+    )
     try:
-        rows = read_messages(path, format)
         next(rows) if path.is_file() and path.suffix == ".jsonl" else None
         if not path.is_file() or path.stat().st_size <= CHECKED_AT_SUBMIT_BYTES:
             for _ in rows:
@@ -83,6 +113,7 @@ def _recognise(place: str, row: dict[str, Any]) -> str:
     raise UserError(
         f"{place} has the fields {', '.join(row) or '(none)'}; "
         "needed are messages, or instruction and output"
+        + ("; raw text is data=pretrain" if "text" in row else "")
     )
 
 

@@ -67,16 +67,27 @@ def gather_to_main(
     """Whole copies on the CPU of rank 0, None on the other ranks. Collective.
 
     The runs of all tensors travel as one flat buffer in one gather over `group`, the ranks that
-    together hold one copy (None: all ranks). All must have one dtype.
+    together hold one copy (None: all ranks). Each dtype travels alone.
     """
-    dtypes = {shard.local.dtype for shard in shards.values()}
-    if len(dtypes) > 1:
-        raise ValueError(f"one gather carries one dtype, got {dtypes}")
+    whole: dict[str, torch.Tensor] = {}
+    for dtype in dict.fromkeys(shard.local.dtype for shard in shards.values()):
+        alike = {name: shard for name, shard in shards.items() if shard.local.dtype == dtype}
+        whole |= _gather(alike, group) or {}
+    return {name: whole[name] for name in shards} if dist.get_rank() == 0 else None
+
+
+def _gather(
+    shards: Mapping[str, Shard], group: dist.ProcessGroup | None
+) -> dict[str, torch.Tensor] | None:
+    """`gather_to_main` of tensors of one dtype."""
     ranks = dist.get_world_size(group)
-    if ranks == 1 or not shards:
+    if ranks == 1:
         whole = {n: s.local.to("cpu", copy=True).view(s.shape) for n, s in shards.items()}
         return whole if dist.get_rank() == 0 else None
-    flat = torch.cat([shard.local for shard in shards.values()])
+    # The paged state of an optimizer on a GPU says that it is on the CPU.
+    devices = [shard.local.device for shard in shards.values()]
+    device = max(devices, key=lambda each: each.type != "cpu")
+    flat = torch.cat([shard.local.to(device) for shard in shards.values()])
     runs = torch.tensor([(s.begin, s.local.numel()) for s in shards.values()], device=flat.device)
     runs_of = [torch.empty_like(runs) for _ in range(ranks)]
     dist.all_gather(runs_of, runs, group=group)

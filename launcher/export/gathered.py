@@ -53,7 +53,10 @@ def gathered(
     `base` is empty where no base folder is known. Raises UserError when the tensors are not those
     of the model that base and config describe.
     """
-    tensors, config, notes = without_twin(found.tensors, config)
+    whole = found.tensors
+    if source.partial:
+        whole = _in_memory(source, base, whole, options) | whole
+    tensors, config, notes = without_twin(whole, config)
     config, more = with_vocabulary(source, tensors, config)
     # That format cannot tell by itself that a rank's files are missing: shapes must be compared.
     known = config.get("model_type") in SAME_NAMES and source.kind != dcp_safetensors.KIND
@@ -69,7 +72,18 @@ def gathered(
     else:
         stated = _stated_dtype(config)
         tensors = {name: tensor.to(stated or tensor.dtype) for name, tensor in tensors.items()}
-    return Assembled(tensors, dict.fromkeys(tensors, "gathered"), config, (*notes, *more))
+    actions = {
+        name: "copied" if name in base and tensor is base[name] else "gathered"
+        for name, tensor in tensors.items()
+    }
+    return Assembled(tensors, actions, config, (*notes, *more))
+
+
+def _in_memory(source: Source, base: Tensors, trained: Tensors, options: Options) -> Tensors:
+    """The base by the names in memory, which are those of `trained`."""
+    if trained.keys() <= base.keys():
+        return base
+    return naming_of(source, options, base).to_memory(base)
 
 
 def naming_of(source: Source, options: Options, disk: Iterable[str]) -> names.Naming:

@@ -31,6 +31,7 @@ class Source:
     adapters: tuple[Path, ...] = ()  # PEFT adapter folders
     adapter_config: Path | None = None  # of the adapter within a sharded checkpoint
     companions: tuple[Path, ...] = ()  # folders with config and tokenizer, the best first
+    partial: bool = False  # what `read` gives was trained, the other tensors are those of `base`
 
     def describe(self) -> str:
         parts = [f"source {self.path} ({self.kind})", f"base {self.base}" if self.base else ""]
@@ -106,7 +107,14 @@ def _checkpoint(path: Path, base: str | None, adapter_only: bool) -> Source:
         return Source(kind, path, folder, adapters=(checkpoint.adapter,), companions=(path, folder))
     assert checkpoint.model is not None
     shards = checkpoint.model
-    return Source(kind, path, folder, lambda _: dcp.read_model(shards), companions=(path, folder))
+    return Source(
+        kind,
+        path,
+        folder,
+        lambda _: dcp.read_model(shards),
+        companions=(path, folder),
+        partial="partial" in saved and bool(saved["partial"]),
+    )
 
 
 def _adapter(path: Path, base: str | None, adapter_only: bool) -> Source:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from launcher.config.method import MethodConfig
 from launcher.method.base import Method
+from launcher.method.freeze import Freeze
 from launcher.method.full import Full
 from launcher.method.lora import Lora
 
-METHODS: dict[str, type[Method]] = {"full": Full, "lora": Lora}
+METHODS: dict[str, type[Method]] = {"full": Full, "freeze": Freeze, "lora": Lora}
 
 
 def build_method(config: MethodConfig) -> Method:

@@ -6,22 +6,27 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+
+from launcher.model.load import Weights
 
 
 class Method(Protocol):
     """Chooses the parameters to train and writes the trained part."""
 
     adapter: bool  # True: only the trained parameters are kept, as a PEFT adapter folder
+    partial: bool  # True: the shards hold the trained parameters alone, the base has the others
 
     def __init__(self, config: Any) -> None: ...
 
-    def prepare(self, model: Any, seed: int) -> Any:
+    def prepare(self, model: Any, seed: int, weights: Weights | None = None) -> Any:
         """Set `requires_grad` everywhere and add what is to be trained.
 
-        Parameters of the model may be on meta. What the method adds must be real and the same on
-        every rank: it is drawn from `seed`.
+        Parameters of the model may be on meta: `weights` says where they are on disk. What the
+        method adds must be real and the same on every rank: it is drawn from `seed`.
         """
+
+    def rate(self, name: str) -> float:
+        """The multiple of the learning rate that the parameter `name` is trained with."""
 
     def write(self, model: Any, trained: dict[str, torch.Tensor], folder: Path) -> None:
         """Write the gathered trained parameters (name in `model` → whole fp32 tensor)."""
@@ -30,12 +35,17 @@ class Method(Protocol):
         """What `write` wrote: name in `model` → whole fp32 tensor."""
 
 
-def describe(model: nn.Module) -> str:
-    """Counts of trained and frozen parameters in words."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    tensors = sum(1 for p in model.parameters() if p.requires_grad)
-    return (
-        f"{trained:,} of {total:,} parameters are trained "
-        f"({100 * trained / total:.2f} %, {tensors} tensors)"
-    )
+class Sharded:
+    """A method that adds nothing: the strategy writes and reads the shards of what is trained."""
+
+    adapter = False
+    partial = False
+
+    def rate(self, name: str) -> float:
+        return 1.0
+
+    def write(self, model: Any, trained: dict[str, torch.Tensor], folder: Path) -> None:
+        raise NotImplementedError("the strategy writes the shards of this method")
+
+    def read(self, model: Any, folder: Path) -> dict[str, torch.Tensor]:
+        raise NotImplementedError("the strategy reads the shards of this method")

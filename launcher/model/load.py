@@ -28,6 +28,7 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._added: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._open_files: dict[str, safe_open] = {}
         index = folder / "model.safetensors.index.json"
         if index.is_file():
@@ -49,16 +50,23 @@ class SafetensorsFolder:
     def shape(self, name: str) -> torch.Size:
         return torch.Size(self._open(self._file_of[name]).get_slice(name).get_shape())
 
+    def add(self, name: str, left: torch.Tensor, right: torch.Tensor) -> None:
+        """From now on the matrix `name` [m, n] is read with left [m, r] @ right [r, n] added, in
+        fp32: the reader rounds once."""
+        self._added.setdefault(name, []).append((left, right))
+
     def read(self, name: str, offsets: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
         """The box of `shape` at `offsets`; only its bytes are read when it is a range of rows."""
         file = self._open(self._file_of[name])
         box = tuple(slice(at, at + size) for at, size in zip(offsets, shape, strict=True))
         tensor: torch.Tensor = file.get_slice(name)[box] if shape else file.get_tensor(name)
+        for left, right in self._added.get(name, ()):
+            tensor = tensor.float() + left[box[0]] @ right[:, box[1]]
         return tensor
 
     def whole(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._open(self._file_of[name]).get_tensor(name)
-        return tensor
+        shape = tuple(self.shape(name))
+        return self.read(name, (0,) * len(shape), shape)
 
     def read_run(self, name: str, begin: int, count: int) -> torch.Tensor:
         """Elements [begin, begin + count) of the flattened tensor, 1-d; only their bytes are read,
@@ -68,6 +76,8 @@ class SafetensorsFolder:
         return torch.cat(parts) if parts else torch.empty(0, dtype=self.dtype(name))
 
     def dtype(self, name: str) -> torch.dtype:
+        if name in self._added:
+            return torch.float32
         file = self._open(self._file_of[name])
         empty: torch.Tensor = (
             file.get_slice(name)[:0] if self.shape(name) else file.get_tensor(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -13,11 +14,15 @@ from torch import nn
 from launcher.config.training import TrainingConfig
 from launcher.distributed.process_group import Place
 from launcher.distributed.shards import Shard, shard_of
+from launcher.loss_scale import LossScale
 from launcher.model.load import Weights
 from launcher.precision import Precision
 
-# A parameter as the optimizer will see it (a shard, perhaps flat), and its whole shape.
-Trained = tuple[nn.Parameter, torch.Size]
+# A parameter's name, itself as the optimizer will see it (a shard, perhaps flat), its whole shape.
+Trained = tuple[str, nn.Parameter, torch.Size]
+# bitsandbytes' names in the state of an 8-bit optimizer: the scale of each block of a moment, and
+# the values of the 256 codes, which all parameters share.
+BLOCKWISE, CODES, BLOCK = ("absmax1", "absmax2"), ("qmap1", "qmap2"), 256
 OptimizerBuilder = Callable[[Iterable[Trained]], torch.optim.Optimizer]
 
 
@@ -25,7 +30,10 @@ OptimizerBuilder = Callable[[Iterable[Trained]], torch.optim.Optimizer]
 class StepResult:
     """What an optimizer step did."""
 
-    grad_norm: torch.Tensor  # 0-d fp32, on the device, before clipping
+    grad_norm: torch.Tensor  # 0-d fp32, on the device, before clipping and without loss scale
+    applied: bool = True  # False: the gradient overflowed, and no weight was changed
+    guarded: bool = False  # a gradient that is not finite changes no weight, though nobody waited
+    loss_scale: float | None = None  # that the step was taken with; None: not scaled
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,12 @@ class TrainedState:
     moments: dict[str, dict[str, Shard]]  # exp_avg, exp_avg_sq → parameter name → its run
     counts: dict[str, dict[str, torch.Tensor]]  # parameter name → step, 0-d; as the optimizer's own
     buffers: dict[str, Shard]  # persistent buffers, whole on every rank
+    shards: int  # runs that make up one tensor
+
+    @property
+    def blockwise(self) -> bool:
+        """Whether moments are quantised in blocks of each run: they fit the same runs alone."""
+        return any(key in BLOCKWISE for key in self.moments)
 
 
 class Strategy(Protocol):
@@ -43,6 +57,7 @@ class Strategy(Protocol):
 
     model: nn.Module  # call it for a forward
     optimizer: torch.optim.Optimizer
+    loss_scale: LossScale | None  # under fp16
 
     def __init__(
         self, config: Any, training: TrainingConfig, place: Place, precision: Precision
@@ -67,7 +82,8 @@ class Strategy(Protocol):
         averaged: the caller divides by the global count of target tokens."""
 
     def step(self, max_norm: float) -> StepResult:
-        """Clip the summed gradient to `max_norm`, step the optimizer, clear the gradients."""
+        """Clip the summed gradient to `max_norm`, step the optimizer, clear the gradients. Under
+        fp16 an overflow on any rank makes all skip the step."""
 
     def weights(self) -> dict[str, Shard]:
         """Parameter name → this rank's run of its master weight."""
@@ -106,27 +122,46 @@ def optimizer_state(
             group["lr"] = rate
         for parameter in new:
             parameter.grad = None
-            for value in optimizer.state[parameter].values():
-                if torch.is_tensor(value):
+            for key, value in optimizer.state[parameter].items():
+                if torch.is_tensor(value) and key not in CODES:
                     value.zero_()
+                elif key == "step":
+                    optimizer.state[parameter]["step"] = 0
+    for parameter in parameters:  # what is restored is written into tensors
+        state = optimizer.state[parameter]
+        if "step" in state and not torch.is_tensor(state["step"]):
+            state["step"] = torch.tensor(float(state["step"]))
     return (optimizer.state[parameter] for parameter in parameters)
 
 
 def split_state(
-    weights: dict[str, Shard], states: Iterable[dict[str, Any]]
+    weights: dict[str, Shard], states: Iterable[dict[str, Any]], shards: int
 ) -> tuple[dict[str, dict[str, Shard]], dict[str, dict[str, torch.Tensor]]]:
     """(moments, counts) of an optimizer's `states`, one for each of `weights`: what has as many
-    elements as the weight's run is a moment of it, a single number is a count."""
+    elements as the weight's run is a moment of it, a single number is a count. Other shapes are
+    those of quantised moments, which are cut as their weight into `shards` runs, and those of
+    whole weights (rows and columns)."""
     moments: dict[str, dict[str, Shard]] = {}
     counts: dict[str, dict[str, torch.Tensor]] = {}
     for (name, weight), state in zip(weights.items(), states, strict=True):
         tensors = {key: value for key, value in state.items() if torch.is_tensor(value)}
         for key, value in tensors.items():
-            if value.ndim and value.numel() == weight.local.numel():
-                moment = replace(weight, local=value.detach().view(-1))
-                moments.setdefault(key, {})[name] = moment
+            if value.ndim and key not in CODES:
+                moments.setdefault(key, {})[name] = _moment(key, value.detach(), weight, shards)
         counts[name] = {key: value for key, value in tensors.items() if value.ndim == 0}
     return moments, counts
+
+
+def _moment(key: str, value: torch.Tensor, weight: Shard, shards: int) -> Shard:
+    if key in BLOCKWISE:
+        whole = math.prod(weight.shape)
+        run = -(-weight.shape[0] // shards) * math.prod(weight.shape[1:])  # all but the last ones
+        blocks = [-(-min(run, whole - at) // BLOCK) for at in range(0, whole, run)]
+        begin = sum(blocks[: weight.begin // run])
+        return Shard(value.view(-1), begin, (sum(blocks),))
+    if value.numel() == weight.local.numel():
+        return replace(weight, local=value.view(-1))
+    return shard_of(value)
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

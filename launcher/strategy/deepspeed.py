@@ -12,18 +12,23 @@ do them silently wrong or at the price of the whole model on every rank:
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import Init
 from torch import nn
 
 from launcher.config.deepspeed import engine_config
+from launcher.config.precision import PrecisionConfig
 from launcher.config.strategy import ZeroConfig
 from launcher.config.training import TrainingConfig
 from launcher.distributed.process_group import Place
 from launcher.distributed.shards import Shard, gather_to_main
+from launcher.errors import UserError
+from launcher.loss_scale import LossScale
 from launcher.model.load import Weights
 from launcher.precision import Precision
 from launcher.strategy.base import (
@@ -51,7 +56,14 @@ class DeepSpeed:
         self.config = config
         self.place = place
         self.precision = precision
-        self.engine_config = engine_config(config, training, precision.name, place.world_size)
+        self.loss_scale = LossScale.of(precision.scaling) if precision.scaling else None
+        if self.loss_scale and not get_accelerator().is_fp16_supported():
+            raise UserError(
+                f"precision=fp16 with strategy={config.name}: DeepSpeed reports no fp16 on "
+                f"{place.device.type}; choose precision=bf16, or strategy=fsdp"
+            )
+        arithmetic = precision.scaling or PrecisionConfig(name=precision.name)
+        self.engine_config = engine_config(config, training, arithmetic, place.world_size)
 
     def setup(
         self, model: nn.Module, weights: Weights | None, build_optimizer: OptimizerBuilder
@@ -64,7 +76,7 @@ class DeepSpeed:
         deepspeed.init_distributed()  # takes over the process group that stands
         self._load(model, weights, on_disk)
         self.optimizer = build_optimizer(
-            (parameter, self._shapes[name]) for name, parameter in self._trained.items()
+            (name, parameter, self._shapes[name]) for name, parameter in self._trained.items()
         )
         self._group_of = {
             id(parameter): number
@@ -78,6 +90,9 @@ class DeepSpeed:
             config=self.engine_config,
             dist_init_required=False,
         )
+        if self.loss_scale:
+            # At the floor our loop says when to stop, and which module is to blame.
+            self._zero.loss_scaler.raise_error_at_min_scale = False
         for name, shard in self.weights().items():
             if name in exact:
                 shard.local.copy_(shard.of(exact[name]))
@@ -98,9 +113,14 @@ class DeepSpeed:
 
     def step(self, max_norm: float) -> StepResult:
         self._zero.clip_grad = max_norm
+        scale = self.loss_scale.scale if self.loss_scale else None
         self.model.step()  # type: ignore[operator]
-        norm = self.model.get_global_grad_norm()  # type: ignore[operator]
-        return StepResult(torch.as_tensor(norm, dtype=torch.float32, device=self.place.device))
+        applied = not getattr(self._zero, "overflow", False)
+        norm = self.model.get_global_grad_norm() if applied else math.inf  # type: ignore[operator]
+        if self.loss_scale:
+            self.loss_scale.update(not applied)
+        norm = torch.as_tensor(norm, dtype=torch.float32, device=self.place.device)
+        return StepResult(norm, applied, loss_scale=scale)
 
     def weights(self) -> dict[str, Shard]:
         shards = {}
@@ -121,10 +141,15 @@ class DeepSpeed:
                     for key, value in states[flat].items()
                 }
             )
-        moments, counts = split_state(weights, parts)
-        return TrainedState(weights, moments, counts, persistent_buffers(self._bare))
+        shards = self.place.world_size
+        moments, counts = split_state(weights, parts, shards)
+        return TrainedState(weights, moments, counts, persistent_buffers(self._bare), shards)
 
     def refresh(self) -> None:
+        if self.loss_scale:
+            theirs, ours = self._zero.loss_scaler, self.loss_scale
+            theirs.cur_scale, theirs.cur_hysteresis = ours.scale, ours.tolerance
+            theirs.cur_iter, theirs.last_overflow_iter = ours.steps, ours.last_overflow
         if self.config.stage < 3:
             self._zero.update_lp_params()
             return

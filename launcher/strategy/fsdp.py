@@ -22,6 +22,7 @@ from launcher.config.training import TrainingConfig
 from launcher.distributed.mesh import build_mesh
 from launcher.distributed.process_group import Place
 from launcher.distributed.shards import Shard, gather_to_main, local_box, local_part, shard_of
+from launcher.loss_scale import LossScale
 from launcher.model.layers import decoder_layers
 from launcher.model.load import Weights
 from launcher.precision import Precision
@@ -46,6 +47,7 @@ class Fsdp:
         self.config = config
         self.place = place
         self.precision = precision
+        self.loss_scale = LossScale.of(precision.scaling) if precision.scaling else None
         self.mesh = build_mesh(place.device.type, place.world_size, shard_size(config, place))
         self._shard_group = self.mesh["shard"].get_group()  # slicing a mesh in a step costs a wait
         self._shards = self.mesh["shard"].size() > 1
@@ -68,7 +70,8 @@ class Fsdp:
         ]
         self._bound = False
         shapes = [parameter.shape for parameter in self._trained.values()]
-        self.optimizer = build_optimizer(zip(self._shards_trained, shapes, strict=True))
+        named = zip(self._trained, self._shards_trained, shapes, strict=True)
+        self.optimizer = build_optimizer(named)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         return sum_over_ranks(values)
@@ -79,16 +82,18 @@ class Fsdp:
 
     def backward(self, loss: torch.Tensor) -> None:
         # FSDP2 averages gradients over all ranks; undo it.
-        (loss * self.place.world_size).backward()
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
+        (loss * (self.place.world_size * scale)).backward()
 
     def step(self, max_norm: float) -> StepResult:
         self._lend_gradients()
-        norm = self._gradient_norm()
-        torch.nn.utils.clip_grads_with_norm_(self._shards_trained, max_norm, norm)
-        self.optimizer.step()
+        result = self._unscale(self.loss_scale) if self.loss_scale else self._guarded()
+        if result.applied:
+            torch.nn.utils.clip_grads_with_norm_(self._shards_trained, max_norm, result.grad_norm)
+            self.optimizer.step()
         for parameter in (*self._trained.values(), *self._shards_trained):
             parameter.grad = None
-        return StepResult(norm)
+        return result
 
     def weights(self) -> dict[str, Shard]:
         return {name: shard_of(parameter) for name, parameter in self._trained.items()}
@@ -96,8 +101,9 @@ class Fsdp:
     def state(self) -> TrainedState:
         weights = self.weights()
         states = optimizer_state(self.optimizer, self._shards_trained)
-        moments, counts = split_state(weights, states)
-        return TrainedState(weights, moments, counts, persistent_buffers(self.model))
+        shards = self.mesh["shard"].size()
+        moments, counts = split_state(weights, states, shards)
+        return TrainedState(weights, moments, counts, persistent_buffers(self.model), shards)
 
     def refresh(self) -> None:
         """Nothing to do: FSDP2 makes the working copies anew at every gather."""
@@ -121,6 +127,26 @@ class Fsdp:
                 shard.data = local_part(parameter)
             shard.grad = None if parameter.grad is None else local_part(parameter.grad)
         self._bound = True
+
+    def _guarded(self) -> StepResult:
+        """Have the optimizer skip a step whose gradient is not finite. torch's own need not wait to
+        know whether it is; others are not asked to step, which all ranks wait for."""
+        norm = self._gradient_norm()
+        if not getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            return StepResult(norm, applied=bool(norm.isfinite()))
+        self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        return StepResult(norm, guarded=True)
+
+    def _unscale(self, loss_scale: LossScale) -> StepResult:
+        """Take the loss scale out of the gradients. They are reduced, so that what overflowed on
+        one rank is infinite in the norm of all; all ranks wait for that norm."""
+        scale = loss_scale.scale
+        gradients = [shard.grad for shard in self._shards_trained if shard.grad is not None]
+        torch._foreach_mul_(gradients, 1 / scale)
+        norm = self._gradient_norm()
+        applied = bool(norm.isfinite())
+        loss_scale.update(not applied)
+        return StepResult(norm, applied, loss_scale=scale)
 
     def _gradient_norm(self) -> torch.Tensor:
         """The L2 norm of the whole gradient, the same on every rank. Nobody waits for it."""

@@ -21,6 +21,15 @@ TWO = World(nodes=1, nproc_per_node=2, gpus=0)
 FOUR = World(nodes=1, nproc_per_node=4, gpus=0)
 
 
+@pytest.fixture(autouse=True)
+def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ADAPTER`, of rank 4, where the rules look."""
+    (tmp_path / "work/ADAPTER").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    Path("ADAPTER/adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
+    Path("ADAPTER/adapter_model.safetensors").touch()
+
+
 @pytest.fixture
 def good(tiny: Path, rows_file: Path) -> dict[str, dict[str, Any]]:
     return {
@@ -41,6 +50,8 @@ def broken_ids(config: Config, world: World) -> set[str]:
     return {line.rpartition("[")[2].rstrip("]") for line in checks.broken_rules(config, world)}
 
 
+EVALUATED: dict[str, Any] = {"training": {"eval_steps": 2}, "data": {"eval_rows": 2}}
+
 # rule → (what breaks it, on which ranks, what mends it)
 CASES: dict[str, tuple[dict[str, Any], World, dict[str, Any]]] = {
     "length-of-training": ({"training": {"max_steps": 5}}, ONE, {"training": {"max_steps": None}}),
@@ -58,15 +69,89 @@ CASES: dict[str, tuple[dict[str, Any], World, dict[str, Any]]] = {
     "gpus-for-ranks": (
         {"cluster": {"nproc_per_node": 4}}, World(nodes=1, nproc_per_node=4, gpus=2), {},
     ),
-    "constant-has-no-warmup": (
-        {"scheduler": {"name": "constant", "warmup_steps": 3}}, ONE,
-        {"scheduler": {"name": "constant", "warmup_steps": 0}},
+    "one-warmup": (
+        {"scheduler": {"warmup_steps": 3, "warmup_ratio": 0.1}}, ONE,
+        {"scheduler": {"warmup_ratio": 0.1}},
     ),
     "warmup-ends": (
         {"scheduler": {"warmup_steps": 9}, "training": {"epochs": None, "max_steps": 5}}, ONE,
         {"scheduler": {"warmup_steps": 0}, "training": {"epochs": None, "max_steps": 5}},
     ),
+    "minimum-below-peak": (
+        {"scheduler": {"name": "polynomial", "minimum_rate": 0.1}}, ONE,
+        {"scheduler": {"name": "polynomial", "minimum_rate": 9e-5}},
+    ),
+    "plateau-reduces": (
+        {"scheduler": {"name": "reduce_lr_on_plateau", "factor": 1.0}, **EVALUATED}, ONE,
+        {"scheduler": {"name": "reduce_lr_on_plateau", "factor": 0.9}, **EVALUATED},
+    ),
+    "plateau-needs-evaluation": (
+        {"scheduler": {"name": "reduce_lr_on_plateau"}}, ONE,
+        {"scheduler": {"name": "reduce_lr_on_plateau"}, **EVALUATED},
+    ),
+    "early-stopping-needs-evaluation": (
+        {"training": {"early_stopping_patience": 2}, "data": {"eval_rows": 2}}, ONE,
+        {"training": {"early_stopping_patience": 2, "eval_steps": 2}, "data": {"eval_rows": 2}},
+    ),
+    "best-needs-evaluation": (
+        {"checkpoint": {"save_best": True}}, ONE, {"checkpoint": {"save_best": True}, **EVALUATED},
+    ),
     "two-betas": ({"optimizer": {"betas": [0.9]}}, ONE, {"optimizer": {"betas": [0.9, 0.99]}}),
+    "nesterov-has-momentum": (
+        {"optimizer": {"name": "sgd", "nesterov": True, "momentum": 0.0}}, ONE,
+        {"optimizer": {"name": "sgd", "nesterov": True}},
+    ),
+    "adafactor-sees-whole-matrices": (
+        {"optimizer": {"name": "adafactor"}}, TWO,
+        {"optimizer": {"name": "adafactor"}, "strategy": {"name": "ddp"}},
+    ),
+    "8bit-needs-tensors": (
+        {"optimizer": {"name": "adamw_8bit"}, "strategy": {"name": "zero1"}}, TWO,
+        {"optimizer": {"name": "adamw_8bit"}, "strategy": {"name": "hsdp"}},
+    ),
+    "activation-checkpointing-is-known": (
+        {"training": {"activation_checkpointing": "0"}}, ONE,
+        {"training": {"activation_checkpointing": 2}},
+    ),
+    "paging-needs-a-gpu": (
+        {"optimizer": {"name": "adamw_paged"}}, ONE, {"optimizer": {"name": "adamw_8bit"}},
+    ),
+    "freeze-trains-something": (
+        {"method": {"name": "freeze", "layers": 0}}, ONE,
+        {"method": {"name": "freeze", "layers": 0, "extra_modules": ["norm"]}},
+    ),
+    "freeze-all-stands-alone": (
+        {"method": {"name": "freeze", "modules": ["all", "mlp"]}}, ONE,
+        {"method": {"name": "freeze", "modules": ["mlp"]}},
+    ),
+    "freeze-names-modules": (
+        {"method": {"name": "freeze", "modules": []}}, ONE, {"method": {"name": "freeze"}},
+    ),
+    "freeze-names-exist": (
+        {"method": {"name": "freeze", "modules": ["attention"], "extra_modules": ["norms"]}}, ONE,
+        {"method": {"name": "freeze", "modules": ["self_attn"], "extra_modules": ["norm"]}},
+    ),
+    "pissa-without-dora": (
+        {"method": {"pissa": True, "dora": True}}, ONE, {"method": {"pissa": True}},
+    ),
+    "dora-without-zero3": (
+        {"method": {"dora": True}, "strategy": {"name": "zero3"}}, TWO,
+        {"method": {"dora": True}, "strategy": {"name": "fsdp"}},
+    ),
+    "dora-merges-before": (
+        {"method": {"dora": True, "merge_first": ["ADAPTER"]}}, ONE,
+        {"method": {"merge_first": ["ADAPTER"]}},
+    ),
+    "adapters-are-there": (
+        {"method": {"merge_first": ["/no/adapter"]}}, ONE, {"method": {"merge_first": ["ADAPTER"]}},
+    ),
+    "adapter-says-its-shape": (
+        {"method": {"adapter": "ADAPTER", "rank": 16, "target_modules": ["q_proj"]}}, ONE,
+        {"method": {"adapter": "ADAPTER", "rank": 4}},
+    ),
+    "adapter-has-begun": (
+        {"method": {"adapter": "ADAPTER", "pissa": True}}, ONE, {"method": {"adapter": "ADAPTER"}},
+    ),
     "one-evaluation-set": (
         {"data": {"eval_rows": 2, "eval_path": "x"}}, ONE, {"data": {"eval_rows": 0}},
     ),

@@ -66,7 +66,7 @@ def test_everything_wrong_is_named_at_once() -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"method": {"name": "lorra"}}, "method.name=lorra is not one of full, lora"),
+        ({"method": {"name": "lorra"}}, "method.name=lorra is not one of full, freeze, lora"),
         ({"model": {"name_or_path": "???"}}, "model.name_or_path is not set"),
         ({"trainnig": {"epochs": 1}}, "trainnig is no setting; did you mean training?"),
         ({"optimizer": {"betas": [0.9, -1.5]}}, "optimizer.betas=-1.5 must be ≥ 0"),
@@ -75,6 +75,21 @@ def test_everything_wrong_is_named_at_once() -> None:
 )
 def test_one_sentence_each(changes: dict[str, Any], sentence: str) -> None:
     assert sentence in "\n".join(problems(**changes))
+
+
+def test_a_setting_of_another_choice_says_whose_it_is() -> None:
+    (found,) = problems(scheduler={"name": "constant", "warmup_ratio": 0.1})
+    assert found == (
+        "scheduler.warmup_ratio is a setting of scheduler=linear, cosine, cosine_with_restarts, "
+        "polynomial, constant_with_warmup, inverse_sqrt and not of the one chosen; leave it out "
+        "(~scheduler.warmup_ratio where a file sets it), or choose scheduler=linear"
+    )
+
+
+def test_entries_of_a_mapping_are_added_with_a_plus_sign() -> None:
+    for key in ("method.rank_pattern", "method.rank_pattern.q_proj"):
+        assert store.unknown(key).endswith("with a plus sign, +method.rank_pattern.NAME=VALUE")
+    assert "must be ≥ 1" in "\n".join(problems(method={"rank_pattern": {"q_proj": 0}}))
 
 
 def test_freezing_and_loading_keep_every_value(tmp_path: Path) -> None:

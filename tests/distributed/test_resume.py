@@ -18,7 +18,7 @@ from launcher.distributed.process_group import Place
 from launcher.errors import UserError
 from launcher.loop import Plan, fit
 from tests.helpers import parts
-from tests.helpers.layouts import ONE_OF_EACH
+from tests.helpers.layouts import ONE_OF_EACH, pairwise
 from tests.helpers.parts import Case
 
 STOP, END = 3, 6
@@ -57,9 +57,10 @@ def case_of(tiny: Path, rows_file: Path, method: str, strategy: str, **options: 
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("strategy", "world", "options"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("method", "precision", "strategy", "world", "options"),
+    pairwise(LAYOUTS, ["full", "lora"], ["fp32", "bf16"]),
+)
 def test_stopping_and_going_on_changes_no_bit(
     ranks: Any,
     tiny: Path,

@@ -15,6 +15,7 @@ from launcher.distributed.process_group import Place
 from launcher.distributed.shards import local_part
 from launcher.loop import token_loss
 from tests.helpers import parts
+from tests.helpers.layouts import pairwise
 from tests.helpers.parts import Case
 
 GRID = [
@@ -136,8 +137,9 @@ def case_of(tiny: Path, rows_file: Path, **options: Any) -> Case:
     return Case(model=tiny, data=rows_file, **options)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize(("strategy", "world", "options"), GRID)
+@pytest.mark.parametrize(
+    ("method", "strategy", "world", "options"), pairwise(GRID, ["full", "lora"])
+)
 def test_losses_equal_a_plain_loop(
     ranks: Any, tiny: Path, rows_file: Path, method: str, strategy: str, world: int, options: Any
 ) -> None:
@@ -150,8 +152,9 @@ def test_losses_equal_a_plain_loop(
     assert expected[-1] < expected[0]
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize(("strategy", "world", "options"), GRID)
+@pytest.mark.parametrize(
+    ("method", "strategy", "world", "options"), pairwise(GRID, ["full", "lora"])
+)
 def test_first_gradients_equal_a_plain_loop(
     ranks: Any, tiny: Path, rows_file: Path, method: str, strategy: str, world: int, options: Any
 ) -> None:

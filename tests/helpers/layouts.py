@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
+
+import pytest
 
 Layout = tuple[str, int, tuple[tuple[str, Any], ...]]
 
@@ -15,3 +19,18 @@ ONE_OF_EACH: list[Layout] = [
     ("zero2", 3, ()),
     ("zero3", 3, ()),
 ]
+
+
+def pairwise(layouts: Sequence[Layout], *choices: Sequence[Any]) -> list[Any]:
+    """The grid of `layouts` × choices of two each, as parameters (*choices, *layout).
+
+    Every pair of values is in a cell of `make test`; the other cells are of `make test-all`.
+    """
+    cells = []
+    for number, layout in enumerate(layouts):
+        for places in itertools.product((0, 1), repeat=len(choices)):
+            chosen = (number + sum(places)) % 2 == 0
+            values = [choice[place] for choice, place in zip(choices, places, strict=True)]
+            marks = () if chosen else (pytest.mark.whole,)
+            cells.append(pytest.param(*values, *layout, marks=marks))
+    return cells

@@ -18,8 +18,9 @@ from launcher.config import store
 from launcher.config.data import DataConfig
 from launcher.config.method import METHODS as METHOD_SCHEMAS
 from launcher.config.model import ModelConfig
-from launcher.config.optimizer import AdamwConfig
-from launcher.config.scheduler import SchedulerConfig
+from launcher.config.optimizer import OPTIMIZERS as OPTIMIZER_SCHEMAS
+from launcher.config.precision import PRECISIONS as PRECISION_SCHEMAS
+from launcher.config.scheduler import CosineConfig
 from launcher.config.strategy import STRATEGIES as STRATEGY_SCHEMAS
 from launcher.config.training import CheckpointConfig, TrainingConfig
 from launcher.data.dataset import load_rows
@@ -28,9 +29,11 @@ from launcher.distributed.process_group import Place
 from launcher.method import build_method
 from launcher.method.base import Method
 from launcher.model.load import build_model
+from launcher.model.noise import add_noise
+from launcher.model.recompute import recompute_activations
 from launcher.model.tokenizer import load_tokenizer
 from launcher.optimizer import build_optimizer
-from launcher.precision import PRECISIONS
+from launcher.precision import Precision, precision_of
 from launcher.run_dir import RunDir
 from launcher.scheduler import build_scheduler
 from launcher.strategy import Strategy, build_strategy
@@ -50,8 +53,13 @@ class Case:
     method: str = "lora"
     strategy: str = "fsdp"
     precision: str = "fp32"
+    precision_options: tuple[tuple[str, Any], ...] = ()
     method_options: tuple[tuple[str, Any], ...] = ()
     strategy_options: tuple[tuple[str, Any], ...] = ()
+    optimizer_name: str = "adamw"
+    optimizer_options: tuple[tuple[str, Any], ...] = ()
+    activation_checkpointing: str = "off"
+    neftune_alpha: float | None = None
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
     steps: int = 20
@@ -59,15 +67,23 @@ class Case:
     micro_batch_size: int = 1
 
     def build_method(self) -> Method:
-        options = {"rank": 4, **dict(self.method_options)} if self.method == "lora" else {}
+        options = dict(self.method_options)
+        if self.method == "lora":
+            options = {"rank": 4, **options}
         return build_method(METHOD_SCHEMAS[self.method](name=self.method, **options))
+
+    def build_precision(self) -> Precision:
+        schema = PRECISION_SCHEMAS[self.precision]
+        return precision_of(schema(name=self.precision, **dict(self.precision_options)))
 
     def optimizer(self, trained: Any) -> torch.optim.Optimizer:
         rates = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
-        return build_optimizer(AdamwConfig(**rates), trained)
+        schema = OPTIMIZER_SCHEMAS[self.optimizer_name]
+        config = schema(**rates, **dict(self.optimizer_options))
+        return build_optimizer(config, trained, self.build_method().rate)
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        config = SchedulerConfig(name="cosine", warmup_steps=3)
+        config = CosineConfig(name="cosine", warmup_steps=3)
         return build_scheduler(config, optimizer, self.steps)
 
     def loader(self, rank: int, world_size: int, micro_batch_size: int) -> Loader:
@@ -93,9 +109,11 @@ def set_up(place: Place, case: Case) -> tuple[Strategy, Method, Loader]:
         ModelConfig(name_or_path=str(case.model)),
         case.model,
         SEED,
-        PRECISIONS[case.precision].compute,
+        case.build_precision().compute,
     )
-    model = method.prepare(model, SEED)
+    model = method.prepare(model, SEED, weights)
+    add_noise(model, case.neftune_alpha)
+    recompute_activations(model, case.activation_checkpointing)
     schema = STRATEGY_SCHEMAS[case.strategy]
     config = schema(name=case.strategy, **dict(case.strategy_options))
     training = TrainingConfig(
@@ -103,12 +121,14 @@ def set_up(place: Place, case: Case) -> tuple[Strategy, Method, Loader]:
         global_batch_size=case.global_batch_size,
         max_grad_norm=MAX_NORM,
     )
-    strategy = build_strategy(config, training, place, PRECISIONS[case.precision])
+    strategy = build_strategy(config, training, place, case.build_precision())
     strategy.setup(model, weights, case.optimizer)
     return strategy, method, case.loader(place.rank, place.world_size, case.micro_batch_size)
 
 
-def learner(place: Place, case: Case, strategy: Strategy, method: Method) -> Learner:
+def learner(
+    place: Place, case: Case, strategy: Strategy, method: Method, **options: Any
+) -> Learner:
     """As the worker makes it."""
     about = {"base": {"name_or_path": str(case.model), "revision": None}, "data": "rows"}
     return Learner(
@@ -119,6 +139,7 @@ def learner(place: Place, case: Case, strategy: Strategy, method: Method) -> Lea
         place,
         dist.new_group(backend="gloo"),
         {**about, "ranks": place.world_size},
+        **options,
     )
 
 

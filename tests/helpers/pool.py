@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import multiprocessing
 import os
 import sys
@@ -86,11 +87,16 @@ def _in_group(rank: int, world: int, store: str, function: Callable[..., Any], a
     from launcher.distributed.process_group import Place
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
     try:
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world
+        )
         return function(Place(rank, rank, world, world, torch.device("cpu")), *args)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        dist.distributed_c10d._world.group_count = 0  # a start that failed has counted itself
+        gc.collect()  # groups in cycles keep their sockets: hundreds in a session
         if "deepspeed" in sys.modules:  # it keeps groups that are gone now
             from deepspeed.comm import comm
             from deepspeed.runtime.zero import partition_parameters

@@ -1,0 +1,120 @@
+"""The rules of the schedule and of what goes by the evaluation loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from launcher.config import Config
+from launcher.config.rule import Rule, World
+from launcher.config.scheduler import (
+    CosineConfig,
+    CosineWithRestartsConfig,
+    LinearConfig,
+    PlateauConfig,
+    PolynomialConfig,
+    WarmupConfig,
+)
+
+WITH_MINIMUM = (
+    LinearConfig,
+    CosineConfig,
+    CosineWithRestartsConfig,
+    PolynomialConfig,
+    PlateauConfig,
+)
+
+
+def _warmup_steps(config: Config) -> int:
+    return config.scheduler.warmup_steps if isinstance(config.scheduler, WarmupConfig) else 0
+
+
+def _two_warmups(config: Config, world: World) -> bool:
+    return _warmup_steps(config) > 0 and config.scheduler.warmup_ratio > 0  # type: ignore[attr-defined]
+
+
+def _minimum(config: Config) -> float:
+    return config.scheduler.minimum_rate if isinstance(config.scheduler, WITH_MINIMUM) else 0.0
+
+
+def _evaluation(config: Config, world: World) -> str:
+    """The overrides that evaluate while training."""
+    steps = f"training.eval_steps={max(1, (config.training.max_steps or 500) // 10)}"
+    has_rows = config.data.eval_path is not None or config.data.eval_rows > 0
+    return steps if has_rows else f"{steps} data.eval_rows=32"
+
+
+def _needs_evaluation(id: str, key: str, value: Any, used: Any) -> Rule:
+    """`key` goes by the evaluation loss. `value` and `used` are functions of the configuration."""
+    return Rule(
+        id,
+        f"{key} comes with training.eval_steps",
+        lambda c, w: used(c) and c.training.eval_steps is None,
+        lambda c, w: (
+            f"{key}={value(c)} goes by the evaluation loss, and training.eval_steps=null "
+            "evaluates at the end alone"
+        ),
+        _evaluation,
+    )
+
+
+SCHEDULE_RULES: tuple[Rule, ...] = (
+    Rule(
+        "one-warmup",
+        "at most one of scheduler.warmup_steps and scheduler.warmup_ratio says how long the "
+        "warm-up is",
+        _two_warmups,
+        lambda c, w: (
+            f"scheduler.warmup_steps={_warmup_steps(c)} and scheduler.warmup_ratio="
+            f"{c.scheduler.warmup_ratio} both say how long the warm-up is"  # type: ignore[attr-defined]
+        ),
+        lambda c, w: "scheduler.warmup_ratio=0",
+    ),
+    Rule(
+        "warmup-ends",
+        "the warm-up ends before training does",
+        lambda c, w: c.training.max_steps is not None and _warmup_steps(c) > c.training.max_steps,
+        lambda c, w: (
+            f"scheduler.warmup_steps={_warmup_steps(c)} is more than "
+            f"training.max_steps={c.training.max_steps}: the peak rate is never reached"
+        ),
+        lambda c, w: f"scheduler.warmup_steps={(c.training.max_steps or 0) // 10}",
+    ),
+    Rule(
+        "minimum-below-peak",
+        "scheduler.minimum_rate is a learning rate below optimizer.learning_rate",
+        lambda c, w: _minimum(c) >= c.optimizer.learning_rate,
+        lambda c, w: (
+            f"scheduler.minimum_rate={_minimum(c):g} is not below "
+            f"optimizer.learning_rate={c.optimizer.learning_rate:g} (it is a learning rate, not a "
+            "fraction of one)"
+        ),
+        lambda c, w: f"scheduler.minimum_rate={c.optimizer.learning_rate / 10:g}",
+    ),
+    Rule(
+        "plateau-reduces",
+        "scheduler.factor of reduce_lr_on_plateau is below 1",
+        lambda c, w: isinstance(c.scheduler, PlateauConfig) and c.scheduler.factor >= 1,
+        lambda c, w: (
+            f"scheduler.factor={c.scheduler.factor:g} does not reduce the learning rate"  # type: ignore[attr-defined]
+        ),
+        lambda c, w: "scheduler.factor=0.5",
+    ),
+    _needs_evaluation(
+        "plateau-needs-evaluation",
+        "scheduler",
+        lambda c: c.scheduler.name,
+        lambda c: isinstance(c.scheduler, PlateauConfig),
+    ),
+    _needs_evaluation(
+        "early-stopping-needs-evaluation",
+        "training.early_stopping_patience",
+        lambda c: c.training.early_stopping_patience,
+        lambda c: c.training.early_stopping_patience is not None,
+    ),
+    _needs_evaluation(
+        "best-needs-evaluation",
+        "checkpoint.save_best",
+        lambda c: "true",
+        lambda c: c.checkpoint.save_best,
+    ),
+)

@@ -1,0 +1,26 @@
+"""NEFTune: noise on the embeddings of what is trained on, https://arxiv.org/abs/2310.05914."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def add_noise(model: nn.Module, alpha: float | None) -> None:
+    """In training, add uniform noise within ±alpha / √(length × width) to the output [rows, length,
+    width] of the embedding. It is drawn from the rank's own random state, as dropout is."""
+    if alpha is not None:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        embedding.register_forward_hook(partial(_noisy, alpha))
+
+
+def _noisy(alpha: float, embedding: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    if not embedding.training:
+        return output
+    length, width = output.shape[-2:]
+    bound = alpha / math.sqrt(length * width)
+    return output + torch.empty_like(output).uniform_(-bound, bound)

@@ -1,0 +1,184 @@
+"""Every optimizer steps as its library's own does, under every strategy that it is allowed under,
+and goes on from a checkpoint bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.optim import AdamW8bit, Lion
+from transformers.optimization import Adafactor
+
+from launcher.distributed.process_group import Place
+from tests.distributed.test_resume import END, STOP, run_steps
+from tests.helpers import parts
+from tests.helpers.parts import Case
+
+NO_OPTIONS: tuple[tuple[str, Any], ...] = ()
+SHARDED = [("hsdp", 4, (("shard_size", 2),)), ("fsdp", 3, NO_OPTIONS)]
+WHOLE = [("single", 1, NO_OPTIONS), ("ddp", 2, NO_OPTIONS)]
+ZERO = [("zero1", 2, NO_OPTIONS), ("zero2", 3, NO_OPTIONS), ("zero3", 3, NO_OPTIONS)]
+CELLS = [
+    *(("sgd", *layout) for layout in (*WHOLE, SHARDED[1], *ZERO)),
+    *(("lion", *layout) for layout in (WHOLE[0], SHARDED[1], ZERO[2])),
+    *(("adamw_8bit", *layout) for layout in (*WHOLE, SHARDED[1])),
+    *(("adafactor", *layout) for layout in WHOLE),
+]
+RESUMED = [
+    ("full", "sgd", "single", 1, NO_OPTIONS),
+    ("full", "sgd", "fsdp", 3, NO_OPTIONS),
+    ("full", "sgd", "zero1", 2, NO_OPTIONS),
+    ("full", "lion", "fsdp", 2, NO_OPTIONS),
+    ("lora", "lion", "zero2", 2, NO_OPTIONS),
+    ("full", "lion", "zero3", 2, NO_OPTIONS),
+    ("full", "adamw_8bit", "single", 1, NO_OPTIONS),
+    ("full", "adamw_8bit", *SHARDED[0]),
+    ("lora", "adamw_8bit", *SHARDED[1]),
+    ("full", "adafactor", "ddp", 2, NO_OPTIONS),
+    ("lora", "adafactor", "single", 1, NO_OPTIONS),
+]
+RATES = {"sgd": 0.3, "lion": 3e-4, "adamw_8bit": 1e-3, "adafactor": 1e-3}
+# Blocks of a piece have other largest elements than blocks of the whole: other roundings.
+BOUNDS = {"sgd": 1e-5, "lion": 1e-4, "adamw_8bit": 2e-3, "adafactor": 1e-5}
+
+
+def case_of(tiny: Path, rows_file: Path, optimizer: str, **options: Any) -> Case:
+    nesterov = (("nesterov", True),) if optimizer == "sgd" else ()
+    return Case(
+        tiny, rows_file, optimizer_name=optimizer, optimizer_options=nesterov,
+        learning_rate=RATES[optimizer], global_batch_size=12, **options,
+    )  # fmt: skip
+
+
+def theirs(name: str, groups: Any, rate: float) -> torch.optim.Optimizer:
+    """The library's own, with its own defaults but for what the case sets."""
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True, foreach=False)
+    if name == "lion":
+        return Lion(groups, lr=rate)
+    if name == "adamw_8bit":
+        return AdamW8bit(groups, lr=rate)
+    return Adafactor(groups, lr=rate, scale_parameter=False, relative_step=False)
+
+
+@functools.cache
+def plain_losses(case: Case) -> list[float]:
+    """A textbook loop around the library's optimizer."""
+    torch.set_num_threads(1)
+    model = parts.plain_model(case).train()
+    loader = case.loader(0, 1, case.global_batch_size)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": case.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimizer = theirs(case.optimizer_name, groups, case.learning_rate)
+    scheduler = case.scheduler(optimizer)
+    losses = []
+    for step in range(case.steps):
+        loss = parts.plain_loss(model, loader.window(step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, parts.MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        losses.append(loss.item())
+    return losses
+
+
+def losses(place: Place, case: Case) -> list[float]:
+    return parts.train(place, case)[2]
+
+
+@pytest.mark.parametrize(("optimizer", "strategy", "world", "options"), CELLS)
+def test_losses_equal_the_library_s_own(
+    ranks: Any, tiny: Path, rows_file: Path, optimizer: str, strategy: str, world: int, options: Any
+) -> None:
+    plain = case_of(tiny, rows_file, optimizer, method="full", steps=10)
+    case = dataclasses.replace(plain, strategy=strategy, strategy_options=options)
+    expected = plain_losses(plain)
+    assert expected[-1] < expected[0]
+    for found in ranks.run(world, losses, case):
+        assert found == pytest.approx(expected, rel=BOUNDS[optimizer])
+
+
+@pytest.mark.parametrize(("method", "optimizer", "strategy", "world", "options"), RESUMED)
+def test_stopping_and_going_on_changes_no_bit(
+    ranks: Any,
+    tiny: Path,
+    rows_file: Path,
+    tmp_path: Path,
+    method: str,
+    optimizer: str,
+    strategy: str,
+    world: int,
+    options: Any,
+) -> None:
+    case = case_of(
+        tiny, rows_file, optimizer, method=method, steps=END,
+        strategy=strategy, strategy_options=options,
+        method_options=(("rank", 32),) if method == "lora" else (),  # adapters worth 8 bits
+    )  # fmt: skip
+    whole = ranks.run(world, run_steps, case, tmp_path / "whole", 0, END)
+    first = ranks.run(world, run_steps, case, tmp_path / "parts", 0, STOP)
+    second = ranks.run(world, run_steps, case, tmp_path / "parts", STOP, END)
+    assert [a + b for a, b in zip(first, second, strict=True)] == whole
+
+
+@pytest.mark.parametrize("optimizer", ["lion"])
+def test_moments_go_on_under_another_strategy(
+    ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path, optimizer: str
+) -> None:
+    case = case_of(tiny, rows_file, optimizer, method="full", strategy="zero3", steps=END)
+    whole = ranks.run(2, run_steps, case, tmp_path / "whole", 0, END)[0]
+    ranks.run(2, run_steps, case, tmp_path / "parts", 0, STOP)
+    case = dataclasses.replace(case, strategy="fsdp")
+    found = ranks.run(3, run_steps, case, tmp_path / "parts", STOP, END)[0]
+    assert found == pytest.approx(whole[STOP:], rel=BOUNDS[optimizer])
+
+
+def test_8bit_blocks_go_on_where_they_were_cut_alone(
+    ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    """From single to ddp nothing is cut; fsdp on other ranks is refused with the reason."""
+    case = case_of(tiny, rows_file, "adamw_8bit", method="full", strategy="single", steps=END)
+    ranks.run(1, run_steps, case, tmp_path, 0, STOP)
+    case = dataclasses.replace(case, strategy="ddp")
+    ranks.run(2, run_steps, case, tmp_path, STOP, END)
+    case = dataclasses.replace(case, strategy="fsdp")
+    with pytest.raises(AssertionError, match=r"quantised in blocks of the 1 runs .* there are 2"):
+        ranks.run(2, run_steps, case, tmp_path, STOP, END)
+
+
+def state_dtypes(place: Place, case: Case) -> dict[str, set[torch.dtype]]:
+    strategy, _, loader = parts.set_up(place, case)
+    parts.train_step(strategy, loader.window(0))
+    moments = strategy.state().moments
+    return {key: {shard.local.dtype for shard in each.values()} for key, each in moments.items()}
+
+
+@pytest.mark.parametrize(("strategy", "world"), [("single", 1), ("fsdp", 3)])
+def test_8bit_moments_are_bytes(
+    ranks: Any, tiny: Path, rows_file: Path, strategy: str, world: int
+) -> None:
+    case = case_of(tiny, rows_file, "adamw_8bit", method="full", strategy=strategy)
+    for found in ranks.run(world, state_dtypes, case):
+        assert found["state1"] == found["state2"] == {torch.uint8, torch.float32}
+        assert found["absmax1"] == {torch.float32}
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_an_optimizer_without_state_goes_on(
+    ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path, method: str
+) -> None:
+    case = case_of(tiny, rows_file, "sgd", method=method, strategy="fsdp", steps=END)
+    case = dataclasses.replace(case, optimizer_options=(("momentum", 0.0),))
+    whole = ranks.run(2, run_steps, case, tmp_path / "whole", 0, END)
+    first = ranks.run(2, run_steps, case, tmp_path / "parts", 0, STOP)
+    second = ranks.run(2, run_steps, case, tmp_path / "parts", STOP, END)
+    assert [a + b for a, b in zip(first, second, strict=True)] == whole
