@@ -93,18 +93,29 @@ def _in_group(rank: int, world: int, store: str, function: Callable[..., Any], a
         )
         return function(Place(rank, rank, world, world, torch.device("cpu")), *args)
     finally:
+        if "deepspeed" in sys.modules:
+            _forget_deepspeed()
         if dist.is_initialized():
             dist.destroy_process_group()
         dist.distributed_c10d._world.group_count = 0  # a start that failed has counted itself
         gc.collect()  # groups in cycles keep their sockets: hundreds in a session
-        if "deepspeed" in sys.modules:  # it keeps groups that are gone now
-            from deepspeed.comm import comm
-            from deepspeed.runtime.zero import partition_parameters
-            from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-            from deepspeed.utils import groups
 
-            comm.cdb = None
-            groups._release_process_group_references(None)
-            # Its numbers of modules and parameters must be alike on all ranks.
-            DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
-            partition_parameters.Init.param_id = 0
+
+def _forget_deepspeed() -> None:
+    """It keeps engines by hooks in autograd, which Python cannot see, and groups that are gone."""
+    from deepspeed import DeepSpeedEngine
+    from deepspeed.comm import comm
+    from deepspeed.runtime.zero import partition_parameters
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.utils import groups
+
+    for engine in [each for each in gc.get_objects() if isinstance(each, DeepSpeedEngine)]:
+        if vars(engine):  # not seen before
+            engine.destroy()
+            for held in (*engine.parameters(), engine.optimizer, *engine.modules()):
+                vars(held).clear()
+    comm.cdb = None
+    groups._release_process_group_references(None)
+    # Its numbers of modules and parameters must be alike on all ranks.
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    partition_parameters.Init.param_id = 0
