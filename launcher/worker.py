@@ -251,7 +251,9 @@ def build_learner(
 
     method, precision = build_method(config.method), precision_of(config.precision)
     model, weights = build_model(config.model, folder, config.training.seed, precision.compute)
-    model = method.prepare(model, config.training.seed, weights)
+    model = method.prepare(model, config.training.seed, weights, place.device)
+    if done := method.describe():
+        say(f"base: {done}")
     say(f"method: {config.method.name}: {describe(model, precision.master, precision.compute)}")
     add_noise(model, config.training.neftune_alpha)
     kept = recompute_activations(model, config.training.activation_checkpointing)

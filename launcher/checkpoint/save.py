@@ -96,6 +96,7 @@ class Saver:
             "eval_loss": eval_loss,
             "content": self.config.content,
             "partial": learner.method.partial,
+            "quantisation": learner.method.scheme,
             **learner.about,
         }
         if learner.strategy.loss_scale is not None:
@@ -169,7 +170,7 @@ class Saver:
     ) -> None:
         if not self.place.is_main:
             return
-        told = ("step", "eval_loss", "content", "partial", "base")
+        told = ("step", "eval_loss", "content", "partial", "quantisation", "base")
         what = {key: snapshot.trainer[key] for key in told}
         merged = {name: entry for each in files for name, entry in each.items()}
         manifest.write(aside.manifest, what, merged)

@@ -11,6 +11,7 @@ from launcher import paths
 from launcher.config import Config, deepspeed
 from launcher.config.method_rules import METHOD_RULES
 from launcher.config.optimizer_rules import OPTIMIZER_RULES
+from launcher.config.quantised_rules import QUANTISED_RULES
 from launcher.config.rule import Rule, World
 from launcher.config.schedule_rules import SCHEDULE_RULES
 from launcher.config.strategy import HsdpConfig, ZeroConfig
@@ -138,6 +139,7 @@ RULES: tuple[Rule, ...] = (
     *SCHEDULE_RULES,
     *OPTIMIZER_RULES,
     *METHOD_RULES,
+    *QUANTISED_RULES,
     Rule(
         "one-evaluation-set",
         "at most one of data.eval_path and data.eval_rows names the evaluation rows",

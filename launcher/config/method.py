@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from launcher.config.setting import setting
 
@@ -78,8 +79,34 @@ class LoraConfig(MethodConfig):
         return {name: 2 * rank for name, rank in self.rank_pattern.items()} | self.alpha_pattern
 
 
+@dataclass(kw_only=True, slots=True)
+class QloraConfig(LoraConfig):
+    """Low-rank adapters are trained beside frozen weights that are held in 4 or 8 bits."""
+
+    bits: int = setting(4, "of a frozen weight", choices=(4, 8))
+    quant_type: str = setting("nf4", "values that 4 bits stand for", choices=("nf4", "fp4"))
+    double_quant: bool = setting(True, "hold the scales of 4-bit blocks in 8 bits")
+    quant_storage: str = setting(
+        "uint8",
+        "dtype of the tensors that hold 4-bit weights; another than uint8 must be the precision's",
+        choices=("uint8", "bfloat16", "float16", "float32"),
+    )
+
+    def scheme(self) -> dict[str, Any]:
+        """As a config.json of transformers says it (BitsAndBytesConfig)."""
+        if self.bits == 8:
+            return {"quant_method": "bitsandbytes", "load_in_8bit": True}
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": self.quant_type,
+            "bnb_4bit_use_double_quant": self.double_quant,
+        }
+
+
 METHODS: dict[str, type[MethodConfig]] = {
     "full": FullConfig,
     "freeze": FreezeConfig,
     "lora": LoraConfig,
+    "qlora": QloraConfig,
 }

@@ -20,7 +20,7 @@ def setting(
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
-    choices: tuple[str, ...] = (),
+    choices: tuple[str | int, ...] = (),
 ) -> Any:
     """A dataclass field that knows its limits. `minimum`/`maximum` include the bound, `above` not.
 
@@ -44,7 +44,7 @@ def limits(field: dataclasses.Field[Any]) -> str:
     """The limits of a setting in words, empty if it has none."""
     data = field.metadata
     if data["choices"]:
-        return "one of " + ", ".join(data["choices"])
+        return "one of " + ", ".join(map(str, data["choices"]))
     bounds = (("≥", data["minimum"]), (">", data["above"]), ("≤", data["maximum"]))
     return ", ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
 

@@ -137,7 +137,10 @@ def _config(source: Source) -> dict[str, Any]:
 
 
 def _scheme(source: Source) -> dict[str, Any] | None:
-    """How the base was quantised while the adapter was trained, where a config beside it says."""
+    """How the base was quantised while the adapter was trained, where SOURCE or a config beside it
+    says so."""
+    if source.scheme is not None:
+        return source.scheme
     for beside in source.companions:
         if beside != source.base and (beside / "config.json").is_file():
             scheme = read_json(beside / "config.json").get("quantization_config")

@@ -31,6 +31,7 @@ class Source:
     adapters: tuple[Path, ...] = ()  # PEFT adapter folders
     adapter_config: Path | None = None  # of the adapter within a sharded checkpoint
     companions: tuple[Path, ...] = ()  # folders with config and tokenizer, the best first
+    scheme: dict[str, Any] | None = None  # how training quantised the base, where SOURCE says so
     partial: bool = False  # what `read` gives was trained, the other tensors are those of `base`
 
     def describe(self) -> str:
@@ -104,7 +105,14 @@ def _checkpoint(path: Path, base: str | None, adapter_only: bool) -> Source:
     folder = _base(base, saved["base"]["name_or_path"], saved["base"]["revision"])
     kind = "Shardway checkpoint"
     if checkpoint.adapter is not None:
-        return Source(kind, path, folder, adapters=(checkpoint.adapter,), companions=(path, folder))
+        return Source(
+            kind,
+            path,
+            folder,
+            adapters=(checkpoint.adapter,),
+            companions=(path, folder),
+            scheme=saved["quantisation"] if "quantisation" in saved else None,
+        )
     assert checkpoint.model is not None
     shards = checkpoint.model
     return Source(

@@ -10,20 +10,34 @@ import torch
 from launcher.model.load import Weights
 
 
+CPU = torch.device("cpu")
+
+
 class Method(Protocol):
     """Chooses the parameters to train and writes the trained part."""
 
     adapter: bool  # True: only the trained parameters are kept, as a PEFT adapter folder
     partial: bool  # True: the shards hold the trained parameters alone, the base has the others
+    scheme: dict[str, Any] | None  # how the base was quantised, as a config.json of transformers
 
     def __init__(self, config: Any) -> None: ...
 
-    def prepare(self, model: Any, seed: int, weights: Weights | None = None) -> Any:
+    def prepare(
+        self,
+        model: Any,
+        seed: int,
+        weights: Weights | None = None,
+        device: torch.device = CPU,
+    ) -> Any:
         """Set `requires_grad` everywhere and add what is to be trained.
 
         Parameters of the model may be on meta: `weights` says where they are on disk. What the
-        method adds must be real and the same on every rank: it is drawn from `seed`.
+        method adds must be real and the same on every rank: it is drawn from `seed`. `device`
+        trains, and may do heavy work here.
         """
+
+    def describe(self) -> str | None:
+        """What `prepare` did to the base, for the start of the log."""
 
     def rate(self, name: str) -> float:
         """The multiple of the learning rate that the parameter `name` is trained with."""
@@ -40,6 +54,10 @@ class Sharded:
 
     adapter = False
     partial = False
+    scheme = None
+
+    def describe(self) -> str | None:
+        return None
 
     def rate(self, name: str) -> float:
         return 1.0

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 
+import torch
 from torch import nn
 
 from launcher.config.method import FreezeConfig
 from launcher.errors import UserError
-from launcher.method.base import Sharded
+from launcher.method.base import CPU, Sharded
 from launcher.model.layers import decoder_layers
 from launcher.model.load import Weights
 
@@ -21,7 +22,13 @@ class Freeze(Sharded):
     def __init__(self, config: FreezeConfig) -> None:
         self.config = config
 
-    def prepare(self, model: nn.Module, seed: int, weights: Weights | None = None) -> nn.Module:
+    def prepare(
+        self,
+        model: nn.Module,
+        seed: int,
+        weights: Weights | None = None,
+        device: torch.device = CPU,
+    ) -> nn.Module:
         """Raises UserError for a name that no module has, and for more layers than there are."""
         model.requires_grad_(False)
         for layer in self._layers(model):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from launcher.config.method import FullConfig
-from launcher.method.base import Sharded
+from launcher.method.base import CPU, Sharded
 from launcher.model.load import Weights
 
 
@@ -13,5 +14,11 @@ class Full(Sharded):
     def __init__(self, config: FullConfig) -> None:
         self.config = config
 
-    def prepare(self, model: nn.Module, seed: int, weights: Weights | None = None) -> nn.Module:
+    def prepare(
+        self,
+        model: nn.Module,
+        seed: int,
+        weights: Weights | None = None,
+        device: torch.device = CPU,
+    ) -> nn.Module:
         return model.requires_grad_(True)

@@ -6,6 +6,7 @@ import copy
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -18,6 +19,7 @@ from launcher.config.method import LoraConfig
 from launcher.errors import UserError
 from launcher.export.merge.adapter import PREFIX
 from launcher.method import adapters
+from launcher.method.base import CPU
 from launcher.method.offsets import Base, LowRank, check_same, joined, principal, settings_of
 from launcher.model.load import Weights
 
@@ -27,18 +29,24 @@ ADAPTER = "default"
 class Lora:
     adapter = True
     partial = False
+    scheme: dict[str, Any] | None = None
 
     def __init__(self, config: LoraConfig) -> None:
         self.config = config
         self._offsets: dict[str, LowRank] = {}  # module → what the base was changed by
 
     def prepare(
-        self, model: nn.Module, seed: int, weights: Weights | None = None
+        self,
+        model: nn.Module,
+        seed: int,
+        weights: Weights | None = None,
+        device: torch.device = CPU,
     ) -> peft.PeftModel:
         """Wrap `model` in PEFT; adapters are fp32 on CPU, A random and B zero, or as the settings
         say. Base weights are read one at a time, and only for those that need them."""
         base, config = Base(weights), self.config
         self._offsets = adapters.merge_first(model, base, config.merge_first)
+        self._quantise(model, weights, device)
         wrapped = self._wrap(model)
         torch.manual_seed(seed)
         layers = _layers(wrapped)
@@ -53,6 +61,12 @@ class Lora:
         if config.adapter is not None:
             self._go_on_from(wrapped, config.adapter)
         return wrapped
+
+    def _quantise(self, model: nn.Module, weights: Weights | None, device: torch.device) -> None:
+        """The base stays as it is."""
+
+    def describe(self) -> str | None:
+        return None
 
     def rate(self, name: str) -> float:
         """LoRA+ (https://arxiv.org/abs/2402.12354): B learns faster than A."""

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from launcher.errors import UserError
-from launcher.model.load import Weights
+from launcher.model.load import Slot, Weights
+from launcher.model.stored import Sum, read_whole
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,12 @@ class Base:
 
     def __init__(self, weights: Weights | None) -> None:
         self._weights = weights
-        slots = weights.slots if weights else ()
-        # By parameter, so that a tied head is found under its embedding's name.
-        self._names = {id(m.get_parameter(attribute)): name for m, attribute, name in slots}
+        self._slots = weights.by_parameter() if weights else {}
 
     def matrix(self, module: nn.Module) -> torch.Tensor:
         """fp32, whole, with all that was added."""
         weight = module.get_parameter("weight")
-        stored = weight.detach()
-        if weight.is_meta:
-            assert self._weights is not None, "only what is in files is on meta"
-            stored = self._weights.folder.whole(self._names[id(weight)])
+        stored = read_whole(self._slots[id(weight)].stored) if weight.is_meta else weight.detach()
         whole = stored.float()
         return whole.T if _is_turned(module) else whole
 
@@ -60,8 +56,8 @@ class Base:
             left, right = right.T.contiguous(), left.T.contiguous()
         weight = module.get_parameter("weight")
         if weight.is_meta:
-            assert self._weights is not None, "only what is in files is on meta"
-            self._weights.folder.add(self._names[id(weight)], left, right)
+            slot = self._slots[id(weight)]
+            slot.stored = Sum(slot.stored, left, right)
         else:
             weight.copy_(weight.float() + left @ right)
 
@@ -71,8 +67,8 @@ class Base:
             return
         for attribute, parameter in original.named_parameters():
             module, _, leaf = attribute.rpartition(".")
-            slot = copy.get_submodule(module), leaf, self._names[id(parameter)]
-            self._weights.slots.append(slot)
+            stored = self._slots[id(parameter)].stored
+            self._weights.slots.append(Slot(copy.get_submodule(module), leaf, stored))
 
 
 def _is_turned(module: nn.Module) -> bool:

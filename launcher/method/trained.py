@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from launcher.model.quantised import QuantisedLinear
+
 # The first that a parameter's name contains is its group.
 GROUPS = (
     ("adapter", r"\.lora_"),
@@ -24,13 +26,18 @@ def describe(model: nn.Module, master: torch.dtype, compute: torch.dtype) -> str
     """A table of counts, dtypes and bytes by group. Trained parameters are held in `master`,
     frozen ones in `compute`, whatever they are now; quantised ones as they are stored."""
     rows: dict[tuple[str, bool, str], tuple[int, int, int]] = {}
+    quantised = {id(m.weight): m for m in model.modules() if isinstance(m, QuantisedLinear)}
     for name, parameter in model.named_parameters():
         held = master if parameter.requires_grad else compute
-        dtype = held if parameter.is_floating_point() else parameter.dtype
-        key = _group(name), parameter.requires_grad, str(dtype).removeprefix("torch.")
-        tensors, count, size = rows[key] if key in rows else (0, 0, 0)
-        nbytes = parameter.numel() * dtype.itemsize
-        rows[key] = tensors + 1, count + parameter.numel(), size + nbytes
+        layer = quantised.get(id(parameter))
+        count, kind = parameter.numel(), str(held).removeprefix("torch.")
+        nbytes = count * held.itemsize
+        if layer is not None:
+            count, kind = layer.in_features * layer.out_features, layer.scales.kind
+            nbytes = parameter.nbytes + layer.scales.nbytes
+        key = _group(name), parameter.requires_grad, kind
+        tensors, counted, size = rows[key] if key in rows else (0, 0, 0)
+        rows[key] = tensors + 1, counted + count, size + nbytes
     total = sum(count for _, count, _ in rows.values())
     trained = sum(count for (_, learns, _), (_, count, _) in rows.items() if learns)
     head = f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f} %)"

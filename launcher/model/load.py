@@ -7,6 +7,7 @@ reads its own rows from the safetensors files.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,19 +17,19 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from launcher.boxes import boxes
 from launcher.config.model import ModelConfig
 from launcher.errors import UserError
 from launcher.model.attention import attention_for
 from launcher.model.folder import the_safetensors_file
+from launcher.model.stored import InFile, Stored
 
 
 class SafetensorsFolder:
-    """The tensors of a model folder by name, read slice by slice."""
+    """The tensors of a model folder by name."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._added: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._tally = [0]
         self._open_files: dict[str, safe_open] = {}
         index = folder / "model.safetensors.index.json"
         if index.is_file():
@@ -47,42 +48,13 @@ class SafetensorsFolder:
     def names(self) -> set[str]:
         return set(self._file_of)
 
-    def shape(self, name: str) -> torch.Size:
-        return torch.Size(self._open(self._file_of[name]).get_slice(name).get_shape())
+    @property
+    def bytes_read(self) -> int:
+        """By this process, again where it read something twice."""
+        return self._tally[0]
 
-    def add(self, name: str, left: torch.Tensor, right: torch.Tensor) -> None:
-        """From now on the matrix `name` [m, n] is read with left [m, r] @ right [r, n] added, in
-        fp32: the reader rounds once."""
-        self._added.setdefault(name, []).append((left, right))
-
-    def read(self, name: str, offsets: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
-        """The box of `shape` at `offsets`; only its bytes are read when it is a range of rows."""
-        file = self._open(self._file_of[name])
-        box = tuple(slice(at, at + size) for at, size in zip(offsets, shape, strict=True))
-        tensor: torch.Tensor = file.get_slice(name)[box] if shape else file.get_tensor(name)
-        for left, right in self._added.get(name, ()):
-            tensor = tensor.float() + left[box[0]] @ right[:, box[1]]
-        return tensor
-
-    def whole(self, name: str) -> torch.Tensor:
-        shape = tuple(self.shape(name))
-        return self.read(name, (0,) * len(shape), shape)
-
-    def read_run(self, name: str, begin: int, count: int) -> torch.Tensor:
-        """Elements [begin, begin + count) of the flattened tensor, 1-d; only their bytes are read,
-        but for the rows where the run begins and ends."""
-        found = boxes(begin, count, tuple(self.shape(name)))
-        parts = [self.read(name, offsets, sizes).flatten() for offsets, sizes in found]
-        return torch.cat(parts) if parts else torch.empty(0, dtype=self.dtype(name))
-
-    def dtype(self, name: str) -> torch.dtype:
-        if name in self._added:
-            return torch.float32
-        file = self._open(self._file_of[name])
-        empty: torch.Tensor = (
-            file.get_slice(name)[:0] if self.shape(name) else file.get_tensor(name)
-        )
-        return empty.dtype
+    def __getitem__(self, name: str) -> InFile:
+        return InFile(self._open(self._file_of[name]), name, self._tally)
 
     def _open(self, file: str) -> safe_open:
         if file not in self._open_files:
@@ -90,19 +62,36 @@ class SafetensorsFolder:
         return self._open_files[file]
 
 
-class Weights:
-    """Where each parameter of a model on meta comes from.
+@dataclass
+class Slot:
+    """A parameter and what it is filled with.
 
     Parameters are found by the module that holds them, not by name: adapters and `fully_shard`
     rename and replace parameters, but never the modules of the model.
     """
 
+    module: nn.Module
+    attribute: str
+    stored: Stored
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.module.get_parameter(self.attribute)
+
+
+class Weights:
+    """Where each parameter of a model on meta comes from."""
+
     def __init__(self, folder: SafetensorsFolder, model: nn.Module) -> None:
         self.folder = folder
-        self.slots: list[tuple[nn.Module, str, str]] = []  # module, attribute, name on disk
+        self.slots: list[Slot] = []
         for name, _ in model.named_parameters():  # tied parameters appear once
             module_name, _, attribute = name.rpartition(".")
-            self.slots.append((model.get_submodule(module_name), attribute, name))
+            self.slots.append(Slot(model.get_submodule(module_name), attribute, folder[name]))
+
+    def by_parameter(self) -> dict[int, Slot]:
+        """id of a parameter, as it is now → its slot; a tied head is found by its embedding."""
+        return {id(slot.parameter): slot for slot in self.slots}
 
 
 def build_model(
@@ -147,5 +136,5 @@ def _same_layout(model: nn.Module, files: SafetensorsFolder) -> bool:
     return (
         not persistent
         and parameters.keys() <= files.names <= parameters.keys() | aliases
-        and all(files.shape(name) == parameter.shape for name, parameter in parameters.items())
+        and all(files[name].shape == parameter.shape for name, parameter in parameters.items())
     )

@@ -30,6 +30,7 @@ from launcher.distributed.shards import Shard, gather_to_main
 from launcher.errors import UserError
 from launcher.loss_scale import LossScale
 from launcher.model.load import Weights
+from launcher.model.stored import Stored, read_run, read_whole
 from launcher.precision import Precision
 from launcher.strategy.base import (
     OptimizerBuilder,
@@ -70,11 +71,11 @@ class DeepSpeed:
     ) -> None:
         self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._shapes = {name: parameter.shape for name, parameter in self._trained.items()}
-        on_disk = {id(m.get_parameter(a)): name for m, a, name in weights.slots} if weights else {}
+        stored = {i: slot.stored for i, slot in weights.by_parameter().items()} if weights else {}
         # The working dtype cannot hold what adapters begin with.
         exact = {n: p.detach().clone() for n, p in self._trained.items() if not p.is_meta}
         deepspeed.init_distributed()  # takes over the process group that stands
-        self._load(model, weights, on_disk)
+        self._load(model, stored)
         self.optimizer = build_optimizer(
             (name, parameter, self._shapes[name]) for name, parameter in self._trained.items()
         )
@@ -96,10 +97,10 @@ class DeepSpeed:
         for name, shard in self.weights().items():
             if name in exact:
                 shard.local.copy_(shard.of(exact[name]))
-            elif weights and _is_wider(weights, on_disk[id(self._trained[name])], self.precision):
-                stored = on_disk[id(self._trained[name])]
-                run = weights.folder.read_run(stored, shard.begin, shard.local.numel())
-                shard.local.copy_(run)
+                continue
+            source = stored[id(self._trained[name])]
+            if source.dtype.itemsize > self.precision.compute.itemsize:
+                shard.local.copy_(read_run(source, shard.begin, shard.local.numel()))
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         return sum_over_ranks(values)
@@ -169,23 +170,23 @@ class DeepSpeed:
             f"{self.place.world_size} rank(s) on {self.place.device.type}"
         )
 
-    def _load(self, model: nn.Module, weights: Weights | None, on_disk: dict[int, str]) -> None:
+    def _load(self, model: nn.Module, stored: dict[int, Stored]) -> None:
         """Give every parameter its values in the working dtype; under zero3 each rank reads and
         keeps its own partition."""
         init = None
         if self.config.stage == 3:
             init = Init(config_dict_or_path=self.engine_config, dtype=self.precision.compute)
         for parameter in model.parameters():
+            floating = parameter.is_floating_point()  # quantised ones stay as they are
+            dtype = self.precision.compute if floating else parameter.dtype
             if not parameter.is_meta:
                 whole = parameter.detach()
+            elif init is None:
+                whole = read_whole(stored[id(parameter)])
             else:
-                assert weights is not None, "only what is in files is on meta"
-                name = on_disk[id(parameter)]
-                whole = (
-                    self._own_part(parameter, weights, name) if init else weights.folder.whole(name)
-                )
-            whole = whole.to(self.place.device, self.precision.compute)
+                whole = self._own_part(parameter, stored[id(parameter)], dtype)
             # In place, so that tied modules see it.
+            whole = whole.to(self.place.device, dtype)
             torch.utils.swap_tensors(
                 parameter, nn.Parameter(whole, requires_grad=parameter.requires_grad)
             )
@@ -193,11 +194,13 @@ class DeepSpeed:
                 init._convert_to_deepspeed_param(parameter)
                 parameter.partition()  # type: ignore[attr-defined]
 
-    def _own_part(self, parameter: nn.Parameter, weights: Weights, name: str) -> torch.Tensor:
+    def _own_part(
+        self, parameter: nn.Parameter, stored: Stored, dtype: torch.dtype
+    ) -> torch.Tensor:
         """The parameter, of which only this rank's partition holds values: no other is kept."""
-        whole = torch.empty(parameter.shape, dtype=self.precision.compute)
+        whole = torch.empty(parameter.shape, dtype=dtype)
         begin, count = self._partition(parameter.numel())
-        whole.view(-1)[begin : begin + count] = weights.folder.read_run(name, begin, count)
+        whole.view(-1)[begin : begin + count] = read_run(stored, begin, count)
         return whole
 
     def _partition(self, numel: int) -> tuple[int, int]:
@@ -239,8 +242,3 @@ class DeepSpeed:
         for group, before in zip(self.optimizer.param_groups, shown, strict=True):
             group["params"] = before
         return states
-
-
-def _is_wider(weights: Weights, name: str, precision: Precision) -> bool:
-    """Whether a stored tensor holds more than the working dtype can."""
-    return weights.folder.dtype(name).itemsize > precision.compute.itemsize

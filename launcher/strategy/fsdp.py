@@ -160,8 +160,9 @@ class Fsdp:
         return square.sqrt()
 
     def _cast(self) -> None:
-        """Frozen parameters to the compute dtype, trained ones to the master dtype."""
-        for parameter in self.model.parameters():
+        """Frozen parameters to the compute dtype, trained ones to the master dtype; quantised ones
+        stay as they are."""
+        for parameter in filter(torch.is_floating_point, self.model.parameters()):
             dtype = self.precision.master if parameter.requires_grad else self.precision.compute
             parameter.data = parameter.data.to(dtype)
 
@@ -188,16 +189,15 @@ class Fsdp:
 
     def _fill(self, weights: Weights) -> None:
         """Give every parameter that is still on meta this rank's slice of the stored tensor."""
-        for module, attribute, name in weights.slots:
-            parameter = module.get_parameter(attribute)
+        for slot in weights.slots:
+            parameter = slot.parameter
             if not parameter.is_meta:
                 continue
             if isinstance(parameter, DTensor):
                 shape, offsets = local_box(parameter)
             else:
                 shape, offsets = tuple(parameter.shape), (0,) * parameter.ndim
-            read = weights.folder.read(name, offsets, shape)
-            local = read.to(self.place.device, parameter.dtype)
+            local = slot.stored.read(offsets, shape).to(self.place.device, parameter.dtype)
             filled: torch.Tensor = local
             if isinstance(parameter, DTensor):
                 filled = DTensor.from_local(

@@ -68,7 +68,7 @@ class Case:
 
     def build_method(self) -> Method:
         options = dict(self.method_options)
-        if self.method == "lora":
+        if self.method in ("lora", "qlora"):
             options = {"rank": 4, **options}
         return build_method(METHOD_SCHEMAS[self.method](name=self.method, **options))
 
@@ -193,9 +193,10 @@ def plain_gradients(case: Case) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def plain_losses(case: Case) -> list[float]:
-    """A textbook PyTorch loop: one process, no sharding, no accumulation."""
-    model = plain_model(case).train()
+def plain_losses(case: Case, model: torch.nn.Module | None = None) -> list[float]:
+    """A textbook PyTorch loop: one process, no sharding, no accumulation. `model`: to train instead
+    of the case's own."""
+    model = (model or plain_model(case)).train()
     loader = case.loader(0, 1, case.global_batch_size)
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim >= 2]

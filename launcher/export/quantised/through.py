@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -75,6 +75,9 @@ class Through4Bit(Tensor):
             parts.append(values[above.sum(axis=1)] * (absmax if nested is None else nested[i]))
         return run.asked(torch.from_numpy(np.concatenate(parts)).double(), self.columns)
 
+    def to(self, dtype: torch.dtype) -> Tensor:
+        return replace(self, dtype=dtype)
+
     def files(self) -> Iterator[Path]:
         return self.of.files()
 
@@ -135,6 +138,9 @@ class Through8Bit(Tensor):
         steps = inverse * np.float32(127)  # torch's 127 / absmax
         values = np.rint(half * steps) * absmax * np.float32(STEP_8)
         return torch.from_numpy(values.astype("f8"))
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        return replace(self, dtype=dtype)
 
     def files(self) -> Iterator[Path]:
         return self.of.files()
