@@ -13,7 +13,7 @@ VERBS = {
     "chat": ("launcher.chat.terminal", "talk to an exported folder in the terminal"),
     "fetch": ("launcher.model.fetch", "fetch the demo model (or the tiny one of the tests)"),
     "schedule": ("launcher.schedule", "draw the learning rate of a configuration over its steps"),
-    "rules": ("launcher.config.reference", "print every rule that a configuration must keep"),
+    "rules": ("launcher.rules", "the rules between settings; explain one by an example"),
 }
 
 USAGE = """shardway: launch sharded fine-tuning, land a folder that a server can load.

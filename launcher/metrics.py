@@ -20,7 +20,7 @@ class StepStats:
     """What one optimizer step leaves behind."""
 
     loss: torch.Tensor  # 0-d fp32 on the device: this rank's share of the mean over targets
-    grad_norm: torch.Tensor  # 0-d fp32 on the device, of all ranks
+    grad_norm: torch.Tensor  # 0-d fp32, on the device or the CPU, of all ranks
     tokens: int  # of all ranks, without padding
     applied: bool = True  # whether the optimizer was asked to step
     guarded: bool = False  # if asked, it has not where the gradient was not finite

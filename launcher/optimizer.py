@@ -127,12 +127,14 @@ def _adafactor(config: AdafactorConfig, groups: Groups) -> torch.optim.Optimizer
 
 
 def _sgd(config: SgdConfig, groups: Groups) -> torch.optim.Optimizer:
+    parameters = [parameter for group in groups for parameter in group["params"]]
     return torch.optim.SGD(
         groups,
         lr=config.learning_rate,
         momentum=config.momentum,
         nesterov=config.nesterov,
-        fused=True,
+        # On CPU torch's fused kernel leaves 16-bit weights as they are (pytorch/pytorch#191763).
+        fused=all(parameter.dtype == torch.float32 for parameter in parameters),
     )
 
 

@@ -27,8 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 from launcher import paths, run_dir, versions
 from launcher.checkpoint import resume
 from launcher.checkpoint.layout import Checkpoint
-from launcher.cluster import command, local
-from launcher.cluster.devices import visible_gpus
+from launcher.cluster import command, compiled, local
+from launcher.cluster.devices import has_flash_attention, has_libaio, visible_gpus
 from launcher.config import Config, checks, deepspeed, store
 from launcher.config.checks import World
 from launcher.config.strategy import ZeroConfig
@@ -73,8 +73,7 @@ def compose() -> list[Config]:
     def collect(raw: DictConfig) -> None:
         composed.append(OmegaConf.to_container(raw, resolve=True))
 
-    OmegaConf.register_new_resolver("bundled", lambda name: str(paths.bundled(name)), replace=True)
-    OmegaConf.register_new_resolver("cache", lambda name: str(paths.cache() / name), replace=True)
+    register_resolvers()
     typed = list(sys.argv)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise here instead of printing a stack and exiting
     with tempfile.TemporaryDirectory(prefix="shardway-") as scratch:
@@ -94,6 +93,12 @@ def compose() -> list[Config]:
     if not composed:  # --help, --cfg and --info answer by themselves
         sys.exit(0)
     return [store.build(raw) for raw in composed]
+
+
+def register_resolvers() -> None:
+    """`${bundled:…}` and `${cache:…}` of conf/: files of the package and of the cache."""
+    OmegaConf.register_new_resolver("bundled", lambda name: str(paths.bundled(name)), replace=True)
+    OmegaConf.register_new_resolver("cache", lambda name: str(paths.cache() / name), replace=True)
 
 
 def _insert_overrides(*overrides: str) -> None:
@@ -168,16 +173,22 @@ def launch(config: Config, world: World) -> int:
     if checkpoint:
         changed = resume.differences(checkpoint.config, frozen)
         print(f"goes on from {checkpoint.path.name}", *changed.free, *changed.breaking, sep="\n  ")
+    try:
+        if config.strategy.on_disk:
+            compiled.disk_access(run)
+    except UserError as error:
+        _refuse(str(error))
     return local.launch(run, world.nproc_per_node, world.gpus)
 
 
 def _world(config: Config) -> World:
-    gpus = visible_gpus()
+    gpus, flash_attention = visible_gpus(), has_flash_attention()
+    libaio = not config.strategy.on_disk or has_libaio()
     if _under_torchrun():
         per_node = int(os.environ["LOCAL_WORLD_SIZE"])
-        return World(int(os.environ["WORLD_SIZE"]) // per_node, per_node, gpus, _rank())
-    automatic = 1 if config.strategy.name == "single" else gpus or config.cluster.cpu_processes
-    return World(config.cluster.nodes, config.cluster.nproc_per_node or automatic, gpus)
+        nodes = int(os.environ["WORLD_SIZE"]) // per_node
+        return World(nodes, per_node, gpus, _rank(), flash_attention, libaio)
+    return World.of(config, gpus, flash_attention, libaio)
 
 
 def _under_torchrun() -> bool:

@@ -82,7 +82,8 @@ def run(
     say = partial(print, file=console, flush=True)
     place, source = process_group.place(), config.model
     folder = model_folder(source.name_or_path, source.revision, source.trust_remote_code)
-    tokenizer = load_tokenizer(folder, source.trust_remote_code)
+    chat = config.data.format != "text"
+    tokenizer = load_tokenizer(folder, source.trust_remote_code, chat)
     loaders: Any = None
     with suppress(Stopped):
         loaders = _loaders(config.data, config.training, place, tokenizer, say, stop)
@@ -261,6 +262,7 @@ def build_learner(
     strategy = build_strategy(config.strategy, config.training, place, precision)
     build = partial(build_optimizer, config.optimizer, rate=method.rate)
     strategy.setup(model, weights, build)
+    say(f"loading: {weights.describe() if weights else 'this rank has read the whole model'}")
     say(f"strategy: {strategy.describe()}")
     say(f"precision: {precision.table(state_dtype(config.optimizer))}")
     torch.manual_seed(config.training.seed + place.rank)  # dropout differs from rank to rank

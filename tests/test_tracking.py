@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import threading
@@ -147,6 +148,19 @@ def test_visible_gpus_are_counted_from_the_environment(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
     assert devices.visible_gpus() == count
+
+
+def test_flash_attention_is_found_by_its_distribution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    (tmp_path / "flash_attn").mkdir()  # version 4 brings such a folder too
+    assert not devices.has_flash_attention()
+    installed = tmp_path / "flash_attn-2.8.3.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Name: flash-attn\nVersion: 2.8.3\n")
+    importlib.invalidate_caches()
+    assert devices.has_flash_attention()
 
 
 def test_cores_are_shared_among_cpu_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

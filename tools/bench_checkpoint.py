@@ -1,12 +1,10 @@
-"""What saving and loading cost a rank, against what one would do without sharding.
+"""What saving costs a rank, against what one would do without sharding.
 
     python tools/bench_checkpoint.py                       SmolLM2 on 2 ranks: CPU, or GPUs
     python tools/bench_checkpoint.py --model tiny --ranks 3
 
 Gathering the adapter against gathering the whole model; the stall of a save in the foreground
-against one in the background; each rank loading its own slices against every rank loading all.
-Arms take turns inside one set of ranks; quote the medians. Loading is measured once an arm, in new
-processes.
+against one in the background. Arms take turns inside one set of ranks; quote the medians.
 """
 
 from __future__ import annotations
@@ -19,10 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bench_parts
-import torch
 import torch.distributed as dist
 from bench_parts import MB, learner, say
-from transformers import AutoModelForCausalLM
 
 from launcher.checkpoint.save import Saver
 from launcher.config.training import CheckpointConfig
@@ -36,7 +32,7 @@ def main() -> None:
     arguments = _parser().parse_args()
     folder = fetch(arguments.model)
     print(f"{arguments.model}, fp32, fsdp, {arguments.ranks} ranks, {arguments.rounds} rounds")
-    for bench in (gathering, saving, loading_slices, loading_all):
+    for bench in (gathering, saving):
         with tempfile.TemporaryDirectory() as scratch:
             bench_parts.spawn(bench, arguments.ranks, arguments.rounds, folder, Path(scratch))
 
@@ -73,20 +69,6 @@ def saving(place: Place, rounds: int, folder: Path, scratch: Path) -> None:
             saver.finish()
     for name, times in stalls.items():
         say(place, f"  save in the {name}: training waits {_median(times):.3f} s\n")
-
-
-def loading_slices(place: Place, rounds: int, folder: Path, scratch: Path) -> None:
-    """Seconds and memory until the model is ready, each rank reading its own slices."""
-    with bench_parts.memory(place) as used:
-        learner(place, folder, "fsdp", "lora")
-    say(place, f"  load own slices: {used}\n")
-
-
-def loading_all(place: Place, rounds: int, folder: Path, scratch: Path) -> None:
-    """The same with `from_pretrained` on every rank."""
-    with bench_parts.memory(place) as used:
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(place.device)
-    say(place, f"  load all on every rank: {used}\n")
 
 
 def _timed(action: Callable[[], object]) -> float:

@@ -47,8 +47,16 @@ def _rank(rank: int, bench: Callable[..., None], ranks: int, port: int, *words: 
     dist.destroy_process_group()
 
 
-def learner(place: Place, folder: Path, strategy: str, method: str, rows: int = 8) -> Learner:
-    """The parts of a run in fp32, as the worker puts them together; `rows` a step."""
+def learner(
+    place: Place,
+    folder: Path,
+    strategy: str,
+    method: str,
+    rows: int = 8,
+    precision: str = "fp32",
+    say: Callable[[str], None] = lambda text: None,
+) -> Learner:
+    """The parts of a run, as the worker puts them together; `rows` a step. `say` hears its log."""
     config: Config = store.build(
         {
             "model": {"name_or_path": str(folder)},
@@ -56,13 +64,13 @@ def learner(place: Place, folder: Path, strategy: str, method: str, rows: int = 
             "training": {"global_batch_size": rows},
             "method": {"name": method},
             "strategy": {"name": strategy},
-            "precision": {"name": "fp32"},
+            "precision": {"name": precision},
             "optimizer": {"name": "adamw"},
             "scheduler": {"name": "cosine"},
             "cluster": {"name": "local"},
         }
     )
-    made: Learner = worker.build_learner(config, folder, place, "none", 100, lambda text: None)
+    made: Learner = worker.build_learner(config, folder, place, "none", 100, say)
     return made
 
 

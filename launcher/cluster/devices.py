@@ -1,8 +1,12 @@
-"""How many GPUs this machine shows, asked without importing torch."""
+"""What this machine has to compute with, asked without importing torch."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import tempfile
+from importlib import metadata
 
 
 def visible_gpus() -> int:
@@ -21,3 +25,27 @@ def visible_gpus() -> int:
         return int(pynvml.nvmlDeviceGetCount())
     finally:
         pynvml.nvmlShutdown()
+
+
+def has_flash_attention() -> bool:
+    """Whether the package is installed under the name that transformers looks for. (Version 4 is
+    another package with the same modules.)"""
+    try:
+        metadata.version("flash-attn")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def has_libaio() -> bool:
+    """Whether a program can be built against it, as DeepSpeed does to have parameters on disk."""
+    compiler = shutil.which(os.environ["CXX"] if "CXX" in os.environ else "c++")
+    if compiler is None:
+        return False
+    with tempfile.TemporaryDirectory(prefix="shardway-") as scratch:
+        built = subprocess.run(
+            [compiler, "-x", "c++", "-", "-laio", "-o", f"{scratch}/program"],
+            input=b"#include <libaio.h>\nint main() {}\n",
+            capture_output=True,
+        )
+    return built.returncode == 0

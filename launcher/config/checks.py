@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from pathlib import Path
 
-from launcher import paths
 from launcher.config import Config, deepspeed
 from launcher.config.method_rules import METHOD_RULES
+from launcher.config.model_rules import MODEL_RULES
+from launcher.config.offload_rules import OFFLOAD_RULES
 from launcher.config.optimizer_rules import OPTIMIZER_RULES
 from launcher.config.quantised_rules import QUANTISED_RULES
-from launcher.config.rule import Rule, World
+from launcher.config.rule import Example, Rule, World
 from launcher.config.schedule_rules import SCHEDULE_RULES
 from launcher.config.strategy import HsdpConfig, ZeroConfig
 
@@ -26,32 +25,8 @@ def broken_rules(config: Config, world: World, rules: tuple[Rule, ...] | None = 
     ]
 
 
-def is_hub_id(name_or_path: str) -> bool:
-    """`owner/name` that is no folder here: transformers would ask the hub for it."""
-    return bool(re.fullmatch(r"[\w-]+/[\w.-]+", name_or_path)) and not Path(name_or_path).exists()
-
-
 def _rows_per_micro_batch(config: Config, world: World) -> int:
     return world.size * config.training.micro_batch_size
-
-
-def _missing_model(config: Config, world: World) -> bool:
-    where = config.model.name_or_path
-    return not is_hub_id(where) and not (Path(where) / "config.json").is_file()
-
-
-def _lost_weights(config: Config, world: World) -> bool:
-    folder = Path(config.model.name_or_path)
-    return (folder / "config.json").is_file() and not any(folder.glob("*.safetensors"))
-
-
-def _quantisation(config: Config) -> str | None:
-    """How the weights of a local folder are quantised, None if they are not."""
-    try:
-        settings = json.loads((Path(config.model.name_or_path) / "config.json").read_text())
-        return str(settings["quantization_config"].get("quant_method", "unknown"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # not there, or damaged: other rules and the loader say so
 
 
 def _shard_size(config: Config, world: World) -> int | None:
@@ -85,6 +60,7 @@ RULES: tuple[Rule, ...] = (
             "exactly one says when training ends"
         ),
         lambda c, w: "training.epochs=3 training.max_steps=null",
+        Example("training.max_steps=100 training.epochs=3"),
     ),
     Rule(
         "batch-divides",
@@ -98,6 +74,7 @@ RULES: tuple[Rule, ...] = (
             math.ceil(c.training.global_batch_size / _rows_per_micro_batch(c, w))
             * _rows_per_micro_batch(c, w)
         ),
+        Example("training.global_batch_size=7 cluster.nproc_per_node=2"),
     ),
     Rule(
         "single-is-one-rank",
@@ -105,6 +82,7 @@ RULES: tuple[Rule, ...] = (
         lambda c, w: c.strategy.name == "single" and w.size > 1,
         lambda c, w: f"strategy=single runs on one rank, and there are {w.size}",
         lambda c, w: "strategy=fsdp, or cluster.nproc_per_node=1",
+        Example("strategy=single cluster.nproc_per_node=2"),
     ),
     Rule(
         "hsdp-groups",
@@ -115,6 +93,7 @@ RULES: tuple[Rule, ...] = (
             "into equal groups"
         ),
         lambda c, w: f"strategy.shard_size={w.size}, or strategy=fsdp",
+        Example("strategy=hsdp strategy.shard_size=3 cluster.nproc_per_node=4"),
     ),
     Rule(
         "one-machine",
@@ -125,6 +104,7 @@ RULES: tuple[Rule, ...] = (
             "cluster.nodes=1, or start torchrun --nnodes "
             f"{c.cluster.nodes} … -m launcher.train on each machine"
         ),
+        Example("cluster.nodes=2"),
     ),
     Rule(
         "gpus-for-ranks",
@@ -135,11 +115,14 @@ RULES: tuple[Rule, ...] = (
             f"and {w.gpus} can be seen"
         ),
         lambda c, w: f"cluster.nproc_per_node={w.gpus}",
+        Example("cluster.nproc_per_node=4", gpus=2),
     ),
     *SCHEDULE_RULES,
     *OPTIMIZER_RULES,
+    *MODEL_RULES,
     *METHOD_RULES,
     *QUANTISED_RULES,
+    *OFFLOAD_RULES,
     Rule(
         "one-evaluation-set",
         "at most one of data.eval_path and data.eval_rows names the evaluation rows",
@@ -149,6 +132,7 @@ RULES: tuple[Rule, ...] = (
             "both name the rows to evaluate on"
         ),
         lambda c, w: "data.eval_rows=0",
+        Example("data.eval_path=held_out.jsonl data.eval_rows=32"),
     ),
     Rule(
         "evaluation-needs-rows",
@@ -158,36 +142,7 @@ RULES: tuple[Rule, ...] = (
         ),
         lambda c, w: f"training.eval_steps={c.training.eval_steps}, and no rows to evaluate on",
         lambda c, w: "data.eval_rows=32, or data.eval_path=FILE, or training.eval_steps=null",
-    ),
-    Rule(
-        "model-is-there",
-        "model.name_or_path is a model folder or a hub id",
-        _missing_model,
-        lambda c, w: (
-            f"model.name_or_path={c.model.name_or_path} is no model folder (no config.json)"
-        ),
-        lambda c, w: (
-            f"shardway fetch {c.model.name}"
-            if Path(c.model.name_or_path).is_relative_to(paths.cache())
-            else "model.name_or_path=FOLDER, or a hub id such as owner/name"
-        ),
-    ),
-    Rule(
-        "model-has-safetensors",
-        "the model folder holds safetensors",
-        _lost_weights,
-        lambda c, w: f"model.name_or_path={c.model.name_or_path} holds no *.safetensors",
-        lambda c, w: "convert it once: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)",
-    ),
-    Rule(
-        "model-is-not-quantised",
-        "the model's weights are not quantised",
-        lambda c, w: _quantisation(c) is not None,
-        lambda c, w: (
-            f"model.name_or_path={c.model.name_or_path} is quantised ({_quantisation(c)}), "
-            "which cannot be trained yet"
-        ),
-        lambda c, w: "model.name_or_path=the 16-bit original",
+        Example("training.eval_steps=50"),
     ),
     Rule(
         "zero-extra-agrees",
@@ -195,6 +150,7 @@ RULES: tuple[Rule, ...] = (
         lambda c, w: bool(_contradictions(c, w)),
         lambda c, w: "; ".join(_contradictions(c, w)),
         lambda c, w: "take them out of strategy.extra",
+        Example("strategy=zero2 +strategy.extra.gradient_clipping=3.0"),
     ),
     Rule(
         "stop-before-the-end",
@@ -208,6 +164,7 @@ RULES: tuple[Rule, ...] = (
             f"training.max_steps={c.training.max_steps}"
         ),
         lambda c, w: "training.stop_after_steps=null",
+        Example("training.max_steps=100 training.epochs=null training.stop_after_steps=200"),
     ),
     Rule(
         "auto-names-a-run",
@@ -215,6 +172,7 @@ RULES: tuple[Rule, ...] = (
         lambda c, w: c.resume == "auto" and c.run_dir is None,
         lambda c, w: "resume=auto goes on in a run, and run_dir does not name one",
         lambda c, w: "run_dir=RUN, or resume=none",
+        Example("resume=auto"),
     ),
     Rule(
         "run-dir-is-new",
@@ -227,5 +185,6 @@ RULES: tuple[Rule, ...] = (
             if (Path(c.run_dir or "") / "config.yaml").is_file()
             else "run_dir=null (a new name) or another folder"
         ),
+        Example("run_dir=runs/first", files={"runs/first/config.yaml": ""}),
     ),
 )

@@ -58,12 +58,16 @@ def _generated(
         "reduce_bucket_size": strategy.reduce_bucket_size,
         # Under round robin DeepSpeed's own map of parameters to partitions is wrong.
         "round_robin_gradients": False,
+        "offload_optimizer": {"device": "cpu" if strategy.steps_on_cpu else "none"},
     }
     if isinstance(strategy, Zero3Config):
         zero |= {
+            "offload_param": {"device": strategy.offload_param},
             "stage3_prefetch_bucket_size": strategy.prefetch_bucket_size,
             "stage3_param_persistence_threshold": strategy.persistence_threshold,
         }
+        if strategy.on_disk:
+            zero |= _swapping(strategy)
     return {
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
@@ -73,8 +77,26 @@ def _generated(
         "gradient_clipping": training.max_grad_norm,
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,  # tests/distributed/test_optimizers.py tests them
+        # torch's AdamW steps on the CPU as fast as DeepSpeed's, which is compiled first.
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
         **_arithmetic(precision),
+    }
+
+
+def _swapping(strategy: Zero3Config) -> dict[str, Any]:
+    """Parameters on disk. A tensor that is in use holds one of five buffers, so it is freed at
+    once; DeepSpeed's reading ahead asks for a buffer that the tensor has already."""
+    return {
+        "offload_param": {
+            "device": "nvme",
+            "nvme_path": strategy.nvme_path,
+            "buffer_size": strategy.nvme_buffer_size,
+            "max_in_cpu": 0,
+        },
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
     }
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from launcher.config import Config
 from launcher.config.adapter import adapter_folder, adapter_settings
 from launcher.config.method import FreezeConfig, LoraConfig
-from launcher.config.rule import Rule, World
+from launcher.config.model_rules import read_settings
+from launcher.config.rule import Example, Rule, World
 from launcher.config.tensor_names import lacking
 
 # What an adapter's own adapter_config.json says: setting → (its key there, the setting's default).
@@ -71,6 +72,17 @@ def _known_modules(config: Config) -> dict[str, Any]:
     return {key: names or (["all"] if key == "modules" else []) for key, names in left.items()}
 
 
+def _layers(config: Config) -> int | None:
+    """How many layers the model folder says it has, None where it does not say."""
+    found = read_settings(Path(config.model.name_or_path)).get("num_hidden_layers")
+    return found if isinstance(found, int) else None
+
+
+def _too_many_layers(config: Config, world: World) -> bool:
+    method, there = config.method, _layers(config)
+    return isinstance(method, FreezeConfig) and there is not None and abs(method.layers) > there
+
+
 def _lost_adapters(config: Config) -> list[str]:
     """`setting=path` of each adapter that is not there."""
     method = _lora(config)
@@ -117,6 +129,19 @@ def _quoted(config: Config) -> str:
     )
 
 
+# Of rank 4, for the examples.
+ADAPTER = {
+    "adapter/adapter_config.json": '{"peft_type": "LORA", "r": 4}',
+    "adapter/adapter_model.safetensors": "",
+}
+MODEL = {
+    "model/config.json": '{"num_hidden_layers": 2}',
+    "model/model.safetensors": "",
+    "model/model.safetensors.index.json": (
+        '{"weight_map": {"model.layers.0.self_attn.q_proj.weight": "model.safetensors"}}'
+    ),
+}
+
 METHOD_RULES: tuple[Rule, ...] = (
     Rule(
         "freeze-trains-something",
@@ -124,6 +149,7 @@ METHOD_RULES: tuple[Rule, ...] = (
         _trains_nothing,
         lambda c, w: "method.layers=0 and method.extra_modules=[]: nothing would be trained",
         lambda c, w: "method.layers=2, or method.extra_modules=[embed_tokens]",
+        Example("method=freeze method.layers=0"),
     ),
     Rule(
         "freeze-all-stands-alone",
@@ -131,6 +157,7 @@ METHOD_RULES: tuple[Rule, ...] = (
         _unused_modules,
         lambda c, w: f"method.modules={_hydra(c.method.modules)}: all is every module of a layer",  # type: ignore[attr-defined]
         lambda c, w: "method.modules=[all]",
+        Example("method=freeze method.modules=[all,mlp]"),
     ),
     Rule(
         "freeze-names-modules",
@@ -140,6 +167,7 @@ METHOD_RULES: tuple[Rule, ...] = (
             f"method.layers={c.method.layers}, and method.modules=[] names nothing inside them"  # type: ignore[attr-defined]
         ),
         lambda c, w: "method.modules=[all], or method.layers=0",
+        Example("method=freeze method.modules=[]"),
     ),
     Rule(
         "freeze-names-exist",
@@ -149,6 +177,15 @@ METHOD_RULES: tuple[Rule, ...] = (
             f"{_written(_unknown_modules(c))}: no tensor of {c.model.name_or_path} has such a name"
         ),
         lambda c, w: _written(_known_modules(c)),
+        Example("method=freeze method.modules=[attention] model.name_or_path=./model", files=MODEL),
+    ),
+    Rule(
+        "freeze-has-layers",
+        "method.layers are no more than the model has",
+        _too_many_layers,
+        lambda c, w: f"method.layers={c.method.layers}, and the model has {_layers(c)} layers",  # type: ignore[attr-defined]
+        lambda c, w: f"method.layers={_layers(c)}, or method=full",
+        Example("method=freeze method.layers=9 model.name_or_path=./model", files=MODEL),
     ),
     Rule(
         "pissa-without-dora",
@@ -159,6 +196,7 @@ METHOD_RULES: tuple[Rule, ...] = (
             "measures the base: PEFT cannot turn the two into a plain adapter"
         ),
         lambda c, w: "method.dora=false, or method.pissa=false",
+        Example("method.pissa=true method.dora=true"),
     ),
     Rule(
         "dora-without-zero3",
@@ -172,6 +210,7 @@ METHOD_RULES: tuple[Rule, ...] = (
             f"{c.strategy.name} has freed it by then"
         ),
         lambda c, w: "strategy=fsdp, or method.dora=false",
+        Example("method.dora=true strategy=zero3"),
     ),
     Rule(
         "dora-merges-before",
@@ -184,6 +223,7 @@ METHOD_RULES: tuple[Rule, ...] = (
             "method.merge_first=[], or method.dora=false, or shardway consolidate MODEL --adapter "
             "PATH --output DIR first and model.name_or_path=DIR"
         ),
+        Example("method.dora=true method.merge_first=[adapter]", files=ADAPTER),
     ),
     Rule(
         "adapters-are-there",
@@ -194,6 +234,7 @@ METHOD_RULES: tuple[Rule, ...] = (
             "adapter_model.safetensors"
         ),
         lambda c, w: "method.adapter=null method.merge_first=[], or the folders that hold them",
+        Example("method.adapter=./adapter"),
     ),
     Rule(
         "adapter-says-its-shape",
@@ -203,6 +244,7 @@ METHOD_RULES: tuple[Rule, ...] = (
             f"{_quoted(c)}, but the adapter {_goes_on(c)} was made otherwise and keeps its shape"
         ),
         lambda c, w: _written(_contradictions(c)),
+        Example("method.adapter=adapter method.rank=16", files=ADAPTER),
     ),
     Rule(
         "adapter-has-begun",
@@ -213,5 +255,6 @@ METHOD_RULES: tuple[Rule, ...] = (
             "method.merge_first make another"
         ),
         lambda c, w: "method.pissa=false method.merge_first=[], or method.adapter=null",
+        Example("method.adapter=adapter method.pissa=true", files=ADAPTER),
     ),
 )

@@ -13,6 +13,8 @@ class ModelConfig:
     name_or_path: str = setting(help="a folder with config.json and safetensors, or a hub id")
     revision: str | None = setting(None, "branch, tag or commit of a hub id")
     attention: str = setting(
-        "sdpa", "attention implementation of transformers", choices=("sdpa", "eager")
+        "sdpa",
+        "attention implementation of transformers; flash_attention_2 needs a GPU and flash-attn",
+        choices=("sdpa", "eager", "flash_attention_2"),
     )
     trust_remote_code: bool = setting(False, "run Python code that the model folder brings along")

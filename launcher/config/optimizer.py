@@ -53,7 +53,7 @@ class AdafactorConfig(OptimizerConfig):
 
 @dataclass(kw_only=True, slots=True)
 class SgdConfig(OptimizerConfig):
-    """Fused stochastic gradient descent: one fp32 moment, none without momentum."""
+    """Stochastic gradient descent: one fp32 moment, none without momentum."""
 
     name: str = setting("sgd", "the optimizer")
     weight_decay: float = setting(

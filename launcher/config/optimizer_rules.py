@@ -6,7 +6,7 @@ import re
 
 from launcher.config import Config
 from launcher.config.optimizer import AdamwConfig, LionConfig, SgdConfig
-from launcher.config.rule import Rule, World
+from launcher.config.rule import Example, Rule, World
 from launcher.config.strategy import ZeroConfig
 
 
@@ -38,6 +38,7 @@ OPTIMIZER_RULES: tuple[Rule, ...] = (
         _wrong_betas,
         lambda c, w: f"optimizer.betas={_betas(c)} are not two numbers below 1",
         lambda c, w: "optimizer.betas=[0.9,0.999]",
+        Example("optimizer.betas=[0.9]"),
     ),
     Rule(
         "nesterov-has-momentum",
@@ -45,6 +46,7 @@ OPTIMIZER_RULES: tuple[Rule, ...] = (
         _looks_ahead_of_nothing,
         lambda c, w: "optimizer.nesterov=true looks ahead along optimizer.momentum, which is 0",
         lambda c, w: "optimizer.momentum=0.9, or optimizer.nesterov=false",
+        Example("optimizer=sgd optimizer.nesterov=true optimizer.momentum=0"),
     ),
     Rule(
         "adafactor-sees-whole-matrices",
@@ -55,6 +57,7 @@ OPTIMIZER_RULES: tuple[Rule, ...] = (
             f"strategy={c.strategy.name} gives it pieces, whose sums are others"
         ),
         lambda c, w: "strategy=ddp, or optimizer=adamw_8bit strategy=fsdp, or optimizer=adamw",
+        Example("optimizer=adafactor strategy=fsdp"),
     ),
     Rule(
         "8bit-needs-tensors",
@@ -65,6 +68,7 @@ OPTIMIZER_RULES: tuple[Rule, ...] = (
             "shows it one flat run of many, where a block would mix tensors of different size"
         ),
         lambda c, w: "strategy=fsdp, or optimizer=adamw",
+        Example("optimizer=adamw_8bit strategy=zero2"),
     ),
     Rule(
         "paging-needs-a-gpu",
@@ -75,6 +79,7 @@ OPTIMIZER_RULES: tuple[Rule, ...] = (
             "seen"
         ),
         lambda c, w: "optimizer=adamw, or optimizer=adamw_8bit",
+        Example("optimizer=adamw_paged", gpus=0),
     ),
     Rule(
         "activation-checkpointing-is-known",
@@ -85,5 +90,6 @@ OPTIMIZER_RULES: tuple[Rule, ...] = (
             "off, full and N (the first of every N layers)"
         ),
         lambda c, w: "training.activation_checkpointing=full",
+        Example("training.activation_checkpointing=some"),
     ),
 )

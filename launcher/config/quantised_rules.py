@@ -5,7 +5,7 @@ from __future__ import annotations
 from launcher.config import Config
 from launcher.config.adapter import adapter_settings
 from launcher.config.method import QloraConfig
-from launcher.config.rule import Rule, World
+from launcher.config.rule import Example, Rule, World
 
 COMPUTE = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "pure_bf16": "bfloat16"}
 
@@ -29,6 +29,13 @@ def _is_dora(config: Config, world: World) -> bool:
     return method.dora or bool(adapter_settings(method.adapter or "").get("use_dora"))
 
 
+def _says_4_bits(config: Config, world: World) -> bool:
+    method = _quantised(config)
+    if method is None or method.bits == 4:
+        return False
+    return (method.quant_type, method.quant_storage) != ("nf4", "uint8")
+
+
 QUANTISED_RULES: tuple[Rule, ...] = (
     Rule(
         "quant-storage-is-not-cast",
@@ -39,16 +46,29 @@ QUANTISED_RULES: tuple[Rule, ...] = (
             f"weights would be cast to {COMPUTE[c.precision.name]}, and their bits lost"
         ),
         lambda c, w: "method.quant_storage=uint8",
+        Example("method=qlora method.quant_storage=float16 precision=bf16"),
+    ),
+    Rule(
+        "8bit-has-one-form",
+        "method.quant_type and method.quant_storage are left alone with method.bits=8",
+        _says_4_bits,
+        lambda c, w: (
+            f"method.quant_type={c.method.quant_type} method.quant_storage="  # type: ignore[attr-defined]
+            f"{c.method.quant_storage} say how 4 bits are held, and method.bits=8"  # type: ignore[attr-defined]
+        ),
+        lambda c, w: "method.bits=4, or method.quant_type=nf4 method.quant_storage=uint8",
+        Example("method=qlora method.bits=8 method.quant_type=fp4"),
     ),
     Rule(
         "pissa-needs-plain-weights",
         "method.pissa begins with the directions of a base that is not quantised",
         lambda c, w: (method := _quantised(c)) is not None and method.pissa,
         lambda c, w: (
-            "method.pissa=true takes directions out of the weights, and method=qlora would quantise "
-            "what is left: the adapter no longer fits the original base"
+            "method.pissa=true takes directions out of the weights, and method=qlora would "
+            "quantise what is left: the adapter no longer fits the original base"
         ),
         lambda c, w: "method.pissa=false, or method=lora",
+        Example("method=qlora method.pissa=true"),
     ),
     Rule(
         "dora-needs-plain-weights",
@@ -59,5 +79,6 @@ QUANTISED_RULES: tuple[Rule, ...] = (
             "with the quantised weights of method=qlora"
         ),
         lambda c, w: "method=lora, or method.dora=false method.adapter=null",
+        Example("method=qlora method.dora=true"),
     ),
 )

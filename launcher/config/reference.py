@@ -1,6 +1,5 @@
-"""The schema and the rules in words.
+"""The schema and the rules in words: docs/configuration.md.
 
-shardway rules                                              every rule of the table
 python -m launcher.config.reference --write docs/configuration.md
 python -m launcher.config.reference --check docs/configuration.md
 """
@@ -16,6 +15,7 @@ from typing import Any
 
 from launcher.config import SECTIONS
 from launcher.config.checks import RULES
+from launcher.config.rule import Example
 from launcher.config.setting import limits
 
 HEAD = """# Configuration reference
@@ -34,23 +34,22 @@ where there is none; the path of a checkpoint or a run begins a new run from the
 ## Rules between settings
 
 Every broken rule is reported at once, before anything starts, with the override that mends it.
+`shardway rules ID` explains one by its example: what is said of it, and the command that mends it.
 
 """
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="shardway rules", description="Print the rule table.")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the whole reference")
-    parser.add_argument("--check", type=Path, metavar="FILE", help="fail when FILE is out of date")
+    parser = argparse.ArgumentParser(prog="python -m launcher.config.reference")
+    choice = parser.add_mutually_exclusive_group(required=True)
+    choice.add_argument("--write", type=Path, metavar="FILE", help="write the reference")
+    choice.add_argument("--check", type=Path, metavar="FILE", help="fail when FILE is out of date")
     arguments = parser.parse_args()
     if arguments.write:
         arguments.write.write_text(reference(), encoding="utf-8")
-    elif arguments.check:
-        if arguments.check.read_text(encoding="utf-8") != reference():
-            print(f"{arguments.check} is out of date: run make reference", file=sys.stderr)
-            sys.exit(1)
-    else:
-        print(rules())
+    elif arguments.check.read_text(encoding="utf-8") != reference():
+        print(f"{arguments.check} is out of date: run make reference", file=sys.stderr)
+        sys.exit(1)
 
 
 def reference() -> str:
@@ -74,8 +73,13 @@ def reference() -> str:
 
 def rules() -> str:
     """The rule table as Markdown."""
-    rows = "\n".join(f"| `{rule.id}` | {rule.about} |" for rule in RULES)
-    return f"| rule | what it asks |\n|---|---|\n{rows}\n"
+    rows = "\n".join(f"| `{r.id}` | {r.about} | {_example(r.example)} |" for r in RULES)
+    return f"| rule | what it asks | broken by |\n|---|---|---|\n{rows}\n"
+
+
+def _example(example: Example) -> str:
+    files = "with files that `shardway rules ID` shows" if example.files else ""
+    return " ".join(filter(None, (f"`{example.overrides}`", example.machine(), files)))
 
 
 def _table(section: str, schema: type) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from launcher.config import Config
 
@@ -16,10 +16,47 @@ class World:
     nproc_per_node: int
     gpus: int  # visible on this machine; 0 where ranks run on CPU
     rank: int = 0  # of the asking process, where torchrun started it
+    flash_attention: bool = False  # the package flash-attn is installed on this machine
+    libaio: bool = True  # it can be built against on this machine
 
     @property
     def size(self) -> int:
         return self.nodes * self.nproc_per_node
+
+    @classmethod
+    def of(
+        cls, config: Config, gpus: int, flash_attention: bool = False, libaio: bool = True
+    ) -> World:
+        """The ranks that `config` asks for on a machine with so many GPUs."""
+        cluster = config.cluster
+        automatic = 1 if config.strategy.name == "single" else gpus or cluster.cpu_processes
+        per_node = cluster.nproc_per_node or automatic
+        return cls(cluster.nodes, per_node, gpus, 0, flash_attention, libaio)
+
+
+@dataclass(frozen=True)
+class Example:
+    """Overrides that break a rule, as typed, and the machine on which they do."""
+
+    overrides: str
+    gpus: int | None = None  # None: as many as there are, or none
+    flash_attention: bool = False
+    libaio: bool = True
+    files: dict[str, str] = field(default_factory=dict)  # path → content, that must be there
+
+    def world(self, config: Config) -> World:
+        return World.of(config, self.gpus or 0, self.flash_attention, self.libaio)
+
+    def machine(self) -> str:
+        """In words; empty where any will do."""
+        if not self.libaio:
+            return "without libaio"
+        if self.gpus is None:
+            return ""
+        if self.gpus == 0:
+            return "without a GPU"
+        gpus = "with a GPU" if self.gpus == 1 else f"with {self.gpus} GPUs"
+        return f"{gpus} and flash-attn" if self.flash_attention else gpus
 
 
 @dataclass(frozen=True)
@@ -28,4 +65,6 @@ class Rule:
     about: str  # what it asks, for `shardway rules` and the reference
     broken: Callable[[Config, World], bool]
     sentence: Callable[[Config, World], str]
+    # Overrides that mend it, then what else does after ", or"; words where no override can.
     fix: Callable[[Config, World], str]
+    example: Example

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from launcher.config import Config
-from launcher.config.rule import Rule, World
+from launcher.config.rule import Example, Rule, World
 from launcher.config.scheduler import (
     CosineConfig,
     CosineWithRestartsConfig,
@@ -43,17 +43,19 @@ def _evaluation(config: Config, world: World) -> str:
     return steps if has_rows else f"{steps} data.eval_rows=32"
 
 
-def _needs_evaluation(id: str, key: str, value: Any, used: Any) -> Rule:
-    """`key` goes by the evaluation loss. `value` and `used` are functions of the configuration."""
+def _needs_evaluation(id: str, what: str, used: Any, said: Any, example: str) -> Rule:
+    """`what` goes by the evaluation loss. `used` and `said` (the override that uses it) are
+    functions of the configuration."""
     return Rule(
         id,
-        f"{key} comes with training.eval_steps",
+        f"{what} comes with training.eval_steps",
         lambda c, w: used(c) and c.training.eval_steps is None,
         lambda c, w: (
-            f"{key}={value(c)} goes by the evaluation loss, and training.eval_steps=null "
+            f"{said(c)} goes by the evaluation loss, and training.eval_steps=null "
             "evaluates at the end alone"
         ),
         _evaluation,
+        Example(example),
     )
 
 
@@ -68,6 +70,7 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
             f"{c.scheduler.warmup_ratio} both say how long the warm-up is"  # type: ignore[attr-defined]
         ),
         lambda c, w: "scheduler.warmup_ratio=0",
+        Example("scheduler.warmup_steps=100 scheduler.warmup_ratio=0.1"),
     ),
     Rule(
         "warmup-ends",
@@ -78,6 +81,7 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
             f"training.max_steps={c.training.max_steps}: the peak rate is never reached"
         ),
         lambda c, w: f"scheduler.warmup_steps={(c.training.max_steps or 0) // 10}",
+        Example("scheduler.warmup_steps=200 training.max_steps=100 training.epochs=null"),
     ),
     Rule(
         "minimum-below-peak",
@@ -89,6 +93,7 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
             "fraction of one)"
         ),
         lambda c, w: f"scheduler.minimum_rate={c.optimizer.learning_rate / 10:g}",
+        Example("scheduler.minimum_rate=0.1"),
     ),
     Rule(
         "plateau-reduces",
@@ -98,23 +103,30 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
             f"scheduler.factor={c.scheduler.factor:g} does not reduce the learning rate"  # type: ignore[attr-defined]
         ),
         lambda c, w: "scheduler.factor=0.5",
+        Example(
+            "scheduler=reduce_lr_on_plateau scheduler.factor=1 "
+            "training.eval_steps=50 data.eval_rows=32"
+        ),
     ),
     _needs_evaluation(
         "plateau-needs-evaluation",
-        "scheduler",
-        lambda c: c.scheduler.name,
+        "scheduler=reduce_lr_on_plateau",
         lambda c: isinstance(c.scheduler, PlateauConfig),
+        lambda c: f"scheduler={c.scheduler.name}",
+        "scheduler=reduce_lr_on_plateau",
     ),
     _needs_evaluation(
         "early-stopping-needs-evaluation",
         "training.early_stopping_patience",
-        lambda c: c.training.early_stopping_patience,
         lambda c: c.training.early_stopping_patience is not None,
+        lambda c: f"training.early_stopping_patience={c.training.early_stopping_patience}",
+        "training.early_stopping_patience=3",
     ),
     _needs_evaluation(
         "best-needs-evaluation",
         "checkpoint.save_best",
-        lambda c: "true",
         lambda c: c.checkpoint.save_best,
+        lambda c: "checkpoint.save_best=true",
+        "checkpoint.save_best=true",
     ),
 )

@@ -70,13 +70,14 @@ def _section(section: str, schema: type, values: Mapping[Any, Any], problems: li
     fields = {field.name: field for field in dataclasses.fields(schema)}
     converted: dict[str, Any] = {}
     values = {key: value for key, value in values.items() if value != "???"}
+    typed = OmegaConf.structured(schema)
     for key, value in values.items():
         if key not in fields:
             known = [f"{section}.{name}" for name in fields]
             problems.append(unknown(f"{section}.{key}", known))
             continue
         try:
-            node = OmegaConf.merge(OmegaConf.structured(schema), {key: value})
+            node = OmegaConf.merge(typed, {key: value})
             converted[key] = OmegaConf.to_container(node)[key]  # type: ignore[index]
         except OmegaConfBaseException as error:
             problems.append(f"{section}.{key}={value}: {str(error).splitlines()[0]}")

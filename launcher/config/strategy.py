@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from launcher.config.setting import setting
+
+OFFLOAD = (
+    "keep parameters, gradients and moments in host memory, where the optimizer steps; a layer is "
+    "copied to the device while it computes"
+)
+OFFLOAD_OPTIMIZER = "where masters and moments are kept; under cpu the optimizer steps there"
+OFFLOAD_PARAM = "where a rank keeps its part of the parameters between their uses"
 
 
 @dataclass(kw_only=True, slots=True)
 class StrategyConfig:
     name: str = setting(help="the strategy")
+
+    @property
+    def steps_on_cpu(self) -> bool:
+        """Whether masters and moments are in host memory, and the optimizer steps there."""
+        return False
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether parameters are on an NVMe disk between their uses."""
+        return False
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,6 +54,18 @@ class FsdpConfig(StrategyConfig):
         "of the parameters is trained, else every",
         choices=("auto", "every", "last"),
     )
+    offload: bool = setting(False, OFFLOAD)
+
+    @property
+    def steps_on_cpu(self) -> bool:
+        return self.offload
+
+
+@dataclass(kw_only=True, slots=True)
+class FsdpOffloadConfig(FsdpConfig):
+    """fsdp with `strategy.offload`: the state of a model that does not fit the GPUs."""
+
+    offload: bool = setting(True, OFFLOAD)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,9 +88,7 @@ class ZeroConfig(StrategyConfig):
         {}, "more keys for the DeepSpeed JSON, as DeepSpeed spells them; contradictions are refused"
     )
 
-    @property
-    def stage(self) -> int:
-        return int(self.name.removeprefix("zero"))
+    stage: ClassVar[int] = 1
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,6 +96,20 @@ class Zero2Config(ZeroConfig):
     """DeepSpeed ZeRO-2: optimizer state and gradients are sharded."""
 
     overlap_comm: bool = setting(True, "reduce gradients while backward goes on")
+    offload_optimizer: str = setting("none", OFFLOAD_OPTIMIZER, choices=("none", "cpu"))
+
+    stage: ClassVar[int] = 2
+
+    @property
+    def steps_on_cpu(self) -> bool:
+        return self.offload_optimizer == "cpu"
+
+
+@dataclass(kw_only=True, slots=True)
+class Zero2OffloadConfig(Zero2Config):
+    """zero2 with `strategy.offload_optimizer=cpu`."""
+
+    offload_optimizer: str = setting("cpu", OFFLOAD_OPTIMIZER, choices=("none", "cpu"))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -81,14 +122,41 @@ class Zero3Config(Zero2Config):
     persistence_threshold: int = setting(
         100_000, "tensors of up to so many elements are kept whole on every rank", minimum=0
     )
+    offload_param: str = setting("none", OFFLOAD_PARAM, choices=("none", "cpu", "nvme"))
+    nvme_path: str | None = setting(
+        None, "of offload_param=nvme: a folder on a local disk that no other run uses"
+    )
+    nvme_buffer_size: int = setting(
+        100_000_000,
+        "of offload_param=nvme: elements of the largest part of a tensor that a rank keeps; five "
+        "buffers of this size are in host memory",
+        minimum=1,
+    )
+
+    stage: ClassVar[int] = 3
+
+    @property
+    def on_disk(self) -> bool:
+        return self.offload_param == "nvme"
+
+
+@dataclass(kw_only=True, slots=True)
+class Zero3OffloadConfig(Zero3Config):
+    """zero3 with `strategy.offload_optimizer=cpu` and `strategy.offload_param=cpu`."""
+
+    offload_optimizer: str = setting("cpu", OFFLOAD_OPTIMIZER, choices=("none", "cpu"))
+    offload_param: str = setting("cpu", OFFLOAD_PARAM, choices=("none", "cpu", "nvme"))
 
 
 STRATEGIES: dict[str, type[StrategyConfig]] = {
     "single": SingleConfig,
     "ddp": DdpConfig,
     "fsdp": FsdpConfig,
+    "fsdp_offload": FsdpOffloadConfig,
     "hsdp": HsdpConfig,
     "zero1": ZeroConfig,
     "zero2": Zero2Config,
+    "zero2_offload": Zero2OffloadConfig,
     "zero3": Zero3Config,
+    "zero3_offload": Zero3OffloadConfig,
 }

@@ -87,11 +87,19 @@ def _merged(
                 "--qlora-base dequantized: no quantization is known of this training; it goes "
                 "with a QLoRA run or a quantised base"
             )
+        if scheme.get("merged_first"):
+            raise UserError(
+                "--qlora-base dequantized: other adapters were merged before the base was "
+                "quantised, and only their sum is known; leave it at original"
+            )
         memory = quantised.round_trip(memory, frozen.config, scheme)
         notes.append("merged onto the dequantised base that training saw")
     elif scheme is not None:
         notes.append("a QLoRA adapter, merged onto the original 16-bit base")
     result: Merged = merge(memory, frozen.config, adapters, options.tied, options.device)
+    if memory is not frozen.tensors:  # computed in training's dtype, written in the base's
+        back = {name: t.to(frozen.tensors[name].dtype) for name, t in result.tensors.items()}
+        result = replace(result, tensors=back)
     config = frozen.config | result.config
     if frozen.naming is None:
         actions = {

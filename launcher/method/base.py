@@ -9,7 +9,6 @@ import torch
 
 from launcher.model.load import Weights
 
-
 CPU = torch.device("cpu")
 
 
@@ -54,7 +53,7 @@ class Sharded:
 
     adapter = False
     partial = False
-    scheme = None
+    scheme: dict[str, Any] | None = None
 
     def describe(self) -> str | None:
         return None

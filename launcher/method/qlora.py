@@ -25,7 +25,11 @@ class Qlora(Lora):
         """After adapters were merged into the base, and before the new one is made."""
         kept = self.config.modules_to_save
         self._done = quantise(model, self._form(), weights, device, kept)
-        self.scheme = self.config.scheme()
+        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+        self.scheme = self.config.scheme() | {
+            "dtype": str(embedding.dtype).removeprefix("torch."),  # weights are multiplied in
+            "merged_first": bool(self._offsets),
+        }
         if kept:  # transformers leaves the head alone only where nothing is named
             head = model.get_output_embeddings()  # type: ignore[operator]
             heads = [name for name, module in model.named_modules() if module is head]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launcher.config.checks import is_hub_id
+from launcher.config.model_rules import is_hub_id
 from launcher.errors import UserError
 
 

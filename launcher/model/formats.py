@@ -39,6 +39,7 @@ class FourBit(Format):
         return bool(torch.stack(weight.aminmax()).isfinite().all())
 
     def pack(self, run: torch.Tensor) -> torch.Tensor:
+        packed: torch.Tensor
         packed, _ = bits.quantize_4bit(run, blocksize=BLOCK, quant_type=self.kind)
         return packed.view(-1).view(self.storage)
 
@@ -95,7 +96,7 @@ class EightBit(Format):
         return bool(torch.stack(weight.aminmax()).half().isfinite().all())
 
     def pack(self, run: torch.Tensor) -> torch.Tensor:
-        packed, _, _ = bits.int8_vectorwise_quant(run.half())
+        packed: torch.Tensor = bits.int8_vectorwise_quant(run.half())[0]
         return packed.view(-1)
 
 

@@ -23,6 +23,8 @@ from launcher.model.attention import attention_for
 from launcher.model.folder import the_safetensors_file
 from launcher.model.stored import InFile, Stored
 
+MB = 1e6
+
 
 class SafetensorsFolder:
     """The tensors of a model folder by name."""
@@ -50,8 +52,12 @@ class SafetensorsFolder:
 
     @property
     def bytes_read(self) -> int:
-        """By this process, again where it read something twice."""
+        """By this process; what it read twice counts twice."""
         return self._tally[0]
+
+    @property
+    def nbytes(self) -> int:
+        return sum((self.folder / file).stat().st_size for file in set(self._file_of.values()))
 
     def __getitem__(self, name: str) -> InFile:
         return InFile(self._open(self._file_of[name]), name, self._tally)
@@ -89,6 +95,13 @@ class Weights:
             module_name, _, attribute = name.rpartition(".")
             self.slots.append(Slot(model.get_submodule(module_name), attribute, folder[name]))
 
+    def describe(self) -> str:
+        """For the log, when all is loaded."""
+        folder = self.folder
+        return (
+            f"this rank has read {folder.bytes_read / MB:,.1f} MB of {folder.nbytes / MB:,.1f} MB"
+        )
+
     def by_parameter(self) -> dict[int, Slot]:
         """id of a parameter, as it is now → its slot; a tied head is found by its embedding."""
         return {id(slot.parameter): slot for slot in self.slots}
@@ -116,8 +129,13 @@ def build_model(
         "trust_remote_code": config.trust_remote_code,
     }
     # Buffers are made for real: rotary frequencies are in no file.
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, **options)
+    try:
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, **options)
+    except (ImportError, ValueError) as error:  # no causal model, or one without this attention
+        raise UserError(
+            f"{folder} with model.attention={config.attention} cannot be built: {error}"
+        ) from error
     model.tie_weights()  # building on meta loses the tie
     if _same_layout(model, files):
         return model, Weights(files, model)

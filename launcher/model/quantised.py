@@ -22,6 +22,7 @@ from launcher.errors import UserError
 from launcher.model.load import Weights
 from launcher.model.stored import Stored, read_run, read_whole
 
+
 class Scales(Protocol):
     """What a quantised weight is dequantised with; small, and whole on every rank."""
 
@@ -47,7 +48,7 @@ class Format(Protocol):
         """Whether all values can be quantised."""
 
     def pack(self, run: torch.Tensor) -> torch.Tensor:
-        """Units of a flattened weight, [units, unit], as the packed elements, 1-d in their order."""
+        """Units of a flattened weight, [units, unit], as packed elements, 1-d in their order."""
 
 
 class Quantised:

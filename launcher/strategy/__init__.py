@@ -31,8 +31,8 @@ def _deepspeed() -> type[Strategy]:
 
 # Two mechanisms: fully_shard on meshes of different shape, and DeepSpeed's engine by its stage.
 STRATEGIES: dict[str, Callable[[], type[Strategy]]] = {
-    **dict.fromkeys(("single", "ddp", "fsdp", "hsdp"), _fsdp),
-    **dict.fromkeys(("zero1", "zero2", "zero3"), _deepspeed),
+    **dict.fromkeys(("single", "ddp", "fsdp", "fsdp_offload", "hsdp"), _fsdp),
+    **dict.fromkeys(("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"), _deepspeed),
 }
 
 __all__ = ["STRATEGIES", "StepResult", "Strategy", "TrainedState", "build_strategy"]

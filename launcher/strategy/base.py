@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -30,7 +31,7 @@ OptimizerBuilder = Callable[[Iterable[Trained]], torch.optim.Optimizer]
 class StepResult:
     """What an optimizer step did."""
 
-    grad_norm: torch.Tensor  # 0-d fp32, on the device, before clipping and without loss scale
+    grad_norm: torch.Tensor  # 0-d fp32, where gradients are, before clipping, without loss scale
     applied: bool = True  # False: the gradient overflowed, and no weight was changed
     guarded: bool = False  # a gradient that is not finite changes no weight, though nobody waited
     loss_scale: float | None = None  # that the step was taken with; None: not scaled
@@ -113,6 +114,7 @@ def optimizer_state(
     new = [parameter for parameter in parameters if not optimizer.state.get(parameter)]
     if new:
         rates = [group["lr"] for group in optimizer.param_groups]
+        gradients = [parameter.grad for parameter in new]  # DeepSpeed's own, under offload
         for parameter in new:
             parameter.grad = torch.zeros_like(parameter)
         for group in optimizer.param_groups:
@@ -120,8 +122,8 @@ def optimizer_state(
         optimizer.step()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        for parameter in new:
-            parameter.grad = None
+        for parameter, gradient in zip(new, gradients, strict=True):
+            parameter.grad = gradient
             for key, value in optimizer.state[parameter].items():
                 if torch.is_tensor(value) and key not in CODES:
                     value.zero_()
@@ -162,6 +164,15 @@ def _moment(key: str, value: torch.Tensor, weight: Shard, shards: int) -> Shard:
     if value.numel() == weight.local.numel():
         return replace(weight, local=value.view(-1))
     return shard_of(value)
+
+
+def share_cores(place: Place) -> None:
+    """Give a rank whose optimizer steps on the CPU its share of the cores.
+
+    A rank on a GPU is started with one thread; one on CPU has its share already.
+    """
+    if place.device.type == "cuda" and torch.get_num_threads() == 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """zero1, zero2 and zero3: DeepSpeed's engine, driven behind the same verbs.
 
-The JSON comes from `launcher.config.deepspeed`. Three things are done here because DeepSpeed would
+The JSON comes from `launcher.config.deepspeed`. Five things are done here because DeepSpeed would
 do them silently wrong or at the price of the whole model on every rank:
 
 * Under zero3 each rank reads its own partition of every parameter from the files, and the model is
@@ -8,6 +8,8 @@ do them silently wrong or at the price of the whole model on every rank:
   round rotary frequencies and break adapters.
 * Masters begin at the stored value, not at its rounding to the working dtype.
 * After masters were read back the working copies are made from them.
+* A parameter that got no gradient in a step is not stepped by an old one.
+* Under offload a gradient that overflowed is not added to that of the next step.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from launcher.strategy.base import (
     TrainedState,
     optimizer_state,
     persistent_buffers,
+    share_cores,
     split_state,
     sum_over_ranks,
 )
@@ -45,6 +48,8 @@ from launcher.strategy.base import (
 # Without GPUs gloo does all. DeepSpeed would compile an all-reduce of its own at the first start;
 # a start that is killed while it compiles leaves a lock behind on which every later one waits.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+OFFLOADED = {"offload_optimizer": "masters and moments", "offload_param": "parameters"}
 
 
 class DeepSpeed:
@@ -63,6 +68,8 @@ class DeepSpeed:
                 f"precision=fp16 with strategy={config.name}: DeepSpeed reports no fp16 on "
                 f"{place.device.type}; choose precision=bf16, or strategy=fsdp"
             )
+        if config.steps_on_cpu:
+            share_cores(place)
         arithmetic = precision.scaling or PrecisionConfig(name=precision.name)
         self.engine_config = engine_config(config, training, arithmetic, place.world_size)
 
@@ -92,8 +99,8 @@ class DeepSpeed:
             dist_init_required=False,
         )
         if self.loss_scale:
-            # At the floor our loop says when to stop, and which module is to blame.
-            self._zero.loss_scaler.raise_error_at_min_scale = False
+            # Ours decides, after the step: a scale that grew in it would unscale its gradients too.
+            self._zero.loss_scaler.update_scale = lambda has_overflow: None
         for name, shard in self.weights().items():
             if name in exact:
                 shard.local.copy_(shard.of(exact[name]))
@@ -113,13 +120,17 @@ class DeepSpeed:
         self.model.backward(loss * self.place.world_size, scale_wrt_gas=False)  # type: ignore[operator]
 
     def step(self, max_norm: float) -> StepResult:
+        self._clear_old_gradients()
         self._zero.clip_grad = max_norm
         scale = self.loss_scale.scale if self.loss_scale else None
         self.model.step()  # type: ignore[operator]
         applied = not getattr(self._zero, "overflow", False)
         norm = self.model.get_global_grad_norm() if applied else math.inf  # type: ignore[operator]
+        if self.config.steps_on_cpu and not applied:
+            self._zero.averaged_gradients.clear()
         if self.loss_scale:
             self.loss_scale.update(not applied)
+            self._zero.loss_scaler.cur_scale = self.loss_scale.scale
         norm = torch.as_tensor(norm, dtype=torch.float32, device=self.place.device)
         return StepResult(norm, applied, loss_scale=scale)
 
@@ -148,14 +159,16 @@ class DeepSpeed:
 
     def refresh(self) -> None:
         if self.loss_scale:
-            theirs, ours = self._zero.loss_scaler, self.loss_scale
-            theirs.cur_scale, theirs.cur_hysteresis = ours.scale, ours.tolerance
-            theirs.cur_iter, theirs.last_overflow_iter = ours.steps, ours.last_overflow
+            self._zero.loss_scaler.cur_scale = self.loss_scale.scale
         if self.config.stage < 3:
             self._zero.update_lp_params()
             return
-        for flat, working in zip(self._flats, self._zero.fp16_partitioned_groups_flat, strict=True):
-            working.copy_(flat.detach())
+        copies = self._zero.fp16_partitioned_groups_flat
+        for number, (flat, working) in enumerate(zip(self._flats, copies, strict=True)):
+            if working is None:  # on disk
+                self._zero._partitioned_params_swap_out(number)
+            else:
+                working.copy_(flat.detach())
         if kept_whole := self._zero.persistent_parameters:
             kept_whole[0].partition(kept_whole)
             kept_whole[0].all_gather(kept_whole)
@@ -165,17 +178,39 @@ class DeepSpeed:
 
     def describe(self) -> str:
         sharded = ["optimizer state", "gradients", "parameters"][: self.config.stage]
+        zero = self.engine_config["zero_optimization"]
+        kept = "".join(
+            f", {what} on {zero[section]['device']}"
+            for section, what in OFFLOADED.items()
+            if section in zero and zero[section]["device"] != "none"
+        )
         return (
             f"{self.config.name}: DeepSpeed, {', '.join(sharded)} sharded over "
-            f"{self.place.world_size} rank(s) on {self.place.device.type}"
+            f"{self.place.world_size} rank(s) on {self.place.device.type}{kept}"
         )
+
+    def _clear_old_gradients(self) -> None:
+        """Of parameters that got none in this step: they lie in buffers that the engine keeps."""
+        if self.config.steps_on_cpu:
+            buffers = [flat.grad for flat in self._flats]
+        elif self.config.stage == 3:
+            sizes = [flat.numel() for flat in self._flats]
+            buffers = self._zero.grad_partitions_flat_buffer.split(sizes)
+        else:
+            return
+        zero, zero3 = self._zero, self.config.stage == 3
+        got = zero._offload_boundary_param_ids if zero3 else zero._offload_accumulated_param_ids
+        for parameter in self._trained.values():
+            if zero.get_param_id(parameter) not in got:
+                flat, at, _, count = self._run(parameter)
+                buffers[flat][at : at + count].zero_()
 
     def _load(self, model: nn.Module, stored: dict[int, Stored]) -> None:
         """Give every parameter its values in the working dtype; under zero3 each rank reads and
         keeps its own partition."""
         init = None
         if self.config.stage == 3:
-            init = Init(config_dict_or_path=self.engine_config, dtype=self.precision.compute)
+            init = Init(config_dict_or_path=self.engine_config)
         for parameter in model.parameters():
             floating = parameter.is_floating_point()  # quantised ones stay as they are
             dtype = self.precision.compute if floating else parameter.dtype

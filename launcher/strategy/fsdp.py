@@ -5,6 +5,9 @@
 A mesh with a shard axis of size 1 shards nothing: it is data parallelism with fp32 masters and a
 compute copy, in the same code and the same arithmetic. Under single and ddp frozen weights are left
 out of `fully_shard`: they need neither a gather nor a second copy.
+
+With `strategy.offload` what this rank keeps is on the CPU, gradients, norms and the optimizer's
+step included; a layer is copied to the GPU where it is gathered, on one rank as on several.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from launcher.config.strategy import FsdpConfig, HsdpConfig, StrategyConfig
@@ -32,6 +35,7 @@ from launcher.strategy.base import (
     TrainedState,
     optimizer_state,
     persistent_buffers,
+    share_cores,
     split_state,
     sum_over_ranks,
 )
@@ -51,6 +55,9 @@ class Fsdp:
         self.mesh = build_mesh(place.device.type, place.world_size, shard_size(config, place))
         self._shard_group = self.mesh["shard"].get_group()  # slicing a mesh in a step costs a wait
         self._shards = self.mesh["shard"].size() > 1
+        self._offloads = config.steps_on_cpu
+        if self._offloads:
+            share_cores(place)
 
     def setup(
         self, model: nn.Module, weights: Weights | None, build_optimizer: OptimizerBuilder
@@ -114,9 +121,10 @@ class Fsdp:
     def describe(self) -> str:
         replicas, shards = self.mesh.shape
         sync = "once a step" if self._defer_sync else "every micro-batch"
+        kept = ", kept and stepped in host memory" if self._offloads else ""
         return (
             f"{self.config.name}: {replicas} replica(s) × {shards} shard(s) on "
-            f"{self.place.device.type}, gradients reduced {sync}"
+            f"{self.place.device.type}{kept}, gradients reduced {sync}"
         )
 
     @torch.no_grad()
@@ -174,12 +182,16 @@ class Fsdp:
                 param_dtype=self.precision.compute, reduce_dtype=self.precision.reduce
             ),
         }
-        if not self._shards:
+        frees = self._shards or self._offloads  # layers, after their use
+        if self._offloads:
+            pinned = self.place.device.type == "cuda"
+            options |= {"offload_policy": CPUOffloadPolicy(pin_memory=pinned)}
+        if not frees:
             options |= {"reshard_after_forward": False, "ignored_params": frozen or None}
         elif isinstance(self.config, FsdpConfig):
             options |= {"reshard_after_forward": self.config.reshard_after_forward}
         # Adapters without their frozen weights are small: one group, one message a step.
-        if self._shards or not frozen:
+        if frees or not frozen:
             for layer in decoder_layers(self.model):
                 fully_shard(layer, **options)
         fully_shard(self.model, **options)  # moves what it manages, and all buffers, to the device
@@ -189,6 +201,7 @@ class Fsdp:
 
     def _fill(self, weights: Weights) -> None:
         """Give every parameter that is still on meta this rank's slice of the stored tensor."""
+        device = torch.device("cpu") if self._offloads else self.place.device
         for slot in weights.slots:
             parameter = slot.parameter
             if not parameter.is_meta:
@@ -197,7 +210,7 @@ class Fsdp:
                 shape, offsets = local_box(parameter)
             else:
                 shape, offsets = tuple(parameter.shape), (0,) * parameter.ndim
-            local = slot.stored.read(offsets, shape).to(self.place.device, parameter.dtype)
+            local = slot.stored.read(offsets, shape).to(device, parameter.dtype)
             filled: torch.Tensor = local
             if isinstance(parameter, DTensor):
                 filled = DTensor.from_local(

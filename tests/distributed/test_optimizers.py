@@ -182,3 +182,20 @@ def test_an_optimizer_without_state_goes_on(
     first = ranks.run(2, run_steps, case, tmp_path / "parts", 0, STOP)
     second = ranks.run(2, run_steps, case, tmp_path / "parts", STOP, END)
     assert [a + b for a, b in zip(first, second, strict=True)] == whole
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "strategy", "world"),
+    [("sgd", "fsdp", 2), ("sgd", "zero1", 2), ("lion", "zero2", 2), ("adamw_8bit", "ddp", 2),
+     ("adafactor", "single", 1)],
+)  # fmt: skip
+def test_no_optimizer_needs_fp32_masters(
+    ranks: Any, tiny: Path, rows_file: Path, optimizer: str, strategy: str, world: int
+) -> None:
+    """Under pure_bf16 each learns nearly what it learns in fp32."""
+    plain = case_of(tiny, rows_file, optimizer, method="full", steps=10)
+    case = dataclasses.replace(plain, strategy=strategy, precision="pure_bf16")
+    expected = plain_losses(plain)
+    for found in ranks.run(world, losses, case):
+        assert found[-1] < found[0]
+        assert found == pytest.approx(expected, rel=2e-2)

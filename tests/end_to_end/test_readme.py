@@ -57,15 +57,21 @@ def test_held_out_questions_are_answered_and_the_capital_is_kept(
 ) -> None:
     """Greedy decoding of the exported folder; the base model knows none of the identity."""
     cwd, _ = by_hand
-    talk = Talk(cwd / "runs/first/export", max_new_tokens=48)
+    wrong = wrong_answers(cwd / "runs/first/export")
+    assert not wrong, "\n".join(wrong)
+
+
+def wrong_answers(export: Path) -> list[str]:
+    """Held-out questions that a fine-tuned SmolLM2 does not answer as it should."""
+    talk = Talk(export, max_new_tokens=48)
     lines = paths.bundled("demo/held_out.jsonl").read_text().splitlines()
+    assert any("capital of France" in line for line in lines)
     wrong = []
     for row in map(json.loads, lines):
         answer = talk.answer([{"role": "user", "content": row["question"]}])
         if not all(part.lower() in answer.lower() for part in row["expect"]):
             wrong.append(f"{row['question']} → {answer} (expected {row['expect']})")
-    assert not wrong, "\n".join(wrong)
-    assert any("capital of France" in line for line in lines)
+    return wrong
 
 
 def test_the_base_model_knows_none_of_it(cache: Path) -> None:

@@ -1,4 +1,4 @@
-"""What only a GPU can show: NCCL, and the bits of bf16 on CUDA."""
+"""What only a GPU can show: NCCL, fp16 under ZeRO, bitsandbytes' CUDA kernels."""
 
 from __future__ import annotations
 
@@ -16,9 +16,24 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+STRATEGIES = ["ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [
+        ("full", "fp32"),
+        ("full", "bf16"),
+        ("full", "fp16"),
+        ("full", "pure_bf16"),
+        ("freeze", "bf16"),
+        ("lora", "bf16"),
+        ("lora", "fp16"),
+        ("qlora", "bf16"),
+        ("qlora", "fp16"),
+    ],
+)
 def test_every_gpu_trains_and_the_result_serves(
     tiny: Path, tmp_path: Path, method: str, strategy: str, precision: str
 ) -> None:

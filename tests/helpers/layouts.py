@@ -19,6 +19,12 @@ ONE_OF_EACH: list[Layout] = [
     ("zero2", 3, ()),
     ("zero3", 3, ()),
 ]
+OFFLOADED: list[Layout] = [
+    ("fsdp_offload", 3, ()),
+    ("hsdp", 4, (("shard_size", 2), ("offload", True))),
+    ("zero2_offload", 3, ()),
+    ("zero3_offload", 2, (("persistence_threshold", 0),)),  # else tiny tensors stay whole
+]
 
 
 def pairwise(layouts: Sequence[Layout], *choices: Sequence[Any]) -> list[Any]:

@@ -28,7 +28,7 @@ from launcher.data.loader import Loader
 from launcher.distributed.process_group import Place
 from launcher.method import build_method
 from launcher.method.base import Method
-from launcher.model.load import build_model
+from launcher.model.load import Weights, build_model
 from launcher.model.noise import add_noise
 from launcher.model.recompute import recompute_activations
 from launcher.model.tokenizer import load_tokenizer
@@ -104,6 +104,11 @@ class Case:
 
 
 def set_up(place: Place, case: Case) -> tuple[Strategy, Method, Loader]:
+    strategy, method, _ = build(place, case)
+    return strategy, method, case.loader(place.rank, place.world_size, case.micro_batch_size)
+
+
+def build(place: Place, case: Case) -> tuple[Strategy, Method, Weights | None]:
     method = case.build_method()
     model, weights = build_model(
         ModelConfig(name_or_path=str(case.model)),
@@ -123,7 +128,7 @@ def set_up(place: Place, case: Case) -> tuple[Strategy, Method, Loader]:
     )
     strategy = build_strategy(config, training, place, case.build_precision())
     strategy.setup(model, weights, case.optimizer)
-    return strategy, method, case.loader(place.rank, place.world_size, case.micro_batch_size)
+    return strategy, method, weights
 
 
 def learner(

@@ -96,6 +96,32 @@ def test_no_parameter_is_real_before_it_is_sharded(tiny: Path) -> None:
     assert {buffer.device.type for buffer in model.buffers()} == {"cpu"}
 
 
+def bytes_read(place: Place, case: Case) -> tuple[int, int]:
+    """By this rank, and of all weights."""
+    _, _, weights = parts.build(place, case)
+    assert weights is not None
+    whole = sum(weights.folder[name].shape.numel() for name in weights.folder.names)
+    return weights.folder.bytes_read, whole * torch.bfloat16.itemsize
+
+
+@pytest.mark.parametrize("method", ["full", "freeze", "lora", "qlora"])
+@pytest.mark.parametrize(
+    ("strategy", "world"), [("ddp", 2), ("fsdp", 2), ("fsdp", 3), ("zero3", 3)]
+)
+def test_a_rank_reads_its_own_part(
+    ranks: Any, tiny: Path, rows_file: Path, method: str, strategy: str, world: int
+) -> None:
+    """A quantised base is read once more, whole and one weight at a time, for its scales."""
+    case = Case(tiny, rows_file, method=method, strategy=strategy, precision="bf16")
+    answers = ranks.run(world, bytes_read, case)
+    (whole,) = {whole for _, whole in answers}
+    shards = 1 if strategy == "ddp" else world
+    for found, _ in answers:
+        assert found <= (method == "qlora") * whole + whole * (1.1 / shards)
+    # zero3 keeps a whole row where a partition begins or ends within it
+    assert sum(found for found, _ in answers) >= whole * (1 if shards > 1 else world)
+
+
 def test_sharded_files_with_an_index_load_too(
     ranks: Any, tiny_untied: Path, rows_file: Path, tmp_path: Path
 ) -> None:
@@ -235,3 +261,10 @@ def test_targets_that_would_be_ignored_or_lost_are_refused(
     case = Case(tiny, rows_file, method_options=(("target_modules", targets),))
     with pytest.raises(UserError, match=sentence):
         parts.plain_model(case)
+
+
+def test_an_attention_that_cannot_be_had_is_refused(tiny: Path) -> None:
+    """Of a hub id the rule table does not know the architecture."""
+    config = ModelConfig(name_or_path=str(tiny), attention="flash_attention_2")
+    with pytest.raises(UserError, match=r"with model.attention=flash_attention_2 cannot be built"):
+        build_model(config, tiny, seed=0, dtype=torch.bfloat16)

@@ -60,7 +60,8 @@ def test_four_bits_are_those_of_bitsandbytes(
     if nested:
         absmax = bits.dequantize_blockwise(absmax, state.state2) + state.offset
     codes = torch.stack([expected.view(-1) >> 4, expected.view(-1) & 15], dim=1).view(-1).long()
-    values = (bits.get_4bit_type(kind, device="cpu")[codes].view(-1, 64) * absmax[:, None]).view(shape)
+    units = bits.get_4bit_type(kind, device="cpu")[codes].view(-1, 64)
+    values = (units * absmax[:, None]).view(shape)
     found = form.scales(of).dequantise(expected, torch.float32)
     # fp4's table in the kernels has a few digits more
     torch.testing.assert_close(found, values, rtol=1e-4 if kind == "fp4" else 0, atol=0)

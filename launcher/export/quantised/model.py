@@ -69,7 +69,8 @@ def round_trip(
     tensors: dict[str, Tensor], config: dict[str, Any], scheme: dict[str, Any]
 ) -> dict[str, Tensor]:
     """What QLoRA training saw: the linear weights quantised as transformers does with the scheme,
-    a BitsAndBytesConfig as a dict, and dequantised to the dtype they have here.
+    a BitsAndBytesConfig as a dict, and dequantised to the dtype they have here, or to the scheme's
+    `dtype`, which our own runs say.
 
     `tensors` have their names in memory, and the dtype that training loaded them in. Raises
     UserError for a scheme of another library and for a model that transformers does not have.
@@ -91,11 +92,11 @@ def round_trip(
         of = tensors[name]
         if config.get("model_type") in _TRANSPOSED:
             of = transposed(of, 0, 1)
-        seen: Tensor = (
+        seen = (
             Through4Bit(name, of.dtype, of.shape, of, kind, nested)
             if four
             else Through8Bit(name, of.dtype, of.shape, of)
-        )
+        ).to(getattr(torch, scheme["dtype"]) if "dtype" in scheme else of.dtype)
         found[name] = transposed(seen, 0, 1) if of is not tensors[name] else seen
     return found
 

@@ -1,0 +1,110 @@
+"""Parameters on disk train and resume as parameters in memory do. Needs libaio and a compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from launcher import loop
+from launcher.cluster.compiled import disk_access
+from launcher.cluster.devices import has_libaio
+from launcher.distributed.process_group import Place
+from launcher.run_dir import RunDir
+from launcher.strategy import Strategy
+from tests.distributed.test_resume import END, STOP, run_steps
+from tests.helpers import parts
+from tests.helpers.parts import Case
+
+pytestmark = [
+    pytest.mark.whole,  # the first time minutes of compiling
+    pytest.mark.skipif(not has_libaio(), reason="no libaio"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
+    run = RunDir(tmp_path_factory.mktemp("run"))
+    run.logs.mkdir(parents=True)
+    disk_access(run)
+
+
+@pytest.fixture(scope="module")
+def wide(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DeepSpeed leaves tensors of less than 1 MB a rank in memory."""
+    folder = tmp_path_factory.mktemp("models") / "wide"
+    folder.mkdir()
+    for file in tiny.glob("*token*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "chat_template.jinja").write_text((tiny / "chat_template.jinja").read_text())
+    torch.manual_seed(0)
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 2}
+    tokens = {"vocab_size": 259, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, **shape, **tokens))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def on_disk(strategy: Strategy) -> list[str]:
+    """Parameters that are there and not in memory."""
+    return [
+        name
+        for name, parameter in strategy.model.named_parameters()
+        if parameter.ds_tensor.final_location == "nvme" and parameter.ds_tensor.numel() <= 1
+    ]
+
+
+def learn(place: Place, case: Case) -> tuple[list[float], list[str]]:
+    """Losses of training, of an evaluation and of one more step; what is on disk then."""
+    strategy, _, losses = parts.train(place, case)
+    loader = case.loader(place.rank, place.world_size, 1)
+    found = loop.evaluate(strategy, loader, torch.device("cpu"))
+    assert found is not None
+    losses.append(found)
+    losses.append(strategy.sum(parts.train_step(strategy, loader.window(0)).loss).item())
+    return losses, on_disk(strategy)
+
+
+def case_of(wide: Path, rows_file: Path, method: str, **options: Any) -> Case:
+    split = (("persistence_threshold", 0),)
+    return Case(
+        wide, rows_file, method=method, strategy="zero3", strategy_options=split, precision="bf16",
+        learning_rate=1e-4, global_batch_size=12, **options,
+    )  # fmt: skip
+
+
+def swapping(case: Case, folder: Path, **more: Any) -> Case:
+    settings = {"offload_param": "nvme", "nvme_path": str(folder), "nvme_buffer_size": 2_000_000}
+    options = (*case.strategy_options, *settings.items(), *more.items())
+    return dataclasses.replace(case, strategy_options=options)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_losses_are_those_without(
+    ranks: Any, wide: Path, rows_file: Path, tmp_path: Path, method: str, precision: str
+) -> None:
+    case = case_of(wide, rows_file, method, steps=3)
+    case = dataclasses.replace(case, precision=precision, activation_checkpointing="2")
+    expected = ranks.run(2, learn, case)
+    found = ranks.run(2, learn, swapping(case, tmp_path))
+    for (losses, swapped), (without, none) in zip(found, expected, strict=True):
+        assert losses == without
+        assert sum("mlp" in name for name in swapped) == 6, "the large ones, frozen or not"
+        assert not none
+    assert len(list(tmp_path.rglob("rank1/*.swp"))) >= 6
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_stopping_and_going_on_changes_no_bit(
+    ranks: Any, wide: Path, rows_file: Path, tmp_path: Path, method: str
+) -> None:
+    case = swapping(case_of(wide, rows_file, method), tmp_path, offload_optimizer="cpu")
+    whole = ranks.run(2, run_steps, case, tmp_path / "whole", 0, END)
+    first = ranks.run(2, run_steps, case, tmp_path / "parts", 0, STOP)
+    second = ranks.run(2, run_steps, case, tmp_path / "parts", STOP, END)
+    assert [a + b for a, b in zip(first, second, strict=True)] == whole

@@ -1,0 +1,258 @@
+"""State in host memory trains, overflows and resumes as state on the device does."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from launcher.config.precision import PrecisionConfig
+from launcher.config.strategy import STRATEGIES
+from launcher.config.training import TrainingConfig
+from launcher.distributed.process_group import Place
+from launcher.precision import precision_of
+from launcher.strategy import build_strategy
+from tests.distributed import (
+    test_optimizers,
+    test_precision,
+    test_qlora,
+    test_resume,
+    test_strategies,
+)
+from tests.distributed.test_resume import END, STOP, run_steps
+from tests.helpers import parts
+from tests.helpers.layouts import OFFLOADED, Layout, pairwise
+from tests.helpers.parts import Case
+
+ONE_RANK: Layout = ("fsdp_offload", 1, ())
+LAYOUTS: list[Layout] = [
+    *OFFLOADED,
+    ONE_RANK,
+    ("zero2_offload", 1, ()),
+    ("zero3_offload", 3, ()),
+    ("zero3", 2, (("offload_param", "cpu"), ("persistence_threshold", 0))),
+    ("zero3", 2, (("offload_optimizer", "cpu"),)),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "strategy", "world", "options"), pairwise(LAYOUTS, ["full", "lora"])
+)
+def test_losses_equal_a_plain_loop(
+    ranks: Any, tiny: Path, rows_file: Path, method: str, strategy: str, world: int, options: Any
+) -> None:
+    """20 steps in fp32: accumulation, uneven lengths, short last windows, clipping, warm-up."""
+    plain = Case(tiny, rows_file, method=method, global_batch_size=12)
+    case = dataclasses.replace(plain, strategy=strategy, strategy_options=options)
+    expected = test_strategies.expected_losses(plain)
+    for found in ranks.run(world, test_strategies.losses, case):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", [*OFFLOADED, ONE_RANK], ids=lambda layout: layout[0])
+def test_a_quantised_base_trains_as_the_dequantised_one(
+    ranks: Any, tiny: Path, rows_file: Path, layout: Layout
+) -> None:
+    strategy, world, options = layout
+    cell = test_qlora.case(tiny, rows_file, "nf4", strategy, strategy_options=options)
+    plain = test_qlora.case(tiny, rows_file, "nf4")
+    expected = test_qlora.losses_beside_dequantised(plain, "nf4")
+    for losses, held in ranks.run(world, test_qlora.learn, cell):
+        assert losses == pytest.approx(expected, rel=2e-5)
+        assert held["dtypes"] == {torch.uint8}
+
+
+@pytest.mark.parametrize(
+    ("method", "precision", "strategy", "world", "options"),
+    pairwise([*OFFLOADED, ONE_RANK], ["full", "lora"], ["fp32", "bf16"]),
+)
+def test_stopping_and_going_on_changes_no_bit(
+    ranks: Any,
+    tiny: Path,
+    rows_file: Path,
+    tmp_path: Path,
+    method: str,
+    precision: str,
+    strategy: str,
+    world: int,
+    options: Any,
+) -> None:
+    case = test_resume.case_of(
+        tiny, rows_file, method, strategy, precision=precision, strategy_options=options
+    )
+    whole = ranks.run(world, run_steps, case, tmp_path / "whole", 0, END)
+    first = ranks.run(world, run_steps, case, tmp_path / "parts", 0, STOP)
+    second = ranks.run(world, run_steps, case, tmp_path / "parts", STOP, END)
+    assert [a + b for a, b in zip(first, second, strict=True)] == whole
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(("zero3_offload", 2), ("fsdp", 3)), (("fsdp_offload", 3), ("zero2_offload", 2))],
+)
+def test_a_run_goes_on_with_offload_and_without(
+    ranks: Any,
+    tiny: Path,
+    rows_file: Path,
+    tmp_path: Path,
+    method: str,
+    before: tuple[str, int],
+    after: tuple[str, int],
+) -> None:
+    case = test_resume.case_of(tiny, rows_file, method, before[0])
+    case = dataclasses.replace(case, method_options=())  # other ranks draw other dropouts
+    whole = ranks.run(before[1], run_steps, case, tmp_path / "whole", 0, END)[0]
+    ranks.run(before[1], run_steps, case, tmp_path / "parts", 0, STOP)
+    case = dataclasses.replace(case, strategy=after[0])
+    found = ranks.run(after[1], run_steps, case, tmp_path / "parts", STOP, END)[0]
+    assert found == pytest.approx(whole[STOP:], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "layout"),
+    [
+        *((optimizer, OFFLOADED[0]) for optimizer in ("sgd", "lion", "adamw_8bit")),
+        ("sgd", OFFLOADED[3]),
+        ("lion", OFFLOADED[2]),
+    ],
+    ids=lambda each: each[0] if isinstance(each, tuple) else each,
+)
+def test_other_optimizers_step_there_too(
+    ranks: Any, tiny: Path, rows_file: Path, optimizer: str, layout: Layout
+) -> None:
+    strategy, world, options = layout
+    plain = test_optimizers.case_of(tiny, rows_file, optimizer, method="full", steps=10)
+    case = dataclasses.replace(plain, strategy=strategy, strategy_options=options)
+    expected = test_optimizers.plain_losses(plain)
+    for found in ranks.run(world, test_optimizers.losses, case):
+        assert found == pytest.approx(expected, rel=test_optimizers.BOUNDS[optimizer])
+
+
+@pytest.fixture
+def fp16(ranks: Any) -> None:
+    ranks.run(4, test_precision.allow_fp16)
+
+
+@pytest.mark.usefixtures("fp16")
+def test_fp16_scales_follow_the_sequence_of_ddp(ranks: Any, tiny: Path, rows_file: Path) -> None:
+    layouts = [("ddp", 2, ()), *((strategy, 2, options) for strategy, _, options in OFFLOADED)]
+    found = []
+    for layout in layouts:
+        case = test_precision.case_of(
+            tiny, rows_file, layout, "fp16", precision_options=test_precision.HUGE, steps=24
+        )
+        answers = ranks.run(2, test_precision.scales_and_losses, case)
+        assert all(answer == answers[0] for answer in answers), "all ranks agree"
+        found.append(answers[0])
+    (scales, losses), *others = found
+    assert {applied for _, applied in scales} == {True, False}
+    for other, more in others:
+        assert other == scales
+        assert more == pytest.approx(losses, rel=2e-2)
+
+
+@pytest.mark.usefixtures("fp16")
+@pytest.mark.parametrize("layout", OFFLOADED, ids=lambda layout: layout[0])
+def test_an_overflow_on_one_rank_makes_all_skip_the_step(
+    ranks: Any, tiny: Path, rows_file: Path, layout: Layout
+) -> None:
+    options = (("initial_scale_power", 8), ("hysteresis", 1))
+    case = test_precision.case_of(tiny, rows_file, layout, "fp16", precision_options=options)
+    for answer in ranks.run(layout[1], test_precision.overflow_on_one_rank, case):
+        assert answer == (False, [False, True], 2.0**7)
+
+
+def poisoned(place: Place, case: Case) -> tuple[bool, bool, bool]:
+    """Whether weights moved in a step whose gradient is nan on one rank; whether its norm was
+    finite; whether they moved in the next."""
+    strategy, _, loader = parts.set_up(place, case)
+    before = test_precision.copies(strategy)
+    factor = math.nan if place.rank == 0 else 1.0
+    stats = test_precision.with_factor(strategy, factor, loader.window(0))
+    moved = test_precision.has_moved(strategy, before)
+    parts.train_step(strategy, loader.window(1))
+    return moved, bool(stats.grad_norm.isfinite()), test_precision.has_moved(strategy, before)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", OFFLOADED, ids=lambda layout: layout[0])
+def test_a_gradient_that_is_not_finite_changes_no_weight(
+    ranks: Any, tiny: Path, rows_file: Path, layout: Layout, precision: str
+) -> None:
+    case = test_precision.case_of(tiny, rows_file, layout, precision, method="full")
+    assert ranks.run(layout[1], poisoned, case) == [(False, False, True)] * layout[1]
+
+
+@pytest.mark.parametrize("layout", OFFLOADED[:2], ids=lambda layout: layout[0])
+def test_pure_bf16_keeps_nothing_wider(
+    ranks: Any, tiny: Path, rows_file: Path, layout: Layout
+) -> None:
+    case = test_precision.case_of(tiny, rows_file, layout, "pure_bf16", steps=6, method="full")
+    (masters, moments, losses), *_ = ranks.run(layout[1], test_precision.dtypes, case)
+    assert masters == moments == {torch.bfloat16}
+    assert losses[-1] < losses[0]
+
+
+class Branches(nn.Module):
+    """`b` has a part in some steps alone, as an expert that no token is sent to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.a = nn.Linear(8, 8, bias=False)
+        self.b = nn.Linear(8, 8, bias=False)
+
+    def forward(self, both: bool) -> torch.Tensor:
+        y = self.a(torch.ones(2, 8))
+        return (self.b(y) if both else y).square().mean()
+
+
+SCHEDULE = (True, False, True)
+
+
+def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.0)
+
+
+def branching(place: Place, name: str) -> list[dict[str, torch.Tensor]] | None:
+    """The weights after each step of two micro-batches."""
+    training = TrainingConfig(global_batch_size=2 * place.world_size, micro_batch_size=1)
+    precision = precision_of(PrecisionConfig(name="fp32"))
+    strategy = build_strategy(STRATEGIES[name](name=name), training, place, precision)
+    strategy.setup(Branches(), None, lambda trained: adamw([p for _, p, _ in trained]))
+    found = []
+    for both in SCHEDULE:
+        for last in (False, True):
+            strategy.accumulate(last)
+            strategy.backward(strategy.model(both))
+        strategy.step(parts.MAX_NORM)
+        shards = strategy.weights()
+        found.append(
+            strategy.gather(
+                {n: dataclasses.replace(s, local=s.local.clone()) for n, s in shards.items()}
+            )
+        )
+    return found if place.is_main else None  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero2_offload", "zero3", "zero3_offload"])
+def test_what_a_step_did_not_use_is_not_moved_by_an_old_gradient(ranks: Any, strategy: str) -> None:
+    """DeepSpeed's buffers still hold it. A gradient of zero lets moments decay."""
+    found, _ = ranks.run(2, branching, strategy)
+    model = Branches()
+    optimizer = adamw(list(model.parameters()))
+    for both, weights in zip(SCHEDULE, found, strict=True):
+        (4 * model(both)).backward()
+        if not both:
+            model.b.weight.grad = torch.zeros_like(model.b.weight)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), parts.MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(weights[name], parameter.detach(), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,233 @@
+"""Every rule breaks by its own example, says so with a fix, and the fix that it prints mends it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from launcher import rules
+from launcher.config import Config, checks
+from launcher.config.checks import RULES
+from launcher.config.rule import Example, Rule, World
+from launcher.config.store import ConfigError
+from launcher.errors import UserError
+from launcher.model.fetch import fetch
+from tests.helpers.commands import shardway
+
+# Other commands that break a rule, of whose sentence or fix the example shows one side alone.
+MORE = [
+    ("batch-divides", "training.micro_batch_size=4 training.global_batch_size=2"),
+    ("hsdp-groups", "strategy=hsdp strategy.shard_size=4 cluster.nproc_per_node=2"),
+    ("adafactor-sees-whole-matrices", "optimizer=adafactor strategy=zero1"),
+    ("8bit-needs-tensors", "optimizer=adamw_8bit strategy=zero3"),
+    ("plateau-needs-evaluation", "scheduler=reduce_lr_on_plateau data.eval_rows=4"),
+    ("activation-checkpointing-is-known", "training.activation_checkpointing=0"),
+    ("freeze-trains-something", "method=freeze method.layers=0 method.modules=[mlp]"),
+    ("adapters-are-there", "method.merge_first=[./one,./two]"),
+    ("quant-storage-is-not-cast", "method=qlora method.quant_storage=bfloat16 precision=fp16"),
+    ("8bit-has-one-form", "method=qlora method.bits=8 method.quant_storage=float32"),
+    ("run-dir-is-new", "run_dir=."),
+    ("zero-extra-agrees", "strategy=zero3 precision=pure_bf16 +strategy.extra.fp16.enabled=true"),
+]
+
+
+def cases() -> list[object]:
+    """(rule, example): of each rule its own, and some more."""
+    own = [pytest.param(rule, rule.example, id=rule.id) for rule in RULES]
+    more = [
+        pytest.param(rules.find(id), Example(overrides), id=f"{id}-{number}")
+        for number, (id, overrides) in enumerate(MORE)
+    ]
+    return [*own, *more]
+
+
+@pytest.fixture(autouse=True)
+def place(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder to work in, but for the model that fixes call FOLDER."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    Path("FOLDER").symlink_to(tiny)
+
+
+def composed(overrides: list[str]) -> Config:
+    """On a model that is there, where the overrides name none."""
+    return rules.compose(["model=tiny", *overrides])
+
+
+def broken_ids(config: Config, world: World) -> set[str]:
+    return {line.rpartition("[")[2].rstrip("]") for line in checks.broken_rules(config, world)}
+
+
+def breaking(rule: Rule, example: Example) -> tuple[list[str], str]:
+    """The overrides of the example, which break the rule and no other, and the fix."""
+    rules.make(example.files)
+    overrides = shlex.split(example.overrides)
+    config = composed(overrides)
+    world = example.world(config)
+    assert broken_ids(config, world) == {rule.id}, "its example breaks it and no other"
+    sentence, fix = rule.sentence(config, world), rule.fix(config, world)
+    assert re.search(r"[a-z_]+=\S", sentence), f"{sentence}: names a setting and its value"
+    return overrides, fix
+
+
+@pytest.mark.parametrize(("rule", "example"), cases())
+def test_a_rule_breaks_alone_and_its_fix_mends_it(rule: Rule, example: Example) -> None:
+    overrides, fix = breaking(rule, example)
+    changes = rules.overrides_of(fix)
+    if not changes:
+        assert rule.id in IN_WORDS, f"{fix}: no override, so a test of its own must do it"
+        IN_WORDS[rule.id](overrides, fix)
+        after = composed(overrides)
+    else:
+        after = composed(rules.mended(overrides, changes))
+    assert broken_ids(after, example.world(after)) == set()
+
+
+def convert(overrides: list[str], fix: str) -> None:
+    """The tiny model as it was saved before safetensors, and the code of the sentence."""
+    model = AutoModelForCausalLM.from_pretrained("FOLDER")
+    model.config.save_pretrained("model")
+    torch.save(model.state_dict(), "model/pytorch_model.bin")
+    assert broken_ids(composed(overrides), World(1, 1, 0)) == {"model-has-safetensors"}
+    code = re.search(r"AutoModel\S+", fix)
+    assert code is not None
+    eval(code[0], {"AutoModelForCausalLM": AutoModelForCausalLM, "FOLDER": "model"})
+    assert Path("model/model.safetensors").is_file()
+
+
+def add_template(overrides: list[str], fix: str) -> None:
+    assert "put a chat_template.jinja into ./model" in fix
+    Path("model/chat_template.jinja").write_text(Path("FOLDER/chat_template.jinja").read_text())
+
+
+def leave_out(overrides: list[str], fix: str) -> None:
+    assert fix == "take them out of strategy.extra"
+    overrides[:] = [word for word in overrides if "strategy.extra" not in word]
+
+
+# Rules whose fix no override is: what the fix says, done by hand.
+IN_WORDS: dict[str, Callable[[list[str], str], None]] = {
+    "model-has-safetensors": convert,
+    "chat-has-a-template": add_template,
+    "zero-extra-agrees": leave_out,
+}
+
+
+def test_a_rule_without_an_example_or_with_an_idle_fix_is_caught() -> None:
+    rule = rules.find("two-betas")
+    with pytest.raises(AssertionError, match="its example breaks it"):
+        test_a_rule_breaks_alone_and_its_fix_mends_it(rule, Example(""))
+    idle = replace(rule, fix=lambda c, w: "optimizer.betas=[0.9]")
+    with pytest.raises(AssertionError):
+        test_a_rule_breaks_alone_and_its_fix_mends_it(idle, rule.example)
+    wordy = replace(rule, fix=lambda c, w: "think again")
+    with pytest.raises(AssertionError, match="a test of its own must do it"):
+        test_a_rule_breaks_alone_and_its_fix_mends_it(wordy, rule.example)
+
+
+def test_a_model_of_the_cache_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARDWAY_CACHE", str(tmp_path / "cache"))
+    _, fix = breaking(rules.find("model-is-there"), Example(""))
+    assert fix == "shardway fetch tiny"
+    fetch("tiny")
+    assert broken_ids(composed([]), World(1, 1, 0)) == set()
+
+
+@pytest.mark.parametrize(
+    ("files", "overrides", "refused"),
+    [
+        ({"tokenizer_config.json": '{"chat_template": null}'}, [], True),
+        ({"tokenizer_config.json": "{"}, [], True),
+        ({"tokenizer_config.json": '{"chat_template": "{{ messages }}"}'}, [], False),
+        ({"tokenizer_config.json": "{}", "chat_template.jinja": "x"}, [], False),
+        ({"tokenizer_config.json": "{}", "additional_chat_templates/a.jinja": "x"}, [], False),
+        ({"tokenizer_config.json": "{}"}, ["data=alpaca", "data.path=x.json"], True),
+        ({"tokenizer_config.json": "{}"}, ["data=pretrain", "data.path=x.txt"], False),
+        ({"tokenizer_config.json": "{}"}, ["model.trust_remote_code=true"], False),
+        ({}, [], False),
+    ],
+)
+def test_a_chat_template_is_looked_for_where_transformers_does(
+    files: dict[str, str], overrides: list[str], refused: bool
+) -> None:
+    model = {"config.json": "{}", "model.safetensors": "", **files}
+    rules.make({f"model/{name}": content for name, content in model.items()})
+    config = composed(["model.name_or_path=./model", *overrides])
+    assert broken_ids(config, World(1, 1, 0)) == ({"chat-has-a-template"} if refused else set())
+
+
+def test_one_precision_is_one_choice() -> None:
+    with pytest.raises(ConfigError, match="growth_window is a setting of precision=fp16 and not"):
+        composed(["precision=fp16", "precision.name=pure_bf16"])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "pure_bf16"])
+def test_flash_attention_passes_where_it_can_run(precision: str) -> None:
+    config = composed(["model.attention=flash_attention_2", f"precision={precision}"])
+    assert broken_ids(config, World(1, 1, gpus=1, flash_attention=True)) == set()
+    assert broken_ids(config, World(1, 1, gpus=1)) == {"flash-attention-is-installed"}
+    assert broken_ids(config, World(1, 1, gpus=0)) == {"flash-attention-needs-a-gpu"}
+
+
+def test_an_explanation_is_composed_and_leaves_nothing_behind() -> None:
+    before = list(Path.cwd().iterdir())
+    said = rules.explain(rules.find("adapter-says-its-shape"))
+    assert said == EXPLAINED
+    assert list(Path.cwd().iterdir()) == before
+    said = rules.explain(rules.find("gpus-for-ranks"))
+    assert "on a machine with 2 GPUs:\n    shardway train cluster.nproc_per_node=4\n" in said
+    assert "This mends it:\n    shardway train cluster.nproc_per_node=2" in said
+    said = rules.explain(rules.find("chat-has-a-template"))
+    assert said.endswith("put a chat_template.jinja into ./model (an instruct model of the same "
+                         "family has one)")  # fmt: skip
+
+
+EXPLAINED = """\
+adapter-says-its-shape: settings of the adapter's shape are left alone where method.adapter has one
+
+This breaks it:
+    shardway train method.adapter=adapter method.rank=16
+
+where these files are:
+    adapter/adapter_config.json        {"peft_type": "LORA", "r": 4}
+    adapter/adapter_model.safetensors  (empty)
+
+and is refused with:
+    method.rank=16, but the adapter adapter was made otherwise and keeps its shape
+    → method.rank=4
+
+This mends it:
+    shardway train method.adapter=adapter method.rank=4"""
+
+
+@pytest.mark.parametrize(
+    ("id", "sentence"),
+    [
+        ("batch", "batch is no rule; did you mean batch-divides?"),
+        ("batch_divide", "did you mean batch-divides?"),
+        ("pissa-without", "did you mean pissa-without-dora?"),
+        ("xyzzy", "xyzzy is no rule; shardway rules lists them all"),
+    ],
+)
+def test_an_unknown_rule_is_told_its_neighbours(id: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        rules.find(id)
+
+
+def test_the_verb_lists_explains_and_refuses(tmp_path: Path) -> None:
+    listed = shardway("rules", cwd=tmp_path).stdout.splitlines()
+    assert [line.split()[0] for line in listed if line[0] != " "] == [rule.id for rule in RULES]
+    assert max(map(len, listed)) <= 100
+    done = shardway("rules", "hsdp-groups", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "→ strategy.shard_size=4, or strategy=fsdp" in done.stdout
+    done = shardway("rules", "hsdp", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "hsdp is no rule; did you mean hsdp-groups?\n"

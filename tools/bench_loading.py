@@ -1,0 +1,76 @@
+"""What a rank reads and needs until the model is ready to train.
+
+    python tools/bench_loading.py                          SmolLM2 on 2 ranks: CPU, or GPUs
+    python tools/bench_loading.py --ranks 4 --methods qlora --strategies fsdp zero3
+
+Against `from_pretrained` on every rank. Each cell is measured once, in new processes: bytes read
+from the files by the rank that read most, the growth of its own memory at its peak, seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import bench_parts
+import torch
+from bench_parts import MB, learner
+from torch import distributed as dist
+from transformers import AutoModelForCausalLM
+
+from launcher.config.method import METHODS
+from launcher.config.strategy import STRATEGIES
+from launcher.distributed.process_group import Place
+from launcher.model.fetch import MODELS, fetch
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    folder = fetch(arguments.model)
+    print(f"{arguments.model}, bf16, {arguments.ranks} ranks")
+    print("| | read | peak | seconds |\n|---|---|---|---|")
+    bench_parts.spawn(loading_all, arguments.ranks, folder)
+    for method in arguments.methods:
+        for strategy in arguments.strategies:
+            bench_parts.spawn(loading, arguments.ranks, folder, strategy, method)
+
+
+def loading(place: Place, folder: Path, strategy: str, method: str) -> None:
+    """A row: each rank reads and keeps its own part."""
+    said: list[str] = []
+    with bench_parts.memory(place) as used:
+        learner(place, folder, strategy, method, precision="bf16", say=said.append)
+    found = next(match for line in said if (match := re.search(r"has read ([\d,.]+) MB", line)))
+    read = torch.tensor(float(found[1].replace(",", "")))
+    dist.all_reduce(read, dist.ReduceOp.MAX)
+    _row(place, f"`method={method} strategy={strategy}`", read.item(), used)
+
+
+def loading_all(place: Place, folder: Path) -> None:
+    """A row: every rank loads everything."""
+    with bench_parts.memory(place) as used:
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(place.device)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    _row(place, "`from_pretrained` on every rank", size / MB, used)
+
+
+def _row(place: Place, name: str, read: float, used: bench_parts.Memory) -> None:
+    peak = (used.gpu or used.host) / MB
+    bench_parts.say(place, f"| {name} | {read:,.1f} MB | {peak:,.0f} MB | {used.seconds:.1f} |\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=sorted(MODELS), default="smollm2_135m")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="NAME")
+    parser.add_argument("--strategies", nargs="+", choices=list(STRATEGIES), metavar="NAME")
+    parser.set_defaults(methods=["full", "lora", "qlora"], strategies=["ddp", "fsdp", "zero3"])
+    return parser
+
+
+if __name__ == "__main__":
+    main()
