@@ -25,7 +25,7 @@ from torch import nn
 
 from launcher.config.deepspeed import engine_config
 from launcher.config.precision import PrecisionConfig
-from launcher.config.strategy import ZeroConfig
+from launcher.config.strategy import Zero3Config, ZeroConfig
 from launcher.config.training import TrainingConfig
 from launcher.distributed.process_group import Place
 from launcher.distributed.shards import Shard, gather_to_main
@@ -208,6 +208,7 @@ class DeepSpeed:
     def _load(self, model: nn.Module, stored: dict[int, Stored]) -> None:
         """Give every parameter its values in the working dtype; under zero3 each rank reads and
         keeps its own partition."""
+        self._refuse_small_buffers(model)
         init = None
         if self.config.stage == 3:
             init = Init(config_dict_or_path=self.engine_config)
@@ -228,6 +229,18 @@ class DeepSpeed:
             if init is not None:
                 init._convert_to_deepspeed_param(parameter)
                 parameter.partition()  # type: ignore[attr-defined]
+
+    def _refuse_small_buffers(self, model: nn.Module) -> None:
+        if not isinstance(self.config, Zero3Config) or not self.config.on_disk:
+            return
+        size = self.config.nvme_buffer_size
+        parts = {name: self._partition(p.numel())[1] for name, p in model.named_parameters()}
+        largest = max(parts, key=lambda name: parts[name])
+        if parts[largest] > size:
+            raise UserError(
+                f"strategy.nvme_buffer_size={size} is less than a rank's part of {largest}; "
+                f"strategy.nvme_buffer_size={parts[largest]}, or more ranks"
+            )
 
     def _own_part(
         self, parameter: nn.Parameter, stored: Stored, dtype: torch.dtype

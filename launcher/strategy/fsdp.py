@@ -211,16 +211,10 @@ class Fsdp:
             else:
                 shape, offsets = tuple(parameter.shape), (0,) * parameter.ndim
             local = slot.stored.read(offsets, shape).to(device, parameter.dtype)
-            filled: torch.Tensor = local
+            filled = local
             if isinstance(parameter, DTensor):
-                filled = DTensor.from_local(
-                    local,
-                    parameter.device_mesh,
-                    parameter.placements,
-                    run_check=False,
-                    shape=parameter.shape,
-                    stride=parameter.stride(),
-                )
+                # Not from_local, which moves to the mesh's device what is offloaded.
+                filled = DTensor(local, parameter._spec, requires_grad=False)
             # In place, so that tied modules and FSDP's own references see it.
             torch.utils.swap_tensors(
                 parameter, nn.Parameter(filled, requires_grad=parameter.requires_grad)

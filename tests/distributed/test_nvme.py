@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from launcher import loop
 from launcher.cluster.compiled import disk_access
@@ -19,6 +18,7 @@ from launcher.strategy import Strategy
 from tests.distributed.test_resume import END, STOP, run_steps
 from tests.helpers import parts
 from tests.helpers.parts import Case
+from tests.helpers.wide import make_wide
 
 pytestmark = [
     pytest.mark.whole,  # the first time minutes of compiling
@@ -36,17 +36,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="module")
 def wide(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DeepSpeed leaves tensors of less than 1 MB a rank in memory."""
-    folder = tmp_path_factory.mktemp("models") / "wide"
-    folder.mkdir()
-    for file in tiny.glob("*token*"):
-        (folder / file.name).write_bytes(file.read_bytes())
-    (folder / "chat_template.jinja").write_text((tiny / "chat_template.jinja").read_text())
-    torch.manual_seed(0)
-    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 2}
-    tokens = {"vocab_size": 259, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, **shape, **tokens))
-    model.to(torch.bfloat16).save_pretrained(folder)
-    return folder
+    return make_wide(tiny, tmp_path_factory.mktemp("models") / "wide", layers=2)
 
 
 def on_disk(strategy: Strategy) -> list[str]:

@@ -110,6 +110,16 @@ def test_zero_shards_what_it_offloads(
         assert {rank["whole"] for rank in held} == {0}
 
 
+def test_buffers_for_the_disk_hold_the_largest_part(
+    ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    settings = {"offload_param": "nvme", "nvme_path": str(tmp_path), "nvme_buffer_size": 6000}
+    case = case_of(tiny, rows_file, ("zero3", 2, tuple(settings.items())))
+    said = r"nvme_buffer_size=6000 is less than a rank's part of .*embed_tokens.weight; .*=6216"
+    with pytest.raises(AssertionError, match=said):
+        ranks.run(2, engine, case)
+
+
 def gathered(place: Place, case: Case) -> tuple[int, int, int, list[float]]:
     """Bytes of the layers that are gathered between forward and backward, and after backward; those
     of all layers; the losses of some steps."""

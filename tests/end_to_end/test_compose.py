@@ -64,7 +64,8 @@ def test_the_demo_is_what_the_issue_asks_for(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_help_teaches(tmp_path: Path) -> None:
     said = shardway("train", "--help", cwd=tmp_path).stdout
-    for word in ("strategy: ddp, fsdp, fsdp_offload, hsdp, single", "launch.dry_run=true", "--multirun"):
+    strategies = "strategy: ddp, fsdp, fsdp_offload, hsdp, single"
+    for word in (strategies, "launch.dry_run=true", "--multirun"):
         assert word in said
     assert "shardway VERB" in shardway(cwd=tmp_path).stdout
     for verb in ("consolidate", "verify", "chat", "fetch", "rules"):
