@@ -17,8 +17,9 @@ def _rounds_masters(config: Config, world: World) -> bool:
     return offloads and config.precision.name == "pure_bf16"
 
 
-def _folder(config: Config) -> str | None:
-    return config.strategy.nvme_path if isinstance(config.strategy, Zero3Config) else None
+def _folder(config: Config) -> str:
+    named = config.strategy.nvme_path if isinstance(config.strategy, Zero3Config) else None
+    return named or "null"
 
 
 OFFLOAD_RULES: tuple[Rule, ...] = (
@@ -47,7 +48,7 @@ OFFLOAD_RULES: tuple[Rule, ...] = (
     Rule(
         "nvme-has-a-folder",
         "strategy.offload_param=nvme comes with a folder on a local disk",
-        lambda c, w: c.strategy.on_disk and not (_folder(c) and Path(str(_folder(c))).is_dir()),
+        lambda c, w: c.strategy.on_disk and not Path(_folder(c)).is_dir(),
         lambda c, w: (
             f"strategy.offload_param=nvme keeps parameters in strategy.nvme_path={_folder(c)}, "
             "which is no folder on this machine"

@@ -98,7 +98,8 @@ def _merged(
         notes.append("a QLoRA adapter, merged onto the original 16-bit base")
     result: Merged = merge(memory, frozen.config, adapters, options.tied, options.device)
     if memory is not frozen.tensors:  # computed in training's dtype, written in the base's
-        back = {name: t.to(frozen.tensors[name].dtype) for name, t in result.tensors.items()}
+        of = frozen.tensors  # a head that was untied is new
+        back = {n: t.to(of[n].dtype) if n in of else t for n, t in result.tensors.items()}
         result = replace(result, tensors=back)
     config = frozen.config | result.config
     if frozen.naming is None:
