@@ -1,4 +1,7 @@
-"""Every method learns the same under every strategy, moves what it should, and comes back whole."""
+"""Every variant of a method learns as a plain loop does, moves what it should and comes back whole.
+
+test_matrix.py trains each method under every strategy; here are the settings that it leaves alone.
+"""
 
 from __future__ import annotations
 
@@ -45,30 +48,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "adapter": ("lora", {"adapter": "ONE"}),
     "adapter-dora-saved": ("lora", {"adapter": "DORA"}),
 }  # fmt: skip
-ALONE = [
-    "freeze-last",
-    "freeze-first-and-more",
-    "dora",
-    "pissa",
-    "saved",
-    "patterns",
-    "merged",
-    "adapter-dora-saved",
-]
-IN_PARTITIONS = [  # zero3, under which DoRA is refused
-    "freeze-last",
-    "freeze-first-and-more",
-    "pissa-exact",
-    "saved",
-    "merged-pissa",
-    "adapter",
-]
 LAYOUTS = [
-    *((variant, "single", 1) for variant in ALONE),
-    *((variant, "zero3", 2) for variant in IN_PARTITIONS),
-    *(("freeze-first-and-more", *layout) for layout in (("ddp", 2), ("hsdp", 4), ("zero2", 2))),
+    *((variant, "single", 1) for variant in ("saved", "patterns", "merged", "adapter-dora-saved")),
+    *((variant, "zero3", 2) for variant in ("saved", "merged-pissa", "adapter")),
     *(("merged-pissa", *layout) for layout in (("ddp", 2), ("zero1", 2))),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +132,7 @@ def train(place: Place, case: Case) -> list[float]:
 def test_losses_are_those_of_a_plain_loop(
     ranks: Any, case: Any, variant: str, strategy: str, world: int
 ) -> None:
-    options = {"strategy_options": (("shard_size", 2),)} if strategy == "hsdp" else {}
-    for losses in ranks.run(world, train, case(variant, strategy, **options)):
+    for losses in ranks.run(world, train, case(variant, strategy)):
         assert losses == pytest.approx(plain_losses(case(variant)), rel=2e-5)
 
 
@@ -173,15 +156,7 @@ def test_what_is_saved_answers_as_the_model_that_was_trained(
 
 
 @pytest.mark.parametrize(
-    ("variant", "strategy", "world"),
-    [
-        ("freeze-first-and-more", "fsdp", 3),
-        ("freeze-last", "zero3", 2),
-        ("dora", "fsdp", 2),
-        ("saved", "zero3", 2),
-        ("merged-pissa", "fsdp", 2),
-        ("pissa", "single", 1),
-    ],
+    ("variant", "strategy", "world"), [("saved", "zero3", 2), ("merged-pissa", "fsdp", 2)]
 )
 def test_stopping_and_going_on_changes_no_bit(
     ranks: Any, tmp_path: Path, case: Any, variant: str, strategy: str, world: int

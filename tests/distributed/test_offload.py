@@ -20,7 +20,6 @@ from launcher.strategy import build_strategy
 from tests.distributed import (
     test_optimizers,
     test_precision,
-    test_qlora,
     test_resume,
     test_strategies,
 )
@@ -29,10 +28,8 @@ from tests.helpers import parts
 from tests.helpers.layouts import OFFLOADED, Layout, pairwise
 from tests.helpers.parts import Case
 
-ONE_RANK: Layout = ("fsdp_offload", 1, ())
-LAYOUTS: list[Layout] = [
-    *OFFLOADED,
-    ONE_RANK,
+LAYOUTS: list[Layout] = [  # that test_matrix.py leaves alone
+    ("fsdp_offload", 1, ()),
     ("zero2_offload", 1, ()),
     ("zero3_offload", 3, ()),
     ("zero3", 2, (("offload_param", "cpu"), ("persistence_threshold", 0))),
@@ -54,47 +51,12 @@ def test_losses_equal_a_plain_loop(
         assert found == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", [*OFFLOADED, ONE_RANK], ids=lambda layout: layout[0])
-def test_a_quantised_base_trains_as_the_dequantised_one(
-    ranks: Any, tiny: Path, rows_file: Path, layout: Layout
-) -> None:
-    strategy, world, options = layout
-    cell = test_qlora.case(tiny, rows_file, "nf4", strategy, strategy_options=options)
-    plain = test_qlora.case(tiny, rows_file, "nf4")
-    expected = test_qlora.losses_beside_dequantised(plain, "nf4")
-    for losses, held in ranks.run(world, test_qlora.learn, cell):
-        assert losses == pytest.approx(expected, rel=2e-5)
-        assert held["dtypes"] == {torch.uint8}
-
-
 @pytest.mark.parametrize(
-    ("method", "precision", "strategy", "world", "options"),
-    pairwise([*OFFLOADED, ONE_RANK], ["full", "lora"], ["fp32", "bf16"]),
-)
-def test_stopping_and_going_on_changes_no_bit(
-    ranks: Any,
-    tiny: Path,
-    rows_file: Path,
-    tmp_path: Path,
-    method: str,
-    precision: str,
-    strategy: str,
-    world: int,
-    options: Any,
-) -> None:
-    case = test_resume.case_of(
-        tiny, rows_file, method, strategy, precision=precision, strategy_options=options
-    )
-    whole = ranks.run(world, run_steps, case, tmp_path / "whole", 0, END)
-    first = ranks.run(world, run_steps, case, tmp_path / "parts", 0, STOP)
-    second = ranks.run(world, run_steps, case, tmp_path / "parts", STOP, END)
-    assert [a + b for a, b in zip(first, second, strict=True)] == whole
-
-
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [(("zero3_offload", 2), ("fsdp", 3)), (("fsdp_offload", 3), ("zero2_offload", 2))],
+    ("method", "before", "after"),
+    [
+        ("lora", ("zero3_offload", 2), ("fsdp", 3)),
+        ("full", ("fsdp_offload", 3), ("zero2_offload", 2)),
+    ],
 )
 def test_a_run_goes_on_with_offload_and_without(
     ranks: Any,
@@ -139,6 +101,7 @@ def fp16(ranks: Any) -> None:
     ranks.run(4, test_precision.allow_fp16)
 
 
+@pytest.mark.whole
 @pytest.mark.usefixtures("fp16")
 def test_fp16_scales_follow_the_sequence_of_ddp(ranks: Any, tiny: Path, rows_file: Path) -> None:
     layouts = [("ddp", 2, ()), *((strategy, 2, options) for strategy, _, options in OFFLOADED)]
@@ -187,16 +150,6 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(
 ) -> None:
     case = test_precision.case_of(tiny, rows_file, layout, precision, method="full")
     assert ranks.run(layout[1], poisoned, case) == [(False, False, True)] * layout[1]
-
-
-@pytest.mark.parametrize("layout", OFFLOADED[:2], ids=lambda layout: layout[0])
-def test_pure_bf16_keeps_nothing_wider(
-    ranks: Any, tiny: Path, rows_file: Path, layout: Layout
-) -> None:
-    case = test_precision.case_of(tiny, rows_file, layout, "pure_bf16", steps=6, method="full")
-    (masters, moments, losses), *_ = ranks.run(layout[1], test_precision.dtypes, case)
-    assert masters == moments == {torch.bfloat16}
-    assert losses[-1] < losses[0]
 
 
 class Branches(nn.Module):

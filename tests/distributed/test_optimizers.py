@@ -31,15 +31,20 @@ CELLS = [
 RESUMED = [
     ("full", "sgd", "single", 1, NO_OPTIONS),
     ("full", "sgd", "fsdp", 3, NO_OPTIONS),
-    ("full", "sgd", "zero1", 2, NO_OPTIONS),
-    ("full", "lion", "fsdp", 2, NO_OPTIONS),
     ("lora", "lion", "zero2", 2, NO_OPTIONS),
     ("full", "lion", "zero3", 2, NO_OPTIONS),
-    ("full", "adamw_8bit", "single", 1, NO_OPTIONS),
     ("full", "adamw_8bit", *SHARDED[0]),
     ("lora", "adamw_8bit", *SHARDED[1]),
     ("full", "adafactor", "ddp", 2, NO_OPTIONS),
-    ("lora", "adafactor", "single", 1, NO_OPTIONS),
+    *(
+        pytest.param(*cell, marks=pytest.mark.whole)
+        for cell in (
+            ("full", "sgd", "zero1", 2, NO_OPTIONS),
+            ("full", "lion", "fsdp", 2, NO_OPTIONS),
+            ("full", "adamw_8bit", "single", 1, NO_OPTIONS),
+            ("lora", "adafactor", "single", 1, NO_OPTIONS),
+        )
+    ),
 ]
 RATES = {"sgd": 0.3, "lion": 3e-4, "adamw_8bit": 1e-3, "adafactor": 1e-3}
 # Blocks of a piece have other largest elements than blocks of the whole: other roundings.

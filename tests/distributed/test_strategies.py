@@ -118,21 +118,6 @@ def _bytes(tensors: list[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def dtypes(place: Place, case: Case) -> dict[str, set[torch.dtype]]:
-    strategy, _, loader = parts.set_up(place, case)
-    seen: set[torch.dtype] = set()
-    head = strategy.model.get_output_embeddings()
-    head.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
-    parts.train_step(strategy, loader.window(0))
-    model = strategy.model
-    return {
-        "trained": {p.dtype for p in model.parameters() if p.requires_grad},
-        "frozen": {p.dtype for p in model.parameters() if not p.requires_grad},
-        "activations": seen,
-        "moments": {s["exp_avg"].dtype for s in strategy.optimizer.state.values()},
-    }
-
-
 def case_of(tiny: Path, rows_file: Path, **options: Any) -> Case:
     return Case(model=tiny, data=rows_file, **options)
 
@@ -254,33 +239,6 @@ def test_zero_shards_what_its_stage_promises(
     if stage == 3:
         most = max(rank["partitions"] for rank in held)
         assert every / world <= most <= every / world + tensors * world
-
-
-@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp"])
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_bf16_keeps_fp32_masters(
-    ranks: Any, tiny: Path, rows_file: Path, strategy: str, method: str
-) -> None:
-    case = case_of(tiny, rows_file, strategy=strategy, method=method, precision="bf16")
-    for found in ranks.run(1 if strategy == "single" else 2, dtypes, case):
-        assert found["trained"] == {torch.float32}
-        assert found["frozen"] <= {torch.bfloat16}
-        assert found["activations"] == {torch.bfloat16}
-        assert found["moments"] == {torch.float32}
-
-
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
-def test_bf16_is_one_arithmetic_under_every_strategy(
-    ranks: Any, tiny: Path, rows_file: Path, strategy: str, method: str
-) -> None:
-    """Same casts everywhere: what is left is the order of sums."""
-    case = case_of(tiny, rows_file, method=method, precision="bf16")
-    (alone,) = ranks.run(1, losses, dataclasses.replace(case, strategy="single"))
-    exact = expected_losses(case_of(tiny, rows_file, method=method))
-    for found in ranks.run(2, losses, dataclasses.replace(case, strategy=strategy)):
-        assert found == pytest.approx(alone, rel=2e-4)
-        assert found == pytest.approx(exact, rel=1e-2)
 
 
 def test_the_same_seed_gives_the_same_bits(ranks: Any, tiny: Path, rows_file: Path) -> None:

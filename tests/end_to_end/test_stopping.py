@@ -43,7 +43,9 @@ def tell(process: subprocess.Popen[str], number: int) -> None:
         process.send_signal(number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.whole)]
+)
 def test_stopping_the_command_saves_and_the_run_goes_on(
     tiny: Path, tmp_path: Path, number: int
 ) -> None:
@@ -105,7 +107,7 @@ def test_a_second_signal_ends_every_rank_at_once(
     assert processes_of(tmp_path / "run") == []
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("zero3", marks=pytest.mark.whole)])
 def test_going_on_equals_never_having_stopped(tiny: Path, tmp_path: Path, strategy: str) -> None:
     words = (*TRAIN_TINY, *SHORT, f"strategy={strategy}", "method.dropout=0.1")
     for more in (["run_dir=whole"], ["run_dir=parts", "training.stop_after_steps=2"]):

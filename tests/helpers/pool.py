@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import multiprocessing
 import os
-import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE_SECONDS = 120
+PRELOADED = ["tests.helpers.parts", "deepspeed"]
 
 
 class RankPool:
@@ -26,7 +27,7 @@ class RankPool:
         """`method="forkserver"`: after the first such pool one starts in no time, for ranks that
         are going to die."""
         context = multiprocessing.get_context(method)
-        multiprocessing.set_forkserver_preload(["tests.helpers.parts", "deepspeed"])
+        multiprocessing.set_forkserver_preload(PRELOADED)
         self._scratch = tempfile.TemporaryDirectory(prefix="shardway-ranks-")
         self._runs = 0
         self._pipes: list[Connection] = []
@@ -72,17 +73,24 @@ def _serve(pipe: Connection, rank: int) -> None:
     import torch
 
     torch.set_num_threads(1)
+    # Half a million objects, which else every collection would walk through, half a second long.
+    for name in PRELOADED:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
     while (task := pipe.recv()) is not None:
         function, args, world, store = task
         try:
             pipe.send((True, _in_group(rank, world, store, function, args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+    os._exit(0)  # taking all modules apart would take seconds
 
 
 def _in_group(rank: int, world: int, store: str, function: Callable[..., Any], args: Any) -> Any:
     import torch
     import torch.distributed as dist
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     from launcher.distributed.process_group import Place
 
@@ -93,8 +101,8 @@ def _in_group(rank: int, world: int, store: str, function: Callable[..., Any], a
         )
         return function(Place(rank, rank, world, world, torch.device("cpu")), *args)
     finally:
-        if "deepspeed" in sys.modules:
-            _forget_deepspeed()
+        _forget_deepspeed()
+        _clear_sharding_prop_cache()  # it keeps meshes, which keep groups
         if dist.is_initialized():
             dist.destroy_process_group()
         dist.distributed_c10d._world.group_count = 0  # a start that failed has counted itself

@@ -1,0 +1,36 @@
+"""A few cells of a grid in which every two values of any two axes meet."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+Cell = tuple[Any, ...]  # one value of each axis
+Pair = tuple[tuple[int, Any], tuple[int, Any]]  # two of (number of the axis, value)
+
+
+def pairs_of(cell: Cell) -> set[Pair]:
+    return set(itertools.combinations(enumerate(cell), 2))
+
+
+def cover(cells: Sequence[Cell]) -> list[Cell]:
+    """Some of `cells`, in their order, with every pair that stands in any of them.
+
+    Greedy: the next one has the most pairs that are still missing, and among such cells the pairs
+    that were chosen least. A pair that only cells left out of `cells` have is nobody's.
+    """
+    pairs = [pairs_of(cell) for cell in cells]
+    missing = set[Pair]().union(*pairs)
+    uses = Counter[Pair]()
+    chosen = set()
+    while missing:
+        best = max(
+            range(len(cells)),
+            key=lambda at: (len(pairs[at] & missing), -sum(uses[pair] for pair in pairs[at])),
+        )
+        chosen.add(best)
+        missing -= pairs[best]
+        uses.update(pairs[best])
+    return [cells[at] for at in sorted(chosen)]
