@@ -13,6 +13,10 @@ VERBS = {
     "chat": ("launcher.chat.terminal", "talk to an exported folder in the terminal"),
     "fetch": ("launcher.model.fetch", "fetch the demo model (or the tiny one of the tests)"),
     "schedule": ("launcher.schedule", "draw the learning rate of a configuration over its steps"),
+    "runs": ("launcher.runs", "a table of run folders: state, step, loss, place in the queue"),
+    "stop": ("launcher.runs:stop", "end a run at its next step, with a checkpoint"),
+    "resume": ("launcher.runs:resume", "go on from a run's newest checkpoint"),
+    "logs": ("launcher.runs:logs", "what a run or one of its ranks said; --follow"),
     "rules": ("launcher.rules", "the rules between settings; explain one by an example"),
 }
 
@@ -42,7 +46,8 @@ def main() -> None:
         sys.exit(2)
     sys.argv = [f"shardway {verb}", *sys.argv[2:]]
     try:
-        importlib.import_module(VERBS[verb][0]).main()
+        module, _, function = VERBS[verb][0].partition(":")
+        getattr(importlib.import_module(module), function or "main")()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader (`| head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

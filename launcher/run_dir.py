@@ -11,8 +11,11 @@ RUN/config.yaml  launch.json  metrics.jsonl  loss.png
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +33,11 @@ class RunDir:
 
     path: Path
     attempt: int = 1  # each start in the folder has its own logs
+
+    @classmethod
+    def of_logs(cls, logs: Path) -> RunDir:
+        """The run and the attempt that `RUN/logs/attempt-N` belongs to."""
+        return cls(logs.parents[1], int(logs.name.removeprefix("attempt-")))
 
     @property
     def config(self) -> Path:
@@ -71,6 +79,46 @@ class RunDir:
     def status(self) -> Path:
         return self.logs / "status.json"
 
+    @property
+    def submitted(self) -> Path:
+        return self.path / "slurm.json"  # the job's number, and how it was queued
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """One process at a time begins an attempt or makes a checkpoint final.
+
+        Raises UserError where the file system has no locks.
+        """
+        folder = self.path / "logs"
+        folder.mkdir(exist_ok=True)
+        with (folder / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                raise UserError(
+                    f"{self.path} cannot be locked ({error.strerror}); choose a run_dir on a file "
+                    "system with locks"
+                ) from error
+            yield
+
+    def newest(self) -> RunDir:
+        """The same run's last attempt; 0 where there is none yet."""
+        taken = (
+            int(each.name.removeprefix("attempt-")) for each in self.path.glob("logs/attempt-*")
+        )
+        return RunDir(self.path, max(taken, default=0))
+
+    @property
+    def job(self) -> Path:
+        return self.logs / "job.json"  # of Slurm
+
+    @property
+    def meeting(self) -> Path:
+        return self.logs / "meeting"  # where ranks of several nodes find rank 0
+
+    def agent_log(self, node: int) -> Path:
+        return self.logs / f"torchrun-{node:02d}.log"
+
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank:02d}.log"
 
@@ -86,25 +134,44 @@ def attempt(config: Config, argv: list[str], world_size: int) -> tuple[RunDir, C
     exists is else refused; without a name, `runs/<time>-<model>-<method>` gets a number when taken.
     """
     if config.resume == "auto" and config.run_dir and (Path(config.run_dir) / "logs").is_dir():
-        run = _next_attempt(Path(config.run_dir).absolute())
+        path = Path(config.run_dir).absolute()
     else:
-        run = RunDir(_make(config).absolute())
-        run.logs.mkdir(parents=True)
-        run.checkpoints.mkdir()
-    config = dataclasses.replace(_with_absolute_paths(config), run_dir=str(run.path))
+        path = create(config).path
+    return begin(RunDir(path), config, argv, world_size)
+
+
+def create(config: Config) -> RunDir:
+    """A new folder, without an attempt yet."""
+    run = RunDir(_make(config).absolute())
+    run.logs.parent.mkdir()
+    run.checkpoints.mkdir()
+    return run
+
+
+def begin(run: RunDir, config: Config, argv: list[str], world_size: int) -> tuple[RunDir, Config]:
+    """The next attempt in the folder of `run`, and the configuration that is frozen there."""
+    run = _next_attempt(run.path)
+    config = freeze(run, config)
     run.stop.unlink(missing_ok=True)  # meant for the attempt before
     manifest.write_json(run.launch, _circumstances(argv))
     if isinstance(config.strategy, ZeroConfig):
         told = (config.strategy, config.training, config.precision, world_size)
         manifest.write_json(run.engine_config, deepspeed.engine_config(*told))
-    manifest.write_text(run.config, store.dump(config))
     return run, config
 
 
+def freeze(run: RunDir, config: Config) -> Config:
+    """Write `config` into the folder of `run`, as it is read from anywhere; what is written."""
+    config = dataclasses.replace(_with_absolute_paths(config), run_dir=str(run.path))
+    manifest.write_text(run.config, store.dump(config))
+    return config
+
+
 def _next_attempt(path: Path) -> RunDir:
-    taken = [int(each.name.removeprefix("attempt-")) for each in path.glob("logs/attempt-*")]
-    run = RunDir(path, max(taken, default=0) + 1)
-    run.logs.mkdir(parents=True)
+    """From here on no earlier attempt makes a checkpoint final."""
+    with RunDir(path).lock():
+        run = RunDir(path, RunDir(path).newest().attempt + 1)
+        run.logs.mkdir(parents=True)
     return run
 
 

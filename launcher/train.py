@@ -27,10 +27,11 @@ from omegaconf.errors import OmegaConfBaseException
 from launcher import paths, run_dir, versions
 from launcher.checkpoint import resume
 from launcher.checkpoint.layout import Checkpoint
-from launcher.cluster import command, compiled, local
+from launcher.cluster import command, compiled, local, slurm
 from launcher.cluster.devices import has_flash_attention, has_libaio, visible_gpus
 from launcher.config import Config, checks, deepspeed, store
 from launcher.config.checks import World
+from launcher.config.cluster import SlurmConfig
 from launcher.config.strategy import ZeroConfig
 from launcher.data import source
 from launcher.errors import UserError
@@ -156,7 +157,10 @@ def show(config: Config, world: World) -> int:
         print(f"# deepspeed.json\n{json.dumps(deepspeed.engine_config(*told), indent=2)}")
     if checkpoint := _start(config):
         print(f"# goes on from {checkpoint.path}")
-    print(f"# {shlex.join(command.torchrun(where, 1, world.nproc_per_node))}")
+    if isinstance(config.cluster, SlurmConfig):
+        slurm.show(config.cluster, where)
+    else:
+        print(f"# {shlex.join(command.torchrun(where, 1, world.nproc_per_node))}")
     return 0
 
 
@@ -166,6 +170,8 @@ def launch(config: Config, world: World) -> int:
         print(difference, file=sys.stderr)
     try:
         checkpoint = _start(config)
+        if isinstance(config.cluster, SlurmConfig):
+            return slurm.launch(config, config.cluster)
         run, frozen = run_dir.attempt(config, sys.argv, world.size)
     except UserError as error:
         _refuse(str(error))

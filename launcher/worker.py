@@ -21,6 +21,8 @@ from launcher.config import Config, store
 from launcher.config.data import DataConfig
 from launcher.config.scheduler import WarmupConfig
 from launcher.config.training import TrainingConfig
+from launcher.distributed import nodes
+from launcher.distributed.deadline import Deadline
 from launcher.distributed.stop import Stop, Stopped
 from launcher.errors import UserError
 from launcher.run_dir import RunDir
@@ -30,6 +32,8 @@ Say = Callable[[str], None]
 
 def main() -> None:
     """Entry of a rank whose run folder stands already."""
+    if "SHARDWAY_NODES" in os.environ:
+        nodes.spread()
     _serve(RunDir(Path(sys.argv[1]), int(sys.argv[2])), int(os.environ["RANK"]))
 
 
@@ -60,7 +64,7 @@ def attend(config: Config, argv: list[str]) -> None:
 
 def _serve(run_folder: RunDir, rank: int, meeting: Any = None) -> None:
     """Run with a log of its own, and leave the reason behind if it fails."""
-    stop = Stop(run_folder.stop)
+    stop = Stop(run_folder.stop, Deadline.of(run_folder.job))
     stop.listen()
     console = rank_log.open_log(run_folder, rank)
     with rank_log.last_words(run_folder, rank), console:

@@ -174,9 +174,20 @@ class Saver:
         what = {key: snapshot.trainer[key] for key in told}
         merged = {name: entry for each in files for name, entry in each.items()}
         manifest.write(aside.manifest, what, merged)
-        aside.path.rename(final)
-        if self.config.keep_last is not None:
-            retention.prune(self.run.checkpoints, self.config.keep_last)
+        with self.run.lock():
+            self._refuse_when_outdated()
+            aside.path.rename(final)
+            if self.config.keep_last is not None:
+                retention.prune(self.run.checkpoints, self.config.keep_last)
+
+    def _refuse_when_outdated(self) -> None:
+        """A node that was given up may still be alive: its attempt is over once another began."""
+        newest = self.run.newest().attempt
+        if newest > self.run.attempt:
+            raise UserError(
+                f"attempt {newest} of {self.run.path} has begun: attempt {self.run.attempt} keeps "
+                "nothing that it learnt since"
+            )
 
 
 def _numbers(counts: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, float]]:

@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 
 
-def torchrun(run_dir: Path, attempt: int, nproc_per_node: int) -> list[str]:
-    """One agent on this machine. `--standalone` binds a free port; a dead rank ends the run."""
+def torchrun(run_dir: Path, attempt: int, nproc_per_node: int, deaf: bool = False) -> list[str]:
+    """One agent on this machine. `--standalone` binds a free port; a dead rank ends the run.
+    `deaf`: the agent takes no signal but SIGINT."""
     return [
         *(sys.executable, "-m", "torch.distributed.run"),
         "--standalone",
         f"--nproc-per-node={nproc_per_node}",
         "--max-restarts=0",
+        *(["--signals-to-handle=SIGINT"] if deaf else []),
         *("-m", "launcher.worker", str(run_dir), str(attempt)),
     ]
 

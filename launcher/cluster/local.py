@@ -68,7 +68,7 @@ def launch(run: RunDir, nproc_per_node: int, gpus: int) -> int:
         print(f"\nended by {signal.Signals(signals[1]).name}; every rank has ended. {run.path}")
         return 128 + signals[1]
     failure = first_failure(run)
-    print(_report(run, failure))
+    print(report(run, failure))
     return failure.exit_code if failure else status or 1
 
 
@@ -103,7 +103,8 @@ def first_failure(run: RunDir) -> Failure | None:
 
 def _killed_rank(run: RunDir) -> Failure | None:
     """A rank that a signal ended, by torchrun's summary (SIGTERM is its own, for the others)."""
-    summary = (run.logs / "torchrun.log").read_text(errors="replace")
+    logs = sorted(run.logs.glob("torchrun*.log"))
+    summary = "\n".join(log.read_text(errors="replace") for log in logs)
     pattern = r"rank\s*: (\d+) .*\n\s*exitcode\s*: -(\d+)"
     killed = re.findall(pattern, summary)
     # A SIGTERM that came first was not the agent's.
@@ -117,7 +118,8 @@ def _killed_rank(run: RunDir) -> Failure | None:
     return None
 
 
-def _report(run: RunDir, failure: Failure | None) -> str:
+def report(run: RunDir, failure: Failure | None) -> str:
+    """What went wrong first, in a sentence, and where to read on."""
     if failure is None:
-        return f"The ranks ended without a word. Log: {run.logs / 'torchrun.log'}"
+        return f"The ranks ended without a word. Logs: {run.logs / 'torchrun*.log'}"
     return f"rank {failure.rank} failed: {failure.message}\nLog: {run.rank_log(failure.rank)}"

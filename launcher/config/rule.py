@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from launcher.config import Config
+from launcher.config.cluster import SlurmConfig
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class World:
     ) -> World:
         """The ranks that `config` asks for on a machine with so many GPUs."""
         cluster = config.cluster
+        if isinstance(cluster, SlurmConfig):  # this machine is not where the ranks will be
+            gpus = cluster.gpus_per_node
         automatic = 1 if config.strategy.name == "single" else gpus or cluster.cpu_processes
         per_node = cluster.nproc_per_node or automatic
         return cls(cluster.nodes, per_node, gpus, 0, flash_attention, libaio)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from launcher.distributed import nodes
 from launcher.errors import UserError
 
 
@@ -50,7 +52,11 @@ def place() -> Place:
 
 
 def rendezvous() -> dist.Store:
-    """The key-value store of this launch, the agent's where torchrun shares it. Call it once."""
+    """The key-value store of this launch: the agent's where torchrun shares it, rank 0's where
+    every node has an agent of its own. Call it once."""
+    if "SHARDWAY_MEETING" in os.environ:
+        met: dist.Store = nodes.meet(Path(os.environ["SHARDWAY_MEETING"]))
+        return met
     store: dist.Store = next(dist.rendezvous("env://"))[0]
     return store
 

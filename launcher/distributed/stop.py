@@ -13,6 +13,8 @@ import threading
 import time
 from pathlib import Path
 
+from launcher.distributed.deadline import Deadline
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 SECONDS_BETWEEN_LOOKS = 0.2  # at the file: a shared file system answers slowly
 
@@ -22,10 +24,14 @@ class Stopped(Exception):
 
 
 class Stop:
-    """`RUN/stop`, or a signal to this process. The file may say in a word who asks."""
+    """`RUN/stop`, a signal to this process, or a time limit that comes near. The file may say in a
+    word who asks."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, deadline: Deadline | None = None) -> None:
+        """With a `deadline` Slurm decides when patience ends: it signals more than once, and every
+        signal after the first is ignored."""
         self.file = file
+        self._deadline = deadline
         self._signal: str | None = None
         self._seen = False
         self._looked = 0.0
@@ -33,10 +39,15 @@ class Stop:
     def listen(self) -> None:
         """Take signals from here on. Call it early: torch's import takes seconds."""
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        for number in SIGNALS:  # what is ignored, as by a node's agent, would never be waited for
+            if signal.getsignal(number) is signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
         threading.Thread(target=self._take_signals, daemon=True, name="stop").start()
 
     def requested(self) -> bool:
         """Whether this rank has been asked; the answer stays yes."""
+        if self._deadline is not None and self._signal is None and self._deadline.is_near():
+            self._ask("time limit")
         now = time.monotonic()
         if not self._seen and now - self._looked > SECONDS_BETWEEN_LOOKS:
             self._looked = now
@@ -55,10 +66,15 @@ class Stop:
             return self._signal or "another rank"
 
     def _take_signals(self) -> None:
-        self._signal = signal.Signals(signal.sigwait(SIGNALS)).name
+        self._ask(signal.Signals(signal.sigwait(SIGNALS)).name)
+        again = signal.sigwait(SIGNALS)
+        while self._deadline is not None:
+            signal.sigwait(SIGNALS)
+        os._exit(128 + again)
+
+    def _ask(self, reason: str) -> None:
+        self._signal = reason
         # Ranks that are not in a collective with this one, as while rows are tokenised, learn of it
         # by the file. On a full disk they learn of it later, from the loop.
         with contextlib.suppress(OSError), self.file.open("x", encoding="utf-8") as file:
-            file.write(self._signal)
-        again = signal.sigwait(SIGNALS)
-        os._exit(128 + again)
+            file.write(reason)

@@ -1,0 +1,145 @@
+"""The closed loop on a real Slurm: queued, trained, stopped, queued again, done."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.commands import SHARDWAY, losses, shardway
+from tests.helpers.slurm import Slurm
+
+QUICK = ("training.epochs=null", "training.max_steps=6", "training.global_batch_size=8")
+
+
+def submit(slurm: Slurm, cwd: Path, *words: str) -> str:
+    """The job's number."""
+    done = subprocess.run(
+        [*SHARDWAY, "train", "cluster=slurm", *words],
+        cwd=cwd, env=slurm.environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return re.search(r"job (\d+) is in the queue", done.stdout)[1]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("zero2", marks=pytest.mark.whole)])
+def test_two_nodes_learn_what_two_ranks_learn(
+    slurm: Slurm, tiny: Path, tmp_path: Path, strategy: str
+) -> None:
+    words = ("model=tiny", f"strategy={strategy}", *QUICK)
+    job = submit(slurm, tmp_path, "cluster.nodes=2", "run_dir=far", *words)
+    slurm.until(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), 120)
+    out = next((tmp_path / "far/logs").glob("slurm-*.out")).read_text()
+    assert slurm.state(job) == "COMPLETED", out
+    done = shardway("train", "cluster.nproc_per_node=2", "run_dir=near", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "far") == losses(tmp_path / "near")
+
+
+LONG = ("model=tiny", "strategy=ddp", "training.epochs=null", "training.global_batch_size=8")
+LONG += ("training.max_steps=300", "training.log_steps=1", "tracking.plot=false")
+
+
+def out_of(run: Path) -> str:
+    return "\n".join(file.read_text() for file in sorted((run / "logs").glob("slurm-*.out")))
+
+
+def test_a_job_that_is_told_to_stop_saves_and_goes_on_in_the_queue(
+    slurm: Slurm, tiny: Path, tmp_path: Path
+) -> None:
+    job = submit(slurm, tmp_path, "cluster.nodes=2", "run_dir=far", *LONG)
+    far = tmp_path / "far"
+    slurm.until(lambda: (far / "metrics.jsonl").is_file() and len(losses(far)) > 20, 120)
+    slurm.ask("scancel", "--signal=USR2", job)
+    slurm.until(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), 180)
+    assert slurm.state(job) == "COMPLETED", out_of(far)
+    statuses = [json.loads(p.read_text()) for p in sorted(far.glob("logs/attempt-*/status.json"))]
+    assert [each["state"] for each in statuses] == ["stopped", "finished"]
+    assert statuses[0]["reason"] == "SIGUSR2"
+    done = shardway("train", "cluster.nproc_per_node=2", "run_dir=near", *LONG, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert losses(far) == losses(tmp_path / "near"), "to the bit"
+
+
+@pytest.mark.whole  # five minutes: a limit is a minute at least
+@pytest.mark.timeout(900)
+def test_a_time_limit_is_met_again_and_again_until_the_work_is_done(
+    slurm: Slurm, tiny: Path, tmp_path: Path
+) -> None:
+    words = (*LONG, "training.max_steps=1200", "cluster.time=1", "cluster.signal_seconds=15")
+    job = submit(slurm, tmp_path, "run_dir=far", *words)
+    far = tmp_path / "far"
+    slurm.until(lambda: slurm.state(job) in ("COMPLETED", "FAILED", "TIMEOUT"), 600)
+    assert slurm.state(job) == "COMPLETED", out_of(far)
+    statuses = [json.loads(p.read_text()) for p in sorted(far.glob("logs/attempt-*/status.json"))]
+    assert len(statuses) > 2, statuses
+    assert {each["reason"] for each in statuses} <= {"SIGUSR2", "time limit", None}
+    done = shardway("train", "cluster.nproc_per_node=1", "run_dir=near", *words[:-2], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert losses(far) == losses(tmp_path / "near"), "to the bit"
+
+
+def test_a_job_that_a_person_stops_stays_stopped(slurm: Slurm, tiny: Path, tmp_path: Path) -> None:
+    job = submit(slurm, tmp_path, "run_dir=far", *LONG, "training.max_steps=100000")
+    far = tmp_path / "far"
+    slurm.until(lambda: (far / "metrics.jsonl").is_file() and len(losses(far)) > 3, 120)
+    (far / "stop").touch()
+    slurm.until(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), 60)
+    status = json.loads((far / "logs/attempt-1/status.json").read_text())
+    assert (status["state"], slurm.state(job)) == ("stopped", "COMPLETED")
+    assert len(list(far.glob("logs/attempt-*"))) == 1
+
+
+def test_a_job_that_could_never_start_is_refused_with_slurm_s_reason(
+    slurm: Slurm, tiny: Path, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [*SHARDWAY, "train", "cluster=slurm", "cluster.nodes=8", "model=tiny", "run_dir=far"],
+        cwd=tmp_path, env=slurm.environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "Slurm would not do this" in done.stderr
+    assert not (tmp_path / "far").exists()
+
+
+def verb(slurm: Slurm, cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*SHARDWAY, *words], cwd=cwd, env=slurm.environment, capture_output=True, text=True
+    )
+
+
+def test_a_run_is_looked_after_from_the_login_node(
+    slurm: Slurm, tiny: Path, tmp_path: Path
+) -> None:
+    job = submit(slurm, tmp_path, "run_dir=runs/far", *LONG, "training.max_steps=5000")
+    far = tmp_path / "runs/far"
+    slurm.until(lambda: (far / "metrics.jsonl").is_file() and len(losses(far)) > 30, 120)
+    table = verb(slurm, tmp_path, "runs").stdout.splitlines()
+    row = dict(zip(table[0].split(), table[1].split(), strict=True))
+    assert (row["run"], row["state"], row["attempt"], row["job"]) == ("far", "running", "1", job)
+    assert row["step"].endswith("/5000")
+    assert int(row["step"].partition("/")[0]) > 30
+    assert re.fullmatch(r"\d+:\d\d:\d\d", row["left"])
+    refused = verb(slurm, tmp_path, "resume", "runs/far")
+    assert refused.returncode == 2
+    assert "stop it first" in refused.stderr
+    assert verb(slurm, tmp_path, "stop", "runs/far").returncode == 0
+    followed = verb(slurm, tmp_path, "logs", "runs/far", "--follow")
+    assert "stopped after step" in followed.stdout
+    slurm.until(lambda: slurm.state(job) == "COMPLETED", 60)
+    assert verb(slurm, tmp_path, "runs").stdout.splitlines()[1].split()[1] == "stopped"
+    assert "data: " in verb(slurm, tmp_path, "logs", "runs/far").stdout
+    assert verb(slurm, tmp_path, "logs", "runs/far", "--rank", "0").returncode == 0
+    assert "there are ranks 0" in verb(slurm, tmp_path, "logs", "runs/far", "--rank", "7").stderr
+    again = verb(slurm, tmp_path, "resume", "runs/far")
+    assert again.returncode == 0, again.stderr
+    newer = re.search(r"job (\d+) is in the queue", again.stdout)[1]
+    before = len(losses(far))
+    slurm.until(lambda: len(losses(far)) > before, 60)
+    assert verb(slurm, tmp_path, "stop", "runs/far").returncode == 0
+    slurm.until(lambda: slurm.state(newer) == "COMPLETED", 120)
+    steps = [json.loads(p.read_text())["step"] for p in sorted(far.glob("logs/*/status.json"))]
+    assert steps[1] > steps[0] > 30
