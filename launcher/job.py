@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launcher import manifest, run_dir, train
+from launcher import manifest, overview, rank_log, run_dir, sweep, train
 from launcher.checkpoint import layout
 from launcher.cluster import compiled, local
 from launcher.config import Config, store
@@ -25,7 +25,6 @@ from launcher.config.cluster import SlurmConfig
 from launcher.errors import UserError
 from launcher.run_dir import RunDir
 
-STOPPED, FAILED = 75, 1
 AGAIN = ("SIGUSR2", "time limit")  # reasons to stop that Slurm had, and not a person
 
 
@@ -45,7 +44,7 @@ def main() -> None:
 def begin(words: list[str]) -> RunDir:
     """The next attempt of the run that `words` name; the first one composes overrides."""
     if words[:1] == ["--run"]:
-        run = RunDir(Path(words[1]))
+        run = sweep.element(Path(words[1]))
         config = _again(run)
     else:
         run, config = _composed(words)
@@ -59,23 +58,35 @@ def begin(words: list[str]) -> RunDir:
 def end(run: RunDir) -> int:
     """The job's exit status. Work that Slurm stopped goes back into the queue, as often as the
     configuration allows and as long as every attempt gets further than the one before."""
+    if sweep.is_sweep(run.path.parent):
+        overview.summarise(run.path.parent, without=_job())
+    if (newest := run.newest().attempt) > run.attempt:
+        print(f"attempt {newest} of {run.path} has begun: this one is over", file=sys.stderr)
+        return rank_log.FAILED
     if not run.status.is_file():
         failure = local.first_failure(run)
         print(local.report(run, failure), file=sys.stderr)
-        return failure.exit_code if failure else FAILED
+        return failure.exit_code if failure else rank_log.FAILED
     status = json.loads(run.status.read_text())
     if status["state"] == "finished" or status["reason"] not in AGAIN:
         return 0
     if why_not := _spent(run, status):
         print(f"not queued again: {why_not}", file=sys.stderr)
-        return STOPPED
-    job = os.environ["SLURM_JOB_ID"]
-    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+        return rank_log.STOPPED
+    done = subprocess.run(["scontrol", "requeue", _job()], capture_output=True, text=True)
     if done.returncode != 0:
-        print(f"job {job} cannot be queued again: {done.stderr.strip()}", file=sys.stderr)
+        print(f"job {_job()} cannot be queued again: {done.stderr.strip()}", file=sys.stderr)
         print(f"go on: shardway resume {run.path}", file=sys.stderr)
-        return STOPPED
+        return rank_log.STOPPED
     return 0
+
+
+def _job() -> str:
+    """This job. An element of an array goes by its place there: the number of one of them is the
+    whole array's, too, and `scontrol requeue` would take it for that."""
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
 
 
 def _again(run: RunDir) -> Config:
@@ -87,13 +98,13 @@ def _again(run: RunDir) -> Config:
 
 def _composed(overrides: list[str]) -> tuple[RunDir, Config]:
     """From overrides, on the job's first start; later ones find what was frozen then."""
-    job, nodes = os.environ["SLURM_JOB_ID"], os.environ["SLURM_JOB_NUM_NODES"]
+    nodes = os.environ["SLURM_JOB_NUM_NODES"]
     sys.argv = [
         "shardway train",
         "cluster=slurm",
         f"cluster.nodes={nodes}",
         f"cluster.gpus_per_node={os.environ.get('SLURM_GPUS_ON_NODE', '0')}",
-        f"run_dir=runs/slurm-{job}",
+        f"run_dir=runs/slurm-{_job()}",
         *overrides,
     ]
     (config,) = train.compose()
@@ -106,12 +117,11 @@ def _composed(overrides: list[str]) -> tuple[RunDir, Config]:
 
 def _circumstances() -> dict[str, Any]:
     """Who this attempt is to Slurm, and until when."""
-    job = os.environ["SLURM_JOB_ID"]
     return {
-        "job": job,
+        "job": _job(),
         "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         "nodes": os.environ["SLURM_JOB_NODELIST"],
-        "end": _end_time(job),
+        "end": _end_time(_job()),
     }
 
 

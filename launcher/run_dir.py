@@ -175,25 +175,29 @@ def _next_attempt(path: Path) -> RunDir:
     return run
 
 
+def unused(what: str) -> Path:
+    """A folder in runs/ that is not there, by the time and `what`. Local time: a person looks for
+    the run of this afternoon."""
+    now = datetime.now(UTC).astimezone().strftime("%Y-%m-%d_%H-%M-%S")
+    name = f"{now}-{what}"
+    names = [name, *(f"{name}-{number}" for number in range(2, 1000))]
+    free = next((path for each in names if not (path := Path("runs") / each).exists()), None)
+    if free is None:
+        raise UserError(f"runs/{name} and 998 like it exist; name one with run_dir=PATH")
+    return free
+
+
 def _make(config: Config) -> Path:
-    try:
-        if config.run_dir is not None:
-            Path(config.run_dir).mkdir(parents=True)
-            return Path(config.run_dir)
-        # Local time: a person looks for the run of this afternoon.
-        now = datetime.now(UTC).astimezone().strftime("%Y-%m-%d_%H-%M-%S")
-        name = f"{now}-{config.model.name}-{config.method.name}"
-        for attempt in range(1, 1000):
-            path = Path("runs") / (name if attempt == 1 else f"{name}-{attempt}")
-            try:
-                path.mkdir(parents=True)
-                return path
-            except FileExistsError:
-                continue
-    except OSError as error:
-        where = config.run_dir or "runs/"
-        raise UserError(f"run_dir={where} cannot be made: {error.strerror}") from error
-    raise UserError(f"runs/{name} and 998 like it exist; name one with run_dir=PATH")
+    while True:
+        path = Path(config.run_dir or unused(f"{config.model.name}-{config.method.name}"))
+        try:
+            path.mkdir(parents=True)
+            return path
+        except OSError as error:
+            if isinstance(error, FileExistsError) and config.run_dir is None:
+                continue  # another run was quicker
+            where = config.run_dir or "runs/"
+            raise UserError(f"run_dir={where} cannot be made: {error.strerror}") from error
 
 
 def _with_absolute_paths(config: Config) -> Config:

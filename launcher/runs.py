@@ -8,64 +8,66 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import psutil
-
-from launcher import train
+from launcher import overview, sweep, train
 from launcher.checkpoint import layout
 from launcher.cluster import slurm
 from launcher.config import store
 from launcher.config.cluster import SlurmConfig
 from launcher.run_dir import RunDir
 
-COLUMNS = ("run", "state", "attempt", "step", "loss", "left", "job", "nodes")
-
 
 def main() -> None:
     """`shardway runs [FOLDER]`: a table of the run folders in FOLDER."""
-    parser = _parser("runs", "A table of the run folders in FOLDER, the newest last.")
+    parser = _parser("runs", "A table of the run folders in FOLDER, or of a sweep's.")
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="FOLDER")
     folder = parser.parse_args().folder
-    found = [RunDir(path.parent) for path in folder.glob("*/config.yaml")]
-    if not found:
+    if not overview.runs_in(folder):
         _refuse(f"{folder} holds no run (a folder with a config.yaml)")
-    found.sort(key=lambda run: run.config.stat().st_mtime)
-    queue = slurm.queue([job for run in found if (job := slurm.job_of(run))])
-    rows = [COLUMNS, *(_row(run.newest(), queue) for run in found)]
-    widths = [max(len(row[at]) for row in rows) for at in range(len(COLUMNS))]
-    for row in rows:
-        print(
-            "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip()
-        )
+    print(overview.table(folder), end="")
 
 
 def stop() -> None:
     """`shardway stop RUN`: a checkpoint at the next step boundary, then the end."""
-    run = _run("stop", "End a run with a checkpoint; one that waits in the queue leaves it.")
+    parser = _parser("stop", "End a run, or all of a sweep, with a checkpoint; what waits in the "
+                     "queue leaves it.")  # fmt: skip
+    parser.add_argument("run", type=Path, metavar="RUN")
+    path = parser.parse_args().run.absolute()
+    asked = sweep.elements(path) if sweep.is_sweep(path) else [_found(path)]
+    stopped = [_stopped(run.newest()) for run in asked]
+    if not any(stopped):
+        said = "nothing of it" if len(asked) > 1 else f"it is {overview.state(asked[0], None)}"
+        _refuse(f"{path} is not running: {said}")
+
+
+def _stopped(run: RunDir) -> bool:
+    """Whether there was something to stop."""
     job = slurm.job_of(run)
     queued = slurm.queue([job]).get(job) if job else None
     if job and queued and queued.state == "PENDING":
         slurm.cancel(job)
         print(f"job {job} has left the queue")
-        return
-    if not (queued or _is_here(run)):
-        _refuse(f"{run.path} is not running: {_state(run, None)}")
-    run.stop.write_text("shardway stop")
-    print(f"{run.path} saves at its next step and ends; follow: shardway logs {run.path} --follow")
+    elif queued or overview.is_here(run):
+        run.stop.write_text("shardway stop")
+        print(
+            f"{run.path} saves at its next step and ends; follow: shardway logs {run.path} --follow"
+        )
+    else:
+        return False
+    return True
 
 
 def resume() -> None:
     """`shardway resume RUN`: go on from its newest checkpoint, where it ran before."""
     run = _run("resume", "Go on from a run's newest checkpoint, here or in the queue.")
     job = slurm.job_of(run)
-    if _is_here(run) or (job and job in slurm.queue([job])):
-        _refuse(f"{run.path} is {_state(run, 'RUNNING')}; stop it first: shardway stop {run.path}")
+    if overview.is_here(run) or (job and job in slurm.queue([job])):
+        _refuse(f"{run.path} is running or queued; stop it first: shardway stop {run.path}")
     config = store.load(run.config)
     if not layout.finished(run.checkpoints):
         _refuse(f"{run.path} has no finished checkpoint; start it anew with another run_dir")
@@ -91,60 +93,6 @@ def logs() -> None:
     file = _log(run, words.rank)
     for text in _follow(file, run) if words.follow else [file.read_text(errors="replace")]:
         print(text, end="", flush=True)
-
-
-def _row(run: RunDir, queue: dict[str, slurm.Queued]) -> tuple[str, ...]:
-    job = slurm.job_of(run) or ""
-    queued = queue.get(job)
-    steps = [line for line in _metrics(run) if "loss" in line]
-    newest = steps[-1] if steps else None
-    total = store.load(run.config).training.max_steps
-    step = f"{newest['step'] if newest else 0}{f'/{total}' if total else ''}"
-    return (
-        run.path.name,
-        _state(run, queued.state if queued else None),
-        str(run.attempt),
-        step,
-        f"{newest['loss']:.4f}" if newest else "",
-        _left(steps, total) if queued or _is_here(run) else "",
-        job,
-        queued.nodes if queued else "",
-    )
-
-
-def _state(run: RunDir, queued: str | None) -> str:
-    """Slurm's word while there is a job; else how the newest attempt ended."""
-    if queued:
-        return queued.lower()
-    if run.status.is_file():
-        return str(json.loads(run.status.read_text())["state"])
-    return "running" if _is_here(run) else "failed" if run.attempt else "not started"
-
-
-def _is_here(run: RunDir) -> bool:
-    """Whether ranks of the newest attempt are on this machine."""
-    words = ["launcher.worker", str(run.path), str(run.attempt)]
-    for process in psutil.process_iter(["cmdline"]):
-        if words == (process.info["cmdline"] or [])[-3:]:
-            return True
-    return False
-
-
-def _left(steps: list[dict[str, Any]], total: int | None) -> str:
-    """Of the last hundred steps' pace."""
-    recent = steps[-100:]
-    if total is None or len(recent) < 2:
-        return ""
-    pace = (recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"])
-    seconds = int(pace * (total - recent[-1]["step"]))
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-
-
-def _metrics(run: RunDir) -> list[dict[str, Any]]:
-    if not run.metrics.is_file():
-        return []
-    lines = run.metrics.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]  # the last may be half there
 
 
 def _log(run: RunDir, rank: int | None) -> Path:
@@ -180,7 +128,7 @@ def _follow(file: Path, run: RunDir) -> Iterator[str]:
 
 def _lives(run: RunDir) -> bool:
     job = slurm.job_of(run)
-    return _is_here(run.newest()) or bool(job and job in slurm.queue([job]))
+    return overview.is_here(run.newest()) or bool(job and job in slurm.queue([job]))
 
 
 def _run(verb: str, about: str) -> RunDir:

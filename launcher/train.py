@@ -24,7 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launcher import paths, run_dir, versions
+from launcher import overview, paths, rank_log, run_dir, sweep, versions
 from launcher.checkpoint import resume
 from launcher.checkpoint.layout import Checkpoint
 from launcher.cluster import command, compiled, local, slurm
@@ -38,29 +38,30 @@ from launcher.errors import UserError
 from launcher.run_dir import RunDir
 
 UNUSABLE_CONFIGURATION = 2
+ENDED_BY_A_PERSON = (rank_log.STOPPED, *(128 + number for number in local.TAKEN))
 
 
 def main() -> None:
     """The command line. Exits with the ranks' status, or 2 when the configuration cannot run."""
     try:
         configs = compose()
+        if len(configs) > 1:
+            if _under_torchrun():
+                raise UserError("--multirun is several runs, and one torchrun is one run")
+            configs = sweep.place(configs)
         worlds = [check(config) for config in configs]
     except UserError as error:
         _refuse(str(error))
+    if configs[0].launch.dry_run:
+        if _rank() == 0:
+            show(configs, worlds)
+        return
     if _under_torchrun():
-        if len(configs) > 1:
-            _refuse("--multirun is one run after another, and one torchrun is one run")
-        if not configs[0].launch.dry_run:
-            from launcher import worker  # torch: a rank needs it, the submit side does not
+        from launcher import worker  # torch: a rank needs it, the submit side does not
 
-            worker.attend(configs[0], sys.argv)
-            return
-        if _rank() > 0:
-            return
-    for config, world in zip(configs, worlds, strict=True):
-        status = show(config, world) if config.launch.dry_run else launch(config, world)
-        if status != 0:
-            sys.exit(status)
+        worker.attend(configs[0], sys.argv)
+        return
+    sys.exit(launch(configs[0], worlds[0]) if len(configs) == 1 else launch_sweep(configs, worlds))
 
 
 def compose() -> list[Config]:
@@ -147,21 +148,21 @@ def _start(config: Config) -> Checkpoint | None:
     return next((each for each in found if each.is_finished), None)
 
 
-def show(config: Config, world: World) -> int:
+def show(configs: list[Config], worlds: list[World]) -> None:
     """What would run. Touches nothing."""
-    where = Path(config.run_dir or "runs/<time>")
-    print(store.dump(config))
-    print(f"# {world.size} ranks on {world.nodes} machine(s), {world.gpus} GPU(s) visible")
-    if isinstance(config.strategy, ZeroConfig):
-        told = (config.strategy, config.training, config.precision, world.size)
-        print(f"# deepspeed.json\n{json.dumps(deepspeed.engine_config(*told), indent=2)}")
-    if checkpoint := _start(config):
-        print(f"# goes on from {checkpoint.path}")
+    for config, world in zip(configs, worlds, strict=True):
+        where = Path(config.run_dir or "runs/<time>")
+        print(store.dump(config))
+        print(f"# {world.size} ranks on {world.nodes} machine(s), {world.gpus} GPU(s) visible")
+        if isinstance(config.strategy, ZeroConfig):
+            told = (config.strategy, config.training, config.precision, world.size)
+            print(f"# deepspeed.json\n{json.dumps(deepspeed.engine_config(*told), indent=2)}")
+        if checkpoint := _start(config):
+            print(f"# goes on from {checkpoint.path}")
+        if not isinstance(config.cluster, SlurmConfig):
+            print(f"# {shlex.join(command.torchrun(where, 1, world.nproc_per_node))}")
     if isinstance(config.cluster, SlurmConfig):
-        slurm.show(config.cluster, where)
-    else:
-        print(f"# {shlex.join(command.torchrun(where, 1, world.nproc_per_node))}")
-    return 0
+        slurm.show(config.cluster, where if len(configs) == 1 else where.parent, len(configs))
 
 
 def launch(config: Config, world: World) -> int:
@@ -185,6 +186,25 @@ def launch(config: Config, world: World) -> int:
     except UserError as error:
         _refuse(str(error))
     return local.launch(run, world.nproc_per_node, world.gpus)
+
+
+def launch_sweep(configs: list[Config], worlds: list[World]) -> int:
+    """One run after another here, or a job array. One that fails does not keep the others from
+    their turn; a person who stops one stops the sweep. The status of the first that failed."""
+    cluster, failed = configs[0].cluster, 0
+    try:
+        if isinstance(cluster, SlurmConfig):
+            return slurm.launch_sweep(configs, cluster)
+        folder = sweep.begin(configs)
+        for config, world in zip(configs, worlds, strict=True):
+            status = launch(config, world)
+            failed = failed or status
+            if status in ENDED_BY_A_PERSON:
+                break
+        print(f"\nsweep: {folder}\n{overview.summarise(folder)}", end="")
+    except UserError as error:
+        _refuse(str(error))
+    return failed
 
 
 def _world(config: Config) -> World:

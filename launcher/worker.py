@@ -64,7 +64,8 @@ def attend(config: Config, argv: list[str]) -> None:
 
 def _serve(run_folder: RunDir, rank: int, meeting: Any = None) -> None:
     """Run with a log of its own, and leave the reason behind if it fails."""
-    stop = Stop(run_folder.stop, Deadline.of(run_folder.job))
+    newer = RunDir(run_folder.path, run_folder.attempt + 1).logs
+    stop = Stop(run_folder.stop, newer, Deadline.of(run_folder.job))
     stop.listen()
     console = rank_log.open_log(run_folder, rank)
     with rank_log.last_words(run_folder, rank), console:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from launcher.checkpoint.layout import MANIFEST, Checkpoint, finished, named
 from launcher.config import Config, store
@@ -91,7 +88,7 @@ def asked_for(resume: str) -> Checkpoint:
 
 def differences(frozen: Path, config: Config) -> Differences:
     """How `config` differs from the frozen one of a checkpoint."""
-    before, now = (dict(_leaves(dataclasses.asdict(c))) for c in (store.load(frozen), config))
+    before, now = store.leaves(store.load(frozen)), store.leaves(config)
     found = Differences([], [], [])
     for key in dict.fromkeys([*before, *now]):
         old, new = (side[key] if key in side else None for side in (before, now))
@@ -132,11 +129,3 @@ def set_aside(checkpoint: Checkpoint) -> None:
     while (aside := checkpoint.path.with_name(f"broken-{number}-{checkpoint.path.name}")).exists():
         number += 1
     checkpoint.path.rename(aside)
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

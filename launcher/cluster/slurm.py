@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import manifest, paths, run_dir
+from launcher import manifest, paths, run_dir, sweep
 from launcher.config import Config
 from launcher.config.cluster import SlurmConfig
 from launcher.errors import UserError
@@ -23,30 +23,44 @@ def launch(config: Config, cluster: SlurmConfig) -> int:
 
     Raises UserError with Slurm's reason, before anything is written, where it would never start.
     """
-    new = config.resume != "auto" or not (Path(config.run_dir or "") / "config.yaml").is_file()
     _ask(["sbatch", "--test-only", *flags(cluster), str(script())])
-    run = run_dir.create(config) if new else RunDir(Path(config.run_dir or "").absolute())
-    run_dir.freeze(run, config)
-    print(f"run folder: {run.path}", flush=True)
-    return submit(run, cluster)
+    run = _frozen(config)
+    return submit(run.path, [run], cluster)
 
 
-def submit(run: RunDir, cluster: SlurmConfig) -> int:
-    """Queue what is frozen in the folder of `run`."""
-    manifest.write_text(run.path / SETUP, setup(cluster))
-    manifest.write_text(run.path / SCRIPT, script().read_text(encoding="utf-8"))
-    command = sbatch(cluster, run.path)
+def launch_sweep(configs: list[Config], cluster: SlurmConfig) -> int:
+    """Queue the runs of a sweep, as `sweep.place` put them, as one job array."""
+    _ask(["sbatch", "--test-only", *flags(cluster, len(configs)), str(script())])
+    folder = sweep.begin(configs)
+    return submit(folder, [_frozen(config) for config in configs], cluster)
+
+
+def submit(folder: Path, runs: list[RunDir], cluster: SlurmConfig) -> int:
+    """Queue what is frozen: the run in `folder`, or those of the sweep there."""
+    print(f"run folder: {folder}", flush=True)
+    manifest.write_text(folder / SETUP, setup(cluster))
+    manifest.write_text(folder / SCRIPT, script().read_text(encoding="utf-8"))
+    command = sbatch(cluster, folder, len(runs))
     answer = _ask([command[0], "--parsable", *command[1:]])
     job = answer.strip().splitlines()[-1].partition(";")[0]
-    manifest.write_json(run.submitted, {"job": job, "command": command})
-    print(f"job {job} is in the queue")
-    for verb, words in (
-        ("follow", "logs RUN --follow"),
-        ("stop", "stop RUN"),
-        ("go on", "resume RUN"),
-    ):
-        print(f"{verb + ':':<8} shardway {words.replace('RUN', shlex.quote(str(run.path)))}")
+    for at, run in enumerate(runs):
+        mine = job if len(runs) == 1 else f"{job}_{at}"
+        manifest.write_json(run.submitted, {"job": mine, "command": command})
+    array = "" if len(runs) == 1 else f", an array of {len(runs)}"
+    print(f"job {job} is in the queue{array}")
+    named, first = shlex.quote(str(folder)), shlex.quote(str(runs[0].path))
+    print(f"look:    shardway runs {named}" if array else f"go on:   shardway resume {named}")
+    print(f"follow:  shardway logs {first} --follow\nstop:    shardway stop {named}")
     return 0
+
+
+def _frozen(config: Config) -> RunDir:
+    """The folder of a run, made unless it goes on in one, with its configuration."""
+    path = Path(config.run_dir or "")
+    begun = config.resume == "auto" and (path / "config.yaml").is_file()
+    run = RunDir(path.absolute()) if begun else run_dir.create(config)
+    run_dir.freeze(run, config)
+    return run
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,7 @@ def queue(jobs: list[str]) -> dict[str, Queued]:
     """Those of `jobs` that wait or run, by number. Raises UserError where Slurm does not answer."""
     if not jobs:
         return {}
-    lines = _ask(["squeue", "--me", "--noheader", "--format=%A %T %R"]).splitlines()
+    lines = _ask(["squeue", "--me", "--array", "--noheader", "--format=%i %T %R"]).splitlines()
     found = {
         job: Queued(state, nodes) for job, state, nodes in (line.split(None, 2) for line in lines)
     }
@@ -79,25 +93,27 @@ def cancel(job: str) -> None:
     _ask(["scancel", job])
 
 
-def show(cluster: SlurmConfig, where: Path) -> None:
+def show(cluster: SlurmConfig, where: Path, runs: int) -> None:
     """What would be submitted."""
     print(f"# {SETUP}\n{setup(cluster)}")
     print(f"# {SCRIPT}\n{script().read_text(encoding='utf-8')}")
-    print(f"# {shlex.join(sbatch(cluster, where))}")
+    print(f"# {shlex.join(sbatch(cluster, where, runs))}")
 
 
 def script() -> Path:
     return paths.beside("slurm") / SCRIPT
 
 
-def sbatch(cluster: SlurmConfig, run: Path) -> list[str]:
-    """The command that queues `run`."""
-    own = [f"--output={run / 'logs' / 'slurm-%j.out'}", f"--chdir={run}"]
-    return ["sbatch", *flags(cluster), *own, str(run / SCRIPT), "--run", str(run)]
+def sbatch(cluster: SlurmConfig, folder: Path, runs: int = 1) -> list[str]:
+    """The command that queues the run in `folder`, or the `runs` of the sweep there."""
+    log = "logs/slurm-%j.out" if runs == 1 else "%a/logs/slurm-%A_%a.out"
+    own = [f"--output={folder / log}", f"--chdir={folder}"]
+    return ["sbatch", *flags(cluster, runs), *own, str(folder / SCRIPT), "--run", str(folder)]
 
 
-def flags(cluster: SlurmConfig) -> list[str]:
+def flags(cluster: SlurmConfig, runs: int = 1) -> list[str]:
     """Options of sbatch: each word one argument, never through a shell."""
+    at_once = f"%{cluster.array_limit}" if cluster.array_limit else ""
     named = ["partition", "account", "qos", "time", "mem", "constraint", "reservation", "exclude"]
     named += ["nodelist", "dependency", "comment"]
     values: dict[str, object] = {
@@ -110,6 +126,7 @@ def flags(cluster: SlurmConfig) -> list[str]:
         "mail-type": cluster.mail_type,
         "signal": f"USR2@{cluster.signal_seconds}",
         "kill-on-invalid-dep": "yes" if cluster.dependency else None,
+        "array": f"0-{runs - 1}{at_once}" if runs > 1 else None,
     }
     given = [f"--{key}={value}" for key, value in values.items() if value is not None]
     return [*given, *(["--exclusive"] if cluster.exclusive else []), *cluster.extra_flags]

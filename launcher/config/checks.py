@@ -13,6 +13,7 @@ from launcher.config.optimizer_rules import OPTIMIZER_RULES
 from launcher.config.quantised_rules import QUANTISED_RULES
 from launcher.config.rule import Example, Rule, World
 from launcher.config.schedule_rules import SCHEDULE_RULES
+from launcher.config.slurm_rules import SLURM_RULES
 from launcher.config.strategy import HsdpConfig, ZeroConfig
 
 
@@ -123,6 +124,7 @@ RULES: tuple[Rule, ...] = (
     *METHOD_RULES,
     *QUANTISED_RULES,
     *OFFLOAD_RULES,
+    *SLURM_RULES,
     Rule(
         "one-evaluation-set",
         "at most one of data.eval_path and data.eval_rows names the evaluation rows",

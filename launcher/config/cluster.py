@@ -48,6 +48,9 @@ class SlurmConfig(ClusterConfig):
     requeue_limit: int = setting(
         100, "times that a job which was stopped with work left goes back into the queue", minimum=0
     )
+    array_limit: int | None = setting(
+        None, "runs of a sweep (--multirun) that train at once; null: no limit", minimum=1
+    )
     setup: list[str] = setting(
         [], "lines of bash before anything else on the first node, as module load cuda"
     )

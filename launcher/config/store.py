@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,19 @@ def unknown(key: str, known: list[str] | None = None) -> str:
 def dump(config: Config) -> str:
     """The frozen form: plain YAML, no tags and no interpolation."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def leaves(config: Config) -> dict[str, Any]:
+    """Every setting's value by its override, `optimizer.learning_rate`."""
+    return dict(_leaves(dataclasses.asdict(config)))
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def load(path: Path) -> Config:

@@ -24,13 +24,14 @@ class Stopped(Exception):
 
 
 class Stop:
-    """`RUN/stop`, a signal to this process, or a time limit that comes near. The file may say in a
-    word who asks."""
+    """`RUN/stop`, a signal to this process, a time limit that comes near, or a newer attempt in the
+    same run folder, which is this one's end. The file may say in a word who asks."""
 
-    def __init__(self, file: Path, deadline: Deadline | None = None) -> None:
-        """With a `deadline` Slurm decides when patience ends: it signals more than once, and every
-        signal after the first is ignored."""
+    def __init__(self, file: Path, newer: Path, deadline: Deadline | None = None) -> None:
+        """`newer`: the next attempt's folder. With a `deadline` Slurm decides when patience ends:
+        it signals more than once, and every signal after the first is ignored."""
         self.file = file
+        self._newer = newer
         self._deadline = deadline
         self._signal: str | None = None
         self._seen = False
@@ -51,7 +52,7 @@ class Stop:
         now = time.monotonic()
         if not self._seen and now - self._looked > SECONDS_BETWEEN_LOOKS:
             self._looked = now
-            self._seen = self._signal is not None or self.file.exists()
+            self._seen = self.file.exists() or self._newer.exists()
         return self._seen or self._signal is not None
 
     def raise_if_requested(self) -> None:

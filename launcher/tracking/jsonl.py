@@ -20,14 +20,19 @@ class MetricsFile:
         self._file: IO[str] | None = None
 
     def start(self, done_steps: int, total_steps: int) -> None:
-        """Go on after `done_steps`: lines of later steps, whose work was lost, are set aside."""
-        if self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= done_steps]
-            if lost := [line for line in lines if json.loads(line)["step"] > done_steps]:
-                with self.lost.open("a", encoding="utf-8") as file:
-                    file.writelines(lost)
-                write_text(self.path, "".join(kept))
+        """Go on after `done_steps`: lines of later steps, whose work was lost, are set aside.
+
+        The file is always a new one: what an attempt that was given up, and still lives, writes on
+        is no longer this.
+        """
+        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+        # The last line may be half there.
+        lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        kept = [line for line in lines if json.loads(line)["step"] <= done_steps]
+        if lost := [line for line in lines if json.loads(line)["step"] > done_steps]:
+            with self.lost.open("a", encoding="utf-8") as file:
+                file.writelines(lost)
+        write_text(self.path, "".join(kept))
         self._file = self.path.open("a", encoding="utf-8")
 
     def log(self, records: list[Record]) -> None:

@@ -38,7 +38,7 @@ def test_without_a_limit_it_never_comes(clock: list[float]) -> None:
 
 def test_a_stop_says_that_it_was_the_time_limit(tmp_path: Path, clock: list[float]) -> None:
     (tmp_path / "job.json").write_text(json.dumps({"end": 1000.0 + deadline.SPARE_SECONDS - 1}))
-    stop = Stop(tmp_path / "stop", Deadline.of(tmp_path / "job.json"))
+    stop = Stop(tmp_path / "stop", tmp_path / "newer", Deadline.of(tmp_path / "job.json"))
     assert stop.requested()
     assert stop.reason() == "time limit"
     assert Deadline.of(tmp_path / "none.json") is None

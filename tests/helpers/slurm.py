@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ PATH = f"{os.environ['PATH']}:/usr/sbin"
 PACKAGES = "slurmctld slurmd slurm-client munge"
 CONF = """\
 ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({address})
 SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
@@ -48,32 +49,56 @@ KillWait=5
 SlurmdTimeout=30
 ReturnToService=2
 PropagateResourceLimits=NONE
-NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=8 RealMemory=4000
+{places}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=20
 PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
-"""  # noqa: E501
+"""
 
 
-def missing() -> str | None:
+NODE = "NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs=8 RealMemory=4000"
+NETWORK = "10.213.77"  # of nodes that are apart
+
+
+def missing(apart: bool = False) -> str | None:
     """Why there can be no Slurm here; None where there can."""
-    daemons = ("slurmctld", "slurmd", "sbatch", "munged")
-    lost = [name for name in daemons if shutil.which(name, path=PATH) is None]
+    tools = ("slurmctld", "slurmd", "sbatch", "munged", *(("ip", "unshare") if apart else ()))
+    lost = [name for name in tools if shutil.which(name, path=PATH) is None]
     if lost:
         return f"there is no {', '.join(lost)}; apt-get install {PACKAGES}"
-    return None if os.geteuid() == 0 else "Slurm's daemons want root"
+    if os.geteuid() != 0:
+        return "Slurm's daemons want root"
+    if apart and subprocess.run(["ip", "netns", "add", "shardway-try"]).returncode != 0:
+        return "this machine gives no network namespaces"
+    if apart:
+        subprocess.run(["ip", "netns", "del", "shardway-try"], check=True)
+    return None
 
 
 class Slurm:
-    def __init__(self, folder: Path, nodes: int = 2) -> None:
-        self.folder = folder
-        self.nodes = nodes
+    """Nodes n1, n2 … on this machine; `apart`, each has a host name and a network of its own."""
+
+    def __init__(self, nodes: int = 2, apart: bool = False) -> None:
+        self.folder = folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+        folder.chmod(0o755)  # users that are not root find the configuration
+        self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
+        self.apart = apart
         self.environment = {**os.environ, "PATH": PATH, "SLURM_CONF": str(folder / "slurm.conf")}
-        for name in ("state", *(f"spool-n{node}" for node in range(1, nodes + 1))):
-            (folder / name).mkdir(parents=True)
-        ports = _free_ports(nodes + 1)
-        values = {"host": socket.gethostname(), "folder": folder, "nodes": nodes}
-        values |= {"port": ports[0], "first": ports[1], "last": ports[-1]}
-        (folder / "slurm.conf").write_text(CONF.format(**values))
+        for name in ("state", *(f"spool-{node}" for node in self.nodes)):
+            (folder / name).mkdir()
+        port, *ports = _free_ports(nodes + 1)
+        host = socket.gethostname()
+        places = [
+            NODE.format(
+                name=node,
+                host=node if apart else host,
+                address=f"{NETWORK}.{number}" if apart else "127.0.0.1",
+                port=ports[number - 1],
+            )
+            for number, node in enumerate(self.nodes, 1)
+        ]
+        address = f"{NETWORK}.254" if apart else "127.0.0.1"
+        values = {"host": host, "address": address, "folder": folder, "port": port}
+        (folder / "slurm.conf").write_text(CONF.format(**values, places="\n".join(places)))
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         key = folder / "munge.key"
         key.write_bytes(os.urandom(1024))
@@ -83,18 +108,71 @@ class Slurm:
         paths = {"socket": "munge.socket", "pid-file": "munged.pid", "log-file": "munged.log"}
         paths |= {"key-file": "munge.key", "seed-file": "munge.seed"}
         self._run("munged", "--force", *(f"--{k}={self.folder / v}" for k, v in paths.items()))
+        if self.apart:
+            self._lay_cables()
         self._run("slurmctld")
-        for node in range(1, self.nodes + 1):
-            self._run("slurmd", "-N", f"n{node}")
+        for node in self.nodes:
+            self.start_node(node)
+        self.until_idle()
+
+    def start_node(self, node: str) -> None:
+        inside = ["ip", "netns", "exec", f"shardway-{node}", "unshare", "--uts", "sh", "-c"]
+        here = f"slurmd -N {node}"
+        self._run(*([*inside, f"hostname {node} && {here}"] if self.apart else here.split()))
+
+    def kill_node(self, node: str) -> None:
+        """Its daemon alone: what it started lives on."""
+        os.kill(int((self.folder / f"slurmd-{node}.pid").read_text()), signal.SIGKILL)
+
+    def until_idle(self) -> None:
+        count = str(len(self.nodes))
         self.until(
-            lambda: self.ask("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == str(self.nodes)
+            lambda: self.ask("sinfo", "-h", "-t", "idle", "-p", "main", "-o", "%D").strip() == count
         )
+
+    def cut(self, node: str) -> None:
+        """Take `node` off the network."""
+        self._run("ip", "link", "set", f"shardway-{node}", "down")
+
+    def mend(self, node: str) -> None:
+        self._run("ip", "link", "set", f"shardway-{node}", "up")
 
     def stop(self) -> None:
         self.ask("scancel", "--user=root")
         for file in self.folder.glob("*.pid"):
             with contextlib.suppress(ProcessLookupError, ValueError):
                 os.kill(int(file.read_text()), signal.SIGTERM)
+        if self.apart:
+            self._take_cables_away()
+        shutil.rmtree(self.folder, ignore_errors=True)  # daemons that end still write there
+
+    def _lay_cables(self) -> None:
+        """A bridge, and for each node a network namespace with a pair of interfaces."""
+        self._take_cables_away()
+        self._run("ip", "link", "add", "shardway", "type", "bridge")
+        self._run("ip", "addr", "add", f"{NETWORK}.254/24", "dev", "shardway")
+        self._run("ip", "link", "set", "shardway", "up")
+        hosts = {node: f"{NETWORK}.{number}" for number, node in enumerate(self.nodes, 1)}
+        known = {"localhost": "127.0.0.1", **hosts, socket.gethostname(): f"{NETWORK}.254"}
+        for node, address in hosts.items():
+            space, inner = f"shardway-{node}", ["ip", "netns", "exec", f"shardway-{node}", "ip"]
+            file = Path("/etc/netns") / space / "hosts"  # stands for /etc/hosts inside
+            file.parent.mkdir(parents=True)
+            file.write_text("".join(f"{number} {name}\n" for name, number in known.items()))
+            self._run("ip", "netns", "add", space)
+            words = f"link add {space} type veth peer name eth0 netns {space}"
+            self._run("ip", *words.split())
+            self._run("ip", "link", "set", space, "master", "shardway", "up")
+            self._run(*inner, "addr", "add", f"{address}/24", "dev", "eth0")
+            self._run(*inner, "link", "set", "eth0", "up")
+            self._run(*inner, "link", "set", "lo", "up")
+
+    def _take_cables_away(self) -> None:
+        for node in self.nodes:
+            subprocess.run(["ip", "netns", "del", f"shardway-{node}"], capture_output=True)
+            subprocess.run(["ip", "link", "del", f"shardway-{node}"], capture_output=True)
+            shutil.rmtree(f"/etc/netns/shardway-{node}", ignore_errors=True)
+        subprocess.run(["ip", "link", "del", "shardway"], capture_output=True)
 
     def ask(self, *words: object) -> str:
         done = subprocess.run(
@@ -105,6 +183,9 @@ class Slurm:
     def state(self, job: str) -> str:
         words = self.ask("scontrol", "show", "job", "-o", job).split()
         return next((w.removeprefix("JobState=") for w in words if w.startswith("JobState=")), "")
+
+    def node_of(self, job: str) -> str:
+        return self.ask("squeue", "-h", "-j", job, "-o", "%N").strip()
 
     def until(self, true: Callable[[], bool], seconds: float = 60) -> None:
         end = time.monotonic() + seconds

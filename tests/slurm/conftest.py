@@ -1,4 +1,4 @@
-"""A Slurm of two nodes for the session."""
+"""Slurms: one for the session, and one whose nodes can be cut off."""
 
 from __future__ import annotations
 
@@ -10,10 +10,21 @@ from tests.helpers import slurm as daemons
 
 
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[daemons.Slurm]:
-    if why := daemons.missing():
+def slurm() -> Iterator[daemons.Slurm]:
+    """Two nodes."""
+    yield from _running(nodes=2)
+
+
+@pytest.fixture
+def apart() -> Iterator[daemons.Slurm]:
+    """Three nodes, each with a network of its own."""
+    yield from _running(nodes=3, apart=True)
+
+
+def _running(nodes: int, apart: bool = False) -> Iterator[daemons.Slurm]:
+    if why := daemons.missing(apart):
         pytest.skip(f"NO REAL SLURM: {why}")
-    made = daemons.Slurm(tmp_path_factory.mktemp("slurm"))
+    made = daemons.Slurm(nodes, apart)
     made.start()
     yield made
     made.stop()

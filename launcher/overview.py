@@ -1,0 +1,113 @@
+"""Where runs stand: a table of run folders. Read from the folders, and from squeue; no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from launcher import manifest, sweep
+from launcher.cluster import slurm
+from launcher.config import Config, store
+from launcher.run_dir import RunDir
+
+Row = dict[str, str]
+
+
+def runs_in(folder: Path) -> list[RunDir]:
+    """The runs of a sweep in their order, else all in `folder` and its sweeps, the newest last."""
+    if sweep.is_sweep(folder):
+        return sweep.elements(folder)
+    found = [RunDir(file.parent) for file in folder.glob("*/config.yaml")]
+    found += [
+        run for index in folder.glob(f"*/{sweep.INDEX}") for run in sweep.elements(index.parent)
+    ]
+    return sorted(found, key=lambda run: run.config.stat().st_mtime)
+
+
+def table(folder: Path, without: str | None = None) -> str:
+    """A line for each run of `folder`; of a sweep with the settings that differ.
+
+    `without` names a job that the queue is not asked about: the one that asks, at its end.
+    """
+    runs = runs_in(folder)
+    configs = [store.load(run.config) for run in runs]
+    jobs = [job for run in runs if (job := slurm.job_of(run)) and job != without]
+    queue = slurm.queue(jobs)
+    told = sweep.differing(configs) if sweep.is_sweep(folder) else [{} for _ in runs]
+    rows = [
+        {"run": str(run.path.relative_to(folder)), **settings, **_row(run.newest(), config, queue)}
+        for run, config, settings in zip(runs, configs, told, strict=True)
+    ]
+    columns = [name for name in rows[0] if any(row[name] for row in rows)]
+    lines = [columns, *([row[name] for name in columns] for row in rows)]
+    widths = [max(len(line[at]) for line in lines) for at in range(len(columns))]
+    return "".join(
+        "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip()
+        + "\n"
+        for line in lines
+    )
+
+
+def summarise(folder: Path, without: str | None = None) -> str:
+    """The table of a sweep, which is also left in its folder."""
+    text = table(folder, without)
+    manifest.write_text(folder / sweep.SUMMARY, text)
+    return text
+
+
+def state(run: RunDir, queued: slurm.Queued | None) -> str:
+    """Slurm's word while there is a job; else how the newest attempt ended."""
+    if queued:
+        return queued.state.lower()
+    if run.status.is_file():
+        return str(json.loads(run.status.read_text())["state"])
+    return "running" if is_here(run) else "failed" if run.attempt else "not started"
+
+
+def is_here(run: RunDir) -> bool:
+    """Whether ranks of the newest attempt are on this machine."""
+    words = ["launcher.worker", str(run.path), str(run.attempt)]
+    for process in psutil.process_iter(["cmdline"]):
+        if words == (process.info["cmdline"] or [])[-3:]:
+            return True
+    return False
+
+
+def _row(run: RunDir, config: Config, queue: dict[str, slurm.Queued]) -> Row:
+    job = slurm.job_of(run) or ""
+    queued = queue.get(job)
+    lines = _metrics(run)
+    steps = [line for line in lines if "loss" in line]
+    evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    total = config.training.max_steps
+    step = f"{steps[-1]['step'] if steps else 0}{f'/{total}' if total else ''}"
+    return {
+        "state": state(run, queued),
+        "attempt": str(run.attempt),
+        "step": step,
+        "loss": f"{steps[-1]['loss']:.4f}" if steps else "",
+        "eval_loss": f"{min(evaluations):.4f}" if evaluations else "",
+        "left": _left(steps, total) if queued or is_here(run) else "",
+        "job": job,
+        "nodes": queued.nodes if queued else "",
+    }
+
+
+def _left(steps: list[dict[str, Any]], total: int | None) -> str:
+    """Of the last hundred steps' pace."""
+    recent = steps[-100:]
+    if total is None or len(recent) < 2:
+        return ""
+    pace = (recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"])
+    seconds = int(pace * (total - recent[-1]["step"]))
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def _metrics(run: RunDir) -> list[dict[str, Any]]:
+    if not run.metrics.is_file():
+        return []
+    lines = run.metrics.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]  # the last may be half there

@@ -1,0 +1,166 @@
+"""What happens to jobs: preempted, on a node that fails or is cut off, spent, another user's."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.helpers.commands import SHARDWAY, losses, shardway
+from tests.helpers.slurm import Slurm
+from tests.slurm.test_loop import LONG, out_of, submit
+
+OVER = ("COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL", "CANCELLED")
+SAVED = (*LONG, "checkpoint.save_steps=20")
+
+
+def steps(run: Path) -> int:
+    return len(losses(run)) if (run / "metrics.jsonl").is_file() else 0
+
+
+def statuses(run: Path) -> list[dict[str, object]]:
+    return [json.loads(p.read_text()) for p in sorted(run.glob("logs/attempt-*/status.json"))]
+
+
+def assert_as_never_disturbed(run: Path, ranks: int, words: tuple[str, ...]) -> None:
+    near = run.with_name("near")
+    options = (f"cluster.nproc_per_node={ranks}", f"run_dir={near}")
+    done = shardway("train", *options, *words, cwd=run.parent)
+    assert done.returncode == 0, done.stderr
+    assert losses(run) == losses(near), "to the bit"
+
+
+def ranks_of(run: Path, attempt: int) -> list[psutil.Process]:
+    words = ["launcher.worker", str(run), str(attempt)]
+    found = psutil.process_iter(["cmdline"])
+    return [each for each in found if (each.info["cmdline"] or [])[-3:] == words]
+
+
+def test_a_job_that_is_preempted_saves_and_goes_on_later(
+    slurm: Slurm, tiny: Path, tmp_path: Path
+) -> None:
+    job, far = submit(slurm, tmp_path, "cluster.nodes=2", "run_dir=far", *LONG), tmp_path / "far"
+    slurm.until(lambda: steps(far) > 20, 120)
+    words = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
+    other = slurm.ask("sbatch", "--parsable", *words, "--wrap=sleep 3").strip()
+    slurm.until(lambda: slurm.state(other) == "COMPLETED", 90)
+    slurm.until(lambda: slurm.state(job) in OVER, 180)
+    assert slurm.state(job) == "COMPLETED", out_of(far)
+    assert [each["state"] for each in statuses(far)] == ["stopped", "finished"]
+    assert statuses(far)[0]["reason"] == "SIGUSR2"
+    assert_as_never_disturbed(far, 2, LONG)
+
+
+@pytest.mark.whole
+@pytest.mark.timeout(600)
+def test_a_node_that_fails_is_left_and_what_lives_on_it_keeps_nothing(
+    slurm: Slurm, tiny: Path, tmp_path: Path
+) -> None:
+    """Its daemon is killed; the attempt on it trains on, and saves, until another has begun."""
+    words = (*SAVED, "training.max_steps=100000", "checkpoint.keep_last=3")
+    job, far = submit(slurm, tmp_path, "run_dir=far", *words), tmp_path / "far"
+    slurm.until(lambda: steps(far) > 20, 120)
+    node = slurm.node_of(job)
+    slurm.kill_node(node)
+    slurm.until(lambda: (far / "logs/attempt-2/job.json").is_file(), 120)
+    slurm.until(lambda: ranks_of(far, 1) == [], 30)
+    error = json.loads((far / "logs/attempt-1/rank-00.error.json").read_text())
+    assert f"attempt 2 of {far} has begun" in error["message"]
+    at = steps(far)
+    slurm.until(lambda: steps(far) > at, 60)
+    assert "resumed from step-" in out_of(far)
+    assert slurm.node_of(job) != node
+    (far / "stop").touch()
+    slurm.until(lambda: slurm.state(job) in OVER, 60)
+    assert slurm.state(job) == "COMPLETED", out_of(far)
+    lines = [json.loads(line)["step"] for line in (far / "metrics.jsonl").read_text().splitlines()]
+    assert lines == list(range(1, len(lines) + 1)), "no step twice, none left out"
+    slurm.start_node(node)
+    slurm.until_idle()
+
+
+@pytest.mark.whole
+@pytest.mark.timeout(600)
+def test_a_node_that_is_cut_off_is_replaced(apart: Slurm, tiny: Path, tmp_path: Path) -> None:
+    words = (*SAVED, "training.max_steps=600")
+    job = submit(apart, tmp_path, "cluster.nodes=2", "run_dir=far", *words)
+    far = tmp_path / "far"
+    apart.until(lambda: steps(far) > 30, 120)
+    stale = ranks_of(far, 1)
+    apart.cut("n1")  # rank 0 and the batch script are there
+    apart.until(lambda: (far / "logs/attempt-2/job.json").is_file(), 180)
+    alive = [rank for rank in stale if rank.is_running()]
+    assert alive, "the attempt on the other side does not know that it was given up"
+    assert json.loads((far / "logs/attempt-2/job.json").read_text())["nodes"] == "n[2-3]"
+    apart.until(lambda: apart.state(job) in OVER, 240)
+    assert apart.state(job) == "COMPLETED", out_of(far)
+    apart.mend("n1")
+    apart.until(lambda: not any(rank.is_running() for rank in alive), 60)
+    assert [each["state"] for each in statuses(far)] == ["finished"], "attempt 1 said nothing more"
+    assert_as_never_disturbed(far, 2, words)
+
+
+def test_a_job_goes_back_as_often_as_it_may_and_a_person_can_go_on(
+    slurm: Slurm, tiny: Path, tmp_path: Path
+) -> None:
+    words = (*LONG, "cluster.requeue_limit=0", "training.max_steps=5000")
+    job, far = submit(slurm, tmp_path, "run_dir=far", *words), tmp_path / "far"
+    slurm.until(lambda: steps(far) > 3, 120)
+    slurm.ask("scancel", "--signal=USR2", job)
+    slurm.until(lambda: slurm.state(job) in OVER, 120)
+    assert slurm.state(job) == "FAILED"
+    assert "ExitCode=75:0" in slurm.ask("scontrol", "show", "job", "-o", job)
+    assert "not queued again: cluster.requeue_limit=0 is reached" in out_of(far)
+    again = subprocess.run(
+        [*SHARDWAY, "resume", str(far)], env=slurm.environment, capture_output=True, text=True
+    )
+    newer = re.search(r"job (\d+) is in the queue", again.stdout)
+    assert newer, again.stderr
+    at = steps(far)
+    slurm.until(lambda: steps(far) > at, 60)
+    slurm.ask("scancel", newer[1])
+
+
+@pytest.fixture
+def anyone(slurm: Slurm, tiny: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+    """A folder and an environment of the user nobody, with the tiny model in it."""
+    home = Path(tempfile.mkdtemp(prefix="nobody-"))
+    shutil.copytree(tiny, home / "tiny")
+    for path in (home, *home.rglob("*")):
+        shutil.chown(path, "nobody")
+    environment = {**slurm.environment, "HOME": str(home), "SHARDWAY_CACHE": str(home / "cache")}
+    try_it = [*as_nobody(), *SHARDWAY, "--help"]
+    if subprocess.run(try_it, env=environment, cwd=home, capture_output=True).returncode != 0:
+        pytest.skip("the user nobody cannot read this checkout or its Python")
+    yield home, environment
+    shutil.rmtree(home)
+
+
+def as_nobody() -> list[str]:
+    return ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"]
+
+
+def test_a_user_without_privileges_trains(
+    slurm: Slurm, anyone: tuple[Path, dict[str, str]]
+) -> None:
+    home, environment = anyone
+    model = ("model=tiny", f"model.name_or_path={home / 'tiny'}", "training.max_steps=3")
+    done = subprocess.run(
+        [*as_nobody(), *SHARDWAY, "train", "cluster=slurm", "run_dir=far", *LONG, *model],
+        cwd=home, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    job = re.search(r"job (\d+) is in the queue", done.stdout)
+    assert job, done.stderr
+    slurm.until(lambda: slurm.state(job[1]) in OVER, 120)
+    far = home / "far"
+    assert slurm.state(job[1]) == "COMPLETED", out_of(far)
+    assert {path.stat().st_uid for path in far.rglob("*")} == {os.stat(home).st_uid} != {0}
+    assert steps(far) == 3
