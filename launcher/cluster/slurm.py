@@ -139,6 +139,8 @@ def setup(cluster: SlurmConfig) -> str:
         *(f"export {key}={shlex.quote(value)}" for key, value in cluster.environment.items()),
         *cluster.setup,
     ]
+    if cluster.container_python:
+        lines.append(f"export SHARDWAY_RANK_PYTHON={shlex.quote(cluster.container_python)}")
     if cluster.container:
         lines.append(f"container=({shlex.join(cluster.container)})")
     return "\n".join(lines) + "\n"

@@ -56,7 +56,12 @@ class SlurmConfig(ClusterConfig):
     )
     environment: dict[str, str] = setting({}, "variables for all ranks, quoted as they are")
     container: list[str] = setting(
-        [], "words before the ranks' command on every node, as [apptainer,exec,--nv,image.sif]"
+        [],
+        "words before the ranks' command on every node, as [apptainer,exec,--nv,image.sif]; with "
+        "pyxis flags of srun, as ['--container-image=image.sqsh']",
+    )
+    container_python: str | None = setting(
+        None, "the Python with shardway in the container; null: the path of the one outside"
     )
 
 

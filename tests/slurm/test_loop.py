@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,8 @@ def test_two_nodes_learn_what_two_ranks_learn(
     slurm: Slurm, tiny: Path, tmp_path: Path, strategy: str
 ) -> None:
     words = ("model=tiny", f"strategy={strategy}", *QUICK)
-    job = submit(slurm, tmp_path, "cluster.nodes=2", "run_dir=far", *words)
+    container = ("cluster.container=[env,INSIDE=1]", f"cluster.container_python={sys.executable}")
+    job = submit(slurm, tmp_path, "cluster.nodes=2", "run_dir=far", *container, *words)
     slurm.until(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), 120)
     out = next((tmp_path / "far/logs").glob("slurm-*.out")).read_text()
     assert slurm.state(job) == "COMPLETED", out

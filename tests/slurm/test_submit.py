@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 from pathlib import Path
@@ -64,17 +65,26 @@ def test_every_option_is_one_word_of_sbatch() -> None:
     ]  # fmt: skip
 
 
+def test_a_sweep_is_one_array_with_a_log_in_each_run() -> None:
+    cluster = SlurmConfig(name="slurm", array_limit=2)
+    words = slurm.sbatch(cluster, Path("/runs/a b"), 3)
+    assert "--array=0-2%2" in words
+    assert "--output=/runs/a b/%a/logs/slurm-%A_%a.out" in words
+    assert words[-3:] == ["/runs/a b/train.sbatch", "--run", "/runs/a b"]
+
+
 def test_setup_quotes_values_and_nothing_of_them_runs(tmp_path: Path) -> None:
     cluster = SlurmConfig(
         name="slurm", environment={"HARD": HOSTILE}, setup=["export SOFT=1"],
-        container=["apptainer", "exec", "a b.sif"],
+        container=["apptainer", "exec", "a b.sif"], container_python="/opt/a b/python",
     )  # fmt: skip
-    show = 'printf "%s\\n" "$HARD" "$SOFT" "${#container[@]}" "${container[2]}"'
+    words = '"$HARD" "$SOFT" "${#container[@]}" "${container[2]}" "$SHARDWAY_RANK_PYTHON"'
+    show = f'printf "%s\\n" {words}'
     done = subprocess.run(
         ["bash", "-euc", f"{slurm.setup(cluster)}\n{show}"],
         cwd=tmp_path, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert done.stdout.splitlines() == [HOSTILE, "1", "3", "a b.sif"]
+    assert done.stdout.splitlines() == [HOSTILE, "1", "3", "a b.sif", "/opt/a b/python"]
     assert written(tmp_path) == []
 
 
@@ -123,3 +133,7 @@ def test_without_slurm_a_sentence_says_so(tiny: Path, tmp_path: Path) -> None:
 
 def test_the_script_is_clean_bash() -> None:
     subprocess.run(["bash", "-n", str(slurm.script())], check=True)
+    if shutil.which("shellcheck") is None:
+        pytest.skip("there is no shellcheck; apt-get install shellcheck")
+    done = subprocess.run(["shellcheck", str(slurm.script())], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
