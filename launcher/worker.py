@@ -46,20 +46,29 @@ def attend(config: Config, argv: list[str]) -> None:
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     meeting = process_group.rendezvous()
+
+    def create() -> RunDir:
+        return run_dir.attempt(config, argv, world_size)[0]
+
     try:
-        run_folder = agree.agree_on_run(
-            meeting,
-            rank,
-            world_size,
-            store.fingerprint(config),
-            create=lambda: run_dir.attempt(config, argv, world_size)[0],
-        )
+        hashed, shared = store.fingerprint(config), config.launch.shared_disk
+        made = agree.agree_on_run(meeting, rank, world_size, hashed, create, shared)
+        run_folder = made if shared else _on_this_machine(meeting, made, create)
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
         sys.exit(rank_log.REFUSED)
     if rank == 0:
         print(f"run folder: {run_folder.path}", flush=True)
     _serve(run_folder, rank, meeting)
+
+
+def _on_this_machine(meeting: Any, made: RunDir, create: Callable[[], RunDir]) -> RunDir:
+    from launcher.distributed import agree
+
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    nodes, node = int(os.environ["WORLD_SIZE"]) // here, int(os.environ["RANK"]) // here
+    first = os.environ["LOCAL_RANK"] == "0"
+    return agree.folder_of_machine(meeting, made, node, nodes, create if first else None)
 
 
 def _serve(run_folder: RunDir, rank: int, meeting: Any = None) -> None:
@@ -122,7 +131,7 @@ def _train(
     chosen = load.choose(config, run_folder.checkpoints, place, say)
     plan = _plan(config, learnt.steps_per_epoch)
     learner = build_learner(config, folder, place, learnt.rows.fingerprint, plan.total_steps, say)
-    saver = Saver(learner, run_folder, config.checkpoint)
+    saver = Saver(learner, run_folder, config.checkpoint, config.launch.shared_disk)
     saver.check_space()
     done = load.Progress()
     if chosen is not None:

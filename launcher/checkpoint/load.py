@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from safetensors.torch import load_file
 
 from launcher import manifest
 from launcher.checkpoint import resume, retention, rng, sharded
-from launcher.checkpoint.layout import MODEL, Checkpoint
+from launcher.checkpoint.layout import MANIFEST, MODEL, Checkpoint
 from launcher.checkpoint.learner import Learner
 from launcher.config import Config
+from launcher.distributed.mirror import Mirror
 from launcher.distributed.process_group import Place
 from launcher.distributed.shards import Shard
 from launcher.distributed.together import together
@@ -34,25 +36,38 @@ class Progress:
 
 
 def choose(config: Config, checkpoints: Path, place: Place, say: Say) -> Checkpoint | None:
-    """The checkpoint to go on from, None to begin; its files are what was written.
+    """The checkpoint to go on from, None to begin; its files are what was written, and are on every
+    machine.
 
     Broken ones of this run are named, set aside and passed over; one that was asked for by its path
     is refused. Raises UserError when the configuration has changed in what is learnt.
     """
-    together(lambda: retention.clear_leftovers(checkpoints) if place.is_main else None)
+    mirror = Mirror(place, config.launch.shared_disk)
+    clears = place.is_main or mirror.leads
+    together(lambda: retention.clear_leftovers(checkpoints) if clears else None)
     found: list[Any] = [resume.candidates(config.resume, checkpoints) if place.is_main else None]
     dist.broadcast_object_list(found)
-    for checkpoint in found[0]:
+    for original in found[0]:
+        # Another machine's copy.
+        checkpoint = Checkpoint(checkpoints / original.path.name) if mirror.away else original
+        together(partial(mirror.deliver, checkpoint.path, MANIFEST))
         wrong = _problems(checkpoint, place)
+        refuse = partial(_refuse, original, config, checkpoints, wrong)
+        together(lambda refuse=refuse: refuse() if place.is_main else None)  # type: ignore[misc]
         if not wrong:
-            if refusals := resume.problems(checkpoint, config):
-                raise UserError("; ".join(refusals))
-            return checkpoint  # type: ignore[no-any-return]
-        if checkpoint.path.parent != checkpoints:
-            raise UserError(f"resume={config.resume} is broken: {'; '.join(wrong)}")
+            return checkpoint
         say(f"{checkpoint.path.name} is broken and passed over: {'; '.join(wrong)}")
-        together(lambda c=checkpoint: resume.set_aside(c) if place.is_main else None)  # type: ignore[misc]
+        together(lambda c=original: resume.set_aside(c) if place.is_main else None)  # type: ignore[misc]
     return None
+
+
+def _refuse(checkpoint: Checkpoint, config: Config, checkpoints: Path, wrong: list[str]) -> None:
+    """Raise UserError where nothing else may be gone on from."""
+    if not wrong:
+        if refusals := resume.problems(checkpoint, config):
+            raise UserError("; ".join(refusals))
+    elif checkpoint.path.parent != checkpoints:
+        raise UserError(f"resume={config.resume} is broken: {'; '.join(wrong)}")
 
 
 def restore(checkpoint: Checkpoint, learner: Learner, force: bool) -> Progress:

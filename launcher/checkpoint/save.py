@@ -24,6 +24,7 @@ from launcher.checkpoint import retention, rng, sharded
 from launcher.checkpoint.layout import ADAPTER, MODEL, Checkpoint, folder_name
 from launcher.checkpoint.learner import Learner
 from launcher.config.training import CheckpointConfig
+from launcher.distributed.mirror import Mirror
 from launcher.distributed.shards import Shard
 from launcher.distributed.together import together
 from launcher.errors import UserError
@@ -49,8 +50,11 @@ class Saver:
     one of the training.
     """
 
-    def __init__(self, learner: Learner, run: RunDir, config: CheckpointConfig) -> None:
+    def __init__(
+        self, learner: Learner, run: RunDir, config: CheckpointConfig, shared_disk: bool = True
+    ) -> None:
         self.learner, self.run, self.config = learner, run, config
+        self.mirror = Mirror(learner.place, shared_disk)
         self.place, self.group = learner.place, learner.group
         self._thread = ThreadPoolExecutor(1, "checkpoint") if config.async_save else None
         self._under_way: Future[None] | None = None
@@ -129,17 +133,18 @@ class Saver:
             write = partial(sharded.write, tree, aside.path / name, self.group)
             together(write, self.group)
         mine = together(lambda: self._write_own(snapshot, aside), self.group)
+        together(lambda: self.mirror.collect(aside.path, self.group), self.group)
         files: list[manifest.Entries] = [{}] * self.place.world_size
         dist.all_gather_object(files, mine, group=self.group)
         together(lambda: self._commit(snapshot, aside, final, files), self.group)
 
     def _begin(self, final: Path, aside: Checkpoint, nbytes: int) -> None:
-        if not self.place.is_main:
-            return
-        if final.exists():
-            raise UserError(f"{final} exists; a checkpoint is never written over")
-        self._refuse_without_space(nbytes)
-        aside.rng(0).parent.mkdir(parents=True)
+        if self.place.is_main:
+            if final.exists():
+                raise UserError(f"{final} exists; a checkpoint is never written over")
+            self._refuse_without_space(nbytes)
+        if self.place.is_main or self.mirror.leads:
+            aside.rng(0).parent.mkdir(parents=True)
 
     def _refuse_without_space(self, nbytes: int) -> None:
         free = shutil.disk_usage(self.run.checkpoints).free

@@ -89,6 +89,17 @@ SLURM_RULES: tuple[Rule, ...] = (
         Example("cluster=slurm cluster.gpu_type=h100"),
     ),
     Rule(
+        "jobs-share-a-disk",
+        "launch.shared_disk=false is for machines on which torchrun is started by hand",
+        lambda c, w: c.cluster.name == "slurm" and not c.launch.shared_disk,
+        lambda c, w: (
+            f"cluster={c.cluster.name} with launch.shared_disk=false: the nodes of a job meet in "
+            "the run folder"
+        ),
+        lambda c, w: "launch.shared_disk=true",
+        Example("cluster=slurm launch.shared_disk=false"),
+    ),
+    Rule(
         "flags-are-not-settings",
         "cluster.extra_flags names no option that Shardway gives itself",
         lambda c, w: bool(_repeated(_slurm(c))),

@@ -68,3 +68,8 @@ class CheckpointConfig:
 @dataclass(kw_only=True, slots=True)
 class LaunchConfig:
     dry_run: bool = setting(False, "check and show what would run, and touch nothing")
+    shared_disk: bool = setting(
+        True,
+        "all machines see the run folder; false (torchrun on each): each has one of its own, and "
+        "the checkpoints are in that of rank 0's machine",
+    )

@@ -15,11 +15,17 @@ PATIENCE = timedelta(minutes=5)
 
 
 def agree_on_run(
-    store: dist.Store, rank: int, world_size: int, fingerprint: str, create: Callable[[], RunDir]
+    store: dist.Store,
+    rank: int,
+    world_size: int,
+    fingerprint: str,
+    create: Callable[[], RunDir],
+    shared: bool = True,
 ) -> RunDir:
     """Every rank names its configuration's hash; if all are equal rank 0 makes the run folder.
 
-    All ranks return it, or all raise UserError with the same sentence and nothing is made.
+    All ranks return it, or all raise UserError with the same sentence and nothing is made. One that
+    cannot see it raises, too, where the disk is `shared`.
     """
     if rank == 0:
         verdict = _decide(store, world_size, fingerprint, create)
@@ -30,15 +36,51 @@ def agree_on_run(
         _wait(store, ["shardway/verdict"])
         verdict = store.get("shardway/verdict").decode()
         store.set(f"shardway/heard/{rank}", "")
+    made = _made(verdict)
+    if shared and not made.path.is_dir():
+        raise UserError(
+            f"rank {rank} cannot see {made.path}, which rank 0 made; set run_dir to a folder that "
+            "every machine shares, or launch.shared_disk=false"
+        )
+    return made
+
+
+def folder_of_machine(
+    store: dist.Store, theirs: RunDir, node: int, nodes: int, create: Callable[[], RunDir] | None
+) -> RunDir:
+    """Where machines share no disk: the first rank of each but rank 0's makes a run folder there,
+    by `create`. Every rank returns that of its machine, or all raise UserError.
+
+    `theirs` is the folder that rank 0 made.
+    """
+    if node and create is not None:
+        store.set(f"shardway/folder/{node}", _make_another(theirs, create))
+    _wait(store, [f"shardway/folder/{other}" for other in range(1, nodes)])
+    folders = [theirs] + [
+        _made(store.get(f"shardway/folder/{other}").decode()) for other in range(1, nodes)
+    ]
+    return folders[node]
+
+
+def _make_another(theirs: RunDir, create: Callable[[], RunDir]) -> str:
+    if theirs.logs.is_dir():
+        return (
+            f"refused launch.shared_disk=false, and another machine sees {theirs.logs}, which rank "
+            "0 made; leave launch.shared_disk at true, or choose another run_dir"
+        )
+    try:
+        made = create()
+    except UserError as error:
+        return f"refused {error}"
+    return f"made {made.attempt} {made.path}"
+
+
+def _made(verdict: str) -> RunDir:
+    """The folder of `made ATTEMPT PATH`. Raises UserError for `refused SENTENCE`."""
     kind, _, text = verdict.partition(" ")
     if kind == "refused":
         raise UserError(text)
     attempt, _, path = text.partition(" ")
-    if not Path(path).is_dir():
-        raise UserError(
-            f"rank {rank} cannot see {path}, which rank 0 made; "
-            "set run_dir to a folder that every machine shares"
-        )
     return RunDir(Path(path), int(attempt))
 
 

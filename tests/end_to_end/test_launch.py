@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from launcher import manifest
 from launcher.checkpoint import layout
 from tests.helpers.commands import (
     LONG,
@@ -120,8 +121,10 @@ def test_torchrun_on_one_host_makes_one_run_folder(tiny: Path, tmp_path: Path) -
     assert len(losses(folder)) == 4
 
 
-def agents(tmp_path: Path, overrides: tuple[tuple[str, ...], ...]) -> list[subprocess.Popen[str]]:
-    """One torchrun agent for each `overrides`, as on as many hosts."""
+def agents(
+    tmp_path: Path, overrides: tuple[tuple[str, ...], ...], folders: tuple[str, ...] = (".", ".")
+) -> list[subprocess.Popen[str]]:
+    """One torchrun agent for each `overrides`, as on as many hosts, each in its folder."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -132,7 +135,7 @@ def agents(tmp_path: Path, overrides: tuple[tuple[str, ...], ...]) -> list[subpr
                 *(f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}"),
                 *("--nproc-per-node=1", "-m", "launcher.train", *TRAIN_TINY[1:], *SHORT, *words),
             ],
-            cwd=tmp_path,
+            cwd=tmp_path / folders[node],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -150,6 +153,43 @@ def test_torchrun_on_two_hosts_agrees_on_one_run_folder(tiny: Path, tmp_path: Pa
     assert {path.name for path in (folder / "logs/attempt-1").iterdir()} == {
         "rank-00.log", "rank-01.log", "status.json",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_two_hosts_without_a_shared_disk_have_the_checkpoints_on_the_first(
+    tiny: Path, tmp_path: Path, method: str
+) -> None:
+    folders = ("one", "two")
+    for name in folders:
+        (tmp_path / name).mkdir()
+
+    def train(*more: str) -> None:
+        words = ("run_dir=run", "launch.shared_disk=false", f"method={method}", *more)
+        nodes = agents(tmp_path, (words, words), folders)
+        outputs = [node.communicate(timeout=180)[0] for node in nodes]
+        assert [node.returncode for node in nodes] == [0, 0], outputs
+
+    train("training.stop_after_steps=2")
+    one, two = (tmp_path / name / "run" for name in folders)
+    assert layout.newest(one / "checkpoints").step == 2
+    assert manifest.check(one / "checkpoints/step-000002/manifest.json")
+    assert list((two / "checkpoints").iterdir()) == []
+    train("resume=auto")
+    assert [path.name for path in (two / "checkpoints").iterdir()] == ["step-000002"]
+    assert manifest.check(two / "checkpoints/step-000002/manifest.json"), "it was brought there"
+    whole = shardway(*TRAIN_TINY, *SHORT, f"method={method}", "run_dir=whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stdout
+    assert losses(one) == losses(tmp_path / "whole")
+    assert not (two / "metrics.jsonl").exists()
+    assert shardway("consolidate", one, "--output", "out", cwd=tmp_path).returncode == 0
+
+
+def test_hosts_that_do_share_a_disk_are_told_so(tiny: Path, tmp_path: Path) -> None:
+    words = ("run_dir=run", "launch.shared_disk=false")
+    nodes = agents(tmp_path, (words, words))
+    outputs = [node.communicate(timeout=180)[0] for node in nodes]
+    assert all(node.returncode != 0 for node in nodes)
+    assert "leave launch.shared_disk at true" in outputs[1]
 
 
 def test_a_dry_run_under_torchrun_touches_nothing(tiny: Path, tmp_path: Path) -> None:
