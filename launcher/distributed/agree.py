@@ -63,15 +63,15 @@ def folder_of_machine(
 
 
 def _make_another(theirs: RunDir, create: Callable[[], RunDir]) -> str:
-    if theirs.logs.is_dir():
-        return (
-            f"refused launch.shared_disk=false, and another machine sees {theirs.logs}, which rank "
-            "0 made; leave launch.shared_disk at true, or choose another run_dir"
-        )
     try:
         made = create()
     except UserError as error:
-        return f"refused {error}"
+        return f"refused launch.shared_disk=false: {error}"
+    if made.path == theirs.path and theirs.logs.is_dir() and made.logs != theirs.logs:
+        return (
+            f"refused launch.shared_disk=false, and another machine sees {theirs.logs}, which rank "
+            "0 made; leave launch.shared_disk at true"
+        )
     return f"made {made.attempt} {made.path}"
 
 

@@ -189,7 +189,7 @@ def test_hosts_that_do_share_a_disk_are_told_so(tiny: Path, tmp_path: Path) -> N
     nodes = agents(tmp_path, (words, words))
     outputs = [node.communicate(timeout=180)[0] for node in nodes]
     assert all(node.returncode != 0 for node in nodes)
-    assert "leave launch.shared_disk at true" in outputs[1]
+    assert "launch.shared_disk=false: run_dir=run cannot be made: File exists" in outputs[1]
 
 
 def test_a_dry_run_under_torchrun_touches_nothing(tiny: Path, tmp_path: Path) -> None:
