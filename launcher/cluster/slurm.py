@@ -120,7 +120,7 @@ def flags(cluster: SlurmConfig, runs: int = 1) -> list[str]:
         "job-name": cluster.job_name,
         "nodes": cluster.nodes,
         **{key: getattr(cluster, key) for key in named},
-        "gpus-per-node": _gpus(cluster),
+        cluster.gpu_flag: _gpus(cluster),
         "cpus-per-task": cluster.cpus_per_task,
         "mail-user": cluster.mail_user,
         "mail-type": cluster.mail_type,
@@ -147,10 +147,12 @@ def setup(cluster: SlurmConfig) -> str:
 
 
 def _gpus(cluster: SlurmConfig) -> str | None:
+    """[gpu:][TYPE:]NUMBER, for --gpus-per-node or --gres; None where no GPU is asked for."""
     if cluster.gpus_per_node == 0:
         return None
-    kind = f"{cluster.gpu_type}:" if cluster.gpu_type else ""
-    return f"{kind}{cluster.gpus_per_node}"
+    parts = ["gpu"] if cluster.gpu_flag == "gres" else []
+    parts += [cluster.gpu_type] if cluster.gpu_type else []
+    return ":".join([*parts, str(cluster.gpus_per_node)])
 
 
 def _ask(command: list[str]) -> str:

@@ -25,6 +25,11 @@ class SlurmConfig(ClusterConfig):
 
     gpus_per_node: int = setting(0, "GPUs of each node; null ranks are as many", minimum=0)
     gpu_type: str | None = setting(None, "type of those GPUs as the site calls it, such as h100")
+    gpu_flag: str = setting(
+        "gpus-per-node",
+        "how sbatch is asked: --gpus-per-node=h100:8 or --gres=gpu:h100:8",
+        choices=("gpus-per-node", "gres"),
+    )
     job_name: str = setting("shardway", "name in the queue")
     partition: str | None = setting(None, "--partition")
     account: str | None = setting(None, "--account")

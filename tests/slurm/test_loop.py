@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.cluster.slurm import script
 from tests.helpers.commands import SHARDWAY, losses, shardway
 from tests.helpers.slurm import Slurm
 
@@ -39,6 +40,26 @@ def test_two_nodes_learn_what_two_ranks_learn(
     done = shardway("train", "cluster.nproc_per_node=2", "run_dir=near", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "far") == losses(tmp_path / "near")
+
+
+def test_sbatch_alone_takes_overrides_and_hostile_values(
+    slurm: Slurm, tiny: Path, tmp_path: Path
+) -> None:
+    """The other door, with the Python that is first on PATH."""
+    name = "a b,c $(touch hit) `touch hit` é"
+    (tmp_path / name).mkdir()
+    path = f"{Path(sys.executable).parent}:{slurm.environment['PATH']}"
+    words = ("model=tiny", "strategy=fsdp", *QUICK, f"run_dir='{name}/run'")
+    done = subprocess.run(
+        ["sbatch", "--parsable", "--nodes=2", str(script()), *words],
+        cwd=tmp_path, env={**slurm.environment, "PATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    job = done.stdout.strip()
+    slurm.until(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), 120)
+    console = (tmp_path / f"slurm-{job}.out").read_text()
+    assert slurm.state(job) == "COMPLETED", console
+    assert len(losses(tmp_path / name / "run")) == 6
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, f"slurm-{job}.out"])
 
 
 LONG = ("model=tiny", "strategy=ddp", "training.epochs=null", "training.global_batch_size=8")

@@ -65,6 +65,19 @@ def test_every_option_is_one_word_of_sbatch() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("flag", "kind", "word"),
+    [
+        ("gpus-per-node", None, "--gpus-per-node=8"),
+        ("gres", None, "--gres=gpu:8"),
+        ("gres", "h100", "--gres=gpu:h100:8"),
+    ],
+)
+def test_gpus_are_asked_for_as_the_site_wants(flag: str, kind: str | None, word: str) -> None:
+    cluster = SlurmConfig(name="slurm", gpus_per_node=8, gpu_type=kind, gpu_flag=flag)
+    assert word in slurm.flags(cluster)
+
+
 def test_a_sweep_is_one_array_with_a_log_in_each_run() -> None:
     cluster = SlurmConfig(name="slurm", array_limit=2)
     words = slurm.sbatch(cluster, Path("/runs/a b"), 3)
