@@ -82,7 +82,9 @@ class Slurm:
         folder.chmod(0o755)  # users that are not root find the configuration
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
         self.apart = apart
-        self.environment = {**os.environ, "PATH": PATH, "SLURM_CONF": str(folder / "slurm.conf")}
+        # Nodes that share two cores: more threads would wait for each other.
+        self.environment = {**os.environ, "PATH": PATH, "OMP_NUM_THREADS": "1"}
+        self.environment["SLURM_CONF"] = str(folder / "slurm.conf")
         for name in ("state", *(f"spool-{node}" for node in self.nodes)):
             (folder / name).mkdir()
         port, *ports = _free_ports(nodes + 1)

@@ -9,6 +9,12 @@ import pytest
 from tests.helpers import slurm as daemons
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here as on the nodes."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[daemons.Slurm]:
     """Two nodes."""
