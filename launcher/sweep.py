@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import manifest, run_dir
-from launcher.config import Config, store
+from launcher.config import TOP_LEVEL, Config, store
 from launcher.errors import UserError
 from launcher.run_dir import RunDir
 
@@ -77,11 +77,11 @@ def element(path: Path) -> RunDir:
 def differing(configs: list[Config]) -> list[dict[str, str]]:
     """Of each configuration the settings, by their overrides, that are not the same in all.
 
-    Where another file of a group is chosen, as by `method=full`, that says it; what only one of
+    Where and whether they go on is not told. Where another file of a group is chosen, as by `method=full`, that says it; what only one of
     those files has is left out.
     """
     sides = [store.leaves(config) for config in configs]
-    common = set.intersection(*(set(side) for side in sides)) - {"run_dir"}
+    common = set.intersection(*(set(side) for side in sides)) - set(TOP_LEVEL)
     keys = [k for k in sides[0] if k in common and any(side[k] != sides[0][k] for side in sides)]
     return [{key.removesuffix(".name"): _word(side[key]) for key in keys} for side in sides]
 

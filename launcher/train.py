@@ -79,7 +79,7 @@ def compose() -> list[Config]:
     typed = list(sys.argv)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise here instead of printing a stack and exiting
     with tempfile.TemporaryDirectory(prefix="shardway-") as scratch:
-        _insert_overrides(
+        _gather_overrides(
             "hydra.run.dir=.",  # Hydra makes no folders of its own: the run folder is ours
             f"hydra.sweep.dir={scratch}",
             "hydra.output_subdir=null",
@@ -103,18 +103,19 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("cache", lambda name: str(paths.cache() / name), replace=True)
 
 
-def _insert_overrides(*overrides: str) -> None:
-    """Put `overrides` before the user's, which then win. argparse wants them in one place."""
-    given = (
+def _gather_overrides(*ours: str) -> None:
+    """Put `ours` before the user's, which then win, and all of them behind the options: argparse
+    wants them in one place."""
+    typed = [
         at
         for at, word in enumerate(sys.argv)
         if at
         and re.match(r"[+~\w]", word)
         and "=" in word
-        and not sys.argv[at - 1].startswith("--c")
-    )
-    at = next(given, len(sys.argv))
-    sys.argv[at:at] = overrides
+        and not sys.argv[at - 1].startswith("--c")  # --config-dir A=B is one of its folders
+    ]
+    options = [word for at, word in enumerate(sys.argv) if at not in typed]
+    sys.argv = [*options, *ours, *(sys.argv[at] for at in typed)]
 
 
 def check(config: Config) -> World:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from tests.helpers.commands import SHARDWAY, losses, shardway
 from tests.helpers.slurm import Slurm
@@ -131,36 +133,49 @@ def test_a_job_goes_back_as_often_as_it_may_and_a_person_can_go_on(
 
 @pytest.fixture
 def anyone(slurm: Slurm, tiny: Path) -> Iterator[tuple[Path, dict[str, str]]]:
-    """A folder and an environment of the user nobody, with the tiny model in it."""
+    """A folder and an environment of the user nobody, who may read this Python and the checkout
+    there, wherever they are."""
     home = Path(tempfile.mkdtemp(prefix="nobody-"))
     shutil.copytree(tiny, home / "tiny")
     for path in (home, *home.rglob("*")):
         shutil.chown(path, "nobody")
-    environment = {**slurm.environment, "HOME": str(home), "SHARDWAY_CACHE": str(home / "cache")}
-    try_it = [*as_nobody(), *SHARDWAY, "--help"]
-    if subprocess.run(try_it, env=environment, cwd=home, capture_output=True).returncode != 0:
-        pytest.skip("the user nobody cannot read this checkout or its Python")
-    yield home, environment
-    shutil.rmtree(home)
-
-
-def as_nobody() -> list[str]:
-    return ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"]
+    packages = Path(torch.__file__).parents[1]
+    checkout = Path(__file__).parents[2]
+    mounts = {"python": sys.base_prefix, "packages": packages, "checkout": checkout}
+    with contextlib.ExitStack() as mounted:
+        mounted.callback(shutil.rmtree, home)
+        for name, source in mounts.items():
+            (home / name).mkdir()
+            if subprocess.run(["mount", "--bind", source, home / name]).returncode != 0:
+                pytest.skip("this machine lets nobody mount")
+            mounted.callback(subprocess.run, ["umount", home / name], check=True)
+        yield (
+            home,
+            {
+                **slurm.environment,
+                "HOME": str(home),
+                "SHARDWAY_CACHE": str(home / "cache"),
+                "LD_LIBRARY_PATH": str(home / "python/lib"),
+                "PYTHONPATH": f"{home / 'checkout'}:{home / 'packages'}",
+            },
+        )
 
 
 def test_a_user_without_privileges_trains(
     slurm: Slurm, anyone: tuple[Path, dict[str, str]]
 ) -> None:
     home, environment = anyone
-    model = ("model=tiny", f"model.name_or_path={home / 'tiny'}", "training.max_steps=3")
+    python = home / "python/bin" / Path(sys.executable).resolve().name
+    words = (*LONG, f"model.name_or_path={home / 'tiny'}", "training.max_steps=3", "run_dir=far")
     done = subprocess.run(
-        [*as_nobody(), *SHARDWAY, "train", "cluster=slurm", "run_dir=far", *LONG, *model],
+        ["runuser", "-u", "nobody", "--", str(python), "-m", "launcher.cli", "train",
+         "cluster=slurm", *words],
         cwd=home, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     job = re.search(r"job (\d+) is in the queue", done.stdout)
-    assert job, done.stderr
+    assert job, done.stdout + done.stderr
     slurm.until(lambda: slurm.state(job[1]) in OVER, 120)
     far = home / "far"
     assert slurm.state(job[1]) == "COMPLETED", out_of(far)
-    assert {path.stat().st_uid for path in far.rglob("*")} == {os.stat(home).st_uid} != {0}
+    assert {path.stat().st_uid for path in far.rglob("*")} == {home.stat().st_uid} != {0}
     assert steps(far) == 3

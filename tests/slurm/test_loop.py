@@ -32,7 +32,10 @@ def test_two_nodes_learn_what_two_ranks_learn(
     slurm: Slurm, tiny: Path, tmp_path: Path, strategy: str
 ) -> None:
     words = ("model=tiny", f"strategy={strategy}", *QUICK)
-    container = ("cluster.container=[env,INSIDE=1]", f"cluster.container_python={sys.executable}")
+    container = (
+        'cluster.container=["env","INSIDE=1"]',
+        f"cluster.container_python={sys.executable}",
+    )
     job = submit(slurm, tmp_path, "cluster.nodes=2", "run_dir=far", *container, *words)
     slurm.until(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), 120)
     out = next((tmp_path / "far/logs").glob("slurm-*.out")).read_text()
