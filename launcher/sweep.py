@@ -77,8 +77,8 @@ def element(path: Path) -> RunDir:
 def differing(configs: list[Config]) -> list[dict[str, str]]:
     """Of each configuration the settings, by their overrides, that are not the same in all.
 
-    Where and whether they go on is not told. Where another file of a group is chosen, as by `method=full`, that says it; what only one of
-    those files has is left out.
+    Where and whether they go on is not told. Where another file of a group is chosen, as by
+    `method=full`, that says it; what only one of those files has is left out.
     """
     sides = [store.leaves(config) for config in configs]
     common = set.intersection(*(set(side) for side in sides)) - set(TOP_LEVEL)

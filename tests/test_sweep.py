@@ -64,6 +64,7 @@ def test_one_that_fails_does_not_keep_the_others_from_their_turn(
     assert "rates/1" in shardway("runs", ".", cwd=tmp_path).stdout
 
 
+@pytest.mark.whole
 def test_a_sweep_goes_on_where_it_was(tiny: Path, tmp_path: Path) -> None:
     words = (*TRAIN_TINY, *SHORT, "--multirun", "method.rank=2,3", "run_dir=ranks")
     done = shardway(*words, "training.stop_after_steps=2", cwd=tmp_path)

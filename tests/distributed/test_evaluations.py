@@ -117,7 +117,12 @@ def case_of(tiny: Path, rows_file: Path, strategy: str) -> PlateauCase:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "world", "stops"), [("single", 1, [5]), ("fsdp", 3, [5, 6]), ("zero2", 2, [5])]
+    ("strategy", "world", "stops"),
+    [
+        ("fsdp", 3, [5, 6]),
+        pytest.param("single", 1, [5], marks=pytest.mark.whole),
+        pytest.param("zero2", 2, [5], marks=pytest.mark.whole),
+    ],
 )
 def test_a_plateau_is_torch_s_on_the_evaluations_and_goes_on_to_the_bit(
     ranks: Any,

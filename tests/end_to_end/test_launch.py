@@ -101,15 +101,6 @@ def test_a_full_run_can_be_consolidated(tiny: Path, tmp_path: Path) -> None:
     assert shardway("verify", "out", cwd=tmp_path).returncode == 0
 
 
-def test_multirun_makes_one_folder_a_run(tiny: Path, tmp_path: Path) -> None:
-    done = shardway(*TRAIN_TINY, *SHORT, "method.rank=2,3", "--multirun", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    runs = sorted((tmp_path / "runs").iterdir())
-    ranks = [yaml.safe_load((each / "config.yaml").read_text())["method"]["rank"] for each in runs]
-    assert ranks == [2, 3]
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
-
-
 def test_torchrun_on_one_host_makes_one_run_folder(tiny: Path, tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
@@ -155,7 +146,7 @@ def test_torchrun_on_two_hosts_agrees_on_one_run_folder(tiny: Path, tmp_path: Pa
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.whole)])
 def test_two_hosts_without_a_shared_disk_have_the_checkpoints_on_the_first(
     tiny: Path, tmp_path: Path, method: str
 ) -> None:

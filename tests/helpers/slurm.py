@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 PATH = f"{os.environ['PATH']}:/usr/sbin"
 PACKAGES = "slurmctld slurmd slurm-client munge"
 CONF = """\
@@ -141,12 +143,15 @@ class Slurm:
 
     def stop(self) -> None:
         self.ask("scancel", "--user=root")
+        daemons = []
         for file in self.folder.glob("*.pid"):
-            with contextlib.suppress(ProcessLookupError, ValueError):
-                os.kill(int(file.read_text()), signal.SIGTERM)
+            with contextlib.suppress(psutil.NoSuchProcess, ValueError):
+                daemons.append(psutil.Process(int(file.read_text())))
+                daemons[-1].terminate()
+        psutil.wait_procs(daemons, timeout=20)
         if self.apart:
             self._take_cables_away()
-        shutil.rmtree(self.folder, ignore_errors=True)  # daemons that end still write there
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _lay_cables(self) -> None:
         """A bridge, and for each node a network namespace with a pair of interfaces."""

@@ -66,13 +66,14 @@ def test_sbatch_alone_takes_overrides_and_hostile_values(
 
 
 LONG = ("model=tiny", "strategy=ddp", "training.epochs=null", "training.global_batch_size=8")
-LONG += ("training.max_steps=300", "training.log_steps=1", "tracking.plot=false")
+LONG += ("training.max_steps=120", "training.log_steps=1", "tracking.plot=false")
 
 
 def out_of(run: Path) -> str:
     return "\n".join(file.read_text() for file in sorted((run / "logs").glob("slurm-*.out")))
 
 
+@pytest.mark.whole  # a job that is preempted is told the same
 def test_a_job_that_is_told_to_stop_saves_and_goes_on_in_the_queue(
     slurm: Slurm, tiny: Path, tmp_path: Path
 ) -> None:
