@@ -4,7 +4,9 @@
     python tools/bench_loading.py --ranks 4 --methods qlora --strategies fsdp zero3
 
 Against `from_pretrained` on every rank. Each cell is measured once, in new processes: bytes read
-from the files by the rank that read most, the growth of its own memory at its peak, seconds.
+from the files by the rank that read most, the growth of its own memory at its peak, seconds. In the
+dtype of the files themselves, --precision bf16, weights on CPU are pages of the files, which no
+process is charged for.
 """
 
 from __future__ import annotations
@@ -24,33 +26,37 @@ from launcher.config.strategy import STRATEGIES
 from launcher.distributed.process_group import Place
 from launcher.model.fetch import MODELS, fetch
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 def main() -> None:
     arguments = _parser().parse_args()
     folder = fetch(arguments.model)
-    print(f"{arguments.model}, bf16, {arguments.ranks} ranks")
+    print(f"{arguments.model}, {arguments.precision}, {arguments.ranks} ranks")
     print("| | read | peak | seconds |\n|---|---|---|---|")
-    bench_parts.spawn(loading_all, arguments.ranks, folder)
+    bench_parts.spawn(loading_all, arguments.ranks, folder, arguments.precision)
     for method in arguments.methods:
         for strategy in arguments.strategies:
-            bench_parts.spawn(loading, arguments.ranks, folder, strategy, method)
+            words = (folder, strategy, method, arguments.precision)
+            bench_parts.spawn(loading, arguments.ranks, *words)
 
 
-def loading(place: Place, folder: Path, strategy: str, method: str) -> None:
+def loading(place: Place, folder: Path, strategy: str, method: str, precision: str) -> None:
     """A row: each rank reads and keeps its own part."""
     said: list[str] = []
     with bench_parts.memory(place) as used:
-        learner(place, folder, strategy, method, precision="bf16", say=said.append)
+        learner(place, folder, strategy, method, precision=precision, say=said.append)
     found = next(match for line in said if (match := re.search(r"has read ([\d,.]+) MB", line)))
     read = torch.tensor(float(found[1].replace(",", "")))
     dist.all_reduce(read, dist.ReduceOp.MAX)
     _row(place, f"`method={method} strategy={strategy}`", read.item(), used)
 
 
-def loading_all(place: Place, folder: Path) -> None:
+def loading_all(place: Place, folder: Path, precision: str) -> None:
     """A row: every rank loads everything."""
     with bench_parts.memory(place) as used:
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(place.device)
+        dtype = DTYPES[precision]
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(place.device)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     _row(place, "`from_pretrained` on every rank", size / MB, used)
 
@@ -66,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", choices=sorted(MODELS), default="smollm2_135m")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="NAME")
     parser.add_argument("--strategies", nargs="+", choices=list(STRATEGIES), metavar="NAME")
     parser.set_defaults(methods=["full", "lora", "qlora"], strategies=["ddp", "fsdp", "zero3"])
