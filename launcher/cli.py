@@ -6,6 +6,8 @@ import importlib
 import os
 import sys
 
+from launcher.errors import UserError
+
 VERBS = {
     "train": ("launcher.train", "compose, check and launch a run (Hydra overrides)"),
     "consolidate": ("launcher.export.cli", "merge and re-shard a run into a folder that serves"),
@@ -49,6 +51,9 @@ def main() -> None:
         module, _, function = VERBS[verb][0].partition(":")
         getattr(importlib.import_module(module), function or "main")()
         sys.stdout.flush()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:  # the reader (`| head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)

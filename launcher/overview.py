@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import psutil
 from launcher import manifest, sweep
 from launcher.cluster import slurm
 from launcher.config import Config, store
+from launcher.errors import UserError
 from launcher.run_dir import RunDir
 
 Row = dict[str, str]
@@ -33,16 +35,24 @@ def table(folder: Path, without: str | None = None) -> str:
     `without` names a job that the queue is not asked about: the one that asks, at its end.
     """
     runs = runs_in(folder)
-    configs = [store.load(run.config) for run in runs]
+    configs = [_config(run) for run in runs]
     jobs = [job for run in runs if (job := slurm.job_of(run)) and job != without]
-    queue = slurm.queue(jobs)
-    told = sweep.differing(configs) if sweep.is_sweep(folder) else [{} for _ in runs]
-    rows = [
-        {"run": str(run.path.relative_to(folder)), **settings, **_row(run.newest(), config, queue)}
-        for run, config, settings in zip(runs, configs, told, strict=True)
-    ]
-    columns = [name for name in rows[0] if any(row[name] for row in rows)]
-    lines = [columns, *([row[name] for name in columns] for row in rows)]
+    try:
+        queue = slurm.queue(jobs)
+    except UserError as error:  # what the folders say is worth reading all the same
+        print(error, file=sys.stderr)
+        queue = {}
+    told = iter(sweep.differing([c for c in configs if c]) if sweep.is_sweep(folder) else [])
+    rows: list[Row] = []
+    for run, config in zip(runs, configs, strict=True):
+        row = {"run": str(run.path.relative_to(folder))}
+        if config is None:
+            rows.append({**row, "state": "config.yaml is of another version"})
+        else:
+            rows.append({**row, **next(told, {}), **_row(run.newest(), config, queue)})
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    columns = [name for name in columns if any(row.get(name) for row in rows)]
+    lines = [columns, *([row.get(name, "") for name in columns] for row in rows)]
     widths = [max(len(line[at]) for line in lines) for at in range(len(columns))]
     return "".join(
         "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip()
@@ -74,6 +84,14 @@ def is_here(run: RunDir) -> bool:
         if words == (process.info["cmdline"] or [])[-3:]:
             return True
     return False
+
+
+def _config(run: RunDir) -> Config | None:
+    """None where this version cannot read it."""
+    try:
+        return store.load(run.config)
+    except UserError:
+        return None
 
 
 def _row(run: RunDir, config: Config, queue: dict[str, slurm.Queued]) -> Row:

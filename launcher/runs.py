@@ -19,7 +19,10 @@ from launcher.checkpoint import layout
 from launcher.cluster import slurm
 from launcher.config import store
 from launcher.config.cluster import SlurmConfig
+from launcher.errors import UserError
 from launcher.run_dir import RunDir
+
+SECONDS_BETWEEN_LOOKS = 5.0  # at the queue
 
 
 def main() -> None:
@@ -39,27 +42,20 @@ def stop() -> None:
     parser.add_argument("run", type=Path, metavar="RUN")
     path = parser.parse_args().run.absolute()
     asked = sweep.elements(path) if sweep.is_sweep(path) else [_found(path)]
-    stopped = [_stopped(run.newest()) for run in asked]
-    if not any(stopped):
+    jobs = {job: run for run in asked if (job := slurm.job_of(run))}
+    queue = slurm.queue(list(jobs))
+    alive = {jobs[job] for job in queue} | {r for r in asked if overview.is_here(r.newest())}
+    for run in alive:  # one that begins at this moment reads it, too
+        run.stop.write_text("shardway stop")
+    waiting = [job for job, each in queue.items() if each.state == "PENDING"]
+    for job in waiting:  # first: else one begins when another has ended
+        slurm.cancel_waiting(job)
+        print(f"job {job} leaves the queue")
+    for run in alive - {jobs[job] for job in waiting}:
+        print(f"{run.path} saves at its next step and ends: shardway logs {run.path} --follow")
+    if not alive:
         said = "nothing of it" if len(asked) > 1 else f"it is {overview.state(asked[0], None)}"
         _refuse(f"{path} is not running: {said}")
-
-
-def _stopped(run: RunDir) -> bool:
-    """Whether there was something to stop."""
-    job = slurm.job_of(run)
-    queued = slurm.queue([job]).get(job) if job else None
-    if job and queued and queued.state == "PENDING":
-        slurm.cancel(job)
-        print(f"job {job} has left the queue")
-    elif queued or overview.is_here(run):
-        run.stop.write_text("shardway stop")
-        print(
-            f"{run.path} saves at its next step and ends; follow: shardway logs {run.path} --follow"
-        )
-    else:
-        return False
-    return True
 
 
 def resume() -> None:
@@ -90,7 +86,7 @@ def logs() -> None:
     run = _found(words.run)
     if words.attempt:
         run = RunDir(run.path, words.attempt)
-    file = _log(run, words.rank)
+    file = _log(run, 0 if words.attempt and words.rank is None else words.rank)
     for text in _follow(file, run) if words.follow else [file.read_text(errors="replace")]:
         print(text, end="", flush=True)
 
@@ -116,9 +112,11 @@ def _ranks(run: RunDir) -> str:
 
 def _follow(file: Path, run: RunDir) -> Iterator[str]:
     """What is written, until the run has ended."""
+    over, looked = False, 0.0
     with file.open(errors="replace") as opened:
         while True:
-            over = not _lives(run)
+            if time.monotonic() - looked > SECONDS_BETWEEN_LOOKS:
+                over, looked = not _lives(run), time.monotonic()
             if text := opened.read():
                 yield text
             elif over:
@@ -127,8 +125,14 @@ def _follow(file: Path, run: RunDir) -> Iterator[str]:
 
 
 def _lives(run: RunDir) -> bool:
+    if overview.is_here(run.newest()):
+        return True
     job = slurm.job_of(run)
-    return overview.is_here(run.newest()) or bool(job and job in slurm.queue([job]))
+    try:
+        return bool(job and job in slurm.queue([job]))
+    except UserError as error:
+        print(error, file=sys.stderr)  # the controller is busy: look again later
+        return True
 
 
 def _run(verb: str, about: str) -> RunDir:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,13 +64,13 @@ def is_sweep(path: Path) -> bool:
 
 def elements(path: Path) -> list[RunDir]:
     """The runs of a sweep that have begun or are queued, in their order."""
-    found = [RunDir(file.parent) for file in path.glob("*/config.yaml")]
+    found = [RunDir(f.parent) for f in path.glob("*/config.yaml") if f.parent.name.isdigit()]
     return sorted(found, key=lambda run: int(run.path.name))
 
 
-def element(path: Path) -> RunDir:
-    """The run folder that a job is for: `path`, or one in it where the job is of an array."""
-    return RunDir(path / os.environ["SLURM_ARRAY_TASK_ID"] if is_sweep(path) else path)
+def element(path: Path, index: str | None) -> RunDir:
+    """The run folder that a job is for: `path`, or one in it for an element of an array."""
+    return RunDir(path / index if index and is_sweep(path) else path)
 
 
 def differing(configs: list[Config]) -> list[dict[str, str]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import manifest, rank_log, run_dir
+from launcher.checkpoint import layout
 from launcher.config import Config, store
 from launcher.config.data import DataConfig
 from launcher.config.scheduler import WarmupConfig
@@ -89,7 +90,7 @@ def run(
     import torch.distributed as dist
 
     from launcher.distributed import process_group
-    from launcher.distributed.together import any_rank
+    from launcher.distributed.together import any_rank, first_known
     from launcher.model.folder import model_folder
     from launcher.model.tokenizer import load_tokenizer
 
@@ -98,13 +99,15 @@ def run(
     folder = model_folder(source.name_or_path, source.revision, source.trust_remote_code)
     chat = config.data.format != "text"
     tokenizer = load_tokenizer(folder, source.trust_remote_code, chat)
+    meeting = meeting or process_group.rendezvous()  # others look for it while rows are tokenised
     loaders: Any = None
     with suppress(Stopped):
         loaders = _loaders(config.data, config.training, place, tokenizer, say, stop)
-    process_group.start(place, meeting or process_group.rendezvous())
+    process_group.start(place, meeting)
     ended: tuple[int, str | None]
     if any_rank(stop.requested()):
-        ended = 0, stop.reason()  # read after all have met: it may be another rank's
+        saved = layout.finished(run_folder.checkpoints)
+        ended = saved[0].step if saved else 0, first_known(stop.reason())
     else:
         ended = _train(run_folder, config, folder, loaders, place, console, stop)
     _leave_status(run_folder, place.is_main, *ended, say)
@@ -123,6 +126,7 @@ def _train(
     """Begin or go on; the last step done, and why it is not the schedule's last (None if it is)."""
     from launcher.checkpoint import load
     from launcher.checkpoint.save import Saver
+    from launcher.distributed.together import first_known
     from launcher.loop import fit
     from launcher.tracking import build_observers
 
@@ -138,6 +142,7 @@ def _train(
         done = load.restore(chosen, learner, config.resume_force)
         say(f"resumed from {chosen.path.name}: {done.step} steps, {done.tokens:,} tokens")
     observers = build_observers(config.tracking, run_folder, console) if place.is_main else ()
+    stop.training_begins()
     try:
         last = fit(
             learner.strategy,
@@ -157,7 +162,7 @@ def _train(
         saver.finish()
         raise
     if last < plan.end_step:
-        return last, learner.watch.reason() or stop.reason()
+        return last, learner.watch.reason() or first_known(stop.reason())
     return last, _planned_end(config, plan)
 
 

@@ -101,6 +101,13 @@ def first_failure(run: RunDir) -> Failure | None:
     return killed
 
 
+def lost_a_node(run: RunDir, ranks: int) -> bool:
+    """Whether ranks failed only because others went away that left no word: their machine did."""
+    own = [json.loads(path.read_text()) for path in run.logs.glob("rank-*.error.json")]
+    lost = bool(own) and len(own) < ranks and all(error["lost_peer"] for error in own)
+    return lost and _killed_rank(run) is None
+
+
 def _killed_rank(run: RunDir) -> Failure | None:
     """A rank that a signal ended, by torchrun's summary (SIGTERM is its own, for the others)."""
     logs = sorted(run.logs.glob("torchrun*.log"))

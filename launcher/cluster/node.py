@@ -26,7 +26,8 @@ def main() -> None:
     gpus = visible_gpus()
     world = World.of(store.load(run.config), gpus)
     node = int(os.environ["SLURM_NODEID"])
-    values = command.environment(world.nproc_per_node, gpus)
+    # As many as were asked for: ranks that see none of them refuse, instead of using the CPU.
+    values = command.environment(world.nproc_per_node, max(gpus, world.gpus))
     values |= {
         "SHARDWAY_NODE": str(node),
         "SHARDWAY_NODES": os.environ["SLURM_NNODES"],
@@ -36,6 +37,7 @@ def main() -> None:
     # them at once, does not hear it: what is ignored stays ignored in the program that follows.
     for number in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    os.listdir(run.logs.parent)  # NFS may remember that this attempt was not there yet
     log = os.open(run.agent_log(node), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(log, 2)
     words = command.torchrun(run.path, run.attempt, world.nproc_per_node, deaf=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -24,6 +25,7 @@ def launch(config: Config, cluster: SlurmConfig) -> int:
     Raises UserError with Slurm's reason, before anything is written, where it would never start.
     """
     _ask(["sbatch", "--test-only", *flags(cluster), str(script())])
+    _refuse_when_queued([config])
     run = _frozen(config)
     return submit(run.path, [run], cluster)
 
@@ -31,6 +33,7 @@ def launch(config: Config, cluster: SlurmConfig) -> int:
 def launch_sweep(configs: list[Config], cluster: SlurmConfig) -> int:
     """Queue the runs of a sweep, as `sweep.place` put them, as one job array."""
     _ask(["sbatch", "--test-only", *flags(cluster, len(configs)), str(script())])
+    _refuse_when_queued(configs)
     folder = sweep.begin(configs)
     return submit(folder, [_frozen(config) for config in configs], cluster)
 
@@ -40,6 +43,8 @@ def submit(folder: Path, runs: list[RunDir], cluster: SlurmConfig) -> int:
     print(f"run folder: {folder}", flush=True)
     manifest.write_text(folder / SETUP, setup(cluster))
     manifest.write_text(folder / SCRIPT, script().read_text(encoding="utf-8"))
+    for run in runs:
+        run.stop.unlink(missing_ok=True)  # meant for an attempt before
     command = sbatch(cluster, folder, len(runs))
     answer = _ask([command[0], "--parsable", *command[1:]])
     job = answer.strip().splitlines()[-1].partition(";")[0]
@@ -52,6 +57,16 @@ def submit(folder: Path, runs: list[RunDir], cluster: SlurmConfig) -> int:
     print(f"look:    shardway runs {named}" if array else f"go on:   shardway resume {named}")
     print(f"follow:  shardway logs {first} --follow\nstop:    shardway stop {named}")
     return 0
+
+
+def _refuse_when_queued(configs: list[Config]) -> None:
+    """One run is one job at a time."""
+    runs = [RunDir(Path(config.run_dir)) for config in configs if config.run_dir]
+    jobs = {job: run for run in runs if run.config.is_file() and (job := job_of(run))}
+    for job in queue(list(jobs)):
+        raise UserError(
+            f"{jobs[job].path} is job {job} already; stop it first: shardway stop {jobs[job].path}"
+        )
 
 
 def _frozen(config: Config) -> RunDir:
@@ -72,21 +87,27 @@ class Queued:
 
 
 def job_of(run: RunDir) -> str | None:
-    """The number of the job that `run` was queued as last, None where it never was."""
-    if not run.submitted.is_file():
-        return None
-    return str(json.loads(run.submitted.read_text(encoding="utf-8"))["job"])
+    """The number of the job that `run` was queued as last, by whatever door; None where it never
+    was."""
+    for file in (run.submitted, run.newest().job):
+        if file.is_file():
+            return str(json.loads(file.read_text(encoding="utf-8"))["job"])
+    return None
 
 
 def queue(jobs: list[str]) -> dict[str, Queued]:
     """Those of `jobs` that wait or run, by number. Raises UserError where Slurm does not answer."""
     if not jobs:
         return {}
-    lines = _ask(["squeue", "--me", "--array", "--noheader", "--format=%i %T %R"]).splitlines()
-    found = {
-        job: Queued(state, nodes) for job, state, nodes in (line.split(None, 2) for line in lines)
-    }
+    words = ["squeue", f"--jobs={','.join(jobs)}", "--array", "--noheader", "--format=%i|%T|%R"]
+    lines = (line.split("|", 2) for line in _ask(words, unless="Invalid job id").splitlines())
+    found = {job: Queued(state, nodes) for job, state, nodes in lines}
     return {job: found[job] for job in jobs if job in found}
+
+
+def cancel_waiting(job: str) -> None:
+    """Take `job` out of the queue if it waits there. One that has begun goes on."""
+    _ask(["scancel", "--state=PENDING", job])
 
 
 def cancel(job: str) -> None:
@@ -155,15 +176,24 @@ def _gpus(cluster: SlurmConfig) -> str | None:
     return ":".join([*parts, str(cluster.gpus_per_node)])
 
 
-def _ask(command: list[str]) -> str:
-    """Slurm's answer. Raises UserError with its reason."""
+def _ask(command: list[str], unless: str | None = None) -> str:
+    """Slurm's answer; empty where it fails with the words `unless`. Raises UserError with its
+    reason."""
+    # A job that is submitted by another gets its variables, which Slurm sets anew for some only.
+    values = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith("SLURM_ARRAY_") and key != "SLURM_RESTART_COUNT"
+    }
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=values)
     except FileNotFoundError as error:
         raise UserError(
             f"cluster=slurm: there is no {command[0]} on this machine; run on a login node, or "
             "with cluster=local"
         ) from error
+    if done.returncode != 0 and unless and unless in done.stderr:
+        return ""
     if done.returncode != 0:
         said = done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}"
         raise UserError(f"Slurm would not do this: {said}\n{shlex.join(command)}")

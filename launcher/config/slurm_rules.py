@@ -8,7 +8,8 @@ from launcher.config import Config
 from launcher.config.cluster import SlurmConfig
 from launcher.config.rule import Example, Rule, World
 
-# sbatch(1), --time: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]
+# sbatch(1), --time: minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]. Plain
+# minutes are not taken: YAML reads 4:00:00 without quotes as the number 14400.
 LIMIT = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 NONE = ("INFINITE", "UNLIMITED", "0")
 
@@ -18,7 +19,7 @@ def seconds(limit: str) -> float | None:
     if limit.upper() in NONE:
         return float("inf")
     match = LIMIT.fullmatch(limit)
-    if match is None:
+    if match is None or limit.isdigit():
         return None
     days, *parts = match.groups()
     numbers = [int(part) for part in parts if part is not None]
@@ -60,10 +61,13 @@ def _repeated(cluster: SlurmConfig) -> list[str]:
 SLURM_RULES: tuple[Rule, ...] = (
     Rule(
         "limit-is-readable",
-        "cluster.time is a time limit as sbatch reads it",
+        "cluster.time is hours:minutes:seconds, minutes:seconds or days-hours",
         _unreadable,
-        lambda c, w: f"cluster.time={_slurm(c).time} is no time limit that sbatch reads",
-        lambda c, w: "cluster.time=4:00:00, or cluster.time=1-12 (days-hours)",
+        lambda c, w: (
+            f"cluster.time={_slurm(c).time} is no hours:minutes:seconds, minutes:seconds or "
+            "days-hours (in a file in quotes, for YAML makes a number of 4:00:00)"
+        ),
+        lambda c, w: "cluster.time=4:00:00, or cluster.time=1-12",
         Example("cluster=slurm cluster.time=4h"),
     ),
     Rule(
@@ -78,7 +82,7 @@ SLURM_RULES: tuple[Rule, ...] = (
             f"cluster.signal_seconds={max(1, int(seconds(_slurm(c).time or '') or 0) // 4)}, or a "
             "longer cluster.time"
         ),
-        Example("cluster=slurm cluster.time=3"),
+        Example("cluster=slurm cluster.time=3:00"),
     ),
     Rule(
         "gpu-type-has-a-number",
@@ -87,6 +91,21 @@ SLURM_RULES: tuple[Rule, ...] = (
         lambda c, w: f"cluster.gpu_type={_slurm(c).gpu_type}, and no GPU is asked for",
         lambda c, w: "cluster.gpus_per_node=8, or cluster.gpu_type=null",
         Example("cluster=slurm cluster.gpu_type=h100"),
+    ),
+    Rule(
+        "jobs-can-go-on",
+        "a job that is queued again has checkpoints to go on from",
+        lambda c, w: (
+            c.cluster.name == "slurm"
+            and c.checkpoint.content != "all"
+            and _slurm(c).requeue_limit > 0
+        ),
+        lambda c, w: (
+            f"checkpoint.content={c.checkpoint.content} cannot be resumed, and "
+            f"cluster.requeue_limit={_slurm(c).requeue_limit} queues the job again"
+        ),
+        lambda c, w: "checkpoint.content=all, or cluster.requeue_limit=0",
+        Example("cluster=slurm checkpoint.content=weights"),
     ),
     Rule(
         "jobs-share-a-disk",
@@ -101,11 +120,11 @@ SLURM_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "flags-are-not-settings",
-        "cluster.extra_flags names no option that Shardway gives itself",
+        "cluster.extra_flags leaves alone what Shardway relies on",
         lambda c, w: bool(_repeated(_slurm(c))),
         lambda c, w: (
-            f"cluster.extra_flags=[{', '.join(_repeated(_slurm(c)))}] is given to sbatch by "
-            "Shardway itself"
+            f"cluster.extra_flags=[{', '.join(_repeated(_slurm(c)))}] would change what "
+            "Shardway relies on"
         ),
         lambda c, w: "cluster.extra_flags=[]",
         Example("cluster=slurm 'cluster.extra_flags=[\"--array=0-3\"]'"),

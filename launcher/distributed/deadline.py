@@ -30,6 +30,11 @@ class Deadline:
             return None
         return cls(json.loads(job.read_text(encoding="utf-8"))["end"])
 
+    def begins(self) -> None:
+        """Training does: what came before was no step."""
+        self._looked = None
+        self._longest = 0.0
+
     def is_near(self) -> bool:
         now = time.monotonic()
         if self._looked is not None:

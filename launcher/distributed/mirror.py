@@ -49,7 +49,9 @@ class Mirror:
                 answer: list[Any] = [None]
                 dist.recv_object_list(answer, 0, group=group)
                 if answer[0] == "take":
-                    _receive(folder, 0, group)
+                    aside = folder.with_name(f".{folder.name}.partial")
+                    _receive(aside, 0, group)
+                    aside.rename(folder)
                 elif answer[0] == "other":
                     raise UserError(f"{folder} is not the one of rank 0; move it out of the way")
             elif self._rank == 0:

@@ -46,6 +46,7 @@ def meet(file: Path) -> Any:
 def _read(file: Path) -> tuple[str, int]:
     until = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < until:
+        os.listdir(file.parent)  # NFS remembers for a minute that a file was not there
         if file.is_file():
             host, port = file.read_text(encoding="utf-8").split()
             return host, int(port)

@@ -55,16 +55,21 @@ class Stop:
             self._seen = self.file.exists() or self._newer.exists()
         return self._seen or self._signal is not None
 
+    def training_begins(self) -> None:
+        """From here on the time between two looks is that of a step."""
+        if self._deadline is not None:
+            self._deadline.begins()
+
     def raise_if_requested(self) -> None:
         if self.requested():
             raise Stopped
 
-    def reason(self) -> str:
-        """Who asked, as far as this rank knows."""
+    def reason(self) -> str | None:
+        """Who asked, as far as this rank knows; None where it was another."""
         try:
             return self.file.read_text(encoding="utf-8").strip() or self.file.name
         except OSError:
-            return self._signal or "another rank"
+            return self._signal
 
     def _take_signals(self) -> None:
         self._ask(signal.Signals(signal.sigwait(SIGNALS)).name)

@@ -39,6 +39,13 @@ def any_rank(here: bool) -> bool:
     return bool(count)
 
 
+def first_known(here: T | None) -> T | None:
+    """What the first rank that knows it has. Collective."""
+    found: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, here)
+    return next((each for each in found if each is not None), None)
+
+
 def innermost(error: BaseException) -> str:
     """The cause behind a chain of wrappers; DCP keeps one of each rank in `failures`."""
     while True:

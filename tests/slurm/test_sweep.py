@@ -47,7 +47,7 @@ def test_a_sweep_is_stopped_whole(slurm: Slurm, tiny: Path, tmp_path: Path) -> N
     first = tmp_path / "rates/0"
     slurm.until(lambda: (first / "metrics.jsonl").is_file() and len(losses(first)) > 3, 120)
     done = verb(slurm, tmp_path, "stop", "rates")
-    assert f"job {job}_1 has left the queue" in done.stdout
+    assert f"job {job}_1 leaves the queue" in done.stdout
     slurm.until(lambda: slurm.state(f"{job}_0") == "COMPLETED", 60)
     assert re.search(r"^0 .* stopped", (tmp_path / "rates/summary.txt").read_text(), re.MULTILINE)
     assert "not started" in verb(slurm, tmp_path, "runs", "rates").stdout
