@@ -152,14 +152,15 @@ def _composed(overrides: list[str]) -> tuple[RunDir, Config]:
         return run, _again(run)
     cluster = config.cluster
     assert isinstance(cluster, SlurmConfig)
-    if len(configs) > 1 or config.launch.dry_run or cluster.setup or cluster.environment:
+    written = cluster.setup or cluster.environment or cluster.container or cluster.container_python
+    if len(configs) > 1 or config.launch.dry_run or written:
         raise UserError(
             "sbatch is one run with what stands in the script: --multirun, launch.dry_run, "
-            "cluster.setup and cluster.environment belong to shardway train cluster=slurm …"
+            "cluster.setup, cluster.environment and cluster.container belong to "
+            "shardway train cluster=slurm …"
         )
     train.check(config)
-    begun = config.resume == "auto" and run.config.is_file()
-    return run if begun else run_dir.create(config), config
+    return run_dir.folder(config), config
 
 
 def _circumstances() -> dict[str, Any]:

@@ -133,15 +133,13 @@ def attempt(config: Config, argv: list[str], world_size: int) -> tuple[RunDir, C
     Returns the folder and the configuration with `run_dir` filled in. A folder that was named and
     exists is else refused; without a name, `runs/<time>-<model>-<method>` gets a number when taken.
     """
+    return begin(folder(config), config, argv, world_size)
+
+
+def folder(config: Config) -> RunDir:
+    """That of the run which resume=auto goes on with, else a new one, without an attempt yet."""
     if config.resume == "auto" and config.run_dir and (Path(config.run_dir) / "logs").is_dir():
-        path = Path(config.run_dir).absolute()
-    else:
-        path = create(config).path
-    return begin(RunDir(path), config, argv, world_size)
-
-
-def create(config: Config) -> RunDir:
-    """A new folder, without an attempt yet."""
+        return RunDir(Path(config.run_dir).absolute())
     run = RunDir(_make(config).absolute())
     run.logs.parent.mkdir()
     run.checkpoints.mkdir()

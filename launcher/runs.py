@@ -61,9 +61,8 @@ def stop() -> None:
 def resume() -> None:
     """`shardway resume RUN`: go on from its newest checkpoint, where it ran before."""
     run = _run("resume", "Go on from a run's newest checkpoint, here or in the queue.")
-    job = slurm.job_of(run)
-    if overview.is_here(run) or (job and job in slurm.queue([job])):
-        _refuse(f"{run.path} is running or queued; stop it first: shardway stop {run.path}")
+    if overview.is_here(run):
+        _refuse(f"{run.path} is running; stop it first: shardway stop {run.path}")
     config = store.load(run.config)
     if not layout.finished(run.checkpoints):
         _refuse(f"{run.path} has no finished checkpoint; start it anew with another run_dir")

@@ -24,16 +24,16 @@ def launch(config: Config, cluster: SlurmConfig) -> int:
 
     Raises UserError with Slurm's reason, before anything is written, where it would never start.
     """
-    _ask(["sbatch", "--test-only", *flags(cluster), str(script())])
     _refuse_when_queued([config])
+    _ask(["sbatch", "--test-only", *flags(cluster), str(script())])
     run = _frozen(config)
     return submit(run.path, [run], cluster)
 
 
 def launch_sweep(configs: list[Config], cluster: SlurmConfig) -> int:
     """Queue the runs of a sweep, as `sweep.place` put them, as one job array."""
-    _ask(["sbatch", "--test-only", *flags(cluster, len(configs)), str(script())])
     _refuse_when_queued(configs)
+    _ask(["sbatch", "--test-only", *flags(cluster, len(configs)), str(script())])
     folder = sweep.begin(configs)
     return submit(folder, [_frozen(config) for config in configs], cluster)
 
@@ -71,9 +71,7 @@ def _refuse_when_queued(configs: list[Config]) -> None:
 
 def _frozen(config: Config) -> RunDir:
     """The folder of a run, made unless it goes on in one, with its configuration."""
-    path = Path(config.run_dir or "")
-    begun = config.resume == "auto" and (path / "config.yaml").is_file()
-    run = RunDir(path.absolute()) if begun else run_dir.create(config)
+    run = run_dir.folder(config)
     run_dir.freeze(run, config)
     return run
 

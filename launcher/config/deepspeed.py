@@ -5,9 +5,10 @@ Keys: https://www.deepspeed.ai/docs/config-json/
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from launcher.config import store
 from launcher.config.precision import Fp16Config, PrecisionConfig
 from launcher.config.strategy import Zero2Config, Zero3Config, ZeroConfig
 from launcher.config.training import TrainingConfig
@@ -33,13 +34,13 @@ def contradictions(
     strategy: ZeroConfig, training: TrainingConfig, precision: PrecisionConfig, world_size: int
 ) -> list[str]:
     """One sentence for each key of `strategy.extra` that says otherwise than the configuration."""
-    generated = dict(_leaves(_generated(strategy, training, precision, world_size)))
+    generated = dict(store.leaves_of(_generated(strategy, training, precision, world_size)))
     problems = [
         f"strategy.extra.{key} is not DeepSpeed's to decide; say {OURS[key]}…"
         for key in strategy.extra
         if key in OURS
     ]
-    for key, value in _leaves(strategy.extra):
+    for key, value in store.leaves_of(strategy.extra):
         if key in generated and generated[key] != value:
             problems.append(f"strategy.extra.{key}={value} contradicts {key}={generated[key]}")
         elif any(known.startswith(f"{key}.") for known in generated):
@@ -135,11 +136,3 @@ def _merge(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(below, Mapping) and isinstance(value, Mapping)
         merged[key] = _merge(below, value) if both else value  # type: ignore[arg-type]
     return merged
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -152,13 +152,14 @@ def dump(config: Config) -> str:
 
 def leaves(config: Config) -> dict[str, Any]:
     """Every setting's value by its override, `optimizer.learning_rate`."""
-    return dict(_leaves(dataclasses.asdict(config)))
+    return dict(leaves_of(dataclasses.asdict(config)))
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves_of(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each value of nested mappings by its dotted key."""
     for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+        if isinstance(value, Mapping):
+            yield from leaves_of(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
