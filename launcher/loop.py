@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from launcher.data.loader import IGNORED, Loader, MicroBatch, Window
+from launcher.data.batch import IGNORED, MicroBatch
+from launcher.data.loader import Window
 from launcher.metrics import Ledger, Record, StepStats
 from launcher.nonfinite import first_bad_module
 from launcher.scheduler import Schedule
@@ -57,6 +58,14 @@ class Observer(Protocol):
     def finish(self) -> None: ...
 
 
+class Windows(Protocol):
+    """The batches of steps, counted from 0 over all epochs."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+    def window(self, step: int) -> Window: ...
+
+
 class Checkpoints(Protocol):
     """Keeps what is learnt. All ranks call it alike; what fails on one raises on all."""
 
@@ -77,8 +86,8 @@ Halt = Callable[[], bool]
 def fit(
     strategy: Strategy,
     scheduler: Schedule,
-    training: Loader,
-    evaluation: Loader | None,
+    training: Windows,
+    evaluation: Windows | None,
     plan: Plan,
     observers: list[Observer],
     checkpoints: Checkpoints,
@@ -172,7 +181,8 @@ def train_step(
 
 def token_loss(model: nn.Module, batch: MicroBatch, label_smoothing: float = 0.0) -> torch.Tensor:
     """Cross-entropy in fp32, summed over the targets of `batch`. Causal, without attention mask."""
-    logits = model(input_ids=batch.input_ids, use_cache=False).logits
+    documents = batch.documents.arguments() if batch.documents else {}
+    logits = model(input_ids=batch.input_ids, use_cache=False, **documents).logits
     return cross_entropy(
         logits.flatten(0, 1).float(),
         batch.targets.flatten(),
@@ -184,13 +194,13 @@ def token_loss(model: nn.Module, batch: MicroBatch, label_smoothing: float = 0.0
 
 @torch.no_grad()
 def evaluate(
-    strategy: Strategy, loader: Loader, device: torch.device, halt: Halt = lambda: False
+    strategy: Strategy, windows: Windows, device: torch.device, halt: Halt = lambda: False
 ) -> float | None:
-    """Mean loss per target token over all rows of `loader`; None when a rank halts meanwhile."""
+    """Mean loss per target token over the epoch of `windows`; None when a rank halts meanwhile."""
     strategy.model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=device)
     targets, halting = 0, 0
-    for window in loader.windows():
+    for window in map(windows.window, range(windows.steps_per_epoch)):
         counts = torch.stack([window.target_tokens, torch.tensor(int(halt()))])
         found, halting = strategy.sum(counts).tolist()
         if halting:

@@ -27,7 +27,9 @@ def first_bad_module(model: nn.Module, window: Window, device: torch.device) -> 
     hooks = [module.register_forward_hook(watch(name)) for name, module in leaves]
     try:
         for batch in window.micro_batches:
-            model(input_ids=batch.to(device).input_ids, use_cache=False)
+            batch = batch.to(device)
+            documents = batch.documents.arguments() if batch.documents else {}
+            model(input_ids=batch.input_ids, use_cache=False, **documents)
     finally:
         for hook in hooks:
             hook.remove()

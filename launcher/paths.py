@@ -24,6 +24,11 @@ def bundled(name: str) -> Path:
     return PACKAGE / name
 
 
+def templates() -> dict[str, Path]:
+    """The chat templates that ship inside the package, by name."""
+    return {path.stem: path for path in sorted((PACKAGE / "templates").glob("*.jinja"))}
+
+
 def cache() -> Path:
     """Where fetched models and tokenised data are kept.
 

@@ -126,8 +126,7 @@ def check(config: Config) -> World:
     world = _world(config)
     problems = checks.broken_rules(config, world)
     problems += _resume_problems(config)
-    for path in filter(None, (config.data.path, config.data.eval_path)):
-        problems += source.problems(Path(path), config.data.format)
+    problems += source.problems(config.data)
     if problems:
         raise store.ConfigError(problems)
     return world

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from io import TextIOBase
 from pathlib import Path
@@ -98,7 +99,8 @@ def run(
     place, source = process_group.place(), config.model
     folder = model_folder(source.name_or_path, source.revision, source.trust_remote_code)
     chat = config.data.format != "text"
-    tokenizer = load_tokenizer(folder, source.trust_remote_code, chat)
+    template = config.data.template if chat else None
+    tokenizer = load_tokenizer(folder, source.trust_remote_code, chat, template)
     meeting = meeting or process_group.rendezvous()  # others look for it while rows are tokenised
     loaders: Any = None
     with suppress(Stopped):
@@ -109,7 +111,7 @@ def run(
         saved = layout.finished(run_folder.checkpoints)
         ended = saved[0].step if saved else 0, first_known(stop.reason())
     else:
-        ended = _train(run_folder, config, folder, loaders, place, console, stop)
+        ended = _train(run_folder, config, folder, tokenizer, loaders, place, console, stop)
     _leave_status(run_folder, place.is_main, *ended, say)
     dist.destroy_process_group()
 
@@ -118,7 +120,8 @@ def _train(
     run_folder: RunDir,
     config: Config,
     folder: Path,
-    loaders: tuple[Any, Any],
+    tokenizer: Any,
+    loaders: Any,
     place: Any,
     console: TextIOBase,
     stop: Stop,
@@ -126,15 +129,21 @@ def _train(
     """Begin or go on; the last step done, and why it is not the schedule's last (None if it is)."""
     from launcher.checkpoint import load
     from launcher.checkpoint.save import Saver
+    from launcher.data.ahead import Ahead
     from launcher.distributed.together import first_known
     from launcher.loop import fit
+    from launcher.model.packed import check_apart
     from launcher.tracking import build_observers
 
     say = partial(print, file=console, flush=True)
-    learnt, held_out = loaders
     chosen = load.choose(config, run_folder.checkpoints, place, say)
-    plan = _plan(config, learnt.steps_per_epoch)
-    learner = build_learner(config, folder, place, learnt.rows.fingerprint, plan.total_steps, say)
+    plan = _plan(config, loaders.training.steps_per_epoch)
+    learner = build_learner(config, folder, place, loaders.fingerprint, plan.total_steps, say)
+    if config.data.template is not None:
+        learner = replace(learner, tokenizer=tokenizer)
+    if config.data.packing:
+        words = learner.model.get_input_embeddings().num_embeddings
+        check_apart(learner.strategy.model, place.device, words)
     saver = Saver(learner, run_folder, config.checkpoint, config.launch.shared_disk)
     saver.check_space()
     done = load.Progress()
@@ -147,8 +156,8 @@ def _train(
         last = fit(
             learner.strategy,
             learner.scheduler,
-            learnt,
-            held_out,
+            Ahead(loaders.training, pin_memory=place.device.type == "cuda"),
+            loaders.evaluation,
             plan,
             list(observers),
             saver,
@@ -198,28 +207,19 @@ def _leave_status(
 
 def _loaders(
     data: DataConfig, training: TrainingConfig, place: Any, tokenizer: Any, say: Say, stop: Stop
-) -> tuple[Any, Any]:
-    """The rows to learn from and those to evaluate on (None without). Raises Stopped."""
-    from launcher.data.dataset import load_rows, split
+) -> Any:
+    """The batches to learn from and those to evaluate on. Raises Stopped."""
+    from launcher.data.build import build_loaders
     from launcher.data.loader import Loader
 
-    rows = load_rows(Path(data.path), data, tokenizer, stop.raise_if_requested)
-    say(f"data: {rows.describe()}")
     deal = partial(
         Loader,
         rank=place.rank,
         world_size=place.world_size,
         micro_batch_size=training.micro_batch_size,
         global_batch_size=training.global_batch_size,
-        pad_to_multiple_of=data.pad_to_multiple_of,
-        pad_token_id=tokenizer.pad_token_id or 0,
     )
-    chosen, held_out = split(rows, data.eval_rows, training.seed)
-    learnt = deal(rows, chosen, seed=training.seed if data.shuffle else None)
-    if data.eval_path:
-        others = load_rows(Path(data.eval_path), data, tokenizer, stop.raise_if_requested)
-        return learnt, deal(others, range(len(others)), seed=None)
-    return learnt, deal(rows, held_out, seed=None) if held_out else None
+    return build_loaders(data, tokenizer, training.seed, deal, say, stop.raise_if_requested)
 
 
 def _plan(config: Config, steps_per_epoch: int) -> Any:
@@ -270,7 +270,9 @@ def build_learner(
     from launcher.watch import Watch
 
     method, precision = build_method(config.method), precision_of(config.precision)
-    model, weights = build_model(config.model, folder, config.training.seed, precision.compute)
+    model, weights = build_model(
+        config.model, folder, config.training.seed, precision.compute, config.data.packing
+    )
     model = method.prepare(model, config.training.seed, weights, place.device)
     if done := method.describe():
         say(f"base: {done}")

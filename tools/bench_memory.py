@@ -17,7 +17,7 @@ import torch
 from bench_parts import MB, learner
 
 from launcher.config.strategy import STRATEGIES
-from launcher.data.loader import MicroBatch
+from launcher.data.batch import MicroBatch
 from launcher.distributed.process_group import Place
 from launcher.loop import token_loss
 from launcher.model.fetch import MODELS, fetch

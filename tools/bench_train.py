@@ -29,8 +29,11 @@ from launcher.config.optimizer import AdamwConfig
 from launcher.config.scheduler import CosineConfig
 from launcher.config.strategy import SingleConfig
 from launcher.config.training import TrainingConfig
-from launcher.data.dataset import load_rows
-from launcher.data.loader import IGNORED, Loader
+from launcher.data.batch import IGNORED
+from launcher.data.dataset import load_data
+from launcher.data.loader import Loader
+from launcher.data.order import Shuffled
+from launcher.data.packing import one_each
 from launcher.distributed.process_group import Place, start
 from launcher.loop import train_step
 from launcher.method.lora import Lora
@@ -190,18 +193,18 @@ def _alone() -> Place:
 
 def _loader(folder: Path, batch: int, micro_batch: int) -> Loader:
     tokenizer = load_tokenizer(folder, trust_remote_code=False)
-    path = paths.bundled("demo/train.jsonl")
-    rows = load_rows(path, DataConfig(path=str(path), max_length=128), tokenizer)
+    config = DataConfig(path=str(paths.bundled("demo/train.jsonl")), max_length=128)
+    rows = load_data(config, tokenizer).rows
     return Loader(
         rows,
-        range(len(rows)),
+        one_each(range(len(rows))),
+        Shuffled(SEED, len(rows)),
         rank=0,
         world_size=1,
         micro_batch_size=micro_batch,
         global_batch_size=batch,
         pad_to_multiple_of=128,  # one shape: what is compared is the loop, not oneDNN's cache
         pad_token_id=tokenizer.pad_token_id,
-        seed=SEED,
     )
 
 

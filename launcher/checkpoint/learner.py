@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from launcher.distributed.process_group import Place
 from launcher.method.base import Method
@@ -27,3 +28,4 @@ class Learner:
     group: dist.ProcessGroup  # all ranks, on CPU, for checkpoints alone
     about: dict[str, Any]  # into every trainer.json: base model, data, ranks, strategy
     watch: Watch = field(default_factory=Watch)
+    tokenizer: PreTrainedTokenizerBase | None = None  # where it is not the base's: it travels along

@@ -25,6 +25,8 @@ FREE = (
     "model.name",
     "data.name",
     "data.path",  # its content is compared, not its place
+    "data.dataset_info",
+    "data.workers",
     "data.eval_path",
     "data.pad_to_multiple_of",
     "training.micro_batch_size",

@@ -3,6 +3,7 @@ glob. No torch."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import glob
 import json
@@ -13,27 +14,31 @@ from typing import Any
 from launcher.errors import UserError
 
 Rows = Iterator[tuple[str, Any]]
+HELD_WHOLE_BYTES = 64_000_000  # a larger .json is read row by row, at a third of the speed
 
 
-def find(path: str) -> list[Path]:
-    """The files that `data.path` names, in order of name: one, those of a folder, or of a pattern.
+def find(path: str, text: bool = False) -> list[Path]:
+    """The files that `data.path` names, in order of name: one, those of a folder, or of a pattern;
+    with `text` those of raw text too.
 
     Raises UserError when there is none, or one of a kind that is not read.
     """
+    kinds = (*READERS, ".txt") if text else tuple(READERS)
     named = Path(path)
     if named.is_dir():
-        found = sorted(each for each in named.rglob("*") if each.suffix in READERS)
+        found = sorted(each for each in named.rglob("*") if each.suffix in kinds)
         if not found:
-            raise UserError(f"data.path={path} holds no {_kinds()} file")
+            raise UserError(f"data.path={path} holds no {', '.join(kinds)} file")
         return found
     found = [named] if named.is_file() else sorted(map(Path, glob.glob(path, recursive=True)))
     found = [each for each in found if each.is_file()]
     if not found:
         raise UserError(f"data.path={path} cannot be read: No such file or directory")
     for each in found:
-        if each.suffix not in READERS:
+        if each.suffix not in kinds:
             hint = "; raw text is data=pretrain" if each.suffix == ".txt" else ""
-            raise UserError(f"data.path={each} is no {_kinds()} file; rename or convert it{hint}")
+            kind = f"{', '.join(kinds)} file"
+            raise UserError(f"data.path={each} is no {kind}; rename or convert it{hint}")
     return found
 
 
@@ -67,6 +72,9 @@ def _json_lines(path: Path) -> Rows:
 
 
 def _json_array(path: Path) -> Rows:
+    if path.stat().st_size > HELD_WHOLE_BYTES:
+        yield from _json_stream(path)
+        return
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -75,6 +83,22 @@ def _json_array(path: Path) -> Rows:
         raise UserError(f"{path} must hold a list of rows, not {type(rows).__name__}")
     for index, row in enumerate(rows):
         yield f"{path}[{index}]", row
+
+
+def _json_stream(path: Path) -> Rows:
+    """Row by row: as Python objects a large file takes five times its size."""
+    import ijson
+
+    index = 0
+    with path.open("rb") as file:
+        if file.read(3) != codecs.BOM_UTF8:
+            file.seek(0)
+        try:
+            for row in ijson.items(file, "item", use_float=True):
+                yield f"{path}[{index}]", row
+                index += 1
+        except ijson.JSONError as error:
+            raise UserError(f"{path}[{index}] is not JSON: {error}") from error
 
 
 def _csv(path: Path) -> Rows:
@@ -102,17 +126,24 @@ def _parquet(path: Path) -> Rows:
 
 
 def _arrow(path: Path) -> Rows:
-    """A file or a stream of record batches; `datasets` writes streams."""
+    return _batches(path, iter(arrow_batches(path)))
+
+
+def arrow_batches(path: Path) -> list[Any]:
+    """The record batches of a file or a stream (`datasets` writes streams), memory-mapped.
+
+    Raises UserError when it is neither.
+    """
     from pyarrow import ArrowException, ipc, memory_map
 
+    source = memory_map(str(path))
     try:
-        with memory_map(str(path)) as source:
-            try:
-                reader = ipc.open_file(source)
-                batches = map(reader.get_batch, range(reader.num_record_batches))
-            except ArrowException:
-                batches = iter(ipc.open_stream(source))
-            yield from _batches(path, batches)
+        reader = ipc.open_file(source)
+        return [reader.get_batch(number) for number in range(reader.num_record_batches)]
+    except ArrowException:
+        source.seek(0)
+    try:
+        return list(ipc.open_stream(source))
     except ArrowException as error:
         raise UserError(f"{path} is not Arrow: {error}") from error
 
@@ -123,10 +154,6 @@ def _batches(path: Path, batches: Iterator[Any]) -> Rows:
         for row in batch.to_pylist():
             yield f"{path}[{index}]", row
             index += 1
-
-
-def _kinds() -> str:
-    return ", ".join(READERS)
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from launcher.errors import UserError
@@ -13,7 +14,7 @@ Row = dict[str, Any]
 Message = dict[str, Any]  # role, content; of an assistant also tool_calls, reasoning_content
 
 ROLES = ("system", "user", "assistant", "tool")
-# The `from` of sharegpt's turns, as its several dialects have it.
+# Who speaks in sharegpt's turns, as its several dialects have it.
 SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -23,8 +24,9 @@ SPEAKERS = {
     "system": "system",
     "observation": "tool",
     "tool": "tool",
-    "function_call": "function_call",
+    "function_call": "function",
 }
+TAGS = {"user": "user", "assistant": "assistant", "system": "system", "observation": "tool"}
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,19 @@ class Conversation:
     tools: list[Any] = field(default_factory=list)  # JSON schemas of functions
 
 
-def to_conversation(place: str, row: Any, format: str) -> Conversation:
+def to_conversation(place: str, row: Any, format: str, tags: dict[str, str]) -> Conversation:
     """A row as a conversation with an answer in it; `auto` recognises the format by its fields.
 
     alpaca: instruction, input, output, system, history ([[question, answer], …]).
-    sharegpt: conversations ([{"from", "value"}, …]), system, tools.
+    sharegpt: conversations ([{"from", "value"}, …], in other words by `tags`), system, tools.
     messages: messages ([{"role", "content"}, …], OpenAI's), tools.
     completion: prompt and completion, each a text or messages.
     Raises UserError that names `place` for a row that is none.
     """
     if not isinstance(row, dict):
         raise UserError(f"{place} is {type(row).__name__}, not an object with named fields")
-    read = READERS[_recognise(place, row) if format == "auto" else format]
+    format = _recognise(place, row) if format == "auto" else format
+    read = READERS[format] if format != "sharegpt" else partial(_sharegpt, tags=tags)
     conversation = read(place, row)
     if not any(message["role"] == "assistant" for message in conversation.messages):
         raise UserError(f"{place} has no answer to learn; add an assistant message or drop the row")
@@ -90,16 +93,20 @@ def _alpaca(place: str, row: Row) -> Conversation:
     return Conversation([*messages, *_exchange(place, output, "question", "output")])
 
 
-def _sharegpt(place: str, row: Row) -> Conversation:
+def _sharegpt(place: str, row: Row, tags: dict[str, str]) -> Conversation:
+    names = {"role": "from", "content": "value"} | tags
+    said = {names[role]: role for role in tags if role not in ("role", "content")}
+    speakers = SPEAKERS | {word: TAGS[r] if r in TAGS else "function" for word, r in said.items()}
     messages = _system(place, row)
     for index, turn in enumerate(_turns(place, row, "conversations")):
         where = f"{place} conversations[{index}]"
-        if turn.get("from") not in SPEAKERS:
+        speaker = turn.get(names["role"])
+        if speaker not in speakers:
             raise UserError(
-                f"{where}: from {turn.get('from')!r} is none of {', '.join(SPEAKERS)}"
+                f"{where}: {names['role']} {speaker!r} is none of {', '.join(speakers)}"
             )
-        role, value = SPEAKERS[turn["from"]], text_of(where, turn, "value")
-        if role == "function_call":
+        role, value = speakers[speaker], text_of(where, turn, names["content"])
+        if role == "function":
             messages.append(_calling("", _calls(where, value)))
         else:
             messages.append({"role": role, "content": value})
@@ -125,7 +132,6 @@ def _completion(place: str, row: Row) -> Conversation:
 
 READERS: dict[str, Callable[[str, Row], Conversation]] = {
     "alpaca": _alpaca,
-    "sharegpt": _sharegpt,
     "messages": _messages,
     "completion": _completion,
 }

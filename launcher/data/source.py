@@ -1,88 +1,128 @@
-"""What `data.path` holds: conversations, or raw texts. No torch."""
+"""What `data=` names: conversations, or raw texts, of one source or several. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher.data import files
+from launcher.config.data import HUB, DataConfig, SourceConfig
+from launcher.data import dataset_info, files
 from launcher.data.formats import Conversation, text_of, to_conversation
 from launcher.errors import UserError
 
 CHECKED_AT_SUBMIT_BYTES = 32_000_000  # about a third of a second of reading
+LOOKED_AT_ROWS = 1_000  # of a larger file
+
+Found = Conversation | str  # what a row is read as
 
 
-def read_conversations(
-    path: str, format: str, columns: dict[str, str]
-) -> Iterator[tuple[str, Conversation | UserError]]:
-    """Each row with its place, or what is wrong with it. `columns`: field of the format → column.
+def sources_of(config: DataConfig) -> dict[str, SourceConfig]:
+    """The sources to learn from, by name. Raises UserError for a dataset_info that is not good."""
+    if config.dataset_info:
+        text = config.format == "text"
+        return dataset_info.read(config.dataset_info, config.name, text)
+    return config.sources or {config.name: config}
+
+
+def evaluation_of(config: DataConfig) -> SourceConfig:
+    """The source of `data.eval_path`, read as `data.path` is."""
+    return replace(config, path=config.eval_path, max_rows=None)
+
+
+def rows_of(source: SourceConfig, by_line: bool) -> Iterator[tuple[str, Any]]:
+    """Each row as it is stored, with its place. Of raw text (`by_line`: lines of .txt files) a row
+    is a text.
 
     Raises UserError for a file that cannot be read on.
     """
-    for file in files.find(path):
-        for place, row in files.read(file):
-            try:
-                yield place, to_conversation(place, renamed(place, row, columns), format)
-            except UserError as error:
-                yield place, error
+    path, text = source.path or "", source.format == "text"
+    rows = _hub_rows(source) if path.startswith(HUB) else _file_rows(path, text, by_line)
+    for number, row in enumerate(rows):
+        if number == source.max_rows:
+            break
+        yield row
 
 
-def read_texts(
-    path: str, by_line: bool, columns: dict[str, str]
-) -> Iterator[tuple[str, str | UserError]]:
-    """Each raw text with its place: a .txt file whole or (`by_line`) its lines, else the field text
-    of rows."""
-    for file in _texts(path):
-        if file.suffix == ".txt":
-            yield from _plain(file, by_line)
-            continue
-        for place, row in files.read(file):
-            try:
-                yield place, text_of(place, renamed(place, row, columns), "text")
-            except UserError as error:
-                yield place, error
+def read_row(source: SourceConfig, place: str, row: Any) -> Found:
+    """What is to be tokenised of a stored row. Raises UserError where nothing can be."""
+    if isinstance(row, str) and source.format == "text":
+        return row
+    named = renamed(place, row, source.columns)
+    if source.format == "text":
+        return text_of(place, named, "text")
+    return to_conversation(place, named, source.format, source.tags)
+
+
+def content(source: SourceConfig) -> Iterator[bytes]:
+    """Bytes that change when what `source` names does, and not with the files' names and dates."""
+    path = source.path or ""
+    if path.startswith(HUB):
+        yield str(_hub(source)._fingerprint).encode()  # of its files' contents and how it was made
+        return
+    for file in files.find(path, source.format == "text"):
+        yield f"{file.suffix} {file.stat().st_size}".encode()
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 20):
+                yield block
 
 
 def renamed(place: str, row: Any, columns: dict[str, str]) -> dict[str, Any]:
     """`row` with the fields that a format asks for, taken from the columns that hold them."""
     if not isinstance(row, dict):
         raise UserError(f"{place} is {type(row).__name__}, not an object with named fields")
-    if lost := [name for name in columns.values() if name not in row]:
-        raise UserError(
-            f"{place} has no column {lost[0]}, which data.columns names; it has {', '.join(row)}"
-        )
-    taken = {field: row[name] for field, name in columns.items()}
+    taken = {field: row[name] for field, name in columns.items() if name in row}
     return {key: value for key, value in row.items() if key not in columns.values()} | taken
 
 
-def problems(path: str, format: str, columns: dict[str, str], skip: bool) -> list[str]:
-    """What is wrong with the data, as far as a short look tells. Of large files the first row is
-    read; the others are checked, with the same sentences, when they are tokenised. With `skip` bad
-    rows are none of it."""
+def problems(config: DataConfig) -> list[str]:
+    """What is wrong with the data, as far as a short look tells. Of large files the first thousand
+    rows are read; the others are checked, with the same sentences, when they are tokenised."""
     try:
-        found = _texts(path) if format == "text" else files.find(path)
-        whole = sum(file.stat().st_size for file in found) <= CHECKED_AT_SUBMIT_BYTES
-        rows: Iterator[tuple[str, Any]] = (
-            read_texts(path, False, columns)
-            if format == "text"
-            else read_conversations(path, format, columns)
-        )
-        for _, row in rows:
-            if isinstance(row, UserError) and not skip:
-                return [str(row)]
-            if not whole:
-                break
+        sources = list(sources_of(config).values())
     except UserError as error:
         return [str(error)]
-    return []
+    if config.eval_path:
+        sources.append(evaluation_of(config))
+    looked = (_problem(each, config.on_bad_row == "skip") for each in sources if each.path)
+    return [problem for problem in looked if problem]
 
 
-def _texts(path: str) -> list[Path]:
-    return [Path(path)] if path.endswith(".txt") and Path(path).is_file() else files.find(path)
+def _problem(source: SourceConfig, skip: bool) -> str | None:
+    assert source.path is not None
+    if source.path.startswith(HUB):
+        return None  # it is read where it is tokenised
+    try:
+        found = files.find(source.path, source.format == "text")
+        whole = sum(file.stat().st_size for file in found) <= CHECKED_AT_SUBMIT_BYTES
+        columns: set[str] = set()
+        for number, (place, row) in enumerate(rows_of(source, by_line=False), start=1):
+            columns |= row.keys() if isinstance(row, dict) else set()
+            try:
+                read_row(source, place, row)
+            except UserError:
+                if not skip:
+                    raise
+            if not whole and number == LOOKED_AT_ROWS:
+                break
+    except UserError as error:
+        return str(error)
+    if lost := [field for field in source.columns if source.columns[field] not in columns]:
+        return (
+            f"data.columns.{lost[0]}={source.columns[lost[0]]} is no column of {source.path}; "
+            f"there are {', '.join(sorted(columns))}"
+        )
+    return None
+
+
+def _file_rows(path: str, text: bool, by_line: bool) -> Iterator[tuple[str, Any]]:
+    for file in files.find(path, text):
+        yield from _plain(file, by_line) if file.suffix == ".txt" else files.read(file)
 
 
 def _plain(path: Path, by_line: bool) -> Iterator[tuple[str, str]]:
+    """A .txt file whole, or its lines."""
     try:
         whole = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -97,3 +137,22 @@ def _plain(path: Path, by_line: bool) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(whole.splitlines(), start=1):
         if line.strip():
             yield f"{path}:{number}", line
+
+
+def _hub_rows(source: SourceConfig) -> Iterator[tuple[str, Any]]:
+    for index, row in enumerate(_hub(source)):
+        yield f"{source.path}[{source.split}][{index}]", row
+
+
+def _hub(source: SourceConfig) -> Any:
+    """Downloaded into the cache of `datasets` once, then read from there."""
+    from datasets import load_dataset  # seconds to import, and only for this
+
+    name = (source.path or "").removeprefix(HUB)
+    try:
+        return load_dataset(name, source.subset, split=source.split, revision=source.revision)
+    except Exception as error:  # it raises what its readers and the network do
+        raise UserError(
+            f"data.path={source.path} (subset {source.subset}, split {source.split}) cannot be "
+            f"loaded: {error}"
+        ) from error

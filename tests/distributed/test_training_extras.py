@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
 from launcher import loop
-from launcher.data.loader import IGNORED
+from launcher.data.batch import IGNORED
 from launcher.distributed.process_group import Place
 from launcher.model.layers import decoder_layers
 from launcher.model.noise import add_noise

@@ -23,8 +23,10 @@ from launcher.config.precision import PRECISIONS as PRECISION_SCHEMAS
 from launcher.config.scheduler import CosineConfig
 from launcher.config.strategy import STRATEGIES as STRATEGY_SCHEMAS
 from launcher.config.training import CheckpointConfig, TrainingConfig
-from launcher.data.dataset import load_rows
+from launcher.data.dataset import load_data
 from launcher.data.loader import Loader
+from launcher.data.order import Shuffled
+from launcher.data.packing import one_each
 from launcher.distributed.process_group import Place
 from launcher.method import build_method
 from launcher.method.base import Method
@@ -89,17 +91,17 @@ class Case:
     def loader(self, rank: int, world_size: int, micro_batch_size: int) -> Loader:
         tokenizer = load_tokenizer(self.model, False)
         config = DataConfig(path=str(self.data), max_length=96, pad_to_multiple_of=8)
-        rows = load_rows(self.data, config, tokenizer)
+        rows = load_data(config, tokenizer).rows
         return Loader(
             rows,
-            range(len(rows)),
+            one_each(range(len(rows))),
+            Shuffled(SEED, len(rows)),
             rank=rank,
             world_size=world_size,
             micro_batch_size=micro_batch_size,
             global_batch_size=self.global_batch_size,
             pad_to_multiple_of=8,
             pad_token_id=tokenizer.pad_token_id,
-            seed=SEED,
         )
 
 

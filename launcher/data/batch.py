@@ -1,0 +1,95 @@
+"""Rows into the tensors of one forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from launcher.data.dataset import Row
+
+IGNORED = -100  # cross_entropy's ignore_index
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the rows of packed sequences lie, for an attention that keeps them apart. What pads a
+    sequence is a document too."""
+
+    position_ids: torch.Tensor  # [sequences, length] int64: places within the document
+    starts: torch.Tensor  # [documents + 1] int32: cumulative lengths over the flattened batch
+    lengths: tuple[int, ...]  # the same on the host: nobody waits for the device to know them
+
+    def arguments(self) -> dict[str, Any]:
+        """For the model's forward, under transformers' names of them."""
+        longest = max(self.lengths)
+        return {
+            "position_ids": self.position_ids,
+            "cu_seq_lens_q": self.starts,
+            "cu_seq_lens_k": self.starts,
+            "max_length_q": longest,
+            "max_length_k": longest,
+            "document_lengths": self.lengths,
+        }
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward's worth of sequences, right-padded. Causal attention never looks at the padding,
+    so no attention mask is needed."""
+
+    input_ids: torch.Tensor  # [sequences, length] int64
+    targets: torch.Tensor  # [sequences, length] int64: the token to predict, or IGNORED
+    documents: Documents | None = None  # of packed sequences
+
+    def to(self, device: torch.device) -> MicroBatch:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> MicroBatch:
+        """In memory that a GPU copies from while the host goes on."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Any) -> MicroBatch:
+        documents = self.documents and replace(
+            self.documents,
+            position_ids=change(self.documents.position_ids),
+            starts=change(self.documents.starts),
+        )
+        return MicroBatch(change(self.input_ids), change(self.targets), documents)
+
+
+def collate(
+    sequences: list[list[Row]], multiple: int, pad_token_id: int, packed: bool
+) -> MicroBatch:
+    """Sequences of one row or, `packed`, of several, padded to a multiple of `multiple`. Without
+    any there is one of padding."""
+    longest = max((sum(len(ids) for ids, _ in rows) for rows in sequences), default=1)
+    length = -(-max(1, longest) // multiple) * multiple
+    shape = (max(1, len(sequences)), length)
+    input_ids = np.full(shape, pad_token_id, np.int64)
+    targets = np.full(shape, IGNORED, np.int64)
+    for number, rows in enumerate(sequences):
+        at = 0
+        for ids, trained in rows:
+            end = at + len(ids)
+            input_ids[number, at:end] = ids
+            # Place t predicts token t + 1: shifted here, so that logits need not be cut.
+            targets[number, at : end - 1] = np.where(trained[1:], ids[1:], IGNORED)
+            at = end
+    documents = _documents(sequences or [[]], length) if packed else None
+    return MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(targets), documents)
+
+
+def _documents(sequences: list[list[Row]], length: int) -> Documents:
+    lengths: list[int] = []
+    for rows in sequences:
+        own = [len(ids) for ids, _ in rows]
+        lengths += [each for each in (*own, length - sum(own)) if each]
+    positions = np.concatenate([np.arange(each) for each in lengths])
+    return Documents(
+        torch.from_numpy(positions.reshape(len(sequences), length)),
+        torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        tuple(lengths),
+    )
