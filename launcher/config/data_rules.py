@@ -9,8 +9,8 @@ from launcher.config import Config
 from launcher.config.rule import Example, Rule, World
 
 ROW = '{"instruction": "a question", "output": "an answer"}\n'
-ONE = "'data.sources={a:{path:a.jsonl}}'"
-TWO = "'data.sources={a:{path:a.jsonl},b:{path:b.jsonl,weight:2}}'"
+ONE = "'+data.sources={a:{path:a.jsonl}}'"
+TWO = "'+data.sources={a:{path:a.jsonl},b:{path:b.jsonl,weight:2}}'"
 
 
 def _evaluation_sets(config: Config) -> list[str]:
@@ -51,8 +51,8 @@ DATA_RULES: tuple[Rule, ...] = (
         "data-is-named",
         "every source says where its rows are",
         lambda c, w: bool(_nowhere(c)),
-        lambda c, w: f"{_nowhere(c)[0]} is not set: which rows are to be learnt",
-        lambda c, w: "data=demo for the bundled rows, or data.path=FILE",
+        lambda c, w: f"{_nowhere(c)[0]}=null: nothing says which rows are to be learnt",
+        lambda c, w: f"{_nowhere(c)[0]}=FILE, or data=demo for the bundled rows",
         Example("data.path=null"),
     ),
     Rule(
@@ -61,7 +61,7 @@ DATA_RULES: tuple[Rule, ...] = (
         _weighted,
         lambda c, w: "data.sources have weights, and data.mixing=concatenate takes each row once",
         lambda c, w: "data.mixing=interleave",
-        Example(TWO, files=dict.fromkeys(("a.jsonl", "b.jsonl"), ROW)),
+        Example(f"data.format=auto {TWO}", files=dict.fromkeys(("a.jsonl", "b.jsonl"), ROW)),
     ),
     Rule(
         "sources-or-format",
@@ -99,7 +99,7 @@ DATA_RULES: tuple[Rule, ...] = (
             "data.streaming=true does not know which rows can be learnt from before it comes to "
             "them, so none are held out"
         ),
-        lambda c, w: "data.eval_rows=0 data.eval_fraction=null, and data.eval_path=FILE",
+        lambda c, w: "data.eval_rows=0 data.eval_fraction=null, or data.streaming=false",
         Example("data.streaming=true data.eval_rows=32"),
     ),
     Rule(

@@ -76,7 +76,7 @@ def collate(
             end = at + len(ids)
             input_ids[number, at:end] = ids
             # Place t predicts token t + 1: shifted here, so that logits need not be cut.
-            targets[number, at : end - 1] = np.where(trained[1:], ids[1:], IGNORED)
+            targets[number, at : max(at, end - 1)] = np.where(trained[1:], ids[1:], IGNORED)
             at = end
     documents = _documents(sequences or [[]], length) if packed else None
     return MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(targets), documents)

@@ -14,6 +14,7 @@ from typing import Any
 from launcher.errors import UserError
 
 Rows = Iterator[tuple[str, Any]]
+NOT_ROWS = ("dataset_info.json", "dataset_dict.json", "state.json")  # `datasets` writes them beside
 HELD_WHOLE_BYTES = 64_000_000  # a larger .json is read row by row, at a third of the speed
 
 
@@ -26,7 +27,9 @@ def find(path: str, text: bool = False) -> list[Path]:
     kinds = (*READERS, ".txt") if text else tuple(READERS)
     named = Path(path)
     if named.is_dir():
-        found = sorted(each for each in named.rglob("*") if each.suffix in kinds)
+        found = sorted(
+            each for each in named.rglob("*") if each.suffix in kinds and each.name not in NOT_ROWS
+        )
         if not found:
             raise UserError(f"data.path={path} holds no {', '.join(kinds)} file")
         return found
@@ -43,7 +46,8 @@ def find(path: str, text: bool = False) -> list[Path]:
 
 
 def read(path: Path) -> Rows:
-    """Each row with its place: `file:line` of text, `file[index]` of others.
+    """Each row with its place: `file:line` of text, `file[index]` of others. A row that is none is
+    the UserError that says so: others may follow.
 
     Raises UserError where the file is not what its name says, or holds nothing.
     """
@@ -68,7 +72,7 @@ def _json_lines(path: Path) -> Rows:
                 try:
                     yield place, json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise UserError(f"{place} is not JSON: {error}") from error
+                    yield place, UserError(f"{place} is not JSON: {error}")
 
 
 def _json_array(path: Path) -> Rows:
@@ -108,9 +112,9 @@ def _csv(path: Path) -> Rows:
         try:
             for row in reader:
                 place = f"{path}:{reader.line_num}"
-                if None in row or None in row.values():
-                    raise UserError(f"{place} has not as many fields as the first line has names")
-                yield place, row
+                uneven = None in row or None in row.values()
+                said = f"{place} has not as many fields as the first line has names"
+                yield place, UserError(said) if uneven else row
         except csv.Error as error:
             raise UserError(f"{path}:{reader.line_num} is not CSV: {error}") from error
 

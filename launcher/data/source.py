@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,8 @@ def rows_of(source: SourceConfig, by_line: bool) -> Iterator[tuple[str, Any]]:
 
 def read_row(source: SourceConfig, place: str, row: Any) -> Found:
     """What is to be tokenised of a stored row. Raises UserError where nothing can be."""
+    if isinstance(row, UserError):
+        raise row
     if isinstance(row, str) and source.format == "text":
         return row
     named = renamed(place, row, source.columns)
@@ -85,7 +89,9 @@ def problems(config: DataConfig) -> list[str]:
         return [str(error)]
     if config.eval_path:
         sources.append(evaluation_of(config))
-    looked = (_problem(each, config.on_bad_row == "skip") for each in sources if each.path)
+    looked = [_problem(each, config.on_bad_row == "skip") for each in sources if each.path]
+    if not config.dataset_info:  # LLaMA-Factory's lists name columns that a file may not have
+        looked += [_lost_column(each) for each in sources if each.path and each.columns]
     return [problem for problem in looked if problem]
 
 
@@ -96,9 +102,7 @@ def _problem(source: SourceConfig, skip: bool) -> str | None:
     try:
         found = files.find(source.path, source.format == "text")
         whole = sum(file.stat().st_size for file in found) <= CHECKED_AT_SUBMIT_BYTES
-        columns: set[str] = set()
         for number, (place, row) in enumerate(rows_of(source, by_line=False), start=1):
-            columns |= row.keys() if isinstance(row, dict) else set()
             try:
                 read_row(source, place, row)
             except UserError:
@@ -108,12 +112,24 @@ def _problem(source: SourceConfig, skip: bool) -> str | None:
                 break
     except UserError as error:
         return str(error)
-    if lost := [field for field in source.columns if source.columns[field] not in columns]:
-        return (
-            f"data.columns.{lost[0]}={source.columns[lost[0]]} is no column of {source.path}; "
-            f"there are {', '.join(sorted(columns))}"
-        )
     return None
+
+
+def _lost_column(source: SourceConfig) -> str | None:
+    """A setting of data.columns that names no column of the first rows."""
+    if str(source.path).startswith(HUB):
+        return None
+    columns: set[str] = set()
+    with suppress(UserError):  # said already
+        for _, row in islice(rows_of(source, by_line=False), LOOKED_AT_ROWS):
+            columns |= row.keys() if isinstance(row, dict) else set()
+    lost = [field for field, column in source.columns.items() if columns and column not in columns]
+    if not lost:
+        return None
+    return (
+        f"data.columns.{lost[0]}={source.columns[lost[0]]} is no column of {source.path}; "
+        f"there are {', '.join(sorted(columns))}"
+    )
 
 
 def _file_rows(path: str, text: bool, by_line: bool) -> Iterator[tuple[str, Any]]:

@@ -113,7 +113,7 @@ class Lines:
                 return place, line.rstrip("\r\n")
             return place, json.loads(line)
         except ValueError as error:
-            raise UserError(f"{place} is not JSON in UTF-8: {error}") from error
+            return place, UserError(f"{place} is not JSON in UTF-8: {error}")
 
 
 def _line_starts(file: Path) -> NDArray[np.int64]:
@@ -136,14 +136,21 @@ def _line_starts(file: Path) -> NDArray[np.int64]:
 
 
 def _find_lines(file: Path) -> NDArray[np.int64]:
-    ends: list[NDArray[np.int64]] = []
+    ends, returns = [], []  # behind each line feed, and whether a carriage return is before it
+    at, before = 0, b""
     with file.open("rb") as opened:
-        at = 0
         while block := opened.read(READ_AT_ONCE):
-            ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + at + 1)
+            with_before = np.frombuffer(before.rjust(1) + block, np.uint8)
+            feeds = np.flatnonzero(with_before[1:] == ord("\n"))
+            ends.append(feeds + at + 1)
+            returns.append(with_before[feeds] == ord("\r"))
             at += len(block)
-    found = np.concatenate([[0], *ends, [at]]).astype(np.int64)
-    return np.concatenate([found[:-1][np.diff(found) > 1], [at]])
+            before = block[-1:]
+    places = np.concatenate([[0], *ends, [at]]).astype(np.int64)
+    lengths = np.diff(places)
+    lengths[:-1] -= np.concatenate([np.empty(0, np.bool_), *returns])
+    lengths[-1] += 1  # the last line has no line feed, or is none
+    return np.concatenate([places[:-1][lengths > 1], [at]])
 
 
 class ArrowRows:

@@ -18,15 +18,18 @@ LENGTH = 8  # tokens of each document of the trial
 def check_apart(model: nn.Module, device: torch.device, vocabulary: int) -> None:
     """Change the first of two packed documents and look at the logits of the second.
 
-    Every rank does so alike. Raises UserError where they change: recurrent layers, say, or an
-    attention that takes no heed of documents.
+    Every rank does so alike. Raises UserError where they change (recurrent layers, say, or an
+    attention that takes no heed of documents), or where transformers knows that they would.
     """
     model.eval()
     second = range(vocabulary // 2, vocabulary // 2 + LENGTH)
-    before, after = (
-        _logits(model, device, [[*first], [*second]])[LENGTH:]
-        for first in (range(LENGTH), range(LENGTH, 2 * LENGTH))
-    )
+    try:
+        before, after = (
+            _logits(model, device, [[*first], [*second]])[LENGTH:]
+            for first in (range(LENGTH), range(LENGTH, 2 * LENGTH))
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"data.packing=true: {error} → data.packing=false") from error
     model.train()
     # A row's result may differ in its last bits with its neighbours, by the kernel's choice.
     if (before - after).abs().max() > 0.01 * before.abs().max():

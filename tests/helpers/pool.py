@@ -99,6 +99,7 @@ def _in_group(rank: int, world: int, store: str, function: Callable[..., Any], a
         dist.init_process_group(
             "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world
         )
+        dist.barrier()  # a rank that is done at once would hang up on one that still connects
         return function(Place(rank, rank, world, world, torch.device("cpu")), *args)
     finally:
         _forget_deepspeed()
