@@ -115,7 +115,10 @@ def _gather_overrides(*ours: str) -> None:
         and not sys.argv[at - 1].startswith("--c")  # --config-dir A=B is one of its folders
     ]
     options = [word for at, word in enumerate(sys.argv) if at not in typed]
-    sys.argv = [*options, *ours, *(sys.argv[at] for at in typed)]
+    overrides = [sys.argv[at] for at in typed]
+    if not {"--multirun", "-m"} & {*options}:  # a comma in it is no sweep: data.name=a,b is a list
+        overrides = [re.sub(r"^data\.name=([\w.,-]+)$", r"data.name='\1'", o) for o in overrides]
+    sys.argv = [*options, *ours, *overrides]
 
 
 def check(config: Config) -> World:

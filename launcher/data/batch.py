@@ -66,7 +66,7 @@ def collate(
     """Sequences of one row or, `packed`, of several, padded to a multiple of `multiple`. Without
     any there is one of padding."""
     longest = max((sum(len(ids) for ids, _ in rows) for rows in sequences), default=1)
-    length = -(-max(1, longest) // multiple) * multiple
+    length = padded(longest, multiple)
     shape = (max(1, len(sequences)), length)
     input_ids = np.full(shape, pad_token_id, np.int64)
     targets = np.full(shape, IGNORED, np.int64)
@@ -80,6 +80,11 @@ def collate(
             at = end
     documents = _documents(sequences or [[]], length) if packed else None
     return MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(targets), documents)
+
+
+def padded(length: int, multiple: int) -> int:
+    """`length`, at least 1, rounded up."""
+    return -(-max(1, length) // multiple) * multiple
 
 
 def _documents(sequences: list[list[Row]], length: int) -> Documents:

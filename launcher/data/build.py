@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from launcher.config.data import DataConfig
 from launcher.data import source
-from launcher.data.dataset import DataSet, Rows, load_data, load_evaluation
+from launcher.data.dataset import Rows, load_data, load_evaluation
 from launcher.data.loader import Loader, RowSource
 from launcher.data.order import Blocks, Grouped, Order, Shuffled, in_order
 from launcher.data.packing import Sequences, one_each, pack
@@ -67,28 +67,30 @@ def build_loaders(
     chosen, held = split(len(data.rows), config, seed)
     if len(held):
         evaluation = _in_order(data.rows, held, config, deal)
-    training = _stored(data, chosen, config, seed, deal)
+    sources = list(source.sources_of(config).values())
+    numbers = mix(chosen, data.sizes, sources, config, seed)
+    plain = deal(rows=data.rows, sequences=one_each(numbers), order=in_order)
+    training = _stored(plain, data.rows, numbers, config, seed)
     if config.packing:
         say(f"packing: {describe_packing(training, config.max_length)}")
     return Loaders(training, evaluation, data.fingerprint)
 
 
-def _stored(data: DataSet, chosen: Numbers, config: DataConfig, seed: int, deal: Deal) -> Loader:
-    sources = list(source.sources_of(config).values())
-    numbers = mix(chosen, data.sizes, sources, config, seed)
-    sequences = _sequences(data.rows, numbers, config)
-    loader = deal(rows=data.rows, sequences=sequences, order=in_order)
-    return replace(loader, order=_order(data.rows, sequences, config, seed, loader))
+def arrange(loader: Loader, config: DataConfig, seed: int) -> Loader:
+    """`loader` over the same rows, packed, grouped by length or as they come."""
+    assert isinstance(loader.rows, Rows)
+    numbers = np.sort(np.asarray(loader.sequences.rows))
+    return _stored(loader, loader.rows, numbers, config, seed)
 
 
-def _order(
-    rows: Rows, sequences: Sequences, config: DataConfig, seed: int, loader: Loader
-) -> Order:
-    if not config.shuffle:
-        return in_order
-    if not config.group_by_length:
-        return Shuffled(seed, len(sequences))
-    return Grouped(seed, sequence_lengths(rows, sequences), loader.global_batch_size)
+def _stored(loader: Loader, rows: Rows, numbers: Numbers, config: DataConfig, seed: int) -> Loader:
+    sequences = _sequences(rows, numbers, config)
+    order: Order = in_order
+    if config.group_by_length:
+        order = Grouped(seed, sequence_lengths(rows, sequences), loader.global_batch_size)
+    elif config.shuffle:
+        order = Shuffled(seed, len(sequences))
+    return replace(loader, sequences=sequences, order=order, packed=config.packing)
 
 
 def _streaming(streamed: Streamed, config: DataConfig, seed: int, deal: Deal) -> Loader:

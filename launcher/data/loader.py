@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from launcher.data.batch import IGNORED, MicroBatch, collate
+from launcher.data.batch import IGNORED, MicroBatch, collate, padded
 from launcher.data.dataset import Row
 from launcher.data.order import Order
 from launcher.data.packing import Sequences, pack
@@ -65,6 +65,15 @@ class Loader:
             torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum(),
             torch.tensor(sum(self._length(rows) for part in dealt for rows in part)),
         )
+
+    def extent(self, step: int) -> tuple[int, int]:
+        """(tokens, positions) that this rank computes in a step, as `window` lays them out."""
+        dealt = [
+            [self._length(rows) for rows in part] for part in self._deal(self._sequences_of(step))
+        ]
+        widths = [padded(max(part, default=1), self.pad_to_multiple_of) for part in dealt]
+        positions = sum(w * max(1, len(part)) for w, part in zip(widths, dealt, strict=True))
+        return sum(map(sum, dealt)), positions
 
     def _sequences_of(self, step: int) -> list[list[int]]:
         """The row numbers of each sequence of a step, the longest sequence first."""

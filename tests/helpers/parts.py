@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
@@ -26,7 +27,7 @@ from launcher.config.training import CheckpointConfig, TrainingConfig
 from launcher.data.dataset import load_data
 from launcher.data.loader import Loader
 from launcher.data.order import Shuffled
-from launcher.data.packing import one_each
+from launcher.data.packing import one_each, pack
 from launcher.distributed.process_group import Place
 from launcher.method import build_method
 from launcher.method.base import Method
@@ -67,6 +68,7 @@ class Case:
     steps: int = 20
     global_batch_size: int = 6
     micro_batch_size: int = 1
+    packing: bool = False
 
     def build_method(self) -> Method:
         options = dict(self.method_options)
@@ -92,16 +94,19 @@ class Case:
         tokenizer = load_tokenizer(self.model, False)
         config = DataConfig(path=str(self.data), max_length=96, pad_to_multiple_of=8)
         rows = load_data(config, tokenizer).rows
+        numbers = np.arange(len(rows))
+        sequences = pack(numbers, rows.lengths, 96) if self.packing else one_each(numbers)
         return Loader(
             rows,
-            one_each(range(len(rows))),
-            Shuffled(SEED, len(rows)),
+            sequences,
+            Shuffled(SEED, len(sequences)),
             rank=rank,
             world_size=world_size,
             micro_batch_size=micro_batch_size,
             global_batch_size=self.global_batch_size,
             pad_to_multiple_of=8,
             pad_token_id=tokenizer.pad_token_id,
+            packed=self.packing,
         )
 
 
@@ -117,6 +122,7 @@ def build(place: Place, case: Case) -> tuple[Strategy, Method, Weights | None]:
         case.model,
         SEED,
         case.build_precision().compute,
+        case.packing,
     )
     model = method.prepare(model, SEED, weights)
     add_noise(model, case.neftune_alpha)
