@@ -11,6 +11,7 @@ import torch
 from launcher.data.dataset import Rows
 
 IGNORED = -100  # cross_entropy's ignore_index
+TARGETS = 64  # a micro-batch has a multiple of so many: every new shape costs time
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,12 @@ class MicroBatch:
     no attention mask is needed."""
 
     input_ids: torch.Tensor  # [rows, length] int64
-    targets: torch.Tensor  # [rows, length] int64: the token to predict at each place, or IGNORED
+    target_at: torch.Tensor  # [n] int64: places in the flattened [rows, length] that have a target
+    target_ids: torch.Tensor  # [n] int64: the token to predict there; IGNORED: n is filled up
 
     def to(self, device: torch.device) -> MicroBatch:
-        return MicroBatch(
-            self.input_ids.to(device, non_blocking=True), self.targets.to(device, non_blocking=True)
-        )
+        tensors = (self.input_ids, self.target_at, self.target_ids)
+        return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Loader:
         batches = [self._collate([self.rows[row] for row in part]) for part in mine]
         return Window(
             batches,
-            torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum(),
+            torch.stack([(batch.target_ids != IGNORED).sum() for batch in batches]).sum(),
             torch.tensor(sum(len(self.rows[row][0]) for part in mine for row in part)),
         )
 
@@ -98,7 +99,18 @@ class Loader:
             input_ids[at, : len(ids)] = ids
             # Place t predicts token t + 1: shifted here, so that logits need not be cut.
             targets[at, : len(ids) - 1] = torch.where(trained[1:], ids[1:].long(), IGNORED)
-        return MicroBatch(input_ids, targets)
+        return MicroBatch(input_ids, *_with_target(targets.flatten()))
+
+
+def _with_target(targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(places, targets there) of those that are not IGNORED, filled up to a multiple of TARGETS,
+    and to one at least, with a place and no target."""
+    at = (targets != IGNORED).nonzero().squeeze(1)
+    count = max(1, -(-len(at) // TARGETS)) * TARGETS
+    places = torch.zeros(count, dtype=torch.int64)
+    ids = torch.full((count,), IGNORED, dtype=torch.int64)
+    places[: len(at)], ids[: len(at)] = at, targets[at]
+    return places, ids
 
 
 @functools.lru_cache(maxsize=4)

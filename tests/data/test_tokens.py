@@ -13,7 +13,7 @@ from launcher.config.data import DataConfig
 from launcher.data import dataset
 from launcher.data.chat import tokenize
 from launcher.data.dataset import load_rows, split
-from launcher.data.loader import IGNORED, Loader
+from launcher.data.loader import IGNORED, Loader, MicroBatch
 from launcher.errors import UserError
 from launcher.model.tiny import byte_tokenizer
 
@@ -129,9 +129,17 @@ def targets(loader: Loader, step: int) -> list[list[int]]:
     return [
         row[row != IGNORED].tolist()
         for batch in loader.window(step).micro_batches
-        for row in batch.targets
+        for row in by_place(batch)
         if (row != IGNORED).any()
     ]
+
+
+def by_place(batch: MicroBatch) -> torch.Tensor:
+    """The token to predict at each place [rows, length], or IGNORED."""
+    real = batch.target_ids != IGNORED
+    places = torch.full_like(batch.input_ids, IGNORED)
+    places.view(-1)[batch.target_at[real]] = batch.target_ids[real]
+    return places
 
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 1), (1, 4), (2, 1), (2, 3), (3, 2), (5, 1)])
@@ -163,14 +171,17 @@ def test_targets_are_the_next_tokens(rows_file: Path) -> None:
     rows = load_rows(rows_file, DataConfig(path="", max_length=96), byte_tokenizer())
     batch = deal(rows, 0, 1, 13, 13, seed=None).window(0).micro_batches[0]
     assert batch.input_ids.shape[1] % 8 == 0
+    assert len(batch.target_at) == len(batch.target_ids)
+    assert len(batch.target_at) % 64 == 0, "few shapes"
+    targets = by_place(batch)
     longest_first = sorted(range(13), key=lambda row: -len(rows[row][0]))
     for row in range(13):
         ids, trained = rows[longest_first[row]]
         for place in range(batch.input_ids.shape[1]):
             if place + 1 < len(ids) and trained[place + 1]:
-                assert batch.targets[row, place] == ids[place + 1]
+                assert targets[row, place] == ids[place + 1]
             else:
-                assert batch.targets[row, place] == IGNORED
+                assert targets[row, place] == IGNORED
 
 
 def test_rows_of_like_length_meet(rows_file: Path) -> None:
