@@ -8,11 +8,9 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from torch import nn
-from torch.nn.functional import cross_entropy
 
-from launcher.data.batch import IGNORED, MicroBatch
 from launcher.data.loader import Window
+from launcher.loss import token_loss
 from launcher.metrics import Ledger, Record, StepStats
 from launcher.nonfinite import first_bad_module
 from launcher.scheduler import Schedule
@@ -176,19 +174,6 @@ def train_step(
     result = strategy.step(max_grad_norm)
     return StepStats(
         loss, result.grad_norm, tokens, result.applied, result.guarded, result.loss_scale
-    )
-
-
-def token_loss(model: nn.Module, batch: MicroBatch, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Cross-entropy in fp32, summed over the targets of `batch`. Causal, without attention mask."""
-    documents = batch.documents.arguments() if batch.documents else {}
-    logits = model(input_ids=batch.input_ids, use_cache=False, **documents).logits
-    return cross_entropy(
-        logits.flatten(0, 1).float(),
-        batch.targets.flatten(),
-        ignore_index=IGNORED,
-        reduction="sum",
-        label_smoothing=label_smoothing,
     )
 
 

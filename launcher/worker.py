@@ -260,6 +260,7 @@ def build_learner(
     from launcher.checkpoint.learner import Learner
     from launcher.method import build_method
     from launcher.method.trained import describe
+    from launcher.model.head import chunk_loss
     from launcher.model.load import build_model
     from launcher.model.noise import add_noise
     from launcher.model.recompute import recompute_activations
@@ -280,6 +281,7 @@ def build_learner(
     add_noise(model, config.training.neftune_alpha)
     kept = recompute_activations(model, config.training.activation_checkpointing)
     say(f"activations: {kept}")
+    say(f"loss: {chunk_loss(model, config.training.loss)}")
     strategy = build_strategy(config.strategy, config.training, place, precision)
     build = partial(build_optimizer, config.optimizer, rate=method.rate)
     strategy.setup(model, weights, build)

@@ -29,7 +29,7 @@ from launcher.config.optimizer import AdamwConfig
 from launcher.config.scheduler import CosineConfig
 from launcher.config.strategy import SingleConfig
 from launcher.config.training import TrainingConfig
-from launcher.data.batch import IGNORED
+from launcher.data.batch import IGNORED, MicroBatch
 from launcher.data.dataset import load_data
 from launcher.data.loader import Loader
 from launcher.data.order import Shuffled
@@ -38,6 +38,7 @@ from launcher.distributed.process_group import Place, start
 from launcher.loop import train_step
 from launcher.method.lora import Lora
 from launcher.model.fetch import MODELS, fetch
+from launcher.model.head import chunk_loss
 from launcher.model.load import build_model
 from launcher.model.tokenizer import load_tokenizer
 from launcher.optimizer import build_optimizer
@@ -72,6 +73,7 @@ def shardway_arm(folder: Path, loader: Loader, place: Place, arguments: argparse
         ModelConfig(name_or_path=str(folder)), folder, SEED, PRECISIONS[arguments.precision].compute
     )
     model = Lora(METHOD).prepare(model, SEED)
+    chunk_loss(model, "chunked")
     precision = PRECISIONS[arguments.precision]
     single, training = SingleConfig(name="single"), TrainingConfig()
     strategy = build_strategy(single, training, place, precision)
@@ -108,7 +110,7 @@ def plain_arm(folder: Path, loader: Loader, place: Place, arguments: argparse.Na
                 logits = model(input_ids=batch.input_ids, use_cache=False).logits
             loss = cross_entropy(
                 logits.flatten(0, 1).float(),
-                batch.targets.flatten(),
+                _labels(batch).flatten(),
                 ignore_index=IGNORED,
                 reduction="sum",
             )
@@ -122,6 +124,14 @@ def plain_arm(folder: Path, loader: Loader, place: Place, arguments: argparse.Na
         return total
 
     return step
+
+
+def _labels(batch: MicroBatch) -> torch.Tensor:
+    """The token to predict at each place [rows, length], or IGNORED."""
+    real = batch.target_ids != IGNORED
+    labels = torch.full_like(batch.input_ids, IGNORED)
+    labels.view(-1)[batch.target_at[real]] = batch.target_ids[real]
+    return labels
 
 
 def interleave(

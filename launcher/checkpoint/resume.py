@@ -31,6 +31,7 @@ FREE = (
     "data.pad_to_multiple_of",
     "training.micro_batch_size",
     "training.activation_checkpointing",  # the same values
+    "training.loss",  # the same sums
     "training.eval_steps",
     "training.early_stopping_patience",
     "training.early_stopping_threshold",

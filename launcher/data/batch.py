@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from launcher.data.dataset import Row
 
 IGNORED = -100  # cross_entropy's ignore_index
+TARGETS = 64  # a micro-batch has a multiple of so many: every new shape costs time
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,14 @@ class MicroBatch:
     so no attention mask is needed."""
 
     input_ids: torch.Tensor  # [sequences, length] int64
-    targets: torch.Tensor  # [sequences, length] int64: the token to predict, or IGNORED
+    target_at: torch.Tensor  # [n] int64: places in the flattened ids that have a target
+    target_ids: torch.Tensor  # [n] int64: the token to predict there; IGNORED: n is filled up
     documents: Documents | None = None  # of packed sequences
+
+    def inputs(self) -> dict[str, Any]:
+        """What the model's forward is called with."""
+        documents = self.documents.arguments() if self.documents else {}
+        return {"input_ids": self.input_ids, "use_cache": False, **documents}
 
     def to(self, device: torch.device) -> MicroBatch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -57,7 +65,9 @@ class MicroBatch:
             position_ids=change(self.documents.position_ids),
             starts=change(self.documents.starts),
         )
-        return MicroBatch(change(self.input_ids), change(self.targets), documents)
+        return MicroBatch(
+            change(self.input_ids), change(self.target_at), change(self.target_ids), documents
+        )
 
 
 def collate(
@@ -79,7 +89,18 @@ def collate(
             targets[number, at : max(at, end - 1)] = np.where(trained[1:], ids[1:], IGNORED)
             at = end
     documents = _documents(sequences or [[]], length) if packed else None
-    return MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(targets), documents)
+    places, wanted = _with_target(targets.reshape(-1))
+    return MicroBatch(torch.from_numpy(input_ids), places, wanted, documents)
+
+
+def _with_target(targets: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(places, targets there) of those that are not IGNORED, filled up to a multiple of TARGETS,
+    and to one at least, with a place and no target."""
+    at = np.flatnonzero(targets != IGNORED)
+    count = padded(len(at), TARGETS)
+    places, ids = np.zeros(count, np.int64), np.full(count, IGNORED)
+    places[: len(at)], ids[: len(at)] = at, targets[at]
+    return torch.from_numpy(places), torch.from_numpy(ids)
 
 
 def padded(length: int, multiple: int) -> int:

@@ -62,7 +62,7 @@ class Loader:
         batches = [self._collate(part) for part in dealt]
         return Window(
             batches,
-            torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum(),
+            torch.stack([(batch.target_ids != IGNORED).sum() for batch in batches]).sum(),
             torch.tensor(sum(self._length(rows) for part in dealt for rows in part)),
         )
 

@@ -44,7 +44,5 @@ def _logits(model: nn.Module, device: torch.device, documents: list[list[int]]) 
         (np.asarray(each, np.int32), np.ones(len(each), np.bool_)) for each in documents
     ]
     batch = collate([rows], 1, 0, packed=True).to(device)
-    assert batch.documents is not None
-    out = model(input_ids=batch.input_ids, use_cache=False, **batch.documents.arguments())
-    logits: torch.Tensor = out.logits[0]
+    logits: torch.Tensor = model(**batch.inputs()).logits[0]
     return logits

@@ -11,7 +11,7 @@ import torch
 
 from launcher.config.data import DataConfig
 from launcher.data.ahead import Ahead
-from launcher.data.batch import IGNORED, collate
+from launcher.data.batch import IGNORED, MicroBatch, collate
 from launcher.data.dataset import Rows, load_data
 from launcher.data.loader import Loader
 from launcher.data.order import Shuffled, in_order
@@ -44,9 +44,17 @@ def targets(loader: Any, step: int) -> list[list[int]]:
     return [
         row[row != IGNORED].tolist()
         for batch in loader.window(step).micro_batches
-        for row in batch.targets
+        for row in by_place(batch)
         if (row != IGNORED).any()
     ]
+
+
+def by_place(batch: MicroBatch) -> torch.Tensor:
+    """The token to predict at each place [sequences, length], or IGNORED."""
+    real = batch.target_ids != IGNORED
+    places = torch.full_like(batch.input_ids, IGNORED)
+    places.view(-1)[batch.target_at[real]] = batch.target_ids[real]
+    return places
 
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 1), (1, 4), (2, 1), (2, 3), (3, 2), (5, 1)])
@@ -76,14 +84,17 @@ def test_targets_are_the_next_tokens(rows: Rows) -> None:
     batch = deal(rows, micro=13, batch=13, order=in_order).window(0).micro_batches[0]
     assert batch.input_ids.shape[1] % 8 == 0
     assert batch.documents is None
+    assert len(batch.target_at) == len(batch.target_ids)
+    assert len(batch.target_at) % 64 == 0, "few shapes"
+    predicted = by_place(batch)
     longest_first = sorted(range(13), key=lambda row: -len(rows[row][0]))
     for row in range(13):
         ids, trained = rows[longest_first[row]]
         for place in range(batch.input_ids.shape[1]):
             if place + 1 < len(ids) and trained[place + 1]:
-                assert batch.targets[row, place] == ids[place + 1]
+                assert predicted[row, place] == ids[place + 1]
             else:
-                assert batch.targets[row, place] == IGNORED
+                assert predicted[row, place] == IGNORED
 
 
 def test_rows_of_like_length_meet(rows: Rows) -> None:
@@ -135,7 +146,7 @@ def test_documents_say_where_rows_lie(rows: Rows) -> None:
     expected = [place for length in documents.lengths for place in range(length)]
     assert documents.position_ids.flatten().tolist() == expected
     assert batch.input_ids[0, sizes[0] : sizes[0] + sizes[1]].tolist() == b[0].tolist()
-    assert batch.targets[0, sizes[0] - 1] == IGNORED, "the first token of b is not predicted"
+    assert by_place(batch)[0, sizes[0] - 1] == IGNORED, "the first token of b is not predicted"
 
 
 def test_a_step_s_own_rows_may_be_packed_when_it_comes(rows: Rows) -> None:
@@ -153,7 +164,7 @@ def test_a_batch_without_sequences_is_padding() -> None:
     for is_packed in (False, True):
         batch = collate([], multiple=8, pad_token_id=3, packed=is_packed)
         assert batch.input_ids.tolist() == [[3] * 8]
-        assert (batch.targets == IGNORED).all()
+        assert (batch.target_ids == IGNORED).all()
     assert batch.documents is not None
     assert batch.documents.lengths == (8,)
 
@@ -175,7 +186,7 @@ def test_the_next_step_is_made_meanwhile(rows: Rows) -> None:
         found, expected = ahead.window(step), loader.window(step)
         for ours, theirs in zip(found.micro_batches, expected.micro_batches, strict=True):
             assert torch.equal(ours.input_ids, theirs.input_ids)
-            assert torch.equal(ours.targets, theirs.targets)
+            assert torch.equal(ours.target_ids, theirs.target_ids)
     ahead.window(3)
     assert asked[:4] == [4, 5, 6, 7]
     assert asked.count(2) == asked.count(3) == 1

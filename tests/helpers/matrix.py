@@ -24,6 +24,7 @@ from launcher.config.checks import World
 from launcher.distributed.process_group import Place
 from launcher.distributed.shards import local_part
 from launcher.loop import Plan, fit
+from launcher.model.head import ChunkedHead
 from launcher.model.quantised import QuantisedLinear
 from launcher.run_dir import RunDir
 from launcher.worker import build_learner
@@ -166,9 +167,10 @@ def run(place: Place, config: Config, folder: Path, evaluated: bool = False) -> 
     """Train through, with a save on the way and perhaps an evaluation after it; then build anew and
     go on from what was saved, without evaluation."""
     learner = _build(config, place)
-    outputs: set[torch.dtype] = set()
+    hidden: set[torch.dtype] = set()
+    assert type(learner.model.get_output_embeddings()) is ChunkedHead  # type: ignore[operator]
     head = learner.model.get_output_embeddings()  # type: ignore[operator]
-    handle = head.register_forward_hook(lambda module, inputs, output: outputs.add(output.dtype))
+    handle = head.register_forward_pre_hook(lambda module, inputs: hidden.add(inputs[0].dtype))
     log = _fit(learner, config, folder, evaluated=evaluated)
     handle.remove()
     again = _build(config, place)
@@ -180,7 +182,7 @@ def run(place: Place, config: Config, folder: Path, evaluated: bool = False) -> 
         log.evaluations,
         (_fingerprint(learner), _fingerprint(again)),
         {"model": _model_bytes(learner.model), "learnt": _learnt_bytes(learner)},
-        {**_dtypes(learner), "compute": outputs},
+        {**_dtypes(learner), "compute": hidden},
     )
 
 

@@ -31,6 +31,7 @@ from launcher.data.packing import one_each, pack
 from launcher.distributed.process_group import Place
 from launcher.method import build_method
 from launcher.method.base import Method
+from launcher.model.head import chunk_loss
 from launcher.model.load import Weights, build_model
 from launcher.model.noise import add_noise
 from launcher.model.recompute import recompute_activations
@@ -62,6 +63,7 @@ class Case:
     optimizer_name: str = "adamw"
     optimizer_options: tuple[tuple[str, Any], ...] = ()
     activation_checkpointing: str = "off"
+    loss: str = "chunked"
     neftune_alpha: float | None = None
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
@@ -127,6 +129,7 @@ def build(place: Place, case: Case) -> tuple[Strategy, Method, Weights | None]:
     model = method.prepare(model, SEED, weights)
     add_noise(model, case.neftune_alpha)
     recompute_activations(model, case.activation_checkpointing)
+    chunk_loss(model, case.loss)
     schema = STRATEGY_SCHEMAS[case.strategy]
     config = schema(name=case.strategy, **dict(case.strategy_options))
     training = TrainingConfig(
@@ -192,11 +195,12 @@ def plain_model(case: Case) -> torch.nn.Module:
 def plain_loss(model: torch.nn.Module, window: Any) -> torch.Tensor:
     """Mean loss over the target tokens of a window, all rows in one batch, with attention mask."""
     (batch,) = window.micro_batches
-    labels = batch.input_ids.roll(-1, dims=1)
-    real = batch.targets >= 0
-    assert torch.equal(labels[real], batch.targets[real])
+    labels = batch.input_ids.roll(-1, dims=1).flatten()
+    real = batch.target_ids >= 0
+    at, ids = batch.target_at[real], batch.target_ids[real]
+    assert torch.equal(labels[at], ids)
     logits = model(input_ids=batch.input_ids).logits
-    return cross_entropy(logits[real], batch.targets[real])
+    return cross_entropy(logits.flatten(0, 1)[at], ids)
 
 
 def plain_gradients(case: Case) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from launcher.config.model import ModelConfig
 from launcher.data.batch import IGNORED, collate
 from launcher.errors import UserError
-from launcher.loop import token_loss
+from launcher.loss import token_loss
 from launcher.model.attention import PACKED, attention_for
 from launcher.model.load import build_model
 from launcher.model.packed import check_apart
@@ -60,10 +60,9 @@ def rows(seed: int = 0) -> list[Any]:
 def losses(model: torch.nn.Module, sequences: list[list[Any]], packed: bool) -> torch.Tensor:
     """Of each target token."""
     batch = collate(sequences, 8, 0, packed)
-    documents = batch.documents.arguments() if batch.documents else {}
-    logits = model(input_ids=batch.input_ids, use_cache=False, **documents).logits
-    found = cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
-    return found[batch.targets.flatten() != IGNORED]
+    logits = model(**batch.inputs()).logits.flatten(0, 1)[batch.target_at]
+    found = cross_entropy(logits, batch.target_ids, reduction="none")
+    return found[batch.target_ids != IGNORED]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
