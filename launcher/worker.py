@@ -128,6 +128,8 @@ def _train(
     from launcher.checkpoint.save import Saver
     from launcher.distributed.together import first_known
     from launcher.loop import fit
+    from launcher.meter import Meter
+    from launcher.precision import precision_of
     from launcher.tracking import build_observers
 
     say = partial(print, file=console, flush=True)
@@ -142,6 +144,8 @@ def _train(
         done = load.restore(chosen, learner, config.resume_force)
         say(f"resumed from {chosen.path.name}: {done.step} steps, {done.tokens:,} tokens")
     observers = build_observers(config.tracking, run_folder, console) if place.is_main else ()
+    compute, stated = precision_of(config.precision).compute, config.tracking.peak_tflops
+    meter = Meter.of(place.device, learner.flops, compute, stated, place.world_size, say)
     stop.training_begins()
     try:
         last = fit(
@@ -157,6 +161,7 @@ def _train(
             done_steps=done.step,
             tokens=done.tokens,
             watch=learner.watch,
+            meter=meter,
         )
     except UserError:  # on all ranks alike; what was learnt before it is not lost
         saver.finish()
@@ -258,6 +263,7 @@ def build_learner(
     import torch.distributed as dist
 
     from launcher.checkpoint.learner import Learner
+    from launcher.flops import counted
     from launcher.method import build_method
     from launcher.method.trained import describe
     from launcher.model.load import build_model
@@ -275,6 +281,7 @@ def build_learner(
     if done := method.describe():
         say(f"base: {done}")
     say(f"method: {config.method.name}: {describe(model, precision.master, precision.compute)}")
+    flops = counted(model, say)
     add_noise(model, config.training.neftune_alpha)
     kept = recompute_activations(model, config.training.activation_checkpointing)
     say(f"activations: {kept}")
@@ -296,7 +303,7 @@ def build_learner(
     group = dist.new_group(backend="gloo")
     training = config.training
     watch = Watch(training.early_stopping_patience, training.early_stopping_threshold)
-    return Learner(strategy, method, model, scheduler, place, group, about, watch)
+    return Learner(strategy, method, model, scheduler, place, group, about, watch, flops)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from launcher.distributed.process_group import Place
+from launcher.flops import Flops
 from launcher.method.base import Method
 from launcher.scheduler import Schedule
 from launcher.strategy import Strategy
@@ -27,3 +28,4 @@ class Learner:
     group: dist.ProcessGroup  # all ranks, on CPU, for checkpoints alone
     about: dict[str, Any]  # into every trainer.json: base model, data, ranks, strategy
     watch: Watch = field(default_factory=Watch)
+    flops: Flops | None = None  # of a step; None: not known of this model

@@ -15,6 +15,7 @@ from launcher.config.rule import Example, Rule, World
 from launcher.config.schedule_rules import SCHEDULE_RULES
 from launcher.config.slurm_rules import SLURM_RULES
 from launcher.config.strategy import HsdpConfig, ZeroConfig
+from launcher.config.tracking_rules import TRACKING_RULES
 
 
 def broken_rules(config: Config, world: World, rules: tuple[Rule, ...] | None = None) -> list[str]:
@@ -125,6 +126,7 @@ RULES: tuple[Rule, ...] = (
     *QUANTISED_RULES,
     *OFFLOAD_RULES,
     *SLURM_RULES,
+    *TRACKING_RULES,
     Rule(
         "one-evaluation-set",
         "at most one of data.eval_path and data.eval_rows names the evaluation rows",

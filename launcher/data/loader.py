@@ -29,11 +29,18 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Window:
-    """This rank's share of one optimizer step."""
+    """This rank's share of one optimizer step. Counts are 0-d int64 tensors on the CPU."""
 
     micro_batches: list[MicroBatch]
-    target_tokens: torch.Tensor  # 0-d int64 on the CPU: targets of this rank
-    tokens: torch.Tensor  # 0-d int64 on the CPU: tokens of this rank's rows, without padding
+    target_tokens: torch.Tensor
+    tokens: torch.Tensor  # of its rows, without padding
+    rows: torch.Tensor  # without those that are padding alone
+    positions: torch.Tensor  # with padding
+    pairs: torch.Tensor  # of a token and one that it attends to, itself included
+
+    @property
+    def counts(self) -> tuple[torch.Tensor, ...]:
+        return self.target_tokens, self.tokens, self.rows, self.positions, self.pairs
 
 
 @dataclass(frozen=True)
@@ -71,10 +78,14 @@ class Loader:
         rounds = (rows[at : at + per_round] for at in range(0, len(rows), per_round))
         mine = [dealt[self.rank :: self.world_size] for dealt in rounds]
         batches = [self._collate([self.rows[row] for row in part]) for part in mine]
+        lengths = [len(self.rows[row][0]) for part in mine for row in part]
         return Window(
             batches,
-            torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum(),
-            torch.tensor(sum(len(self.rows[row][0]) for part in mine for row in part)),
+            target_tokens=torch.stack([(b.targets != IGNORED).sum() for b in batches]).sum(),
+            tokens=torch.tensor(sum(lengths)),
+            rows=torch.tensor(len(lengths)),
+            positions=torch.tensor(sum(batch.input_ids.numel() for batch in batches)),
+            pairs=torch.tensor(sum(length * (length + 1) // 2 for length in lengths)),
         )
 
     def windows(self) -> Iterator[Window]:
