@@ -23,7 +23,7 @@ def test_trackers_hold_the_figures_of_metrics_jsonl(
     monkeypatch.setenv("WANDB_MODE", "offline")
     done = shardway(
         *(*TRAIN_TINY, "cluster.cpu_processes=1", "run_dir=run", "data.eval_rows=5"),
-        "training.eval_steps=2",
+        *("training.eval_steps=2", "tracking.peak_tflops=0.5"),
         *("training.epochs=null", "training.max_steps=5", "training.stop_after_steps=3"),
         f"tracking.trackers=[{'tensorboard,wandb' if wandb else 'tensorboard'}]",
         cwd=tmp_path,
@@ -36,6 +36,7 @@ def test_trackers_hold_the_figures_of_metrics_jsonl(
     expected = figures(metrics(run.path))
     assert [step for step, _ in expected["loss"]] == [1, 2, 3, 4, 5]
     assert expected["eval_loss"]
+    assert all(0 < share < 1 for _, share in expected["mfu"])
     shown = {tag: [(s, float(np.float32(v))) for s, v in vs] for tag, vs in expected.items()}
     assert scalars(run) == shown, "TensorBoard's scalars have 32 bits"
     if wandb:
