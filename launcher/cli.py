@@ -20,6 +20,7 @@ VERBS = {
     "stop": ("launcher.runs:stop", "end a run at its next step, with a checkpoint"),
     "resume": ("launcher.runs:resume", "go on from a run's newest checkpoint"),
     "logs": ("launcher.runs:logs", "what a run or one of its ranks said; --follow"),
+    "report": ("launcher.report", "curves and settings of runs, side by side in one HTML page"),
     "rules": ("launcher.rules", "the rules between settings; explain one by an example"),
 }
 

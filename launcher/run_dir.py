@@ -1,6 +1,7 @@
 """The names inside a run folder, and its creation. Imports no torch.
 
 RUN/config.yaml  launch.json  metrics.jsonl  loss.png
+    tensorboard/  wandb/  mlruns/  trackers.json    of tracking.trackers
     deepspeed.json                      what DeepSpeed is told, under zero1, zero2 and zero3
     stop                                make it: training ends at a step boundary, with a checkpoint
     logs/attempt-1/{config.yaml, status.json, torchrun.log, rank-00.log, rank-00.error.json}
@@ -55,6 +56,10 @@ class RunDir:
     @property
     def plot(self) -> Path:
         return self.path / "loss.png"
+
+    @property
+    def trackers(self) -> Path:
+        return self.path / "trackers.json"  # tracker → the id of its run
 
     @property
     def checkpoints(self) -> Path:

@@ -28,7 +28,12 @@ from launcher import overview, paths, rank_log, run_dir, sweep, versions
 from launcher.checkpoint import resume
 from launcher.checkpoint.layout import Checkpoint
 from launcher.cluster import command, compiled, local, slurm
-from launcher.cluster.devices import has_flash_attention, has_libaio, visible_gpus
+from launcher.cluster.devices import (
+    has_flash_attention,
+    has_libaio,
+    missing_packages,
+    visible_gpus,
+)
 from launcher.config import Config, checks, deepspeed, store
 from launcher.config.checks import World
 from launcher.config.cluster import SlurmConfig
@@ -213,11 +218,12 @@ def launch_sweep(configs: list[Config], worlds: list[World]) -> int:
 def _world(config: Config) -> World:
     gpus, flash_attention = visible_gpus(), has_flash_attention()
     libaio = not config.strategy.on_disk or has_libaio()
+    missing = missing_packages(config.tracking.trackers)
     if _under_torchrun():
         per_node = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // per_node
-        return World(nodes, per_node, gpus, _rank(), flash_attention, libaio)
-    return World.of(config, gpus, flash_attention, libaio)
+        return World(nodes, per_node, gpus, _rank(), flash_attention, libaio, missing)
+    return World.of(config, gpus, flash_attention, libaio, missing)
 
 
 def _under_torchrun() -> bool:

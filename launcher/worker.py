@@ -7,6 +7,7 @@ The parts are imported inside `run`, after the rank's log is open: libraries tal
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -132,7 +133,9 @@ def _train(
     from launcher.data.ahead import Ahead
     from launcher.distributed.together import first_known
     from launcher.loop import fit
+    from launcher.meter import Meter
     from launcher.model.packed import check_apart
+    from launcher.precision import precision_of
     from launcher.tracking import build_observers
 
     say = partial(print, file=console, flush=True)
@@ -151,7 +154,11 @@ def _train(
         done = load.restore(chosen, learner, config.resume_force)
         say(f"resumed from {chosen.path.name}: {done.step} steps, {done.tokens:,} tokens")
     observers = build_observers(config.tracking, run_folder, console) if place.is_main else ()
+    compute, stated = precision_of(config.precision).compute, config.tracking.peak_tflops
+    meter = Meter.of(place.device, learner.flops, compute, stated, place.world_size, say)
     stop.training_begins()
+    gc.collect()
+    gc.freeze()  # what is here stays: a collection in a step need not walk through it
     try:
         last = fit(
             learner.strategy,
@@ -166,6 +173,7 @@ def _train(
             done_steps=done.step,
             tokens=done.tokens,
             watch=learner.watch,
+            meter=meter,
         )
     except UserError:  # on all ranks alike; what was learnt before it is not lost
         saver.finish()
@@ -258,6 +266,7 @@ def build_learner(
     import torch.distributed as dist
 
     from launcher.checkpoint.learner import Learner
+    from launcher.flops import counted
     from launcher.method import build_method
     from launcher.method.trained import describe
     from launcher.model.head import chunk_loss
@@ -278,6 +287,7 @@ def build_learner(
     if done := method.describe():
         say(f"base: {done}")
     say(f"method: {config.method.name}: {describe(model, precision.master, precision.compute)}")
+    flops = counted(model, say)
     add_noise(model, config.training.neftune_alpha)
     kept = recompute_activations(model, config.training.activation_checkpointing)
     say(f"activations: {kept}")
@@ -300,7 +310,7 @@ def build_learner(
     group = dist.new_group(backend="gloo")
     training = config.training
     watch = Watch(training.early_stopping_patience, training.early_stopping_threshold)
-    return Learner(strategy, method, model, scheduler, place, group, about, watch)
+    return Learner(strategy, method, model, scheduler, place, group, about, watch, flops)
 
 
 if __name__ == "__main__":

@@ -83,9 +83,8 @@ def shardway_arm(folder: Path, loader: Loader, place: Place, arguments: argparse
 
     def step(number: int) -> float:
         window = loader.window(number)
-        counts = torch.stack([window.target_tokens, window.tokens])
-        targets, tokens = strategy.sum(counts).tolist()
-        stats = train_step(strategy, window, targets, tokens, 1.0, place.device)
+        targets = int(strategy.sum(window.target_tokens))
+        stats = train_step(strategy, window, targets, 1.0, place.device)
         scheduler.step()
         return stats.loss.item()
 

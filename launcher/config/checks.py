@@ -16,6 +16,7 @@ from launcher.config.rule import Example, Rule, World
 from launcher.config.schedule_rules import SCHEDULE_RULES
 from launcher.config.slurm_rules import SLURM_RULES
 from launcher.config.strategy import HsdpConfig, ZeroConfig
+from launcher.config.tracking_rules import TRACKING_RULES
 
 
 def broken_rules(config: Config, world: World, rules: tuple[Rule, ...] | None = None) -> list[str]:
@@ -127,6 +128,7 @@ RULES: tuple[Rule, ...] = (
     *OFFLOAD_RULES,
     *SLURM_RULES,
     *DATA_RULES,
+    *TRACKING_RULES,
     Rule(
         "zero-extra-agrees",
         "strategy.extra says nothing that another setting says otherwise",

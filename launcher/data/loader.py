@@ -24,11 +24,18 @@ class RowSource(Protocol):
 
 @dataclass(frozen=True)
 class Window:
-    """This rank's share of one optimizer step."""
+    """This rank's share of one optimizer step. Counts are 0-d int64 tensors on the CPU."""
 
     micro_batches: list[MicroBatch]
-    target_tokens: torch.Tensor  # 0-d int64 on the CPU: targets of this rank
-    tokens: torch.Tensor  # 0-d int64 on the CPU: tokens of this rank's rows, without padding
+    target_tokens: torch.Tensor
+    tokens: torch.Tensor  # of its rows, without padding
+    rows: torch.Tensor  # without those that are padding alone
+    positions: torch.Tensor  # with padding
+    pairs: torch.Tensor  # of a token and one that it attends to, itself included
+
+    @property
+    def counts(self) -> tuple[torch.Tensor, ...]:
+        return self.target_tokens, self.tokens, self.rows, self.positions, self.pairs
 
 
 @dataclass(frozen=True)
@@ -60,10 +67,14 @@ class Loader:
         """
         dealt = self._deal(self._sequences_of(step))
         batches = [self._collate(part) for part in dealt]
+        lengths = [self.rows.length(r) for part in dealt for rows in part for r in rows]
         return Window(
             batches,
-            torch.stack([(batch.target_ids != IGNORED).sum() for batch in batches]).sum(),
-            torch.tensor(sum(self._length(rows) for part in dealt for rows in part)),
+            target_tokens=torch.stack([(b.target_ids != IGNORED).sum() for b in batches]).sum(),
+            tokens=torch.tensor(sum(lengths)),
+            rows=torch.tensor(len(lengths)),
+            positions=torch.tensor(sum(batch.input_ids.numel() for batch in batches)),
+            pairs=torch.tensor(sum(length * (length + 1) // 2 for length in lengths)),
         )
 
     def extent(self, step: int) -> tuple[int, int]:

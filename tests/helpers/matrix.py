@@ -145,9 +145,12 @@ class Midway(Saver):
             super().save(step, tokens, eval_loss)
 
 
+EXACT = ("step", "loss", "learning_rate", "grad_norm", "loss_scale", "skipped")
+
+
 @dataclass
 class Log:
-    """Observes a run; times are left out."""
+    """Observes a run; of its figures those that do not hang on the clock."""
 
     steps: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[float] = field(default_factory=list)
@@ -155,12 +158,11 @@ class Log:
     def start(self, done_steps: int, total_steps: int) -> None: ...
     def finish(self) -> None: ...
     def log(self, records: list[dict[str, Any]]) -> None:
-        timed = ("time", "tokens", "tokens_per_second")
         for record in records:
             if "eval_loss" in record:
                 self.evaluations.append(record["eval_loss"])
             else:
-                self.steps.append({key: v for key, v in record.items() if key not in timed})
+                self.steps.append({key: record[key] for key in EXACT if key in record})
 
 
 def run(place: Place, config: Config, folder: Path, evaluated: bool = False) -> Seen:

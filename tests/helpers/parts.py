@@ -168,9 +168,8 @@ def saver(learner: Learner, folder: Path, **options: Any) -> Saver:
 
 def train_step(strategy: Strategy, window: Any, device: torch.device = CPU) -> Any:
     """One step as `fit` does it."""
-    counts = torch.stack([window.target_tokens, window.tokens])
-    targets, tokens = strategy.sum(counts).tolist()
-    return loop.train_step(strategy, window, targets, tokens, MAX_NORM, device)
+    targets = strategy.sum(window.target_tokens).item()
+    return loop.train_step(strategy, window, targets, MAX_NORM, device)
 
 
 def train(place: Place, case: Case) -> tuple[Strategy, Method, list[float]]:
