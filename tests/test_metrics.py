@@ -122,7 +122,7 @@ def test_a_windows_counts_are_those_of_its_rows(tiny: Path, rows_file: Path, wor
         for loader in loaders:
             window = loader.window(step)
             total += torch.stack(window.counts)
-            shapes += sum(batch.targets.numel() for batch in window.micro_batches)
+            shapes += sum(batch.input_ids.numel() for batch in window.micro_batches)
     work = Work(*total.tolist())
     assert work[1:] == (
         sum(lengths), 13, shapes, sum(sum(range(1, length + 1)) for length in lengths),
