@@ -230,9 +230,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     run.add_argument("--rounds", type=int, default=2)
     run.add_argument("--steps", type=int, default=8, help=f"of them {WARM_UP} to warm up")
-    run.add_argument("--seconds", type=float, default=60.0, help="of a run, at most")
-    run.add_argument("--global-batch-size", type=int, default=8, help="rows a step")
-    run.add_argument("--micro-batch-size", type=int, default=4, help="rows a rank and forward")
+    run.add_argument("--seconds", type=float, default=40.0, help="of a run, at most")
+    run.add_argument("--global-batch-size", type=int, default=4, help="rows a step")
+    run.add_argument("--micro-batch-size", type=int, default=2, help="rows a rank and forward")
     return made
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from llamafactory.data.formatter import StringFormatter
 from llamafactory.data.template import register_template
 from llamafactory.train.tuner import run_exp
+from transformers import AutoTokenizer
 
 from peers import count, job
 
+SYSTEM = "<|im_start|>system\n{{content}}<|im_end|>\n"
 TURN = "<|im_start|>user\n{{content}}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -22,8 +24,8 @@ def main() -> None:
         name="model",
         format_user=StringFormatter(slots=[TURN]),
         format_assistant=StringFormatter(slots=["{{content}}<|im_end|>"]),
-        format_system=StringFormatter(slots=["<|im_start|>system\n{{content}}<|im_end|>\n"]),
-        default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+        format_system=StringFormatter(slots=[SYSTEM]),
+        default_system=system_message(mine.model),
         stop_words=["<|im_end|>"],
     )
     datasets = {"rows": {"file_name": mine.rows}}
@@ -45,6 +47,13 @@ def main() -> None:
         **mine.settings,
     }
     run_exp(arguments, callbacks=[count.Count(mine)])
+
+
+def system_message(model: str) -> str:
+    """What the model's own template says before the first question, if it says anything."""
+    text = count.prompt(AutoTokenizer.from_pretrained(model), "question")
+    before, _, after = SYSTEM.partition("{{content}}")
+    return text.removeprefix(before).partition(after)[0] if text.startswith(before) else ""
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ def draw(runs: list[Run], arms: list[Arm], path: Path) -> None:
             panel.plot(seen, losses, "-" if arm.is_ours else "--", label=arm.name)
         panel.set_title(f"{ranks} rank{'s' * (ranks > 1)}")
         panel.set_xlabel("trained tokens")
+        if panel.lines:
+            panel.legend()
     panels[0][0].set_ylabel("loss per trained token")
-    if panels[0][-1].lines:
-        panels[0][-1].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
