@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launcher.data import source
-from launcher.data.chat import tokenize
+from launcher.data.chat import pieces, tokenize
+from launcher.data.formats import to_conversation
 from launcher.errors import UserError
 from launcher.model.tiny import byte_tokenizer
 
@@ -62,10 +63,9 @@ def test_rows_that_a_system_would_cut_are_left_out(peers: Any) -> None:
     rows, tokenizer = peers("rows"), byte_tokenizer()
     made = rows.made_up(40, seed=3)
     kept, lengths = rows.fitting(made, tokenizer, max_length=400)
-    whole = [
-        len(tokenize(tokenizer, source.to_messages("", row, "alpaca"), 10**6, "").ids)
-        for row in made
-    ]
+    talks = [to_conversation("", row, "alpaca", {}) for row in made]
+    cut = [row for talk in talks for row in pieces(tokenizer, talk, "answers", "")]
+    whole = [len(tokens.ids) for tokens in tokenize(tokenizer, cut, 10**6)]
     assert 0 < len(kept) < len(made)
     assert kept == [row for row, tokens in zip(made, whole, strict=True) if tokens <= 400]
     assert lengths == [tokens for tokens in whole if tokens <= 400]
@@ -84,9 +84,9 @@ def test_peers_are_asked_what_shardway_is_asked(peers: Any, tmp_path: Path) -> N
     rows, path = peers("rows"), tmp_path / "rows.json"
     rows.write([{"instruction": "Add.", "input": "1 2", "output": "3"}], path)
     job = peers("job").Job("", str(path), "", 1, 1, 1, 1, 8, {})
-    (_, messages), *_ = source.read_messages(path, "alpaca")
+    talk = to_conversation("", json.loads(path.read_text())[0], "alpaca", {})
     (text,) = job.texts()
-    assert [text["question"], text["answer"]] == [turn["content"] for turn in messages]
+    assert [text["question"], text["answer"]] == [turn["content"] for turn in talk.messages]
 
 
 def test_the_rate_leaves_the_warm_up_out(peers: Any, run_of: Any) -> None:
