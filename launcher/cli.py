@@ -14,11 +14,13 @@ VERBS = {
     "verify": ("launcher.export.verify", "check an exported folder against its manifest"),
     "chat": ("launcher.chat.terminal", "talk to an exported folder in the terminal"),
     "fetch": ("launcher.model.fetch", "fetch the demo model (or the tiny one of the tests)"),
+    "data": ("launcher.preview", "preview rows, learnt tokens, lengths and padding"),
     "schedule": ("launcher.schedule", "draw the learning rate of a configuration over its steps"),
     "runs": ("launcher.runs", "a table of run folders: state, step, loss, place in the queue"),
     "stop": ("launcher.runs:stop", "end a run at its next step, with a checkpoint"),
     "resume": ("launcher.runs:resume", "go on from a run's newest checkpoint"),
     "logs": ("launcher.runs:logs", "what a run or one of its ranks said; --follow"),
+    "report": ("launcher.report", "curves and settings of runs, side by side in one HTML page"),
     "rules": ("launcher.rules", "the rules between settings; explain one by an example"),
 }
 

@@ -8,10 +8,10 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from torch import nn
-from torch.nn.functional import cross_entropy
 
-from launcher.data.loader import IGNORED, Loader, MicroBatch, Window
+from launcher.data.loader import Window
+from launcher.loss import token_loss
+from launcher.meter import Meter, Work
 from launcher.metrics import Ledger, Record, StepStats
 from launcher.nonfinite import first_bad_module
 from launcher.scheduler import Schedule
@@ -57,6 +57,14 @@ class Observer(Protocol):
     def finish(self) -> None: ...
 
 
+class Windows(Protocol):
+    """The batches of steps, counted from 0 over all epochs."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+    def window(self, step: int) -> Window: ...
+
+
 class Checkpoints(Protocol):
     """Keeps what is learnt. All ranks call it alike; what fails on one raises on all."""
 
@@ -77,8 +85,8 @@ Halt = Callable[[], bool]
 def fit(
     strategy: Strategy,
     scheduler: Schedule,
-    training: Loader,
-    evaluation: Loader | None,
+    training: Windows,
+    evaluation: Windows | None,
     plan: Plan,
     observers: list[Observer],
     checkpoints: Checkpoints,
@@ -87,6 +95,7 @@ def fit(
     done_steps: int = 0,
     tokens: int = 0,
     watch: Watch | None = None,
+    meter: Meter | None = None,
 ) -> int:
     """Train from `done_steps` to `plan.end_step`, or until a rank halts or the evaluation loss has
     stalled for the patience of `watch`; return the last step done.
@@ -95,7 +104,6 @@ def fit(
     """
     for observer in observers:
         observer.start(done_steps, plan.end_step)
-    ledger = Ledger(strategy.sum, tokens, plan.patience)
     watch = watch or Watch()
 
     def look() -> float | None:
@@ -110,26 +118,26 @@ def fit(
         return loss
 
     strategy.model.train()
-    step = saved = done_steps
-    eval_loss = None
+    step, saved, eval_loss = done_steps, done_steps, None
     if step and plan.judges(step) and not watch.has_seen(step):
         look()  # a halt came before it, or in its midst
+    ledger = Ledger(strategy.sum, tokens, plan.patience, meter or Meter(device))
     while step < plan.end_step:
-        window = training.window(step)
+        window = ledger.meter.waiting(training.window, step)
         halting = torch.tensor(int(halt() or checkpoints.failed() or watch.stalled()))
-        counts = torch.stack([window.target_tokens, window.tokens, halting])
-        targets, tokens, halted = strategy.sum(counts).tolist()
+        *counts, halted = strategy.sum(torch.stack([*window.counts, halting])).tolist()
         if halted:
             break
+        work = Work(*counts)
         step, eval_loss = step + 1, None
         learning_rate = float(scheduler.get_last_lr()[0])
         ledger.blame = partial(first_bad_module, strategy.model, window, device)
         stats = train_step(
-            strategy, window, targets, tokens, plan.max_grad_norm, device, plan.label_smoothing
+            strategy, window, work.targets, plan.max_grad_norm, device, plan.label_smoothing
         )
         if stats.applied:
             scheduler.step()
-        ledger.add(step, learning_rate, stats)
+        ledger.add(step, learning_rate, stats, work)
         if plan.pauses(step):
             _tell(observers, ledger.flush())
             eval_loss = look() if plan.evaluates(step) else None
@@ -150,13 +158,12 @@ def train_step(
     strategy: Strategy,
     window: Window,
     targets: int,
-    tokens: int,
     max_grad_norm: float,
     device: torch.device,
     label_smoothing: float = 0.0,
 ) -> StepStats:
     """One optimizer step: the loss is a sum over target tokens, divided by their count `targets`
-    over all ranks (`tokens`: all tokens of the step, for the record)."""
+    over all ranks."""
     loss = torch.zeros((), device=device)
     for index, micro_batch in enumerate(window.micro_batches, start=1):
         strategy.accumulate(last=index == len(window.micro_batches))
@@ -165,32 +172,18 @@ def train_step(
         strategy.backward(part)
         loss += part.detach()
     result = strategy.step(max_grad_norm)
-    return StepStats(
-        loss, result.grad_norm, tokens, result.applied, result.guarded, result.loss_scale
-    )
-
-
-def token_loss(model: nn.Module, batch: MicroBatch, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Cross-entropy in fp32, summed over the targets of `batch`. Causal, without attention mask."""
-    logits = model(input_ids=batch.input_ids, use_cache=False).logits
-    return cross_entropy(
-        logits.flatten(0, 1).float(),
-        batch.targets.flatten(),
-        ignore_index=IGNORED,
-        reduction="sum",
-        label_smoothing=label_smoothing,
-    )
+    return StepStats(loss, result.grad_norm, result.applied, result.guarded, result.loss_scale)
 
 
 @torch.no_grad()
 def evaluate(
-    strategy: Strategy, loader: Loader, device: torch.device, halt: Halt = lambda: False
+    strategy: Strategy, windows: Windows, device: torch.device, halt: Halt = lambda: False
 ) -> float | None:
-    """Mean loss per target token over all rows of `loader`; None when a rank halts meanwhile."""
+    """Mean loss per target token over the epoch of `windows`; None when a rank halts meanwhile."""
     strategy.model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=device)
     targets, halting = 0, 0
-    for window in loader.windows():
+    for window in map(windows.window, range(windows.steps_per_epoch)):
         counts = torch.stack([window.target_tokens, torch.tensor(int(halt()))])
         found, halting = strategy.sum(counts).tolist()
         if halting:

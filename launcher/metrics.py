@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from launcher.errors import UserError
+from launcher.meter import Meter, Work
 
 Record = dict[str, Any]  # one line of metrics.jsonl
 
@@ -21,7 +22,6 @@ class StepStats:
 
     loss: torch.Tensor  # 0-d fp32 on the device: this rank's share of the mean over targets
     grad_norm: torch.Tensor  # 0-d fp32, on the device or the CPU, of all ranks
-    tokens: int  # of all ranks, without padding
     applied: bool = True  # whether the optimizer was asked to step
     guarded: bool = False  # if asked, it has not where the gradient was not finite
     loss_scale: float | None = None  # under fp16
@@ -34,13 +34,17 @@ class Ledger:
     sum: Callable[[torch.Tensor], torch.Tensor]
     tokens: int = 0  # since the start of training
     patience: int = 1  # so many steps in a row without a finite gradient end the run
+    meter: Meter = field(default_factory=lambda: Meter(torch.device("cpu")))
     blame: Callable[[], str] = lambda: ""  # what is to blame, for that end. Collective
     _bad: int = 0  # of these so far
-    _pending: list[tuple[int, float, StepStats]] = field(default_factory=list)
-    _since: float = field(default_factory=time.perf_counter)
+    _pending: list[tuple[int, float, StepStats, int]] = field(default_factory=list)
 
-    def add(self, step: int, learning_rate: float, stats: StepStats) -> None:
-        self._pending.append((step, learning_rate, stats))
+    def __post_init__(self) -> None:
+        self.meter.restart()
+
+    def add(self, step: int, learning_rate: float, stats: StepStats, work: Work) -> None:
+        self.meter.lap(work)
+        self._pending.append((step, learning_rate, stats, work.tokens))
 
     def flush(self) -> list[Record]:
         """The records of the steps since the last flush. Collective; waits for the device once.
@@ -50,22 +54,21 @@ class Ledger:
         """
         if not self._pending:
             return []
-        losses = self.sum(torch.stack([stats.loss for _, _, stats in self._pending]))
-        norms = torch.stack([stats.grad_norm for _, _, stats in self._pending])
+        losses = self.sum(torch.stack([stats.loss for _, _, stats, _ in self._pending]))
+        norms = torch.stack([stats.grad_norm for _, _, stats, _ in self._pending])
         values = torch.stack([losses, norms.to(losses)]).tolist()
-        now = time.perf_counter()
-        rate = sum(stats.tokens for _, _, stats in self._pending) / max(now - self._since, 1e-9)
+        figures = self.meter.read()
         records = []
-        for (step, learning_rate, stats), loss, norm in zip(self._pending, *values, strict=True):
+        for (step, rate, stats, tokens), loss, norm in zip(self._pending, *values, strict=True):
             self._judge(step, loss, norm, stats)
-            self.tokens += stats.tokens
+            self.tokens += tokens
             record = {
                 "step": step,
                 "loss": loss,
-                "learning_rate": learning_rate,
+                "learning_rate": rate,
                 "grad_norm": norm,
                 "tokens": self.tokens,
-                "tokens_per_second": round(rate, 1),
+                **figures,
                 "time": round(time.time(), 3),
             }
             if stats.loss_scale is not None:
@@ -74,7 +77,6 @@ class Ledger:
                 record["skipped"] = True
             records.append({key: each for key, each in record.items() if math.isfinite(each)})
         self._pending.clear()
-        self._since = now
         return records
 
     def _judge(self, step: int, loss: float, norm: float, stats: StepStats) -> None:
@@ -93,5 +95,5 @@ class Ledger:
         )
 
     def restart_clock(self) -> None:
-        """Leave the time since the last flush (evaluation, saving) out of tokens_per_second."""
-        self._since = time.perf_counter()
+        """Leave the time since the last flush (evaluation, saving) out of the figures."""
+        self.meter.restart()

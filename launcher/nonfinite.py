@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from launcher.data.loader import Window
+from launcher.loss import token_loss
 
 
 @torch.no_grad()
@@ -27,7 +28,7 @@ def first_bad_module(model: nn.Module, window: Window, device: torch.device) -> 
     hooks = [module.register_forward_hook(watch(name)) for name, module in leaves]
     try:
         for batch in window.micro_batches:
-            model(input_ids=batch.to(device).input_ids, use_cache=False)
+            token_loss(model, batch.to(device))
     finally:
         for hook in hooks:
             hook.remove()

@@ -77,6 +77,25 @@ def state(run: RunDir, queued: slurm.Queued | None) -> str:
     return "running" if is_here(run) else "failed" if run.attempt else "not started"
 
 
+def metrics(run: RunDir) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, none where it is not there yet. Raises UserError for one that is
+    no record."""
+    if not run.metrics.is_file():
+        return []
+    found = []
+    lines = run.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line.endswith("}"):
+            break  # it is being written
+        try:
+            record = json.loads(line)
+            int(record["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{run.metrics}, line {number} is no record: {error}") from error
+        found.append(record)
+    return found
+
+
 def is_here(run: RunDir) -> bool:
     """Whether ranks of the newest attempt are on this machine."""
     words = ["launcher.worker", str(run.path), str(run.attempt)]
@@ -97,7 +116,7 @@ def _config(run: RunDir) -> Config | None:
 def _row(run: RunDir, config: Config, queue: dict[str, slurm.Queued]) -> Row:
     job = slurm.job_of(run) or ""
     queued = queue.get(job)
-    lines = _metrics(run)
+    lines = metrics(run)
     steps = [line for line in lines if "loss" in line]
     evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
     total = config.training.max_steps
@@ -122,10 +141,3 @@ def _left(steps: list[dict[str, Any]], total: int | None) -> str:
     pace = (recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"])
     seconds = int(pace * (total - recent[-1]["step"]))
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-
-
-def _metrics(run: RunDir) -> list[dict[str, Any]]:
-    if not run.metrics.is_file():
-        return []
-    lines = run.metrics.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]  # the last may be half there

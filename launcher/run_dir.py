@@ -1,6 +1,7 @@
 """The names inside a run folder, and its creation. Imports no torch.
 
 RUN/config.yaml  launch.json  metrics.jsonl  loss.png
+    tensorboard/  wandb/  mlruns/  trackers.json    of tracking.trackers
     deepspeed.json                      what DeepSpeed is told, under zero1, zero2 and zero3
     stop                                make it: training ends at a step boundary, with a checkpoint
     logs/attempt-1/{config.yaml, status.json, torchrun.log, rank-00.log, rank-00.error.json}
@@ -23,6 +24,7 @@ from typing import Any
 
 from launcher import manifest, versions
 from launcher.config import Config, deepspeed, store
+from launcher.config.data import HUB
 from launcher.config.strategy import ZeroConfig
 from launcher.errors import UserError
 
@@ -54,6 +56,10 @@ class RunDir:
     @property
     def plot(self) -> Path:
         return self.path / "loss.png"
+
+    @property
+    def trackers(self) -> Path:
+        return self.path / "trackers.json"  # tracker → the id of its run
 
     @property
     def checkpoints(self) -> Path:
@@ -202,16 +208,15 @@ def _with_absolute_paths(config: Config) -> Config:
     """What was named relative to this folder is found from any other, too."""
 
     def absolute(name: str) -> str:
-        return str(Path(name).absolute()) if Path(name).exists() else name
+        pattern = any(sign in name for sign in "*?[") and not name.startswith(HUB)
+        return str(Path(name).absolute()) if pattern or Path(name).exists() else name
 
-    data, model = config.data, config.model
-    eval_path = absolute(data.eval_path) if data.eval_path else None
-    resume = config.resume if config.resume in ("none", "auto") else absolute(config.resume)
+    model = config.model
     return dataclasses.replace(
         config,
         model=dataclasses.replace(model, name_or_path=absolute(model.name_or_path)),
-        data=dataclasses.replace(data, path=absolute(data.path), eval_path=eval_path),
-        resume=resume,
+        data=config.data.with_paths(absolute),
+        resume=config.resume if config.resume in ("none", "auto") else absolute(config.resume),
     )
 
 

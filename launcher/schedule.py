@@ -13,6 +13,7 @@ from launcher.config.rule import World
 from launcher.config.schedule_rules import SCHEDULE_RULES
 from launcher.config.scheduler import PlateauConfig, SchedulerConfig
 from launcher.errors import UserError
+from launcher.paths import picture_at
 
 ABOUT = """\
 Draw the learning rate of a configuration over its steps, in the terminal and as a picture, before
@@ -39,7 +40,11 @@ def main() -> None:
         for config in train.compose():
             config = _with_steps(config, options.steps)
             curves[_label(config.scheduler, curves)] = rates(config)
-        picture = None if options.no_picture else _place(options.output, options.overwrite)
+        picture = (
+            None
+            if options.no_picture
+            else picture_at(options.output, "schedule.png", options.overwrite)
+        )
         print("\n\n".join(chart(label, values) for label, values in curves.items()), flush=True)
         if picture:
             draw(curves, picture)
@@ -137,18 +142,6 @@ def chart(label: str, values: list[float]) -> str:
     if label.startswith("reduce_lr_on_plateau"):
         lines.append("drawn as if the evaluation loss never fell after the first evaluation")
     return "\n".join(lines)
-
-
-def _place(output: Path | None, overwrite: bool) -> Path:
-    """Where the picture goes: the named file, or schedule.png, schedule-2.png …"""
-    if output is None:
-        taken = (Path(f"schedule-{number}.png") for number in range(2, 1000))
-        return next(path for path in (Path("schedule.png"), *taken) if not path.exists())
-    if output.exists() and not overwrite:
-        raise UserError(f"{output} exists → another --output, or --overwrite")
-    if not output.parent.is_dir():
-        raise UserError(f"the folder of --output {output} is not there → make it, or name another")
-    return output
 
 
 def draw(curves: Curves, picture: Path) -> None:

@@ -28,7 +28,12 @@ from launcher import overview, paths, rank_log, run_dir, sweep, versions
 from launcher.checkpoint import resume
 from launcher.checkpoint.layout import Checkpoint
 from launcher.cluster import command, compiled, local, slurm
-from launcher.cluster.devices import has_flash_attention, has_libaio, visible_gpus
+from launcher.cluster.devices import (
+    has_flash_attention,
+    has_libaio,
+    missing_packages,
+    visible_gpus,
+)
 from launcher.config import Config, checks, deepspeed, store
 from launcher.config.checks import World
 from launcher.config.cluster import SlurmConfig
@@ -115,7 +120,10 @@ def _gather_overrides(*ours: str) -> None:
         and not sys.argv[at - 1].startswith("--c")  # --config-dir A=B is one of its folders
     ]
     options = [word for at, word in enumerate(sys.argv) if at not in typed]
-    sys.argv = [*options, *ours, *(sys.argv[at] for at in typed)]
+    overrides = [sys.argv[at] for at in typed]
+    if not {"--multirun", "-m"} & {*options}:  # a comma in it is no sweep: data.name=a,b is a list
+        overrides = [re.sub(r"^data\.name=([\w.,-]+)$", r"data.name='\1'", o) for o in overrides]
+    sys.argv = [*options, *ours, *overrides]
 
 
 def check(config: Config) -> World:
@@ -126,8 +134,7 @@ def check(config: Config) -> World:
     world = _world(config)
     problems = checks.broken_rules(config, world)
     problems += _resume_problems(config)
-    for path in filter(None, (config.data.path, config.data.eval_path)):
-        problems += source.problems(Path(path), config.data.format)
+    problems += source.problems(config.data)
     if problems:
         raise store.ConfigError(problems)
     return world
@@ -211,11 +218,12 @@ def launch_sweep(configs: list[Config], worlds: list[World]) -> int:
 def _world(config: Config) -> World:
     gpus, flash_attention = visible_gpus(), has_flash_attention()
     libaio = not config.strategy.on_disk or has_libaio()
+    missing = missing_packages(config.tracking.trackers)
     if _under_torchrun():
         per_node = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // per_node
-        return World(nodes, per_node, gpus, _rank(), flash_attention, libaio)
-    return World.of(config, gpus, flash_attention, libaio)
+        return World(nodes, per_node, gpus, _rank(), flash_attention, libaio, missing)
+    return World.of(config, gpus, flash_attention, libaio, missing)
 
 
 def _under_torchrun() -> bool:

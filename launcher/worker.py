@@ -7,10 +7,12 @@ The parts are imported inside `run`, after the rank's log is open: libraries tal
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from io import TextIOBase
 from pathlib import Path
@@ -98,7 +100,8 @@ def run(
     place, source = process_group.place(), config.model
     folder = model_folder(source.name_or_path, source.revision, source.trust_remote_code)
     chat = config.data.format != "text"
-    tokenizer = load_tokenizer(folder, source.trust_remote_code, chat)
+    template = config.data.template if chat else None
+    tokenizer = load_tokenizer(folder, source.trust_remote_code, chat, template)
     meeting = meeting or process_group.rendezvous()  # others look for it while rows are tokenised
     loaders: Any = None
     with suppress(Stopped):
@@ -109,7 +112,7 @@ def run(
         saved = layout.finished(run_folder.checkpoints)
         ended = saved[0].step if saved else 0, first_known(stop.reason())
     else:
-        ended = _train(run_folder, config, folder, loaders, place, console, stop)
+        ended = _train(run_folder, config, folder, tokenizer, loaders, place, console, stop)
     _leave_status(run_folder, place.is_main, *ended, say)
     dist.destroy_process_group()
 
@@ -118,7 +121,8 @@ def _train(
     run_folder: RunDir,
     config: Config,
     folder: Path,
-    loaders: tuple[Any, Any],
+    tokenizer: Any,
+    loaders: Any,
     place: Any,
     console: TextIOBase,
     stop: Stop,
@@ -126,15 +130,23 @@ def _train(
     """Begin or go on; the last step done, and why it is not the schedule's last (None if it is)."""
     from launcher.checkpoint import load
     from launcher.checkpoint.save import Saver
+    from launcher.data.ahead import Ahead
     from launcher.distributed.together import first_known
     from launcher.loop import fit
+    from launcher.meter import Meter
+    from launcher.model.packed import check_apart
+    from launcher.precision import precision_of
     from launcher.tracking import build_observers
 
     say = partial(print, file=console, flush=True)
-    learnt, held_out = loaders
     chosen = load.choose(config, run_folder.checkpoints, place, say)
-    plan = _plan(config, learnt.steps_per_epoch)
-    learner = build_learner(config, folder, place, learnt.rows.fingerprint, plan.total_steps, say)
+    plan = _plan(config, loaders.training.steps_per_epoch)
+    learner = build_learner(config, folder, place, loaders.fingerprint, plan.total_steps, say)
+    if config.data.template is not None:
+        learner = replace(learner, tokenizer=tokenizer)
+    if config.data.packing:
+        words = learner.model.get_input_embeddings().num_embeddings
+        check_apart(learner.strategy.model, place.device, words)
     saver = Saver(learner, run_folder, config.checkpoint, config.launch.shared_disk)
     saver.check_space()
     done = load.Progress()
@@ -142,13 +154,17 @@ def _train(
         done = load.restore(chosen, learner, config.resume_force)
         say(f"resumed from {chosen.path.name}: {done.step} steps, {done.tokens:,} tokens")
     observers = build_observers(config.tracking, run_folder, console) if place.is_main else ()
+    compute, stated = precision_of(config.precision).compute, config.tracking.peak_tflops
+    meter = Meter.of(place.device, learner.flops, compute, stated, place.world_size, say)
     stop.training_begins()
+    gc.collect()
+    gc.freeze()  # what is here stays: a collection in a step need not walk through it
     try:
         last = fit(
             learner.strategy,
             learner.scheduler,
-            learnt,
-            held_out,
+            Ahead(loaders.training, pin_memory=place.device.type == "cuda"),
+            loaders.evaluation,
             plan,
             list(observers),
             saver,
@@ -157,6 +173,7 @@ def _train(
             done_steps=done.step,
             tokens=done.tokens,
             watch=learner.watch,
+            meter=meter,
         )
     except UserError:  # on all ranks alike; what was learnt before it is not lost
         saver.finish()
@@ -198,28 +215,19 @@ def _leave_status(
 
 def _loaders(
     data: DataConfig, training: TrainingConfig, place: Any, tokenizer: Any, say: Say, stop: Stop
-) -> tuple[Any, Any]:
-    """The rows to learn from and those to evaluate on (None without). Raises Stopped."""
-    from launcher.data.dataset import load_rows, split
+) -> Any:
+    """The batches to learn from and those to evaluate on. Raises Stopped."""
+    from launcher.data.build import build_loaders
     from launcher.data.loader import Loader
 
-    rows = load_rows(Path(data.path), data, tokenizer, stop.raise_if_requested)
-    say(f"data: {rows.describe()}")
     deal = partial(
         Loader,
         rank=place.rank,
         world_size=place.world_size,
         micro_batch_size=training.micro_batch_size,
         global_batch_size=training.global_batch_size,
-        pad_to_multiple_of=data.pad_to_multiple_of,
-        pad_token_id=tokenizer.pad_token_id or 0,
     )
-    chosen, held_out = split(rows, data.eval_rows, training.seed)
-    learnt = deal(rows, chosen, seed=training.seed if data.shuffle else None)
-    if data.eval_path:
-        others = load_rows(Path(data.eval_path), data, tokenizer, stop.raise_if_requested)
-        return learnt, deal(others, range(len(others)), seed=None)
-    return learnt, deal(rows, held_out, seed=None) if held_out else None
+    return build_loaders(data, tokenizer, training.seed, deal, say, stop.raise_if_requested)
 
 
 def _plan(config: Config, steps_per_epoch: int) -> Any:
@@ -258,8 +266,10 @@ def build_learner(
     import torch.distributed as dist
 
     from launcher.checkpoint.learner import Learner
+    from launcher.flops import counted
     from launcher.method import build_method
     from launcher.method.trained import describe
+    from launcher.model.head import chunk_loss
     from launcher.model.load import build_model
     from launcher.model.noise import add_noise
     from launcher.model.recompute import recompute_activations
@@ -270,14 +280,18 @@ def build_learner(
     from launcher.watch import Watch
 
     method, precision = build_method(config.method), precision_of(config.precision)
-    model, weights = build_model(config.model, folder, config.training.seed, precision.compute)
+    model, weights = build_model(
+        config.model, folder, config.training.seed, precision.compute, config.data.packing
+    )
     model = method.prepare(model, config.training.seed, weights, place.device)
     if done := method.describe():
         say(f"base: {done}")
     say(f"method: {config.method.name}: {describe(model, precision.master, precision.compute)}")
+    flops = counted(model, say)
     add_noise(model, config.training.neftune_alpha)
     kept = recompute_activations(model, config.training.activation_checkpointing)
     say(f"activations: {kept}")
+    say(f"loss: {chunk_loss(model, config.training.loss)}")
     strategy = build_strategy(config.strategy, config.training, place, precision)
     build = partial(build_optimizer, config.optimizer, rate=method.rate)
     strategy.setup(model, weights, build)
@@ -296,7 +310,7 @@ def build_learner(
     group = dist.new_group(backend="gloo")
     training = config.training
     watch = Watch(training.early_stopping_patience, training.early_stopping_threshold)
-    return Learner(strategy, method, model, scheduler, place, group, about, watch)
+    return Learner(strategy, method, model, scheduler, place, group, about, watch, flops)
 
 
 if __name__ == "__main__":

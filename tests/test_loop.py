@@ -13,6 +13,7 @@ from launcher import loop
 from launcher.distributed.process_group import Place
 from launcher.errors import UserError
 from launcher.loop import Plan, fit
+from launcher.meter import Work
 from launcher.metrics import Ledger, StepStats
 from tests.helpers import parts
 from tests.helpers.parts import Case
@@ -236,24 +237,27 @@ def test_evaluation_drops_nothing_out(ranks: Any, tiny: Path, rows_file: Path) -
     assert first == second
 
 
+WORK = Work(targets=6, tokens=10, rows=2, positions=16, pairs=30)
+
+
 def stats(loss: float, norm: float = 1.0) -> StepStats:
-    return StepStats(torch.tensor(loss), torch.tensor(norm), tokens=10)
+    return StepStats(torch.tensor(loss), torch.tensor(norm))
 
 
 def test_the_ledger_adds_tokens_over_the_run() -> None:
     ledger = Ledger(sum=lambda values: values)
-    ledger.add(1, 0.1, stats(2.0))
-    ledger.add(2, 0.1, stats(1.5))
+    ledger.add(1, 0.1, stats(2.0), WORK)
+    ledger.add(2, 0.1, stats(1.5), WORK)
     assert [record["tokens"] for record in ledger.flush()] == [10, 20]
     assert ledger.flush() == []
-    ledger.add(3, 0.1, stats(1.0))
+    ledger.add(3, 0.1, stats(1.0), WORK)
     assert [(r["step"], r["loss"], r["tokens"]) for r in ledger.flush()] == [(3, 1.0, 30)]
 
 
 @pytest.mark.parametrize("bad", [(float("nan"), 1.0), (1.0, float("inf"))])
 def test_a_step_that_is_not_finite_stops_the_run_by_name(bad: tuple[float, float]) -> None:
     ledger = Ledger(sum=lambda values: values)
-    ledger.add(1, 0.1, stats(2.0))
-    ledger.add(2, 0.1, stats(*bad))
+    ledger.add(1, 0.1, stats(2.0), WORK)
+    ledger.add(2, 0.1, stats(*bad), WORK)
     with pytest.raises(UserError, match="step 2: loss"):
         ledger.flush()

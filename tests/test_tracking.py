@@ -6,20 +6,25 @@ import importlib
 import io
 import json
 import threading
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+import yaml
 
 from launcher import run_dir, versions
 from launcher.cluster import command, devices
 from launcher.config import store
 from launcher.distributed import agree
 from launcher.errors import UserError
+from launcher.tracking import trackers
 from launcher.tracking.console import Progress
+from launcher.tracking.jsonl import MetricsFile
 from launcher.tracking.plot import draw_loss
+from launcher.tracking.trackers import Tracker
 from tests.config.test_schema import composed
 
 
@@ -29,7 +34,8 @@ class Terminal(io.StringIO):
 
 
 def record(step: int, **more: float) -> dict[str, Any]:
-    return {"step": step, "loss": 2.5, "learning_rate": 1e-4, "tokens_per_second": 99.0, **more}
+    figures = {"learning_rate": 1e-4, "tokens_per_second": 99.0, "data_wait": 0.1}
+    return {"step": step, "loss": 2.5, **figures, **more}
 
 
 def watched(console: io.StringIO) -> str:
@@ -54,6 +60,15 @@ def test_elsewhere_plain_lines() -> None:
     text = watched(io.StringIO())
     assert "\r" not in text
     assert "step 3/3  loss 2.5000  rate 1.00e-04  99 tokens/s  0 s left" in text
+
+
+def test_mfu_where_it_is_known_and_a_word_where_data_is_waited_for() -> None:
+    console = io.StringIO()
+    progress = Progress(console)
+    progress.start(0, 1)
+    progress.log([record(1, mfu=0.4123, data_wait=0.25)])
+    (line,) = console.getvalue().splitlines()
+    assert "99 tokens/s  MFU 41.2%  waits for data 25%  0 s left" in line
 
 
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:
@@ -175,3 +190,152 @@ def test_cores_are_shared_among_cpu_ranks(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_command_keeps_odd_paths_whole() -> None:
     argv = command.torchrun(Path("/runs/a b;c"), 1, 2)
     assert argv[-4:] == ["-m", "launcher.worker", "/runs/a b;c", "1"]
+
+
+def tracked_run(folder: Path, config: Any = None) -> run_dir.RunDir:
+    run = run_dir.RunDir(folder)
+    run.logs.mkdir(parents=True)
+    run.config.write_text(store.dump(store.build(config or composed())))
+    return run
+
+
+def told(run: run_dir.RunDir, name: str, done: int, records: list[dict[str, Any]]) -> None:
+    """One attempt as rank 0 has it: `records` after step `done`."""
+    tracker = Tracker(name, "house", run, io.StringIO())
+    lines = MetricsFile(run.metrics, run.logs / "lost-metrics.jsonl")
+    for observer in (lines, tracker):
+        observer.start(done, 9)
+        observer.log(records)
+        observer.finish()
+    assert tracker._alive
+
+
+def scalars(run: run_dir.RunDir) -> dict[str, list[tuple[int, float]]]:
+    """As TensorBoard would show them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    return {
+        tag: [(event.step, event.value) for event in found.Scalars(tag)]
+        for tag in found.Tags()["scalars"]
+    }
+
+
+def wandb_records(data: bytes) -> Iterator[bytes]:
+    """LevelDB's log format behind a header of 7 bytes: blocks of 32 KiB; in them parts of records,
+    each with 4 bytes of checksum, 2 of length and 1 that says whether it is whole (1), the first
+    (2), another (3) or the last (4)."""
+    at, whole = 7, b""
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield whole
+            whole = b""
+
+
+def in_wandb(run: run_dir.RunDir) -> dict[str, list[tuple[int, float]]]:
+    """The history of all its offline runs, which are to be one."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found: dict[str, list[tuple[int, float]]] = {}
+    ids = set()
+    for file in sorted(run.path.glob("wandb/offline-run-*/*.wandb")):
+        for data in wandb_records(file.read_bytes()):
+            read = Record()
+            read.ParseFromString(data)
+            ids |= {read.run.run_id} - {""}
+            row = {(i.key or i.nested_key[0]): i.value_json for i in read.history.item}
+            for key in row.keys() - {"_step", "_timestamp", "_runtime"}:
+                found.setdefault(key, []).append((int(row["_step"]), json.loads(row[key])))
+    assert len(ids) == 1
+    return found
+
+
+def in_mlflow(run: run_dir.RunDir) -> dict[str, list[tuple[int, float]]]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{run.path}/mlruns/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'house'")
+    (only,) = client.search_runs([experiment.experiment_id])
+    assert only.data.params["optimizer.learning_rate"] == "0.0001"
+    return {
+        key: [(each.step, each.value) for each in client.get_metric_history(only.info.run_id, key)]
+        for key in only.data.metrics
+    }
+
+
+READ = {"tensorboard": scalars, "wandb": in_wandb, "mlflow": in_mlflow}
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("WANDB_DIR", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("name", list(READ))
+@pytest.mark.usefixtures("offline")
+def test_a_tracker_shows_every_step_once_though_some_are_done_again(
+    name: str, tmp_path: Path
+) -> None:
+    """The second attempt goes on from step 2, and the first came to 4."""
+    pytest.importorskip(name)
+    run = tracked_run(tmp_path / "a run")
+    evaluation = {"step": 2, "eval_loss": 2.25}
+    told(run, name, 0, [record(1), record(2), evaluation, record(3), record(4)])
+    told(run_dir.RunDir(run.path, 1), name, 2, [record(3), record(4), record(5)])
+    found = READ[name](run)
+    assert found["loss"] == [(step, 2.5) for step in (1, 2, 3, 4, 5)]
+    assert found["eval_loss"] == [(2, 2.25)]
+    assert "time" not in found
+
+
+@pytest.mark.usefixtures("offline")
+def test_the_configuration_goes_along_once(tmp_path: Path) -> None:
+    run = tracked_run(tmp_path / "run")
+    for done in (0, 1):
+        told(run, "tensorboard", done, [record(done + 1)])
+    (file,) = (run.path / "tensorboard").glob("*/hparams.yml")
+    written = yaml.safe_load(file.read_text())
+    settings = store.leaves(store.load(run.config))
+    assert written.keys() == settings.keys()
+    assert written["optimizer.learning_rate"] == settings["optimizer.learning_rate"]
+
+
+class Gone:
+    """A tracker whose server goes away."""
+
+    calls = 0
+
+    def start(self) -> None: ...
+    def store_init_configuration(self, values: dict[str, Any]) -> None: ...
+    def finish(self) -> None: ...
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.calls += 1
+        raise ConnectionError("no route to host")
+
+
+def test_a_tracker_that_fails_says_so_once_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone, console = Gone(), io.StringIO()
+    monkeypatch.setitem(trackers.OPEN, "tensorboard", lambda *_: gone)
+    tracker = Tracker("tensorboard", "house", tracked_run(tmp_path / "run"), console)
+    tracker.start(0, 3)
+    for step in (1, 2, 3):
+        tracker.log([record(step)])
+    tracker.finish()
+    assert gone.calls == 1
+    log = capsys.readouterr().err
+    assert log.count("tensorboard failed") == 1
+    assert "ConnectionError: no route to host" in log
+    assert console.getvalue() == log

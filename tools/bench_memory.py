@@ -17,9 +17,9 @@ import torch
 from bench_parts import MB, learner
 
 from launcher.config.strategy import STRATEGIES
-from launcher.data.loader import MicroBatch
+from launcher.data.batch import MicroBatch
 from launcher.distributed.process_group import Place
-from launcher.loop import token_loss
+from launcher.loss import token_loss
 from launcher.model.fetch import MODELS, fetch
 
 STEPS = 2
@@ -44,9 +44,10 @@ def training(place: Place, folder: Path, strategy: str, method: str, length: int
     with bench_parts.memory(place) as used:
         parts = learner(place, folder, strategy, method, rows=place.world_size)
         tokens = torch.randint(100, (1, length), device=place.device)  # below any vocabulary's end
+        batch = MicroBatch(tokens, torch.arange(length, device=place.device), tokens[0])
         for _ in range(STEPS):
             parts.strategy.accumulate(last=True)
-            loss = token_loss(parts.strategy.model, MicroBatch(tokens, tokens))
+            loss = token_loss(parts.strategy.model, batch)
             parts.strategy.backward(loss / (length * place.world_size))
             parts.strategy.step(1.0)
     bench_parts.say(place, f" {(used.gpu or used.host) / MB:,.0f} |")

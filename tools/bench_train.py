@@ -29,12 +29,16 @@ from launcher.config.optimizer import AdamwConfig
 from launcher.config.scheduler import CosineConfig
 from launcher.config.strategy import SingleConfig
 from launcher.config.training import TrainingConfig
-from launcher.data.dataset import load_rows
-from launcher.data.loader import IGNORED, Loader
+from launcher.data.batch import IGNORED, MicroBatch
+from launcher.data.dataset import load_data
+from launcher.data.loader import Loader
+from launcher.data.order import Shuffled
+from launcher.data.packing import one_each
 from launcher.distributed.process_group import Place, start
 from launcher.loop import train_step
 from launcher.method.lora import Lora
 from launcher.model.fetch import MODELS, fetch
+from launcher.model.head import chunk_loss
 from launcher.model.load import build_model
 from launcher.model.tokenizer import load_tokenizer
 from launcher.optimizer import build_optimizer
@@ -69,6 +73,7 @@ def shardway_arm(folder: Path, loader: Loader, place: Place, arguments: argparse
         ModelConfig(name_or_path=str(folder)), folder, SEED, PRECISIONS[arguments.precision].compute
     )
     model = Lora(METHOD).prepare(model, SEED)
+    chunk_loss(model, "chunked")
     precision = PRECISIONS[arguments.precision]
     single, training = SingleConfig(name="single"), TrainingConfig()
     strategy = build_strategy(single, training, place, precision)
@@ -78,9 +83,8 @@ def shardway_arm(folder: Path, loader: Loader, place: Place, arguments: argparse
 
     def step(number: int) -> float:
         window = loader.window(number)
-        counts = torch.stack([window.target_tokens, window.tokens])
-        targets, tokens = strategy.sum(counts).tolist()
-        stats = train_step(strategy, window, targets, tokens, 1.0, place.device)
+        targets = int(strategy.sum(window.target_tokens))
+        stats = train_step(strategy, window, targets, 1.0, place.device)
         scheduler.step()
         return stats.loss.item()
 
@@ -105,7 +109,7 @@ def plain_arm(folder: Path, loader: Loader, place: Place, arguments: argparse.Na
                 logits = model(input_ids=batch.input_ids, use_cache=False).logits
             loss = cross_entropy(
                 logits.flatten(0, 1).float(),
-                batch.targets.flatten(),
+                _labels(batch).flatten(),
                 ignore_index=IGNORED,
                 reduction="sum",
             )
@@ -119,6 +123,14 @@ def plain_arm(folder: Path, loader: Loader, place: Place, arguments: argparse.Na
         return total
 
     return step
+
+
+def _labels(batch: MicroBatch) -> torch.Tensor:
+    """The token to predict at each place [rows, length], or IGNORED."""
+    real = batch.target_ids != IGNORED
+    labels = torch.full_like(batch.input_ids, IGNORED)
+    labels.view(-1)[batch.target_at[real]] = batch.target_ids[real]
+    return labels
 
 
 def interleave(
@@ -190,18 +202,18 @@ def _alone() -> Place:
 
 def _loader(folder: Path, batch: int, micro_batch: int) -> Loader:
     tokenizer = load_tokenizer(folder, trust_remote_code=False)
-    path = paths.bundled("demo/train.jsonl")
-    rows = load_rows(path, DataConfig(path=str(path), max_length=128), tokenizer)
+    config = DataConfig(path=str(paths.bundled("demo/train.jsonl")), max_length=128)
+    rows = load_data(config, tokenizer).rows
     return Loader(
         rows,
-        range(len(rows)),
+        one_each(range(len(rows))),
+        Shuffled(SEED, len(rows)),
         rank=0,
         world_size=1,
         micro_batch_size=micro_batch,
         global_batch_size=batch,
         pad_to_multiple_of=128,  # one shape: what is compared is the loop, not oneDNN's cache
         pad_token_id=tokenizer.pad_token_id,
-        seed=SEED,
     )
 
 

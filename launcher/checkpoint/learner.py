@@ -7,8 +7,10 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from launcher.distributed.process_group import Place
+from launcher.flops import Flops
 from launcher.method.base import Method
 from launcher.scheduler import Schedule
 from launcher.strategy import Strategy
@@ -27,3 +29,5 @@ class Learner:
     group: dist.ProcessGroup  # all ranks, on CPU, for checkpoints alone
     about: dict[str, Any]  # into every trainer.json: base model, data, ranks, strategy
     watch: Watch = field(default_factory=Watch)
+    flops: Flops | None = None  # of a step; None: not known of this model
+    tokenizer: PreTrainedTokenizerBase | None = None  # where it is not the base's: it travels along

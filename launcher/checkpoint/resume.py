@@ -25,10 +25,13 @@ FREE = (
     "model.name",
     "data.name",
     "data.path",  # its content is compared, not its place
+    "data.dataset_info",
+    "data.workers",
     "data.eval_path",
     "data.pad_to_multiple_of",
     "training.micro_batch_size",
     "training.activation_checkpointing",  # the same values
+    "training.loss",  # the same sums
     "training.eval_steps",
     "training.early_stopping_patience",
     "training.early_stopping_threshold",

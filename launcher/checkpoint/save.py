@@ -162,6 +162,8 @@ class Saver:
         if self.place.is_main:
             aside.trainer.write_text(json.dumps(snapshot.trainer, indent=1) + "\n")
             shutil.copyfile(self.run.config, aside.config)
+            if self.learner.tokenizer is not None:
+                self.learner.tokenizer.save_pretrained(aside.path)
         if snapshot.adapter is not None:
             weights = _part(snapshot.adapter, "weight")
             self.learner.method.write(self.learner.model, weights, aside.path / ADAPTER)

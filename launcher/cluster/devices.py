@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -35,6 +36,11 @@ def has_flash_attention() -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
+
+
+def missing_packages(names: list[str]) -> tuple[str, ...]:
+    """Those of `names` that are not installed. Imports none."""
+    return tuple(name for name in names if importlib.util.find_spec(name) is None)
 
 
 def has_libaio() -> bool:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from launcher.config import Config, deepspeed
+from launcher.config.data_rules import DATA_RULES
 from launcher.config.method_rules import METHOD_RULES
 from launcher.config.model_rules import MODEL_RULES
 from launcher.config.offload_rules import OFFLOAD_RULES
@@ -15,6 +16,7 @@ from launcher.config.rule import Example, Rule, World
 from launcher.config.schedule_rules import SCHEDULE_RULES
 from launcher.config.slurm_rules import SLURM_RULES
 from launcher.config.strategy import HsdpConfig, ZeroConfig
+from launcher.config.tracking_rules import TRACKING_RULES
 
 
 def broken_rules(config: Config, world: World, rules: tuple[Rule, ...] | None = None) -> list[str]:
@@ -125,27 +127,8 @@ RULES: tuple[Rule, ...] = (
     *QUANTISED_RULES,
     *OFFLOAD_RULES,
     *SLURM_RULES,
-    Rule(
-        "one-evaluation-set",
-        "at most one of data.eval_path and data.eval_rows names the evaluation rows",
-        lambda c, w: c.data.eval_path is not None and c.data.eval_rows > 0,
-        lambda c, w: (
-            f"data.eval_path={c.data.eval_path} and data.eval_rows={c.data.eval_rows} "
-            "both name the rows to evaluate on"
-        ),
-        lambda c, w: "data.eval_rows=0",
-        Example("data.eval_path=held_out.jsonl data.eval_rows=32"),
-    ),
-    Rule(
-        "evaluation-needs-rows",
-        "training.eval_steps comes with rows to evaluate on",
-        lambda c, w: (
-            c.training.eval_steps is not None and c.data.eval_path is None and c.data.eval_rows == 0
-        ),
-        lambda c, w: f"training.eval_steps={c.training.eval_steps}, and no rows to evaluate on",
-        lambda c, w: "data.eval_rows=32, or data.eval_path=FILE, or training.eval_steps=null",
-        Example("training.eval_steps=50"),
-    ),
+    *DATA_RULES,
+    *TRACKING_RULES,
     Rule(
         "zero-extra-agrees",
         "strategy.extra says nothing that another setting says otherwise",

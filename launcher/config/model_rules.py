@@ -51,7 +51,7 @@ def _cannot_chat(config: Config, world: World) -> bool:
     """A tokenizer without a chat template, where rows are conversations. Of a hub id nothing is
     known yet, and Python code that the model brings along may set one."""
     folder = Path(config.model.name_or_path)
-    if config.data.format == "text" or config.model.trust_remote_code:
+    if config.data.format == "text" or config.data.template or config.model.trust_remote_code:
         return False
     if not (folder / "tokenizer_config.json").is_file():
         return False  # no tokenizer at all: the loader says so

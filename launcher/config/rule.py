@@ -19,6 +19,7 @@ class World:
     rank: int = 0  # of the asking process, where torchrun started it
     flash_attention: bool = False  # the package flash-attn is installed on this machine
     libaio: bool = True  # it can be built against on this machine
+    missing: tuple[str, ...] = ()  # trackers that are asked for and not installed here
 
     @property
     def size(self) -> int:
@@ -26,7 +27,12 @@ class World:
 
     @classmethod
     def of(
-        cls, config: Config, gpus: int, flash_attention: bool = False, libaio: bool = True
+        cls,
+        config: Config,
+        gpus: int,
+        flash_attention: bool = False,
+        libaio: bool = True,
+        missing: tuple[str, ...] = (),
     ) -> World:
         """The ranks that `config` asks for on a machine with so many GPUs."""
         cluster = config.cluster
@@ -34,7 +40,7 @@ class World:
             gpus = cluster.gpus_per_node
         automatic = 1 if config.strategy.name == "single" else gpus or cluster.cpu_processes
         per_node = cluster.nproc_per_node or automatic
-        return cls(cluster.nodes, per_node, gpus, 0, flash_attention, libaio)
+        return cls(cluster.nodes, per_node, gpus, 0, flash_attention, libaio, missing)
 
 
 @dataclass(frozen=True)
@@ -45,15 +51,19 @@ class Example:
     gpus: int | None = None  # None: as many as there are, or none
     flash_attention: bool = False
     libaio: bool = True
+    missing: tuple[str, ...] = ()
     files: dict[str, str] = field(default_factory=dict)  # path → content, that must be there
 
     def world(self, config: Config) -> World:
-        return World.of(config, self.gpus or 0, self.flash_attention, self.libaio)
+        missing = tuple(name for name in config.tracking.trackers if name in self.missing)
+        return World.of(config, self.gpus or 0, self.flash_attention, self.libaio, missing)
 
     def machine(self) -> str:
         """In words; empty where any will do."""
         if not self.libaio:
             return "without libaio"
+        if self.missing:
+            return f"without {' and '.join(self.missing)}"
         if self.gpus is None:
             return ""
         if self.gpus == 0:

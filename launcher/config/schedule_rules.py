@@ -39,8 +39,7 @@ def _minimum(config: Config) -> float:
 def _evaluation(config: Config, world: World) -> str:
     """The overrides that evaluate while training."""
     steps = f"training.eval_steps={max(1, (config.training.max_steps or 500) // 10)}"
-    has_rows = config.data.eval_path is not None or config.data.eval_rows > 0
-    return steps if has_rows else f"{steps} data.eval_rows=32"
+    return steps if config.data.evaluates else f"{steps} data.eval_rows=32"
 
 
 def _needs_evaluation(id: str, what: str, used: Any, said: Any, example: str) -> Rule:

@@ -57,7 +57,9 @@ def broken_limits(section: str, values: Any) -> Iterator[str]:
             continue
         items = value.values() if isinstance(value, dict) else value
         for item in items if isinstance(value, (list, dict)) else [value]:
-            if not _within(field, item):
+            if dataclasses.is_dataclass(item):
+                yield from broken_limits(f"{section}.{field.name}", item)
+            elif not _within(field, item):
                 yield f"{section}.{field.name}={item} must be {limits(field)}"
 
 

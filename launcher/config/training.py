@@ -22,6 +22,12 @@ class TrainingConfig:
         "layers whose activations are computed again in backward instead of kept: off, full (all) "
         "or N (the first of every N)",
     )
+    loss: str = setting(
+        "chunked",
+        "chunked: the output head sums the loss over parts of the positions and keeps no logits, "
+        "where the model allows it; whole: over all logits",
+        choices=("chunked", "whole"),
+    )
     neftune_alpha: float | None = setting(
         None, "size of the noise on embeddings while training (NEFTune)", above=0
     )

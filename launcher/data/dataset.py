@@ -1,164 +1,209 @@
 """Tokenised rows, made once and kept by content.
 
-The store is one safetensors file a data set: all ids end to end, the mask, and where rows begin.
-It is memory-mapped, so ranks of one machine share its pages.
+A source has two files in the cache: Arrow record batches of its rows' ids and masks, which are
+memory-mapped (ranks of one machine share the pages, and no rank holds them all), and a summary in
+JSON, written last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
+import numpy as np
+import pyarrow as pa
 import xxhash
 from filelock import FileLock
-from safetensors.torch import load_file, save
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from launcher import paths
 from launcher.config.data import DataConfig
 from launcher.data import source
-from launcher.data.chat import Tokens, tokenize
-from launcher.data.text import tokenize_texts
+from launcher.data.tokenise import Batch, Tokeniser, batches
 from launcher.errors import UserError
 
-FORMAT = "2"  # part of the key: raise it when tokenising changes
+FORMAT = "3"  # part of the key: raise it when tokenising changes
+SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.uint8()))])
+SHOWN_BAD = 20  # sentences kept of rows that were skipped
+
+Row = tuple[NDArray[np.int32], NDArray[np.bool_]]  # ids [n], trained [n]
+OnRows = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of token ids. `len`, and `rows[i]` → (ids [n] int32, trained [n] bool)."""
+class Summary:
+    """What became of the rows of a source."""
 
-    ids: torch.Tensor  # [total] int32
-    trained: torch.Tensor  # [total] bool
-    starts: torch.Tensor  # [rows + 1] int64
-    dropped: int  # rows of which nothing to learn was left within max_length
-    truncated: int  # rows that were cut at max_length
-    fingerprint: str  # of the content of file, tokenizer and options
+    rows: int = 0
+    tokens: int = 0
+    learnt: int = 0
+    dropped: int = 0  # nothing to learn was left of them within max_length
+    truncated: int = 0  # cut at max_length
+    skipped: int = 0  # could not be read
+    bad: tuple[str, ...] = ()  # why, of the first of these
 
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        begin, end = int(self.starts[row]), int(self.starts[row + 1])
-        return self.ids[begin:end], self.trained[begin:end]
+    def plus(self, batch: Batch) -> Summary:
+        return Summary(
+            self.rows + len(batch.lengths),
+            self.tokens + len(batch.ids),
+            self.learnt + int(batch.trained.sum()),
+            self.dropped + batch.dropped,
+            self.truncated + batch.truncated,
+            self.skipped + len(batch.bad),
+            (*self.bad, *batch.bad)[:SHOWN_BAD],
+        )
 
     def describe(self) -> str:
-        tokens, learnt = int(self.starts[-1]), int(self.trained.sum())
-        text = f"{len(self):,} rows, {tokens:,} tokens, {learnt:,} of them learnt"
+        text = f"{self.rows:,} rows, {self.tokens:,} tokens, {self.learnt:,} of them learnt"
         if self.truncated:
             text += f"; {self.truncated:,} rows cut at data.max_length"
         if self.dropped:
             text += f"; {self.dropped:,} rows left out: no answer within data.max_length"
+        if self.skipped:
+            text += f"; {self.skipped:,} bad rows skipped, the first: {self.bad[0]}"
         return text
 
 
-def load_rows(
-    path: Path,
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    on_row: Callable[[], None] = lambda: None,
-) -> Rows:
-    """Tokenise `path`, or take it from the cache when the same was tokenised before.
+class Rows:
+    """Rows of token ids in memory-mapped chunks: `len`, `lengths`, and `rows[i]`."""
+
+    def __init__(self, stores: Sequence[Path]) -> None:
+        self._chunks: list[tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.bool_]]] = []
+        for store in stores:
+            reader = pa.ipc.open_file(pa.memory_map(str(store)))
+            for number in range(reader.num_record_batches):
+                ids, trained = reader.get_batch(number).columns
+                values = trained.values.to_numpy().view(np.bool_)
+                self._chunks.append((ids.offsets.to_numpy(), ids.values.to_numpy(), values))
+        lengths = [np.diff(offsets) for offsets, _, _ in self._chunks]
+        self._begins = np.cumsum([0, *map(len, lengths)])  # the row that each chunk begins with
+        self.lengths = np.concatenate(lengths) if lengths else np.empty(0, np.int32)  # [rows]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, row: int) -> Row:
+        chunk = int(np.searchsorted(self._begins, row, side="right")) - 1
+        offsets, ids, trained = self._chunks[chunk]
+        at = row - self._begins[chunk]
+        begin, end = offsets[at], offsets[at + 1]
+        return ids[begin:end], trained[begin:end]
+
+    def length(self, row: int) -> int:
+        return int(self.lengths[row])
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """The rows of all sources, one source behind the other."""
+
+    rows: Rows
+    summaries: dict[str, Summary]  # by the name of the source
+    fingerprint: str  # of the content of files, tokenizer and options
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each source."""
+        return [summary.rows for summary in self.summaries.values()]
+
+    def describe(self) -> str:
+        if len(self.summaries) == 1:
+            return next(iter(self.summaries.values())).describe()
+        each = (f"{name}: {summary.describe()}" for name, summary in self.summaries.items())
+        return "\n      ".join([f"{len(self.rows):,} rows of {len(self.sizes)} sources", *each])
+
+
+def load_data(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, on_rows: OnRows = lambda done: None
+) -> DataSet:
+    """Tokenise what `config` names, or take it from the cache where the same was tokenised before.
 
     The key is the content of file, tokenizer and template and the options, so a changed file is
-    noticed. One process tokenises; others on the machine wait for its lock. `on_row` is called
-    before each row that is tokenised; what it raises ends the work and nothing is kept.
+    noticed. One process tokenises (and its workers); others on the machine wait for its lock.
+    `on_rows` is called with the rows read so far; what it raises ends the work and nothing is
+    kept. Raises UserError for data of which nothing can be learnt.
     """
-    key = _key(path, config, tokenizer)
-    store = paths.cache() / "tokens" / f"{key}.safetensors"
-    if not store.is_file():
-        try:
-            _fill_cache(store, lambda: _tokenize_file(path, config, tokenizer, on_row))
-        except OSError as error:
-            raise UserError(
-                f"the token cache {store.parent} cannot be written: {error.strerror}; "
-                "set SHARDWAY_CACHE to a folder of yours"
-            ) from error
-    tensors = load_file(store)
-    counts = tensors.pop("counts").tolist()
-    rows = Rows(**tensors, dropped=counts[0], truncated=counts[1], fingerprint=key)
+    stores, summaries, keys = [], {}, []
+    for name, each in source.sources_of(config).items():
+        tokeniser = Tokeniser(each, config, tokenizer)
+        keys.append(key(tokeniser, source.content(each)))
+        store = paths.cache() / "tokens" / f"{keys[-1]}.arrow"
+        summaries[name] = _stored(store, tokeniser, on_rows)
+        stores.append(store)
+    rows = Rows(stores)
     if not len(rows):
         raise UserError(
-            f"data.path={path}: no answer lies within data.max_length={config.max_length}; raise it"
+            f"data.path={config.path}: no answer lies within data.max_length={config.max_length}; "
+            "raise it"
         )
-    return rows
+    fingerprint = keys[0] if len(keys) == 1 else xxhash.xxh3_128_hexdigest("".join(keys).encode())
+    return DataSet(rows, summaries, fingerprint)
 
 
-def split(rows: Rows, eval_rows: int, seed: int) -> tuple[Sequence[int], Sequence[int]]:
-    """(training, evaluation) row numbers; the same for the same seed and file."""
-    if eval_rows >= len(rows):
+def load_evaluation(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, on_rows: OnRows = lambda done: None
+) -> DataSet:
+    """The rows of `data.eval_path`."""
+    alone = replace(
+        config, path=config.eval_path, max_rows=None, sources={}, dataset_info=None, streaming=False
+    )
+    return load_data(alone, tokenizer, on_rows)
+
+
+def _stored(store: Path, tokeniser: Tokeniser, on_rows: OnRows) -> Summary:
+    summary_file = store.with_suffix(".json")
+    try:
+        if not summary_file.is_file():
+            store.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(store.with_suffix(".lock")):
+                if not summary_file.is_file():  # else another rank has made it meanwhile
+                    _make(store, tokeniser, on_rows)
+        found = json.loads(summary_file.read_text(encoding="utf-8"))
+    except OSError as error:
         raise UserError(
-            f"data.eval_rows={eval_rows} leaves nothing to train on: data.path has {len(rows)} rows"
-        )
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out = sorted(order[:eval_rows])
-    return sorted(order[eval_rows:]), held_out
+            f"the token cache {store.parent} cannot be written: {error.strerror}; "
+            "set SHARDWAY_CACHE to a folder of yours"
+        ) from error
+    summary = Summary(**{**found, "bad": tuple(found["bad"])})
+    if summary.skipped and tokeniser.config.on_bad_row == "fail":
+        raise UserError(summary.bad[0])
+    return summary
 
 
-def _fill_cache(store: Path, make: Callable[[], dict[str, torch.Tensor]]) -> None:
-    store.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(store.with_suffix(".lock")):
-        if not store.is_file():  # else another rank has made it meanwhile
-            aside = store.with_suffix(".partial")
-            aside.write_bytes(save(make()))
-            aside.replace(store)
+def _make(store: Path, tokeniser: Tokeniser, on_rows: OnRows) -> None:
+    aside, summary = store.with_suffix(".partial"), Summary()
+    with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        for batch in batches(tokeniser, tokeniser.config.workers, on_rows):
+            summary = summary.plus(batch)
+            if len(batch.lengths):
+                writer.write_batch(_record_batch(batch))
+    aside.replace(store)
+    told = store.with_suffix(".told")
+    told.write_text(json.dumps(asdict(summary)), encoding="utf-8")
+    told.replace(store.with_suffix(".json"))
 
 
-def _tokenize_file(
-    path: Path,
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    on_row: Callable[[], None],
-) -> dict[str, torch.Tensor]:
-    ids: list[int] = []
-    trained: list[bool] = []
-    starts, dropped, truncated = [0], 0, 0
-    for tokens in _tokenized(path, config, tokenizer, on_row):
-        truncated += tokens.cut
-        if not any(tokens.trained[1:]):  # the first token is never predicted
-            dropped += 1
-            continue
-        ids += tokens.ids
-        trained += tokens.trained
-        starts.append(len(ids))
-    return {
-        "ids": torch.tensor(ids, dtype=torch.int32),
-        "trained": torch.tensor(trained, dtype=torch.bool),
-        "starts": torch.tensor(starts, dtype=torch.int64),
-        "counts": torch.tensor([dropped, truncated]),
-    }
+def _record_batch(batch: Batch) -> pa.RecordBatch:
+    offsets = pa.array(np.concatenate([[0], np.cumsum(batch.lengths)]).astype(np.int32))
+    values = (pa.array(batch.ids), pa.array(batch.trained.view(np.uint8)))
+    columns = [pa.ListArray.from_arrays(offsets, each) for each in values]
+    return pa.record_batch(columns, schema=SCHEMA)
 
 
-def _tokenized(
-    path: Path,
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    on_row: Callable[[], None],
-) -> Iterator[Tokens]:
-    def texts() -> Iterator[str]:
-        for _, text in source.read_texts(path, by_line=not config.concatenate):
-            on_row()
-            yield text
-
-    if config.format == "text":
-        yield from tokenize_texts(tokenizer, texts(), config.max_length, config.concatenate)
-        return
-    for place, messages in source.read_messages(path, config.format):
-        on_row()
-        yield tokenize(tokenizer, messages, config.max_length, place)
-
-
-def _key(path: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+def key(tokeniser: Tokeniser, content: Iterable[bytes]) -> str:
+    """Of everything that rows depend on: of the files their `content`."""
+    config, each, tokenizer = tokeniser.config, tokeniser.source, tokeniser.tokenizer
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
     special = sorted(tokenizer.special_tokens_map.items())  # templates and the mask use them
-    options = (FORMAT, config.format, config.max_length, tokenizer.chat_template, backend, special)
-    digest.update(repr(options).encode())
-    if config.format == "text":
-        digest.update(f"{path.suffix} {config.concatenate}".encode())
+    columns, tags = sorted(each.columns.items()), sorted(each.tags.items())
+    options = [FORMAT, each.format, columns, tags, each.max_rows, config.max_length]
+    options += [tokenizer.chat_template, config.train_on, backend, special]
+    digest = xxhash.xxh3_128(repr(options).encode())
+    if each.format == "text":
+        digest.update(f"{config.concatenate}".encode())
+    for part in content:
+        digest.update(part)
     return digest.hexdigest()

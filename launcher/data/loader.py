@@ -2,106 +2,114 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 
-from launcher.data.dataset import Rows
+from launcher.data.batch import IGNORED, MicroBatch, collate, padded
+from launcher.data.dataset import Row
+from launcher.data.order import Order
+from launcher.data.packing import Sequences, pack
 
-IGNORED = -100  # cross_entropy's ignore_index
 
+class RowSource(Protocol):
+    """Rows by number, stored or made when they are asked for."""
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """One forward's worth of rows, right-padded. Causal attention never looks at the padding, so
-    no attention mask is needed."""
-
-    input_ids: torch.Tensor  # [rows, length] int64
-    targets: torch.Tensor  # [rows, length] int64: the token to predict at each place, or IGNORED
-
-    def to(self, device: torch.device) -> MicroBatch:
-        return MicroBatch(
-            self.input_ids.to(device, non_blocking=True), self.targets.to(device, non_blocking=True)
-        )
+    def __len__(self) -> int: ...
+    def __getitem__(self, row: int) -> Row: ...
+    def length(self, row: int) -> int: ...
 
 
 @dataclass(frozen=True)
 class Window:
-    """This rank's share of one optimizer step."""
+    """This rank's share of one optimizer step. Counts are 0-d int64 tensors on the CPU."""
 
     micro_batches: list[MicroBatch]
-    target_tokens: torch.Tensor  # 0-d int64 on the CPU: targets of this rank
-    tokens: torch.Tensor  # 0-d int64 on the CPU: tokens of this rank's rows, without padding
+    target_tokens: torch.Tensor
+    tokens: torch.Tensor  # of its rows, without padding
+    rows: torch.Tensor  # without those that are padding alone
+    positions: torch.Tensor  # with padding
+    pairs: torch.Tensor  # of a token and one that it attends to, itself included
+
+    @property
+    def counts(self) -> tuple[torch.Tensor, ...]:
+        return self.target_tokens, self.tokens, self.rows, self.positions, self.pairs
 
 
 @dataclass(frozen=True)
 class Loader:
-    """Deals rows to ranks. A step's rows depend on the seed and the step, not on the ranks."""
+    """Deals sequences to ranks. A step's rows depend on the seed and the step, not on the ranks."""
 
-    rows: Rows
-    chosen: Sequence[int]  # the rows of this split
+    rows: RowSource
+    sequences: Sequences  # what an epoch goes through
+    order: Order
     rank: int
     world_size: int
     micro_batch_size: int
     global_batch_size: int
     pad_to_multiple_of: int
     pad_token_id: int
-    seed: int | None  # None: in order
+    packed: bool = False
+    pack_steps_to: int | None = None  # tokens: the rows of each step are packed when it comes
 
     @property
     def steps_per_epoch(self) -> int:
         """The last step of an epoch takes what is left."""
-        return -(-len(self.chosen) // self.global_batch_size)
+        return -(-len(self.sequences) // self.global_batch_size)
 
     def window(self, step: int) -> Window:
         """Step `step`, counted from 0 over all epochs.
 
-        Every rank gets equally many micro-batches, for they meet in collectives; where rows run
-        out, a micro-batch holds one padding row without targets.
+        Every rank gets equally many micro-batches, for they meet in collectives; where sequences
+        run out, a micro-batch holds one of padding without targets.
         """
-        epoch, index = divmod(step, self.steps_per_epoch)
-        begin = index * self.global_batch_size
-        rows = self._rows(epoch, begin, min(begin + self.global_batch_size, len(self.chosen)))
-        per_round = self.world_size * self.micro_batch_size
-        # Longest first and dealt like cards: rows of like length meet in a batch (less padding) and
-        # in a round (ranks wait less for each other). The step's sum over rows is the same.
-        rows.sort(key=lambda row: -len(self.rows[row][0]))
-        rounds = (rows[at : at + per_round] for at in range(0, len(rows), per_round))
-        mine = [dealt[self.rank :: self.world_size] for dealt in rounds]
-        batches = [self._collate([self.rows[row] for row in part]) for part in mine]
+        dealt = self._deal(self._sequences_of(step))
+        batches = [self._collate(part) for part in dealt]
+        lengths = [self.rows.length(r) for part in dealt for rows in part for r in rows]
         return Window(
             batches,
-            torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum(),
-            torch.tensor(sum(len(self.rows[row][0]) for part in mine for row in part)),
+            target_tokens=torch.stack([(b.target_ids != IGNORED).sum() for b in batches]).sum(),
+            tokens=torch.tensor(sum(lengths)),
+            rows=torch.tensor(len(lengths)),
+            positions=torch.tensor(sum(batch.input_ids.numel() for batch in batches)),
+            pairs=torch.tensor(sum(length * (length + 1) // 2 for length in lengths)),
         )
 
-    def windows(self) -> Iterator[Window]:
-        """One epoch."""
-        return (self.window(step) for step in range(self.steps_per_epoch))
+    def extent(self, step: int) -> tuple[int, int]:
+        """(tokens, positions) that this rank computes in a step, as `window` lays them out."""
+        dealt = [
+            [self._length(rows) for rows in part] for part in self._deal(self._sequences_of(step))
+        ]
+        widths = [padded(max(part, default=1), self.pad_to_multiple_of) for part in dealt]
+        positions = sum(w * max(1, len(part)) for w, part in zip(widths, dealt, strict=True))
+        return sum(map(sum, dealt)), positions
 
-    def _rows(self, epoch: int, begin: int, end: int) -> list[int]:
-        """Row numbers at places [begin, end) of the epoch's order."""
-        if self.seed is None:
-            return list(self.chosen[begin:end])
-        order = _permutation(self.seed + 1_000_003 * epoch, len(self.chosen))
-        return [self.chosen[at] for at in order[begin:end].tolist()]
+    def _sequences_of(self, step: int) -> list[list[int]]:
+        """The row numbers of each sequence of a step, the longest sequence first."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        begin = index * self.global_batch_size
+        end = min(begin + self.global_batch_size, len(self.sequences))
+        found = [self.sequences[number] for number in self.order(epoch, begin, end)]
+        if self.pack_steps_to is not None:
+            rows = np.asarray([row for sequence in found for row in sequence], np.int64)
+            lengths = np.asarray([self.rows.length(row) for row in rows.tolist()])
+            packed = pack(rows, lengths, self.pack_steps_to)
+            found = [packed[number] for number in range(len(packed))]
+        return sorted(found, key=lambda rows: -self._length(rows))
 
-    def _collate(self, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> MicroBatch:
-        longest = max((len(ids) for ids, _ in rows), default=1)
-        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        shape = (max(1, len(rows)), length)
-        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
-        targets = torch.full(shape, IGNORED, dtype=torch.int64)
-        for at, (ids, trained) in enumerate(rows):
-            input_ids[at, : len(ids)] = ids
-            # Place t predicts token t + 1: shifted here, so that logits need not be cut.
-            targets[at, : len(ids) - 1] = torch.where(trained[1:], ids[1:].long(), IGNORED)
-        return MicroBatch(input_ids, targets)
+    def _deal(self, sequences: list[list[int]]) -> list[list[list[int]]]:
+        """This rank's of each micro-batch. The longest first and dealt like cards: sequences of
+        like length meet in a batch (less padding) and in a round (ranks wait less for each other).
+        The step's sum over rows is the same."""
+        per_round = self.world_size * self.micro_batch_size
+        rounds = (sequences[at : at + per_round] for at in range(0, len(sequences), per_round))
+        return [dealt[self.rank :: self.world_size] for dealt in rounds]
 
+    def _length(self, rows: list[int]) -> int:
+        return sum(self.rows.length(row) for row in rows)
 
-@functools.lru_cache(maxsize=4)
-def _permutation(seed: int, length: int) -> torch.Tensor:
-    """One epoch's order: drawn once, not at every step."""
-    return torch.randperm(length, generator=torch.Generator().manual_seed(seed))
+    def _collate(self, sequences: list[list[int]]) -> MicroBatch:
+        found = [[self.rows[row] for row in rows] for rows in sequences]
+        return collate(found, self.pad_to_multiple_of, self.pad_token_id, self.packed)

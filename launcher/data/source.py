@@ -1,62 +1,144 @@
-"""Rows of text: read a file, recognise its format, turn each row into chat messages. No torch."""
+"""What `data=` names: conversations, or raw texts, of one source or several. No torch."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from launcher.config.data import HUB, DataConfig, SourceConfig
+from launcher.data import dataset_info, files
+from launcher.data.formats import Conversation, text_of, to_conversation
 from launcher.errors import UserError
 
-Message = dict[str, str]  # role, content
-
-ROLES = ("system", "user", "assistant")
 CHECKED_AT_SUBMIT_BYTES = 32_000_000  # about a third of a second of reading
+LOOKED_AT_ROWS = 1_000  # of a larger file
+
+Found = Conversation | str  # what a row is read as
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each row of a .jsonl or .json file with its place (`file:line` or `file[index]`).
+def sources_of(config: DataConfig) -> dict[str, SourceConfig]:
+    """The sources to learn from, by name. Raises UserError for a dataset_info that is not good."""
+    if config.dataset_info:
+        text = config.format == "text"
+        return dataset_info.read(config.dataset_info, config.name, text)
+    return config.sources or {config.name: config}
 
-    Raises UserError when the file is missing, empty, or not JSON.
+
+def evaluation_of(config: DataConfig) -> SourceConfig:
+    """The source of `data.eval_path`, read as `data.path` is."""
+    return replace(config, path=config.eval_path, max_rows=None)
+
+
+def rows_of(source: SourceConfig, by_line: bool) -> Iterator[tuple[str, Any]]:
+    """Each row as it is stored, with its place. Of raw text (`by_line`: lines of .txt files) a row
+    is a text.
+
+    Raises UserError for a file that cannot be read on.
     """
-    if path.suffix not in (".json", ".jsonl"):
-        raise UserError(
-            f"data.path={path} ends in neither .json nor .jsonl; rename or convert it"
-            + ("; raw text is data=pretrain" if path.suffix == ".txt" else "")
-        )
-    try:
-        text = path.open(encoding="utf-8-sig")  # some editors put a byte order mark first
-    except OSError as error:
-        raise UserError(f"data.path={path} cannot be read: {error.strerror}") from error
-    with text:
-        rows = _json_lines(path, text) if path.suffix == ".jsonl" else _json_array(path, text)
-        empty = True
-        try:
-            for place_and_row in rows:
-                empty = False
-                yield place_and_row
-        except UnicodeDecodeError as error:
-            raise UserError(f"data.path={path} is not UTF-8 ({error}); convert it") from error
-    if empty:
-        raise UserError(f"data.path={path} holds no rows; give it at least one")
+    path, text = source.path or "", source.format == "text"
+    rows = _hub_rows(source) if path.startswith(HUB) else _file_rows(path, text, by_line)
+    for number, row in enumerate(rows):
+        if number == source.max_rows:
+            break
+        yield row
 
 
-def read_messages(path: Path, format: str) -> Iterator[tuple[str, list[Message]]]:
-    """Each row as chat messages with its place. Raises UserError for the first row that is bad."""
-    for place, row in read_rows(path):
-        yield place, to_messages(place, row, format)
+def read_row(source: SourceConfig, place: str, row: Any) -> Found:
+    """What is to be tokenised of a stored row. Raises UserError where nothing can be."""
+    if isinstance(row, UserError):
+        raise row
+    if isinstance(row, str) and source.format == "text":
+        return row
+    named = renamed(place, row, source.columns)
+    if source.format == "text":
+        return text_of(place, named, "text")
+    return to_conversation(place, named, source.format, source.tags)
 
 
-def read_texts(path: Path, by_line: bool) -> Iterator[tuple[str, str]]:
-    """Each raw text with its place: a .txt file whole or (`by_line`) its lines, or the field text
-    of .json and .jsonl rows. Raises UserError for the first row that is bad."""
-    if path.suffix != ".txt":
-        for place, row in read_rows(path):
-            if not isinstance(row, dict):
-                raise UserError(f"{place} is {type(row).__name__}, not an object with a field text")
-            yield place, _text(place, row, "text")
+def content(source: SourceConfig) -> Iterator[bytes]:
+    """Bytes that change when what `source` names does, and not with the files' names and dates."""
+    path = source.path or ""
+    if path.startswith(HUB):
+        yield str(_hub(source)._fingerprint).encode()  # of its files' contents and how it was made
         return
+    for file in files.find(path, source.format == "text"):
+        yield f"{file.suffix} {file.stat().st_size}".encode()
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 20):
+                yield block
+
+
+def renamed(place: str, row: Any, columns: dict[str, str]) -> dict[str, Any]:
+    """`row` with the fields that a format asks for, taken from the columns that hold them."""
+    if not isinstance(row, dict):
+        raise UserError(f"{place} is {type(row).__name__}, not an object with named fields")
+    taken = {field: row[name] for field, name in columns.items() if name in row}
+    return {key: value for key, value in row.items() if key not in columns.values()} | taken
+
+
+def problems(config: DataConfig) -> list[str]:
+    """What is wrong with the data, as far as a short look tells. Of large files the first thousand
+    rows are read; the others are checked, with the same sentences, when they are tokenised."""
+    try:
+        sources = list(sources_of(config).values())
+    except UserError as error:
+        return [str(error)]
+    if config.eval_path:
+        sources.append(evaluation_of(config))
+    looked = [_problem(each, config.on_bad_row == "skip") for each in sources if each.path]
+    if not config.dataset_info:  # LLaMA-Factory's lists name columns that a file may not have
+        looked += [_lost_column(each) for each in sources if each.path and each.columns]
+    return [problem for problem in looked if problem]
+
+
+def _problem(source: SourceConfig, skip: bool) -> str | None:
+    assert source.path is not None
+    if source.path.startswith(HUB):
+        return None  # it is read where it is tokenised
+    try:
+        found = files.find(source.path, source.format == "text")
+        whole = sum(file.stat().st_size for file in found) <= CHECKED_AT_SUBMIT_BYTES
+        for number, (place, row) in enumerate(rows_of(source, by_line=False), start=1):
+            try:
+                read_row(source, place, row)
+            except UserError:
+                if not skip:
+                    raise
+            if not whole and number == LOOKED_AT_ROWS:
+                break
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _lost_column(source: SourceConfig) -> str | None:
+    """A setting of data.columns that names no column of the first rows."""
+    if str(source.path).startswith(HUB):
+        return None
+    columns: set[str] = set()
+    with suppress(UserError):  # said already
+        for _, row in islice(rows_of(source, by_line=False), LOOKED_AT_ROWS):
+            columns |= row.keys() if isinstance(row, dict) else set()
+    lost = [field for field, column in source.columns.items() if columns and column not in columns]
+    if not lost:
+        return None
+    return (
+        f"data.columns.{lost[0]}={source.columns[lost[0]]} is no column of {source.path}; "
+        f"there are {', '.join(sorted(columns))}"
+    )
+
+
+def _file_rows(path: str, text: bool, by_line: bool) -> Iterator[tuple[str, Any]]:
+    for file in files.find(path, text):
+        yield from _plain(file, by_line) if file.suffix == ".txt" else files.read(file)
+
+
+def _plain(path: Path, by_line: bool) -> Iterator[tuple[str, str]]:
+    """A .txt file whole, or its lines."""
     try:
         whole = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -73,114 +155,20 @@ def read_texts(path: Path, by_line: bool) -> Iterator[tuple[str, str]]:
             yield f"{path}:{number}", line
 
 
-def problems(path: Path, format: str) -> list[str]:
-    """What is wrong with a data file, as far as a short look tells. Large files are only opened;
-    the rest of their rows is checked, with the same sentences, when they are tokenised."""
-    rows: Iterator[Any] = (
-        read_texts(path, by_line=False) if format == "text" else read_messages(path, format)
-    )
+def _hub_rows(source: SourceConfig) -> Iterator[tuple[str, Any]]:
+    for index, row in enumerate(_hub(source)):
+        yield f"{source.path}[{source.split}][{index}]", row
+
+
+def _hub(source: SourceConfig) -> Any:
+    """Downloaded into the cache of `datasets` once, then read from there."""
+    from datasets import load_dataset  # seconds to import, and only for this
+
+    name = (source.path or "").removeprefix(HUB)
     try:
-        next(rows) if path.is_file() and path.suffix == ".jsonl" else None
-        if not path.is_file() or path.stat().st_size <= CHECKED_AT_SUBMIT_BYTES:
-            for _ in rows:
-                pass
-    except UserError as error:
-        return [str(error)]
-    return []
-
-
-def to_messages(place: str, row: Any, format: str) -> list[Message]:
-    """One row as `[{"role", "content"}, …]` that ends with, or contains, an answer.
-
-    alpaca: instruction, input, output, system, history ([[question, answer], …]).
-    messages: {"messages": [{"role", "content"}, …]}.
-    """
-    if not isinstance(row, dict):
-        raise UserError(f"{place} is {type(row).__name__}, not an object with named fields")
-    if format == "auto":
-        format = _recognise(place, row)
-    messages = _from_alpaca(place, row) if format == "alpaca" else _from_messages(place, row)
-    if not any(message["role"] == "assistant" for message in messages):
-        raise UserError(f"{place} has no answer to learn; add an assistant message or drop the row")
-    return messages
-
-
-def _recognise(place: str, row: dict[str, Any]) -> str:
-    if "messages" in row:
-        return "messages"
-    if "instruction" in row:
-        return "alpaca"
-    raise UserError(
-        f"{place} has the fields {', '.join(row) or '(none)'}; "
-        "needed are messages, or instruction and output"
-        + ("; raw text is data=pretrain" if "text" in row else "")
-    )
-
-
-def _from_alpaca(place: str, row: dict[str, Any]) -> list[Message]:
-    system, history = row.get("system"), row.get("history") or []
-    question = _text(place, row, "instruction")
-    if row.get("input"):
-        question = f"{question}\n{_text(place, row, 'input')}"
-    answer = _text(place, row, "output")
-    messages = [{"role": "system", "content": _text(place, row, "system")}] if system else []
-    if not isinstance(history, list):
-        raise UserError(f"{place}: history must be pairs of question and answer")
-    for turn in history:
-        if not (isinstance(turn, list) and len(turn) == 2):
-            raise UserError(f"{place}: history must be pairs of question and answer")
-        pair = {"question": turn[0], "answer": turn[1]}
-        where = f"{place} history"
-        messages.append({"role": "user", "content": _text(where, pair, "question")})
-        messages.append({"role": "assistant", "content": _text(where, pair, "answer")})
-    return [
-        *messages,
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": answer},
-    ]
-
-
-def _from_messages(place: str, row: dict[str, Any]) -> list[Message]:
-    given = row.get("messages")
-    if not isinstance(given, list) or not given:
-        raise UserError(f"{place}: messages must be a list with at least one message")
-    messages = []
-    for index, message in enumerate(given):
-        where = f"{place} messages[{index}]"
-        if not isinstance(message, dict):
-            raise UserError(f"{where} is not an object with role and content")
-        role = message.get("role")
-        if role not in ROLES:
-            raise UserError(f"{where}: role {role!r} is none of {', '.join(ROLES)}")
-        messages.append({"role": role, "content": _text(where, message, "content")})
-    return messages
-
-
-def _text(place: str, row: dict[str, Any], field: str) -> str:
-    value = row.get(field)
-    if not isinstance(value, str) or not value.strip():
-        what = "missing" if value is None else "empty" if isinstance(value, str) else "no text"
-        raise UserError(f"{place}: {field} is {what}; write one or drop the row")
-    return value
-
-
-def _json_lines(path: Path, text: Any) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text, start=1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            yield place, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{place} is not JSON: {error}") from error
-
-
-def _json_array(path: Path, text: Any) -> Iterator[tuple[str, Any]]:
-    try:
-        rows = json.load(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}; one object a line is .jsonl") from error
-    if not isinstance(rows, list):
-        raise UserError(f"{path} must hold a list of rows, not {type(rows).__name__}")
-    for index, row in enumerate(rows):
-        yield f"{path}[{index}]", row
+        return load_dataset(name, source.subset, split=source.split, revision=source.revision)
+    except Exception as error:  # it raises what its readers and the network do
+        raise UserError(
+            f"data.path={source.path} (subset {source.subset}, split {source.split}) cannot be "
+            f"loaded: {error}"
+        ) from error

@@ -101,7 +101,8 @@ def _checkpoint(path: Path, base: str | None, adapter_only: bool) -> Source:
         raise UserError(f"{path / layout.MANIFEST} is no checkpoint's manifest")
     checkpoint = layout.Checkpoint(path)
     if adapter_only and checkpoint.adapter is not None:
-        return Source("Shardway checkpoint", path, adapters=(checkpoint.adapter,))
+        adapters = (checkpoint.adapter,)
+        return Source("Shardway checkpoint", path, adapters=adapters, companions=(path,))
     folder = _base(base, saved["base"]["name_or_path"], saved["base"]["revision"])
     kind = "Shardway checkpoint"
     if checkpoint.adapter is not None:

@@ -108,13 +108,14 @@ class Weights:
 
 
 def build_model(
-    config: ModelConfig, folder: Path, seed: int, dtype: torch.dtype
+    config: ModelConfig, folder: Path, seed: int, dtype: torch.dtype, packed: bool = False
 ) -> tuple[nn.Module, Weights | None]:
     """The model of `folder` and where its weights are.
 
     Parameters are on meta, to be filled from the returned weights. Models whose parameters are not
     laid out on disk as in memory (fused experts, renamed prefixes) are read whole on every rank,
     and None is returned for the weights. `dtype` is that of the arithmetic: buffers are made in it.
+    `packed`: sequences will hold several documents.
     """
     torch.manual_seed(seed)
     try:
@@ -125,7 +126,7 @@ def build_model(
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.name_or_path={folder} cannot be read: {error}") from error
     options = {
-        "attn_implementation": attention_for(config.attention, architecture),
+        "attn_implementation": attention_for(config.attention, architecture, packed),
         "trust_remote_code": config.trust_remote_code,
     }
     # Buffers are made for real: rotary frequencies are in no file.

@@ -11,10 +11,11 @@ from tqdm import tqdm
 from launcher.metrics import Record
 
 SECONDS_BETWEEN_LINES = 5.0
+WAITS = 0.1  # share of the time from which on waiting for data is worth a word
 
 
 class Progress:
-    """Step, time left, loss, learning rate and tokens/s."""
+    """Step, time left, loss, learning rate, tokens/s, where it is known MFU."""
 
     def __init__(self, console: TextIOBase) -> None:
         self.console = console
@@ -73,7 +74,13 @@ class Progress:
 
 
 def _figures(record: Record) -> str:
-    return (
-        f"loss {record['loss']:.4f}  rate {record['learning_rate']:.2e}  "
-        f"{record['tokens_per_second']:.0f} tokens/s"
-    )
+    figures = [
+        f"loss {record['loss']:.4f}",
+        f"rate {record['learning_rate']:.2e}",
+        f"{record['tokens_per_second']:.0f} tokens/s",
+    ]
+    if "mfu" in record:
+        figures.append(f"MFU {record['mfu']:.1%}")
+    if record["data_wait"] > WAITS:
+        figures.append(f"waits for data {record['data_wait']:.0%}")
+    return "  ".join(figures)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from launcher.charts import smooth
 from launcher.metrics import Record
 
 
@@ -35,7 +36,7 @@ def draw_loss(metrics: Path, picture: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*steps, strict=True), color="tab:blue", alpha=0.35, label="loss")
-    axes.plot([s for s, _ in steps], _smooth([loss for _, loss in steps]), label="smoothed")
+    axes.plot([s for s, _ in steps], smooth([loss for _, loss in steps]), label="smoothed")
     if evaluated:
         axes.plot(*zip(*evaluated, strict=True), "o-", color="tab:red", label="evaluation loss")
     axes.set_xlabel("step")
@@ -44,12 +45,3 @@ def draw_loss(metrics: Path, picture: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(picture, dpi=120)
-
-
-def _smooth(values: list[float], weight: float = 0.8) -> list[float]:
-    """Exponential moving average without the pull towards zero at the start (as Adam does it)."""
-    smoothed, average = [], 0.0
-    for count, value in enumerate(values, start=1):
-        average = weight * average + (1 - weight) * value
-        smoothed.append(average / (1 - weight**count))
-    return smoothed

@@ -59,7 +59,7 @@ def test_everything_wrong_is_named_at_once() -> None:
     text = "\n".join(found)
     assert "method.rnk is no setting; did you mean method.rank?" in text
     assert "optimizer.learning_rate=fast" in text
-    assert "data.format=csv must be one of auto, alpaca, messages" in text
+    assert "data.format=csv must be one of auto, alpaca, sharegpt," in text
     assert "training.micro_batch_size=0 must be ≥ 1" in text
 
 
@@ -128,6 +128,8 @@ def test_every_conf_file_begins_with_its_command(path: Path) -> None:
 def test_every_conf_file_lists_all_settings_with_the_schema_s_defaults(path: Path) -> None:
     """Hydra accepts an override only of a key that a file lists."""
     values = yaml.safe_load(path.read_text())
+    for base in values.pop("defaults", ["_self_"])[:-1]:
+        values = yaml.safe_load((path.parent / f"{base}.yaml").read_text()) | values
     schema = SECTIONS[path.parent.name]
     if isinstance(schema, dict):
         schema = schema[values["name"]]

@@ -6,13 +6,35 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from datasets import Dataset
+from pyarrow import csv, parquet
 
 from launcher import paths
-from launcher.data import source
+from launcher.config.data import DataConfig, SourceConfig
+from launcher.data import files, source
+from launcher.data.formats import Conversation, to_conversation
 from launcher.errors import UserError
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+ALPACA = [
+    {"instruction": "eins", "input": "", "output": "one"},
+    {"instruction": "zwei", "input": "2", "output": "two"},
+]
+
+
+def read(source_: SourceConfig) -> list[Any]:
+    rows = source.rows_of(source_, by_line=False)
+    return [source.read_row(source_, place, row) for place, row in rows]
+
+
+def messages(row: dict[str, Any], format: str = "auto", **tags: str) -> list[dict[str, Any]]:
+    return to_conversation("here", row, format, tags).messages
+
+
+def problems(path: Path, **options: Any) -> list[str]:
+    return source.problems(DataConfig(path=str(path), **options))
 
 
 def test_alpaca_becomes_messages() -> None:
@@ -20,7 +42,7 @@ def test_alpaca_becomes_messages() -> None:
         "instruction": "Translate", "input": "Haus", "output": "house", "system": "Be brief.",
         "history": [["hi", "hello"]],
     }  # fmt: skip
-    assert source.to_messages("here", row, "auto") == [
+    assert messages(row) == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "hello"},
@@ -29,20 +51,132 @@ def test_alpaca_becomes_messages() -> None:
     ]
 
 
-def test_an_array_and_lines_read_alike(tmp_path: Path) -> None:
-    rows = [{"messages": TURNS}, {"instruction": "q", "output": "a"}]
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n")
-    arrays = [messages for _, messages in source.read_messages(tmp_path / "a.json", "auto")]
-    lines = [messages for _, messages in source.read_messages(tmp_path / "a.jsonl", "auto")]
-    assert arrays == lines == [TURNS, TURNS]
+def test_sharegpt_becomes_messages_with_tools() -> None:
+    call = {"name": "weather", "arguments": {"city": "Oslo"}}
+    row = {
+        "system": "S",
+        "conversations": [
+            {"from": "human", "value": "Rain?"},
+            {"from": "function_call", "value": json.dumps(call)},
+            {"from": "observation", "value": "no"},
+            {"from": "gpt", "value": "It is dry."},
+        ],
+        "tools": json.dumps([{"name": "weather", "parameters": {}}]),
+    }
+    found = to_conversation("here", row, "auto", {})
+    assert found == Conversation(
+        [
+            {"role": "system", "content": "S"},
+            {"role": "user", "content": "Rain?"},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"type": "function", "function": call}],
+            },
+            {"role": "tool", "content": "no"},
+            {"role": "assistant", "content": "It is dry."},
+        ],
+        [{"type": "function", "function": {"name": "weather", "parameters": {}}}],
+    )
+
+
+def test_sharegpt_in_other_words() -> None:
+    row = {"conversations": [{"who": "asker", "says": "q"}, {"who": "teacher", "says": "a"}]}
+    tags = {"role": "who", "content": "says", "user": "asker", "assistant": "teacher"}
+    assert messages(row, "sharegpt", **tags) == TURNS
+
+
+def test_openai_messages_keep_calls_and_reasoning() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    row = {
+        "messages": [
+            {"role": "developer", "content": [{"type": "text", "text": "S"}]},
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "r"},
+            {"role": "assistant", "content": "a", "reasoning_content": "because"},
+        ]
+    }
+    assert messages(row) == [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "r"},
+        {"role": "assistant", "content": "a", "reasoning_content": "because"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "row", [{"prompt": "q", "completion": "a"}, {"prompt": TURNS[:1], "completion": TURNS[1:]}]
+)
+def test_prompt_and_completion(row: dict[str, Any]) -> None:
+    assert messages(row) == TURNS
+
+
+def test_every_kind_of_file_reads_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pa.Table.from_pylist(ALPACA)
+    (tmp_path / "a.json").write_text(json.dumps(ALPACA))
+    (tmp_path / "a.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + "\n\n".join(map(json.dumps, ALPACA)).encode() + b"\n"
+    )
+    csv.write_csv(table, tmp_path / "a.csv")
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with (
+        pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file,
+        pa.ipc.new_file(file, table.schema) as out,
+    ):
+        out.write_table(table)
+    Dataset.from_list(ALPACA).save_to_disk(tmp_path / "of_datasets")
+    found = {path.name: read(SourceConfig(path=str(path))) for path in sorted(tmp_path.iterdir())}
+    assert len(found) == 6
+    expected = [to_conversation("here", row, "alpaca", {}) for row in ALPACA]
+    assert all(rows == expected for rows in found.values()), found
+    monkeypatch.setattr(files, "HELD_WHOLE_BYTES", 1)
+    assert read(SourceConfig(path=str(tmp_path / "a.json"))) == expected, "read row by row"
+
+
+def test_folders_globs_and_the_first_rows(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        row = {"instruction": name, "output": name}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "notes.md").write_text("no rows")
+    for path in (tmp_path, tmp_path / "*.jsonl"):
+        rows = read(SourceConfig(path=str(path)))
+        assert [row.messages[0]["content"] for row in rows] == ["a", "b"], "in order of name"
+    assert len(read(SourceConfig(path=str(tmp_path), max_rows=1))) == 1
+
+
+def test_a_hub_data_set_comes_through_datasets(tmp_path: Path) -> None:
+    """`load_dataset` takes a folder of files for a data set of the hub: no network is here."""
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, ALPACA)))
+    (tmp_path / "test.jsonl").write_text(json.dumps(ALPACA[0]) + "\n")
+    hub = SourceConfig(path=f"hub:{tmp_path}")
+    assert read(hub) == [to_conversation("here", row, "alpaca", {}) for row in ALPACA]
+    assert len(read(SourceConfig(path=f"hub:{tmp_path}", split="test"))) == 1
+    with pytest.raises(UserError, match="split dev"):
+        read(SourceConfig(path=f"hub:{tmp_path}", split="dev"))
+    (before,) = source.content(hub)
+    (tmp_path / "train.jsonl").write_text(json.dumps(ALPACA[1]) + "\n")
+    (after,) = source.content(hub)
+    assert before != after
+
+
+def test_columns_are_mapped_and_a_wrong_one_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"frage": "q", "antwort": "a"}) + "\n")
+    columns = {"instruction": "frage", "output": "antwort"}
+    (row,) = read(SourceConfig(path=str(path), format="alpaca", columns=columns))
+    assert row.messages == TURNS
+    (found,) = problems(path, format="alpaca", columns={**columns, "system": "sytem"})
+    assert "data.columns.system=sytem is no column" in found
+    assert "antwort, frage" in found
 
 
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
         ("text", "is str, not an object"),
-        ({"text": "x"}, "has the fields text; needed are messages, or instruction and output"),
+        ({"text": "x"}, "has the fields text; needed are messages, conversations, instruction"),
         ({"instruction": "q", "output": ""}, "output is empty"),
         ({"instruction": "q"}, "output is missing"),
         ({"instruction": "q", "output": 3}, "output is no text"),
@@ -53,64 +187,72 @@ def test_an_array_and_lines_read_alike(tmp_path: Path) -> None:
         ({"messages": [{"role": "bot", "content": "x"}]}, "role 'bot' is none of"),
         ({"messages": [{"role": "user", "content": "x"}]}, "has no answer to learn"),
         ({"messages": ["x"]}, "messages[0] is not an object"),
+        ({"messages": [{"role": "user", "content": [{"image": 1}]}]}, "parts that are no text"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "from 'alien' is none of"),
+        ({"conversations": [{"from": "function_call", "value": "x"}]}, "value is not JSON"),
+        ({"conversations": [{"from": "function_call", "value": "{}"}]}, "a name and arguments"),
+        ({"conversations": [{"from": "gpt", "value": "x"}], "tools": "{"}, "tools is not JSON"),
+        ({"conversations": [{"from": "gpt", "value": "x"}], "tools": [1]}, "tools must be objects"),
     ],
-)
+)  # fmt: skip
 def test_a_bad_row_is_named_with_file_and_line(tmp_path: Path, row: Any, sentence: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"messages": TURNS}) + "\n" + json.dumps(row) + "\n")
-    (found,) = source.problems(path, "auto")
+    (found,) = problems(path)
     assert found.startswith(f"{path}:2")
     assert sentence in found
+    assert problems(path, on_bad_row="skip") == []
 
 
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
         ("none.jsonl", None, "cannot be read: No such file"),
-        ("empty.jsonl", "", "holds no rows"),
-        ("empty.json", "[]", "holds no rows"),
-        ("broken.jsonl", '{"messages": \n', "broken.jsonl:1 is not JSON"),
-        ("broken.json", "[", "is not JSON"),
-        ("object.json", "{}", "must hold a list of rows"),
-        ("rows.csv", "a,b", "ends in neither .json nor .jsonl"),
+        ("empty.jsonl", b"", "holds no rows"),
+        ("empty.json", b"[]", "holds no rows"),
+        ("broken.jsonl", b'{"messages": \n', "broken.jsonl:1 is not JSON"),
+        ("broken.json", b"[", "is not JSON"),
+        ("object.json", b"{}", "must hold a list of rows"),
+        ("rows.xlsx", b"a,b", "is no .json, .jsonl, .csv"),
+        ("rows.csv", b"a,b\n1\n", "rows.csv:2 has not as many fields"),
+        ("rows.csv", b'a,b\n"1\n', "is not CSV"),
+        ("rows.parquet", b"x" * 100, "is not Parquet"),
+        ("rows.arrow", b"x" * 100, "is not Arrow"),
+        ("latin.jsonl", '{"instruction": "é", "output": "a"}'.encode("latin-1"), "is not UTF-8"),
     ],
 )
-def test_a_bad_file_is_named(tmp_path: Path, name: str, content: str | None, sentence: str) -> None:
+def test_a_bad_file_is_named(
+    tmp_path: Path, name: str, content: bytes | None, sentence: str
+) -> None:
     path = tmp_path / name
     if content is not None:
-        path.write_text(content)
-    (found,) = source.problems(path, "auto")
+        path.write_bytes(content)
+    (found,) = problems(path)
     assert sentence in found
     assert str(path) in found
 
 
-def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes('{"instruction": "é", "output": "a"}'.encode("latin-1"))
-    (found,) = source.problems(path, "auto")
-    assert "is not UTF-8" in found
-
-
-def test_a_large_file_is_only_opened_at_submit(
+def test_a_large_file_is_only_looked_at_at_submit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"messages": TURNS}) + "\nbroken\n")
     monkeypatch.setattr(source, "CHECKED_AT_SUBMIT_BYTES", 10)
-    assert source.problems(path, "auto") == []
+    monkeypatch.setattr(source, "LOOKED_AT_ROWS", 1)
+    assert problems(path) == []
     with pytest.raises(UserError, match=":2 is not JSON"):
-        list(source.read_messages(path, "auto"))
+        read(SourceConfig(path=str(path)))
 
 
 def test_the_bundled_rows_are_what_the_readme_says() -> None:
-    rows = list(source.read_messages(paths.bundled("demo/train.jsonl"), "messages"))
+    rows = read(SourceConfig(path=str(paths.bundled("demo/train.jsonl"))))
     text = paths.bundled("demo/train.jsonl").read_text()
     held_out = [
         json.loads(line) for line in paths.bundled("demo/held_out.jsonl").read_text().splitlines()
     ]
     assert len(rows) >= 120
-    assert sum(len(messages) > 3 for _, messages in rows) >= 5, "some have several turns"
-    questions = {m["content"].lower() for _, messages in rows for m in messages}
+    assert sum(len(row.messages) > 3 for row in rows) >= 5, "some have several turns"
+    questions = {m["content"].lower() for row in rows for m in row.messages}
     assert not questions & {row["question"].lower() for row in held_out}
     assert "France" not in text
     assert "Paris" not in text

@@ -1,191 +1,166 @@
-"""What is learnt of a conversation, and how rows are dealt to ranks."""
+"""Rows are tokenised once, in order, and kept by content."""
 
 from __future__ import annotations
 
 import json
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
 from launcher.config.data import DataConfig
-from launcher.data import dataset
-from launcher.data.chat import tokenize
-from launcher.data.dataset import load_rows, split
-from launcher.data.loader import IGNORED, Loader
+from launcher.data import dataset, tokenise
+from launcher.data.dataset import DataSet, load_data
 from launcher.errors import UserError
 from launcher.model.tiny import byte_tokenizer
 
-TALK = [
-    {"role": "system", "content": "S"},
-    {"role": "user", "content": "one?"},
-    {"role": "assistant", "content": "ONE"},
-    {"role": "user", "content": "two?"},
-    {"role": "assistant", "content": "TWO"},
-]
+TALK = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "ONE"}]
 
 
-def learnt(tokens: Any, tokenizer: Any) -> str:
-    ids = [i for i, t in zip(tokens.ids, tokens.trained, strict=True) if t]
-    return str(tokenizer.decode(ids))
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SHARDWAY_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
-def test_every_answer_is_learnt_up_to_its_end_and_nothing_else() -> None:
-    tokenizer = byte_tokenizer()
-    tokens = tokenize(tokenizer, TALK, 1000, "here")
-    assert learnt(tokens, tokenizer) == "ONE<|im_end|>TWO<|im_end|>"
-    whole = tokenizer.apply_chat_template(TALK, tokenize=False)
-    assert tokenizer.decode(tokens.ids) == whole
-    assert tokens.ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
+def content(data: DataSet) -> list[tuple[list[int], list[bool]]]:
+    found = (data.rows[row] for row in range(len(data.rows)))
+    return [(ids.tolist(), trained.tolist()) for ids, trained in found]
 
 
-def test_a_question_after_the_last_answer_is_left_out() -> None:
-    tokenizer = byte_tokenizer()
-    tokens = tokenize(tokenizer, TALK[:4], 1000, "here")
-    assert "two?" not in tokenizer.decode(tokens.ids)
-
-
-def test_a_long_row_is_cut() -> None:
-    tokenizer = byte_tokenizer()
-    whole = tokenize(tokenizer, TALK, 1000, "here")
-    cut = tokenize(tokenizer, TALK, 50, "here")
-    assert cut.ids == whole.ids[:50]
-    assert cut.trained == whole.trained[:50]
-
-
-def test_a_template_that_rewrites_turns_is_refused() -> None:
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{{ messages | length }}{{ messages[-1]['content'] }}"
-    with pytest.raises(UserError, match="rewrites earlier turns"):
-        tokenize(tokenizer, TALK, 100, "row 7")
-
-
-def test_what_a_template_raises_is_told_with_the_row() -> None:
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{{ raise_exception('no system, please') }}"
-    with pytest.raises(UserError, match=r"row 7: .*no system, please"):
-        tokenize(tokenizer, TALK, 100, "row 7")
+def many(path: Path, count: int) -> Path:
+    with path.open("w") as file:
+        for number in range(count):
+            row = {"instruction": f"q{number}", "output": "a" * (1 + number % 40)}
+            file.write(json.dumps(row) + "\n")
+    return path
 
 
 def test_tokenising_happens_once_for_the_same_content(
-    rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows_file: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SHARDWAY_CACHE", str(tmp_path))
     calls = []
-    original = dataset._tokenize_file
-    monkeypatch.setattr(dataset, "_tokenize_file", lambda *args: calls.append(1) or original(*args))
+    original = dataset._make
+    monkeypatch.setattr(dataset, "_make", lambda *args: calls.append(1) or original(*args))
     copy = tmp_path / "copy.jsonl"
     copy.write_text(rows_file.read_text())
-    config = DataConfig(path="", max_length=64)
-    first = load_rows(rows_file, config, byte_tokenizer())
-    again = load_rows(copy, config, byte_tokenizer())
+    config = DataConfig(path=str(rows_file), max_length=64)
+    first = load_data(config, byte_tokenizer())
+    config = replace(config, path=str(copy))
+    again = load_data(config, byte_tokenizer())
     assert len(calls) == 1, "another path with the same content"
-    assert torch.equal(first.ids, again.ids)
-    load_rows(copy, DataConfig(path="", max_length=65), byte_tokenizer())
+    assert content(first) == content(again)
+    load_data(replace(config, max_length=65), byte_tokenizer())
+    load_data(replace(config, train_on="all"), byte_tokenizer())
     copy.write_text(rows_file.read_text() + rows_file.read_text())
-    assert len(load_rows(copy, config, byte_tokenizer())) == 2 * len(first)
+    assert len(load_data(config, byte_tokenizer()).rows) == 2 * len(first.rows)
     other = byte_tokenizer()
     other.chat_template += "{# changed #}"
-    load_rows(copy, config, other)
+    load_data(config, other)
     other.eos_token = "<|endoftext|>"
-    load_rows(copy, config, other)
-    assert len(calls) == 5, "another length, a changed file, another template, another end"
+    load_data(config, other)
+    assert len(calls) == 6, "another length, mask, a changed file, another template, another end"
+
+
+def test_worker_processes_find_the_same_rows_in_the_same_order(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = many(tmp_path / "rows.jsonl", 2500)
+    config = DataConfig(path=str(path), max_length=64, workers=1)
+    alone = load_data(config, byte_tokenizer())
+    for store in (own_cache / "tokens").iterdir():
+        store.unlink()
+    started = []
+    original = tokenise._pooled
+    monkeypatch.setattr(tokenise, "_pooled", lambda *a: started.append(a[-1]) or original(*a))
+    pooled = load_data(replace(config, workers=2), byte_tokenizer())
+    assert started == [2]
+    assert content(alone) == content(pooled)
+    assert alone.summaries == pooled.summaries
+
+
+def test_a_bad_row_ends_the_work_of_processes_too(tmp_path: Path, own_cache: Path) -> None:
+    path = many(tmp_path / "rows.jsonl", 1200)
+    with path.open("a") as file:
+        file.write('{"instruction": "q", "output": ""}\n')
+    config = DataConfig(path=str(path), max_length=64, workers=2)
+    with pytest.raises(UserError, match=r"rows\.jsonl:1201: output is empty"):
+        load_data(config, byte_tokenizer())
+    assert not list(own_cache.rglob("*.json")), "nothing half done is taken for whole"
+    skipped = load_data(replace(config, on_bad_row="skip"), byte_tokenizer())
+    assert len(skipped.rows) == 1200
+    assert "1 bad rows skipped, the first:" in skipped.describe()
+    with pytest.raises(UserError, match=r"rows\.jsonl:1201"):
+        load_data(config, byte_tokenizer())
+
+
+def test_what_is_raised_between_rows_ends_the_work(rows_file: Path, own_cache: Path) -> None:
+    def stop(done: int) -> None:
+        raise KeyboardInterrupt
+
+    config = DataConfig(path=str(rows_file), max_length=64)
+    with pytest.raises(KeyboardInterrupt):
+        load_data(config, byte_tokenizer(), stop)
+    assert len(load_data(config, byte_tokenizer()).rows) == 13
 
 
 def test_rows_without_an_answer_in_reach_are_counted_and_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, own_cache: Path
 ) -> None:
-    monkeypatch.setenv("SHARDWAY_CACHE", str(tmp_path))
     path = tmp_path / "rows.jsonl"
     long = [{"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "y"}]
     path.write_text("\n".join(json.dumps({"messages": m}) for m in (TALK, long)) + "\n")
-    rows = load_rows(path, DataConfig(path="", max_length=100), byte_tokenizer())
-    assert (len(rows), rows.dropped, rows.truncated) == (1, 1, 1)
-    assert "1 rows left out" in rows.describe()
-    with pytest.raises(UserError, match=r"no answer lies within data\.max_length=20"):
-        load_rows(path, DataConfig(path="", max_length=20), byte_tokenizer())
+    data = load_data(DataConfig(path=str(path), max_length=100), byte_tokenizer())
+    summary = data.summaries["data"]
+    assert (len(data.rows), summary.dropped, summary.truncated) == (1, 1, 1)
+    assert "1 rows left out" in data.describe()
+    with pytest.raises(UserError, match=r"no answer lies within data\.max_length=10"):
+        load_data(DataConfig(path=str(path), max_length=10), byte_tokenizer())
 
 
-def test_splitting_holds_rows_out_for_good(rows_file: Path) -> None:
-    rows = load_rows(rows_file, DataConfig(path="", max_length=64), byte_tokenizer())
-    training, held_out = split(rows, 4, seed=1)
-    assert sorted([*training, *held_out]) == list(range(13))
-    assert split(rows, 4, seed=1) == (training, held_out)
-    assert split(rows, 4, seed=2) != (training, held_out)
-    with pytest.raises(UserError, match=r"data\.eval_rows=13 leaves nothing"):
-        split(rows, 13, seed=1)
-
-
-def deal(rows: Any, rank: int, world_size: int, micro: int, batch: int, seed: int | None) -> Loader:
-    return Loader(
-        rows, range(len(rows)), rank, world_size, micro, batch,
-        pad_to_multiple_of=8, pad_token_id=0, seed=seed,
-    )  # fmt: skip
-
-
-def targets(loader: Loader, step: int) -> list[list[int]]:
-    """The target tokens of a step, row by row, without padding."""
-    return [
-        row[row != IGNORED].tolist()
-        for batch in loader.window(step).micro_batches
-        for row in batch.targets
-        if (row != IGNORED).any()
-    ]
-
-
-@pytest.mark.parametrize(("world", "micro"), [(1, 1), (1, 4), (2, 1), (2, 3), (3, 2), (5, 1)])
-def test_a_step_s_rows_do_not_depend_on_the_ranks(rows_file: Path, world: int, micro: int) -> None:
-    rows = load_rows(rows_file, DataConfig(path="", max_length=96), byte_tokenizer())
-    alone = deal(rows, 0, 1, 30, 30, seed=5)
-    for step in (0, 1):
-        loaders = [deal(rows, rank, world, micro, 30, seed=5) for rank in range(world)]
-        dealt = [row for loader in loaders for row in targets(loader, step)]
-        assert sorted(dealt) == sorted(targets(alone, step))
-        counts = {len(loader.window(step).micro_batches) for loader in loaders}
-        assert len(counts) == 1, "ranks meet in collectives equally often"
-        total = sum(int(loader.window(step).target_tokens) for loader in loaders)
-        assert total == sum(map(len, targets(alone, step)))
-
-
-def test_the_last_step_of_an_epoch_takes_what_is_left(rows_file: Path) -> None:
-    rows = load_rows(rows_file, DataConfig(path="", max_length=96), byte_tokenizer())
-    loader = deal(rows, 0, 1, 2, 6, seed=5)
-    assert loader.steps_per_epoch == 3
-    assert [len(targets(loader, step)) for step in range(4)] == [6, 6, 1, 6]
-    epoch = [row for step in range(3) for row in targets(loader, step)]
-    again = [row for step in range(3, 6) for row in targets(loader, step)]
-    assert sorted(epoch) == sorted(again), "every row once an epoch"
-    assert epoch != again, "in another order"
-
-
-def test_targets_are_the_next_tokens(rows_file: Path) -> None:
-    rows = load_rows(rows_file, DataConfig(path="", max_length=96), byte_tokenizer())
-    batch = deal(rows, 0, 1, 13, 13, seed=None).window(0).micro_batches[0]
-    assert batch.input_ids.shape[1] % 8 == 0
-    longest_first = sorted(range(13), key=lambda row: -len(rows[row][0]))
-    for row in range(13):
-        ids, trained = rows[longest_first[row]]
-        for place in range(batch.input_ids.shape[1]):
-            if place + 1 < len(ids) and trained[place + 1]:
-                assert batch.targets[row, place] == ids[place + 1]
-            else:
-                assert batch.targets[row, place] == IGNORED
-
-
-def test_rows_of_like_length_meet(rows_file: Path) -> None:
-    """Less padding than in the order they come, and ranks that wait less for each other."""
-    rows = load_rows(rows_file, DataConfig(path="", max_length=96), byte_tokenizer())
-    loaders = [deal(rows, rank, 2, 2, 12, seed=5) for rank in range(2)]
-    shapes = [
-        [batch.input_ids.shape[1] for batch in loader.window(0).micro_batches] for loader in loaders
-    ]
-    assert all(lengths == sorted(lengths, reverse=True) for lengths in shapes)
-    longest = [max(lengths) for lengths in shapes]
-    assert longest[0] - longest[1] <= 8
-    chosen = loaders[0]._rows(0, 0, 12)
-    unsorted_padding = sum(
-        2 * max(len(rows[a][0]), len(rows[b][0]))
-        for a, b in zip(chosen[::2], chosen[1::2], strict=True)
+def test_several_sources_stand_one_behind_the_other(
+    rows_file: Path, tmp_path: Path, own_cache: Path
+) -> None:
+    more = many(tmp_path / "more.jsonl", 5)
+    config = DataConfig(
+        max_length=64, sources={"a": {"path": str(rows_file)}, "b": {"path": str(more)}}
     )
-    assert sum(2 * length for lengths in shapes for length in lengths) < unsorted_padding
+    data = load_data(config, byte_tokenizer())
+    assert data.sizes == [13, 5]
+    single = [
+        load_data(DataConfig(path=str(path), max_length=64), byte_tokenizer())
+        for path in (rows_file, more)
+    ]
+    assert content(data) == content(single[0]) + content(single[1])
+    assert len({data.fingerprint, *(each.fingerprint for each in single)}) == 3
+
+
+def test_rows_are_not_held_in_memory(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are tokenised in batches and mapped from the disk."""
+    monkeypatch.setattr(tokenise, "ROWS_AT_ONCE", 50)
+    path = many(tmp_path / "rows.jsonl", 5_000)
+    config = DataConfig(path=str(path), max_length=64, workers=1)
+    load_data(replace(config, max_rows=1), byte_tokenizer())  # imports, compiled templates
+    tracemalloc.start()
+    data = load_data(config, byte_tokenizer())
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    stored = data.summaries["data"].tokens * 5
+    assert stored > 1_000_000
+    assert held < stored / 4, "what stays is where rows begin"
+    read_at_once = 1 << 20  # of the file, for its hash
+    assert peak < stored / 2 + read_at_once, "Python's objects of one batch, not of all"
+
+
+def test_ids_and_masks_are_what_was_tokenised(rows_file: Path) -> None:
+    data = load_data(DataConfig(path=str(rows_file), max_length=64), byte_tokenizer())
+    assert data.rows[0][0].dtype == np.int32
+    assert data.rows[0][1].dtype == np.bool_
+    assert [len(data.rows[row][0]) for row in range(13)] == data.rows.lengths.tolist()
+    learnt: Any = sum(int(data.rows[row][1].sum()) for row in range(13))
+    assert learnt == data.summaries["data"].learnt

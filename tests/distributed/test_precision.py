@@ -15,6 +15,7 @@ from launcher.config.precision import Fp16Config
 from launcher.distributed.process_group import Place
 from launcher.errors import UserError
 from launcher.loss_scale import LossScale
+from launcher.meter import Work
 from launcher.metrics import Ledger, StepStats
 from launcher.nonfinite import first_bad_module
 from tests.distributed.test_resume import END, STOP, run_steps
@@ -221,17 +222,20 @@ def quietly(scaler: DynamicLossScaler, overflow: bool) -> None:
         module.dist.get_rank = rank
 
 
+WORK = Work(targets=6, tokens=10, rows=2, positions=16, pairs=30)
+
+
 class TestLedger:
     def ledger(self, **options: Any) -> Ledger:
         return Ledger(lambda values: values, blame=lambda: "It was lm_head. ", **options)
 
     def stats(self, norm: float, **options: Any) -> StepStats:
-        return StepStats(torch.tensor(2.0), torch.tensor(norm), 10, **options)
+        return StepStats(torch.tensor(2.0), torch.tensor(norm), **options)
 
     def test_skipped_steps_are_recorded_as_such(self) -> None:
         ledger = self.ledger(patience=3)
-        ledger.add(1, 0.1, self.stats(math.inf, applied=False, loss_scale=64.0))
-        ledger.add(2, 0.1, self.stats(1.0, loss_scale=32.0))
+        ledger.add(1, 0.1, self.stats(math.inf, applied=False, loss_scale=64.0), WORK)
+        ledger.add(2, 0.1, self.stats(1.0, loss_scale=32.0), WORK)
         skipped, taken = ledger.flush()
         assert skipped["skipped"] is True
         assert "grad_norm" not in skipped, "infinity is no JSON"
@@ -241,12 +245,12 @@ class TestLedger:
     def test_so_many_in_a_row_end_the_run(self) -> None:
         ledger = self.ledger(patience=3)
         for step in (1, 2, 3):
-            ledger.add(step, 0.1, self.stats(math.nan, guarded=True))
+            ledger.add(step, 0.1, self.stats(math.nan, guarded=True), WORK)
         with pytest.raises(UserError, match=r"step 3: .* the 3th step in a row .* lm_head"):
             ledger.flush()
 
     def test_one_that_changed_weights_ends_it_at_once(self) -> None:
         ledger = self.ledger(patience=3)
-        ledger.add(1, 0.1, self.stats(math.nan))
+        ledger.add(1, 0.1, self.stats(math.nan), WORK)
         with pytest.raises(UserError, match=r"step 1: .* lm_head"):
             ledger.flush()

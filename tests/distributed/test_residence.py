@@ -10,7 +10,7 @@ import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
 from launcher.distributed.process_group import Place
-from launcher.loop import token_loss
+from launcher.loss import token_loss
 from launcher.strategy.base import share_cores
 from tests.distributed.test_strategies import held_bytes, zero_elements
 from tests.helpers import parts

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from launcher.distributed.process_group import Place
 from launcher.distributed.shards import local_part
-from launcher.loop import token_loss
+from launcher.loss import token_loss
 from tests.helpers import parts
 from tests.helpers.layouts import pairwise
 from tests.helpers.parts import Case

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
-from launcher import loop
-from launcher.data.loader import IGNORED
+from launcher.data.batch import IGNORED
 from launcher.distributed.process_group import Place
+from launcher.loss import token_loss
 from launcher.model.layers import decoder_layers
 from launcher.model.noise import add_noise
 from tests.distributed.test_resume import END, STOP, run_steps
@@ -75,7 +75,7 @@ def saved_bytes(place: Place, case: Case) -> int:
 
     strategy.model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loop.token_loss(strategy.model, loader.window(0).micro_batches[0])
+        token_loss(strategy.model, loader.window(0).micro_batches[0])
     return sum(kept.values())
 
 
@@ -94,9 +94,9 @@ def noisy_evaluation(place: Place, case: Case) -> tuple[float, float, float]:
     strategy, _, loader = parts.set_up(place, case)
     batch = loader.window(0).micro_batches[0]
     strategy.model.train()
-    first, second = (loop.token_loss(strategy.model, batch).item() for _ in range(2))
+    first, second = (token_loss(strategy.model, batch).item() for _ in range(2))
     strategy.model.eval()
-    return loop.token_loss(strategy.model, batch).item(), first, second
+    return token_loss(strategy.model, batch).item(), first, second
 
 
 @pytest.mark.parametrize(("strategy", "world"), [("single", 1), ("fsdp", 2)])
@@ -141,15 +141,15 @@ def test_smoothed_loss_is_torch_s_for_each_token(
     case = Case(tiny, rows_file, method="full")
     model = parts.plain_model(case).eval()
     (batch,) = case.loader(0, 1, 6).window(0).micro_batches
-    logits = model(input_ids=batch.input_ids).logits.flatten(0, 1)
-    targets = batch.targets.flatten()
+    logits = model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.target_at]
+    targets = batch.target_ids
     each = cross_entropy(
         logits, targets, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing
     )
-    found = loop.token_loss(model, batch, smoothing)
+    found = token_loss(model, batch, smoothing)
     torch.testing.assert_close(found, each.sum())
     chances = log_softmax(logits[targets != IGNORED], dim=-1)
     said = -chances.gather(1, targets[targets != IGNORED].unsqueeze(1)).squeeze(1)
     by_hand = (1 - smoothing) * said - smoothing * chances.mean(dim=1)
     torch.testing.assert_close(found, by_hand.sum())
-    assert found > loop.token_loss(model, batch)
+    assert found > token_loss(model, batch)

@@ -51,7 +51,9 @@ def test_metrics_have_a_line_a_step(finished: Path) -> None:
     assert [record["step"] for record in steps] == [1, 2, 3, 4]
     for record in steps:
         assert record.keys() == {
-            "step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "time",
+            "step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second",
+            "target_tokens_per_second", "samples_per_second", "step_seconds_p50",
+            "step_seconds_p95", "data_wait", "padding", "peak_memory_bytes", "time",
         }  # fmt: skip
     assert [r["step"] for r in records if "eval_loss" in r] == [2, 4]
     assert steps[-1]["tokens"] > steps[0]["tokens"] > 0

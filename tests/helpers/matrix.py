@@ -24,6 +24,7 @@ from launcher.config.checks import World
 from launcher.distributed.process_group import Place
 from launcher.distributed.shards import local_part
 from launcher.loop import Plan, fit
+from launcher.model.head import ChunkedHead
 from launcher.model.quantised import QuantisedLinear
 from launcher.run_dir import RunDir
 from launcher.worker import build_learner
@@ -144,9 +145,12 @@ class Midway(Saver):
             super().save(step, tokens, eval_loss)
 
 
+EXACT = ("step", "loss", "learning_rate", "grad_norm", "loss_scale", "skipped")
+
+
 @dataclass
 class Log:
-    """Observes a run; times are left out."""
+    """Observes a run; of its figures those that do not hang on the clock."""
 
     steps: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[float] = field(default_factory=list)
@@ -154,21 +158,21 @@ class Log:
     def start(self, done_steps: int, total_steps: int) -> None: ...
     def finish(self) -> None: ...
     def log(self, records: list[dict[str, Any]]) -> None:
-        timed = ("time", "tokens", "tokens_per_second")
         for record in records:
             if "eval_loss" in record:
                 self.evaluations.append(record["eval_loss"])
             else:
-                self.steps.append({key: v for key, v in record.items() if key not in timed})
+                self.steps.append({key: record[key] for key in EXACT if key in record})
 
 
 def run(place: Place, config: Config, folder: Path, evaluated: bool = False) -> Seen:
     """Train through, with a save on the way and perhaps an evaluation after it; then build anew and
     go on from what was saved, without evaluation."""
     learner = _build(config, place)
-    outputs: set[torch.dtype] = set()
+    hidden: set[torch.dtype] = set()
+    assert type(learner.model.get_output_embeddings()) is ChunkedHead  # type: ignore[operator]
     head = learner.model.get_output_embeddings()  # type: ignore[operator]
-    handle = head.register_forward_hook(lambda module, inputs, output: outputs.add(output.dtype))
+    handle = head.register_forward_pre_hook(lambda module, inputs: hidden.add(inputs[0].dtype))
     log = _fit(learner, config, folder, evaluated=evaluated)
     handle.remove()
     again = _build(config, place)
@@ -180,7 +184,7 @@ def run(place: Place, config: Config, folder: Path, evaluated: bool = False) -> 
         log.evaluations,
         (_fingerprint(learner), _fingerprint(again)),
         {"model": _model_bytes(learner.model), "learnt": _learnt_bytes(learner)},
-        {**_dtypes(learner), "compute": outputs},
+        {**_dtypes(learner), "compute": hidden},
     )
 
 

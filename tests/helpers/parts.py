@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
@@ -23,11 +24,14 @@ from launcher.config.precision import PRECISIONS as PRECISION_SCHEMAS
 from launcher.config.scheduler import CosineConfig
 from launcher.config.strategy import STRATEGIES as STRATEGY_SCHEMAS
 from launcher.config.training import CheckpointConfig, TrainingConfig
-from launcher.data.dataset import load_rows
+from launcher.data.dataset import load_data
 from launcher.data.loader import Loader
+from launcher.data.order import Shuffled
+from launcher.data.packing import one_each, pack
 from launcher.distributed.process_group import Place
 from launcher.method import build_method
 from launcher.method.base import Method
+from launcher.model.head import chunk_loss
 from launcher.model.load import Weights, build_model
 from launcher.model.noise import add_noise
 from launcher.model.recompute import recompute_activations
@@ -59,12 +63,14 @@ class Case:
     optimizer_name: str = "adamw"
     optimizer_options: tuple[tuple[str, Any], ...] = ()
     activation_checkpointing: str = "off"
+    loss: str = "chunked"
     neftune_alpha: float | None = None
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
     steps: int = 20
     global_batch_size: int = 6
     micro_batch_size: int = 1
+    packing: bool = False
 
     def build_method(self) -> Method:
         options = dict(self.method_options)
@@ -89,17 +95,20 @@ class Case:
     def loader(self, rank: int, world_size: int, micro_batch_size: int) -> Loader:
         tokenizer = load_tokenizer(self.model, False)
         config = DataConfig(path=str(self.data), max_length=96, pad_to_multiple_of=8)
-        rows = load_rows(self.data, config, tokenizer)
+        rows = load_data(config, tokenizer).rows
+        numbers = np.arange(len(rows))
+        sequences = pack(numbers, rows.lengths, 96) if self.packing else one_each(numbers)
         return Loader(
             rows,
-            range(len(rows)),
+            sequences,
+            Shuffled(SEED, len(sequences)),
             rank=rank,
             world_size=world_size,
             micro_batch_size=micro_batch_size,
             global_batch_size=self.global_batch_size,
             pad_to_multiple_of=8,
             pad_token_id=tokenizer.pad_token_id,
-            seed=SEED,
+            packed=self.packing,
         )
 
 
@@ -115,10 +124,12 @@ def build(place: Place, case: Case) -> tuple[Strategy, Method, Weights | None]:
         case.model,
         SEED,
         case.build_precision().compute,
+        case.packing,
     )
     model = method.prepare(model, SEED, weights)
     add_noise(model, case.neftune_alpha)
     recompute_activations(model, case.activation_checkpointing)
+    chunk_loss(model, case.loss)
     schema = STRATEGY_SCHEMAS[case.strategy]
     config = schema(name=case.strategy, **dict(case.strategy_options))
     training = TrainingConfig(
@@ -157,9 +168,8 @@ def saver(learner: Learner, folder: Path, **options: Any) -> Saver:
 
 def train_step(strategy: Strategy, window: Any, device: torch.device = CPU) -> Any:
     """One step as `fit` does it."""
-    counts = torch.stack([window.target_tokens, window.tokens])
-    targets, tokens = strategy.sum(counts).tolist()
-    return loop.train_step(strategy, window, targets, tokens, MAX_NORM, device)
+    targets = strategy.sum(window.target_tokens).item()
+    return loop.train_step(strategy, window, targets, MAX_NORM, device)
 
 
 def train(place: Place, case: Case) -> tuple[Strategy, Method, list[float]]:
@@ -184,11 +194,12 @@ def plain_model(case: Case) -> torch.nn.Module:
 def plain_loss(model: torch.nn.Module, window: Any) -> torch.Tensor:
     """Mean loss over the target tokens of a window, all rows in one batch, with attention mask."""
     (batch,) = window.micro_batches
-    labels = batch.input_ids.roll(-1, dims=1)
-    real = batch.targets >= 0
-    assert torch.equal(labels[real], batch.targets[real])
+    labels = batch.input_ids.roll(-1, dims=1).flatten()
+    real = batch.target_ids >= 0
+    at, ids = batch.target_at[real], batch.target_ids[real]
+    assert torch.equal(labels[at], ids)
     logits = model(input_ids=batch.input_ids).logits
-    return cross_entropy(logits[real], batch.targets[real])
+    return cross_entropy(logits.flatten(0, 1)[at], ids)
 
 
 def plain_gradients(case: Case) -> dict[str, torch.Tensor]:

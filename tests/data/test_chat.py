@@ -1,0 +1,183 @@
+"""What is learnt of a conversation, under the templates that there are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import paths
+from launcher.data.chat import pieces, tokenize
+from launcher.data.formats import Conversation
+from launcher.errors import UserError
+from launcher.model.tiny import byte_tokenizer
+from launcher.model.tokenizer import load_tokenizer
+
+TALK = [
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "ONE"},
+    {"role": "user", "content": "two?"},
+    {"role": "assistant", "content": "TWO"},
+]
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+WITH_TOOLS = Conversation(
+    [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "It is 2."},
+    ],
+    [{"type": "function", "function": {"name": "add", "parameters": {}}}],
+)
+THINKS = (  # as Qwen3's: the reasoning of past answers is dropped
+    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{%- if m.reasoning_content and loop.last %}{{ '<think>' + m.reasoning_content + '</think>' }}"
+    "{%- endif %}{{ m.content + '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
+)
+MARKED = (
+    "{%- for m in messages %}{{ '[' + m.role + ']' }}{%- if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+    "{%- else %}{{ m.content }}{%- endif %}{%- endfor %}"
+)
+
+
+def rows(tokenizer: Any, talk: Any, max_length: int = 1000, train_on: str = "answers") -> list[Any]:
+    talk = talk if isinstance(talk, Conversation) else Conversation(talk)
+    return list(tokenize(tokenizer, pieces(tokenizer, talk, train_on, "row 7"), max_length))
+
+
+def learnt(tokens: Any, tokenizer: Any) -> str:
+    ids = [i for i, t in zip(tokens.ids, tokens.trained, strict=True) if t]
+    return str(tokenizer.decode(ids))
+
+
+def test_every_answer_is_learnt_up_to_its_end_and_nothing_else() -> None:
+    tokenizer = byte_tokenizer()
+    (tokens,) = rows(tokenizer, TALK)
+    assert learnt(tokens, tokenizer) == "ONE<|im_end|>TWO<|im_end|>"
+    whole = tokenizer.apply_chat_template(TALK, tokenize=False)
+    assert tokenizer.decode(tokens.ids) == whole
+    assert tokens.ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+
+def test_the_last_answer_alone_or_everything() -> None:
+    tokenizer = byte_tokenizer()
+    (last,) = rows(tokenizer, TALK, train_on="last_answer")
+    (everything,) = rows(tokenizer, TALK, train_on="all")
+    (answers,) = rows(tokenizer, TALK)
+    assert learnt(last, tokenizer) == "TWO<|im_end|>"
+    assert last.ids == everything.ids == answers.ids
+    whole = tokenizer.apply_chat_template(TALK, tokenize=False)
+    assert learnt(everything, tokenizer) == whole.rstrip("\n")
+
+
+def test_a_question_after_the_last_answer_is_left_out() -> None:
+    tokenizer = byte_tokenizer()
+    (tokens,) = rows(tokenizer, TALK[:4])
+    assert "two?" not in tokenizer.decode(tokens.ids)
+
+
+def test_a_long_row_is_cut() -> None:
+    tokenizer = byte_tokenizer()
+    (whole,), (cut,) = rows(tokenizer, TALK), rows(tokenizer, TALK, 50)
+    assert cut.ids == whole.ids[:50]
+    assert cut.trained == whole.trained[:50]
+    assert cut.cut
+    assert not whole.cut
+
+
+def test_where_earlier_turns_are_rewritten_each_answer_is_a_row_as_at_inference() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = THINKS
+    talk = [
+        {"role": "user", "content": "one?"},
+        {"role": "assistant", "content": "ONE", "reasoning_content": "hm"},
+        {"role": "user", "content": "two?"},
+        {"role": "assistant", "content": "TWO", "reasoning_content": "well"},
+    ]
+    first, second = rows(tokenizer, talk)
+    assert learnt(first, tokenizer) == "<think>hm</think>ONE<|im_end|>"
+    assert learnt(second, tokenizer) == "<think>well</think>TWO<|im_end|>"
+    prompt = tokenizer.apply_chat_template(talk[:3], tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(second.ids).startswith(prompt)
+    assert "hm" not in prompt
+    (last,) = rows(tokenizer, talk, train_on="last_answer")
+    assert last.ids == second.ids
+
+
+def test_a_template_s_own_marks_say_what_is_learnt() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = MARKED
+    (tokens,) = rows(tokenizer, TALK)
+    assert learnt(tokens, tokenizer) == "ONE<|im_end|>TWO<|im_end|>"
+    marked = tokenizer.apply_chat_template(
+        TALK, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert tokens.ids == marked["input_ids"]
+    assert [int(t) for t in tokens.trained] == marked["assistant_masks"]
+
+
+def test_an_answer_that_is_rewritten_itself_is_refused() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages | length }}{{ messages[-1]['content'] }}"
+    with pytest.raises(UserError, match=r"row 7: .*data\.template"):
+        rows(tokenizer, TALK)
+
+
+@pytest.mark.parametrize("missing", ["tools", "tool calls", "reasoning_content"])
+def test_what_a_template_leaves_out_is_said(missing: str) -> None:
+    tokenizer = byte_tokenizer()
+    talk = {
+        "tools": Conversation(TALK, WITH_TOOLS.tools),
+        "tool calls": Conversation(WITH_TOOLS.messages),
+        "reasoning_content": Conversation([*TALK[:4], {**TALK[4], "reasoning_content": "hm"}]),
+    }[missing]
+    with pytest.raises(UserError, match=f"row 7: the chat template leaves out {missing}"):
+        rows(tokenizer, talk)
+
+
+def test_what_a_template_raises_is_told_with_the_row() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system, please') }}"
+    with pytest.raises(UserError, match=r"row 7: .*no system, please"):
+        rows(tokenizer, TALK)
+
+
+def test_calls_are_learnt_and_what_tools_answer_is_not(tiny: Path) -> None:
+    tokenizer = load_tokenizer(tiny, False, template="hermes")
+    (tokens,) = rows(tokenizer, WITH_TOOLS)
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    assert learnt(tokens, tokenizer) == f"{call}<|im_end|>It is 2.<|im_end|>"
+    assert "<tool_response>\n2\n</tool_response>" in tokenizer.decode(tokens.ids)
+
+
+@pytest.mark.parametrize("name", paths.templates())
+def test_every_template_of_ours_can_be_learnt_from(name: str) -> None:
+    """With a tokenizer that has every token: two turns and a system prompt, in order."""
+    tokenizer = byte_tokenizer()
+    marks = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [*marks, "<start_of_turn>", "<end_of_turn>"]}
+    )
+    tokenizer.chat_template = paths.templates()[name].read_text()
+    (tokens,) = rows(tokenizer, [{"role": "system", "content": "Be kind."}, *TALK[1:]])
+    answers = learnt(tokens, tokenizer)
+    assert answers.index("ONE") < answers.index("TWO")
+    text = tokenizer.decode(tokens.ids)
+    assert [text.count(word) for word in ("Be kind.", "one?", "two?")] == [1, 1, 1]
+    assert not any(word in answers for word in ("one?", "two?", "kind"))
+
+
+def test_a_template_is_taken_with_the_token_that_ends_its_answers(
+    tiny: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text(THINKS)
+    assert load_tokenizer(tiny, False, template=str(file)).chat_template == THINKS
+    chatml = load_tokenizer(tiny, False, template="chatml")
+    assert chatml.eos_token == "<|im_end|>"
+    with pytest.raises(UserError, match=r"data\.template=gemma writes <end_of_turn>, which is no"):
+        load_tokenizer(tiny, False, template="gemma")

@@ -1,0 +1,108 @@
+"""LLaMA-Factory's dataset_info.json is read as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.config.data import DataConfig
+from launcher.data import source
+
+# The shapes of entries in its data/README.md.
+INFO: dict[str, Any] = {
+    "identity": {"file_name": "identity.json"},
+    "mapped": {
+        "file_name": "mapped.json",
+        "columns": {"prompt": "q", "query": "more", "response": "a", "history": "before"},
+        "num_samples": 1,
+    },
+    "tools": {
+        "file_name": "tools.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "conversations", "tools": "tools"},
+    },
+    "openai": {
+        "file_name": "openai.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages"},
+        "tags": {
+            "role_tag": "role",
+            "content_tag": "content",
+            "user_tag": "user",
+            "assistant_tag": "assistant",
+            "system_tag": "system",
+        },
+    },
+    "c4": {"file_name": "c4.jsonl", "columns": {"prompt": "body"}},
+    "online": {"hf_hub_url": "owner/name", "subset": "en", "split": "test"},
+    "dpo": {"file_name": "dpo.json", "ranking": True},
+    "seen": {"file_name": "seen.json", "columns": {"images": "images"}},
+    "other": {"file_name": "x.json", "formatting": "xml"},
+    "nowhere": {},
+}
+SAID = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+PAIR = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.fixture
+def info(tmp_path: Path) -> Path:
+    rows = {
+        "identity.json": [{"instruction": "q", "input": "", "output": "a"}],
+        "mapped.json": [{"q": "q", "a": "a"}, {"q": "2", "more": "x", "a": "b"}],
+        "tools.json": [{"conversations": SAID}],
+        "openai.json": [{"messages": PAIR}],
+        "c4.jsonl": [{"body": "a text"}],
+    }
+    for name, each in rows.items():
+        text = json.dumps(each) if name.endswith(".json") else "\n".join(map(json.dumps, each))
+        (tmp_path / name).write_text(text)
+    path = tmp_path / "dataset_info.json"
+    path.write_text(json.dumps(INFO))
+    return path
+
+
+def test_its_sets_are_read_by_name(info: Path) -> None:
+    config = DataConfig(dataset_info=str(info), name="identity, mapped,tools,openai")
+    sources = source.sources_of(config)
+    assert list(sources) == ["identity", "mapped", "tools", "openai"]
+    assert source.problems(config) == []
+    for each in sources.values():
+        rows = [source.read_row(each, place, row) for place, row in source.rows_of(each, False)]
+        assert [row.messages for row in rows] == [PAIR], "num_samples is one"
+
+
+def test_raw_text_and_the_hub(info: Path) -> None:
+    config = DataConfig(dataset_info=str(info), name="c4", format="text")
+    (each,) = source.sources_of(config).values()
+    assert [source.read_row(each, p, r) for p, r in source.rows_of(each, False)] == ["a text"]
+    (online,) = source.sources_of(DataConfig(dataset_info=str(info), name="online")).values()
+    assert (online.path, online.subset, online.split) == ("hub:owner/name", "en", "test")
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("identty", "data.name=identty is none of"),
+        ("", "data.name names no data set"),
+        ("dpo", "dpo has ranking, which is not read here"),
+        ("seen", "seen has images"),
+        ("other", "formatting xml is not one of"),
+        ("nowhere", "has neither file_name nor hf_hub_url"),
+    ],
+)
+def test_what_cannot_be_read_is_said(info: Path, name: str, sentence: str) -> None:
+    (found,) = source.problems(DataConfig(dataset_info=str(info), name=name))
+    assert sentence in found
+    assert str(info) in found
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_a_bad_file_is_named(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "dataset_info.json"
+    if content is not None:
+        path.write_text(content)
+    (found,) = source.problems(DataConfig(dataset_info=str(path), name="a"))
+    assert f"data.dataset_info={path}" in found

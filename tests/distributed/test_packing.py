@@ -1,0 +1,74 @@
+"""Packed sequences train as their rows would by themselves, under every strategy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.distributed.process_group import Place
+from launcher.model.packed import check_apart
+from tests.helpers import parts
+from tests.helpers.parts import Case
+
+# All thirteen rows in one step, so that packed and unpacked steps learn from the same.
+CASE = {"global_batch_size": 16, "micro_batch_size": 4, "steps": 6, "learning_rate": 3e-3}
+
+
+def losses(place: Place, case: Case) -> list[float]:
+    return parts.train(place, case)[2]
+
+
+def shapes(place: Place, case: Case) -> list[tuple[int, ...]]:
+    window = case.loader(place.rank, place.world_size, case.micro_batch_size).window(0)
+    return [tuple(batch.input_ids.shape) for batch in window.micro_batches]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world", "options"),
+    [
+        ("single", 1, {}),
+        ("ddp", 2, {}),
+        ("fsdp", 2, {"activation_checkpointing": "full"}),
+        ("fsdp", 3, {"method": "full"}),
+        ("zero2", 2, {"method": "full"}),
+        ("zero3", 2, {}),
+    ],
+)
+def test_losses_are_those_of_unpacked_rows(
+    ranks: Any, tiny: Path, rows_file: Path, strategy: str, world: int, options: dict[str, Any]
+) -> None:
+    case = Case(tiny, rows_file, strategy=strategy, **CASE, **options)
+    packed = replace(case, packing=True)
+    (plain,) = ranks.run(1, losses, replace(case, strategy="single"))
+    for found in ranks.run(world, losses, packed):
+        assert found == pytest.approx(plain, rel=2e-5)
+    assert plain[-1] < plain[0] - 0.05
+    computed = [
+        sum(rows * width for each in ranks.run(1, shapes, one) for rows, width in each)
+        for one in (case, packed)
+    ]
+    assert computed[1] < computed[0], "with less padding"
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
+def test_the_trial_of_a_sharded_model_leaves_training_as_it_is(
+    ranks: Any, tiny: Path, rows_file: Path, strategy: str
+) -> None:
+    case = Case(tiny, rows_file, strategy=strategy, packing=True, **CASE)
+    expected = ranks.run(2, losses, case)
+    assert ranks.run(2, losses_after_trial, case) == expected
+
+
+def losses_after_trial(place: Place, case: Case) -> list[float]:
+    found = []
+    strategy, _, loader = parts.set_up(place, case)
+    check_apart(strategy.model, place.device, 259)
+    scheduler = case.scheduler(strategy.optimizer)
+    for step in range(case.steps):
+        stats = parts.train_step(strategy, loader.window(step))
+        scheduler.step()
+        found.append(strategy.sum(stats.loss).item())
+    return found

@@ -1,0 +1,229 @@
+"""One GPU: tokens/s, MFU and peak memory of `shardway train`, with one lever switched per row.
+
+    python tools/bench_gpu.py --peak-tflops 989        Llama-3-8B's shape, rows of 4,096 tokens
+    python tools/bench_gpu.py --rows lora qlora        some of the rows
+    python tools/bench_gpu.py --shape tiny             the same on a CPU, to see that it runs
+
+The model is random (tools/random_model.py) and so is the text: neither changes the speed. The
+first steps are not timed. On a GPU the peak is what the driver has given out since the start; on a
+CPU the rank's resident set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import random_model
+from bench_process import Family, peak_rss, watch
+
+import launcher
+from launcher.cluster.devices import visible_gpus
+from launcher.config import store
+from launcher.errors import UserError
+
+Record = dict[str, Any]
+GB = 1e9
+CHECKOUT = Path(launcher.__file__).resolve().parent.parent
+SEED = 42
+LENGTHS = {"8b": 4096, "tiny": 64}  # tokens a row
+BASE = {"method": "lora", "strategy": "single", "precision": "bf16", "scheduler": "constant"}
+FULL = {"method": "full", "precision": "pure_bf16", "optimizer": "adamw_8bit"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: what it changes of BASE, the first row."""
+
+    name: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    short: bool = False  # texts of uneven length instead of full rows
+
+
+ROWS = (
+    Row("lora"),
+    Row("recompute-all", {"training.activation_checkpointing": "full"}),
+    Row("recompute-half", {"training.activation_checkpointing": 2}),
+    Row("whole-loss", {"training.loss": "whole"}),
+    Row("compile", {"training.compile": "on"}),
+    Row("unfused", {"optimizer.fused": False}),
+    Row("log-every-10", {"training.log_steps": 10}),
+    Row("short-padded", {}, short=True),
+    Row("short-packed", {"data.packing": True}, short=True),
+    Row("qlora", {"method": "qlora"}),
+    Row("full", {**FULL, "training.activation_checkpointing": "full"}),
+)
+
+
+@dataclass
+class Seen:
+    records: list[Record] = field(default_factory=list)  # of metrics.jsonl
+    peak: int = 0  # bytes
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a row is not left behind
+    arguments = parser().parse_args()
+    try:
+        bench(arguments)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """Print the table, a row as soon as it is there."""
+    if arguments.shape != "tiny" and not visible_gpus():
+        raise UserError(f"--shape {arguments.shape} needs a GPU, and none is seen → --shape tiny")
+    length = LENGTHS[arguments.shape]
+    with tempfile.TemporaryDirectory(dir=arguments.scratch, prefix="bench-gpu-") as scratch:
+        folder = Path(scratch)
+        model = folder / "model"
+        random_model.make(arguments.shape, model)
+        texts(folder, arguments.steps * arguments.batch, length)
+        print(f"{arguments.shape}, rows of {length} tokens, {arguments.batch} a step")
+        print("| row | changes | tokens/s | MFU | peak |\n|---|---|--:|--:|--:|")
+        for row in ROWS:
+            if row.name in (arguments.rows or [row.name]):
+                print(cells(row, folder, length, arguments), flush=True)
+
+
+def cells(row: Row, folder: Path, length: int, arguments: argparse.Namespace) -> str:
+    """Run a row; its line of the table."""
+    head = f"| {row.name} | {' '.join(f'{key}={value}' for key, value in row.changes.items())} |"
+    for key in row.changes:
+        if "." in key and key not in store.settings(key.partition(".")[0]):
+            return f"{head} not run: {store.unknown(key)} | | |"
+    (run := folder / row.name).mkdir()
+    seen = train(row, folder, run, length, arguments)
+    timed = seen.records[arguments.warm_up - 1 :]
+    if len(timed) < 2:
+        return f"{head} failed: {last_words(run)} | | |"
+    speed = rate(timed)
+    full = BASE["method"] == "full" or row.changes.get("method") == "full"
+    flops = flops_per_token(arguments.shape, length, full)
+    mfu = f"{speed * flops / (arguments.peak_tflops * 1e12):.1%}" if arguments.peak_tflops else "–"
+    return f"{head} {speed:,.0f} | {'–' if row.short else mfu} | {seen.peak / GB:.2f} GB |"
+
+
+def train(row: Row, folder: Path, run: Path, length: int, arguments: argparse.Namespace) -> Seen:
+    """`shardway train`, until its last step is written."""
+    seen, before, metrics = Seen(), gpu_bytes(), run / "run" / "metrics.jsonl"
+
+    def enough(family: Family) -> bool:
+        used = gpu_bytes()
+        seen.peak = max(seen.peak, peak_rss(family) if used is None else used - (before or 0))
+        seen.records = records(metrics)
+        return len(seen.records) >= int(arguments.steps)
+
+    words = [sys.executable, "-m", "launcher.cli", "train", f"run_dir={run / 'run'}"]
+    words += overrides(row, folder, length, arguments)
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "SHARDWAY_CACHE": str(run / "cache")}
+    watch(words, environment, run, enough, arguments.seconds)
+    seen.records = records(metrics)
+    return seen
+
+
+def records(metrics: Path) -> list[Record]:
+    """Those that are whole: the last line may be half there."""
+    lines = metrics.read_text().split("\n")[:-1] if metrics.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def overrides(row: Row, folder: Path, length: int, arguments: argparse.Namespace) -> list[str]:
+    """The row in Shardway's words."""
+    settings = {
+        **BASE,
+        "model.name_or_path": folder / "model",
+        "data": "alpaca" if row.short else "pretrain",
+        "data.path": folder / ("short.json" if row.short else "full.txt"),
+        "data.max_length": length,
+        "training.micro_batch_size": arguments.micro_batch,
+        "training.global_batch_size": arguments.batch,
+        "training.epochs": "null",
+        "training.max_steps": arguments.steps,
+        **row.changes,
+    }
+    words = {True: "true", False: "false"}
+    said = {k: words[v] if isinstance(v, bool) else v for k, v in settings.items()}
+    return [f"{key}={value}" for key, value in said.items()]
+
+
+def texts(folder: Path, rows: int, length: int) -> None:
+    """full.txt: `rows` rows of `length` bytes, a token each; short.json: answers of a tenth to a
+    half of that."""
+    draw = random.Random(SEED)
+
+    def letters(count: int) -> str:
+        return "".join(draw.choices("abcdefgh ", k=count))
+
+    (folder / "full.txt").write_text(letters(rows * length))
+    answers = [letters(draw.randint(length // 10, length // 2)) for _ in range(rows)]
+    short = [{"instruction": "abc", "input": "", "output": answer} for answer in answers]
+    (folder / "short.json").write_text(json.dumps(short))
+
+
+def rate(timed: list[Record]) -> float:
+    """Tokens per second from the first record's end to the last's. Records written together, every
+    log_steps, have one time: the last of those at the beginning counts."""
+    began = [record for record in timed if record["time"] == timed[0]["time"]][-1]
+    tokens, seconds = (timed[-1][key] - began[key] for key in ("tokens", "time"))
+    return float(tokens / seconds)
+
+
+def flops_per_token(shape: str, length: int, full: bool) -> float:
+    """Forward and backward without recomputation: 6N + 3a where all weights are trained, 4N + 3a
+    where adapters are, whose own are left out. N: parameters of matrix products, the head among
+    them; a: causal attention, forward."""
+    config = random_model.config_of(shape)
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    grouped = hidden * config.num_key_value_heads // heads
+    layer = 2 * hidden * (hidden + grouped) + 3 * hidden * config.intermediate_size
+    parameters = config.num_hidden_layers * layer + hidden * config.vocab_size
+    attention = 2 * config.num_hidden_layers * hidden * length
+    return float((6 if full else 4) * parameters + 3 * attention)
+
+
+def gpu_bytes() -> int | None:
+    """What the driver has given out of the first GPU; None without one."""
+    if not visible_gpus():
+        return None
+    import pynvml
+
+    pynvml.nvmlInit()
+    return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used)
+
+
+def last_words(run: Path) -> str:
+    """The end of a run's log, as a cell."""
+    lines = (run / "log.txt").read_text(errors="replace").strip().splitlines()
+    return (lines or ["it said nothing"])[-1][-160:].replace("|", "/")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [row.name for row in ROWS]
+    made.add_argument("--shape", choices=list(random_model.SHAPES), default="8b")
+    made.add_argument("--rows", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
+    made.add_argument("--steps", type=int, default=30)
+    made.add_argument("--warm-up", type=int, default=10, help="steps that are not timed")
+    made.add_argument("--batch", type=int, default=4, help="rows a step")
+    made.add_argument("--micro-batch", type=int, default=1, help="rows a forward")
+    made.add_argument("--seconds", type=float, default=600.0, help="of a row, at most")
+    made.add_argument("--peak-tflops", type=float, help="of the GPU, dense bf16: 989 on an H100")
+    made.add_argument("--scratch", type=Path, help="a folder with room for the model")
+    return made
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The arms: each system at its defaults and at its best. Another arm is another line here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from launcher.config import store
+
+SYSTEMS = {
+    "shardway": "Shardway",
+    "hf": "HF Trainer + PEFT",
+    "trl": "TRL SFTTrainer",
+    "llamafactory": "LLaMA-Factory",
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    name: str
+    system: str
+    says: str  # in the table
+    settings: dict[str, Any] = field(default_factory=dict)
+    packed: bool = False  # a row of a batch is a pack of max_length tokens
+    in_order: bool = True  # every step sees the same rows as in the other arms in order
+    extra: bool = False  # run only when named
+
+    @property
+    def is_ours(self) -> bool:
+        return self.system == "shardway"
+
+
+PLAIN_TRL = {"gradient_checkpointing": False, "model_init_kwargs": {"dtype": "bfloat16"}}
+PLAIN_FACTORY = {"disable_gradient_checkpointing": True}
+
+ARMS = (
+    Arm("shardway", "shardway", "defaults (strategy=fsdp)"),
+    Arm("shardway-ddp", "shardway", "strategy=ddp", {"strategy": "ddp"}),
+    Arm(
+        "shardway-packed",
+        "shardway",
+        "strategy=ddp data.packing=true",
+        {"strategy": "ddp", "data.packing": True},
+        packed=True,
+        in_order=False,
+    ),
+    Arm("hf", "hf", "defaults"),
+    Arm("hf-flat", "hf", "padding-free: DataCollatorWithFlattening", {"padding_free": True}),
+    Arm(
+        "hf-grouped",
+        "hf",
+        "group_by_length",
+        {"train_sampling_strategy": "group_by_length"},
+        in_order=False,
+        extra=True,
+    ),
+    Arm("trl", "trl", "defaults (checkpointing, fp32 weights)"),
+    Arm("trl-plain", "trl", "no checkpointing, bf16 weights", PLAIN_TRL, extra=True),
+    Arm(
+        "trl-packed",
+        "trl",
+        "packing, no checkpointing, bf16 weights",
+        {**PLAIN_TRL, "packing": True},
+        packed=True,
+        in_order=False,
+    ),
+    Arm("llamafactory", "llamafactory", "defaults (checkpointing)"),
+    Arm("llamafactory-plain", "llamafactory", "no checkpointing", PLAIN_FACTORY, extra=True),
+    Arm(
+        "llamafactory-packed",
+        "llamafactory",
+        "neat_packing, no checkpointing",
+        {**PLAIN_FACTORY, "neat_packing": True},
+        packed=True,
+        in_order=False,
+    ),
+)
+
+
+def missing(arm: Arm) -> str | None:
+    """Why this Shardway cannot run `arm`: a sentence about a setting that it does not have."""
+    for key in arm.settings if arm.is_ours else ():
+        section, dot, _ = key.partition(".")
+        if dot and key not in store.settings(section):
+            return store.unknown(key)
+    return None

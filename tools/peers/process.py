@@ -1,0 +1,112 @@
+"""Runs one arm in processes of its own, and reads what it says of its steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench_process import Family, peak_rss, watch
+
+import launcher
+from peers.arms import Arm
+from peers.job import Job
+
+TOOLS = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(launcher.__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Step:
+    """Of all ranks together: tokens are summed, loss and time are rank 0's."""
+
+    step: int  # counted from 1
+    loss: float  # mean over the trained tokens
+    tokens: int  # without padding
+    trained_tokens: int
+    time: float  # when it had ended, in seconds as time.time() counts
+
+
+@dataclass
+class Run:
+    """What was seen of one arm in one round."""
+
+    arm: str
+    ranks: int
+    round: int
+    steps: list[Step] = field(default_factory=list)
+    began: float = 0.0  # when its first process was started, as a step's time
+    peak_rss: int = 0  # bytes: of the rank that needed most
+    failed: str | None = None  # where its log is
+
+    @property
+    def first_step_seconds(self) -> float:
+        """From the start of the process to the end of its first step."""
+        return self.steps[0].time - self.began
+
+
+def run(arm: Arm, job: Job, python: Path, number: int, seconds: float) -> Run:
+    """Train for `job.steps` steps or `seconds` from the start, whichever ends first."""
+    seen = Run(arm.name, job.ranks, number, began=time.time())
+
+    def enough(family: Family) -> bool:
+        seen.peak_rss = max(seen.peak_rss, peak_rss(family))
+        seen.steps = steps(job)
+        return len(seen.steps) == job.steps
+
+    folder = Path(job.folder)
+    status = watch(command(arm, job, python), environment(arm, job), folder, enough, seconds)
+    seen.steps = steps(job)
+    if status is not None and len(seen.steps) < job.steps:
+        seen.failed = str(folder / "log.txt")
+    return seen
+
+
+def command(arm: Arm, job: Job, python: Path) -> list[str]:
+    """Shardway starts its ranks itself; a peer is started by torchrun where there are several."""
+    torchrun: list[str] = []
+    if job.ranks > 1 and not arm.is_ours:
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={job.ranks}", "-m"]
+    return [str(python), "-m", *torchrun, f"peers.{arm.system}", str(job.write())]
+
+
+def environment(arm: Arm, job: Job) -> dict[str, str]:
+    """Caches are new for every run, so that each tokenises; cores are shared out among ranks."""
+    path = [str(TOOLS), *([str(CHECKOUT)] if arm.is_ours else [])]
+    threads = max(1, len(os.sched_getaffinity(0)) // job.ranks)
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path),
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HOME": f"{job.folder}/hf",
+        "HF_HUB_OFFLINE": "1",
+        "SHARDWAY_CACHE": f"{job.folder}/cache",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def steps(job: Job) -> list[Step]:
+    """Those that every rank has ended."""
+    ranks = [_lines(job.counts(rank)) for rank in range(job.ranks)]
+    shardways = _lines(Path(job.folder) / "run" / "metrics.jsonl")
+    return [
+        Step(
+            step=first["step"],
+            loss=first["loss"],
+            tokens=sum(line["tokens"] for line in lines),
+            trained_tokens=sum(line["trained_tokens"] for line in lines),
+            time=first["time"],
+        )
+        for first, *lines in zip(shardways or ranks[0], *ranks, strict=False)
+        if "loss" in first
+    ]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    whole = path.read_text().split("\n")[:-1]  # behind the last newline one may be half there
+    return [json.loads(line) for line in whole]

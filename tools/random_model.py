@@ -1,0 +1,120 @@
+"""A model folder of a given shape with random weights: for benchmarks that cannot download one.
+
+    python tools/random_model.py 8b ~/random-8b        Llama-3-8B's shape, 16 GB of bf16
+
+Its tokenizer has a token a byte, and the vocabulary is the shape's all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from launcher.errors import UserError
+from launcher.model.tiny import byte_tokenizer
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 160,
+        "vocab_size": 512,
+        "max_position_embeddings": 512,
+    },
+}
+SHARD_BYTES = 5_000_000_000
+PATTERN = 1 << 24  # so many values are drawn; weights repeat them, which costs seconds, not minutes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("shape", choices=list(SHAPES))
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    make(arguments.shape, arguments.folder)
+
+
+def config_of(shape: str) -> LlamaConfig:
+    """Untied, as Llama-3-8B is."""
+    return LlamaConfig(
+        **SHAPES[shape],
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        dtype="bfloat16",
+    )
+
+
+def make(shape: str, folder: Path, shard_bytes: int = SHARD_BYTES, seed: int = 0) -> None:
+    """Write config.json, tokenizer and bf16 shards of at most `shard_bytes`, an index last. Holds a
+    shard in memory. Raises UserError where `folder` holds something else already."""
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    config = config_of(shape)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    shards = split(sizes, shard_bytes)
+    torch.manual_seed(seed)
+    drawn = torch.randn(PATTERN).mul_(0.02).bfloat16()
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: _weight(name, sizes[name], drawn) for name in names}
+        save_file(tensors, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    total = sum(2 * math.prod(shape) for shape in sizes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def split(sizes: dict[str, torch.Size], shard_bytes: int) -> list[list[str]]:
+    """The names of each shard, in order; a tensor that is larger than a shard has one alone."""
+    shards: list[list[str]] = [[]]
+    room = shard_bytes
+    for name, shape in sizes.items():
+        if shards[-1] and 2 * math.prod(shape) > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= 2 * math.prod(shape)
+    return shards
+
+
+def _weight(name: str, shape: torch.Size, drawn: torch.Tensor) -> torch.Tensor:
+    if name.endswith("norm.weight"):
+        return torch.ones(shape, dtype=torch.bfloat16)
+    count = math.prod(shape)
+    return drawn.repeat(-(-count // len(drawn)))[:count].reshape(shape).clone()
+
+
+if __name__ == "__main__":
+    main()
