@@ -98,7 +98,7 @@ def bench(arguments: argparse.Namespace) -> None:
 
 def cells(row: Row, folder: Path, length: int, arguments: argparse.Namespace) -> str:
     """Run a row; its line of the table."""
-    head = f"| {row.name} | {' '.join(f'{key}={value}' for key, value in row.changes.items())} |"
+    head = f"| {row.name} | {' '.join(said(row.changes))} |"
     for key in row.changes:
         if "." in key and key not in store.settings(key.partition(".")[0]):
             return f"{head} not run: {store.unknown(key)} | | |"
@@ -152,9 +152,13 @@ def overrides(row: Row, folder: Path, length: int, arguments: argparse.Namespace
         "training.max_steps": arguments.steps,
         **row.changes,
     }
+    return said(settings)
+
+
+def said(settings: dict[str, Any]) -> list[str]:
+    """As overrides."""
     words = {True: "true", False: "false"}
-    said = {k: words[v] if isinstance(v, bool) else v for k, v in settings.items()}
-    return [f"{key}={value}" for key, value in said.items()]
+    return [f"{k}={words[v] if isinstance(v, bool) else v}" for k, v in settings.items()]
 
 
 def texts(folder: Path, rows: int, length: int) -> None:
