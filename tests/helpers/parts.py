@@ -28,6 +28,7 @@ from launcher.data.loader import Loader
 from launcher.distributed.process_group import Place
 from launcher.method import build_method
 from launcher.method.base import Method
+from launcher.method.fused import fuse_adapters
 from launcher.model.head import chunk_loss
 from launcher.model.load import Weights, build_model
 from launcher.model.noise import add_noise
@@ -119,6 +120,7 @@ def build(place: Place, case: Case) -> tuple[Strategy, Method, Weights | None]:
         case.build_precision().compute,
     )
     model = method.prepare(model, SEED, weights)
+    fuse_adapters(model)
     add_noise(model, case.neftune_alpha)
     recompute_activations(model, case.activation_checkpointing)
     chunk_loss(model, case.loss)
