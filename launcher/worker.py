@@ -268,6 +268,7 @@ def build_learner(
     from launcher.checkpoint.learner import Learner
     from launcher.flops import counted
     from launcher.method import build_method
+    from launcher.method.fused import fuse_adapters
     from launcher.method.trained import describe
     from launcher.model.head import chunk_loss
     from launcher.model.load import build_model
@@ -284,6 +285,7 @@ def build_learner(
         config.model, folder, config.training.seed, precision.compute, config.data.packing
     )
     model = method.prepare(model, config.training.seed, weights, place.device)
+    fuse_adapters(model)
     if done := method.describe():
         say(f"base: {done}")
     say(f"method: {config.method.name}: {describe(model, precision.master, precision.compute)}")

@@ -36,6 +36,7 @@ from launcher.data.order import Shuffled
 from launcher.data.packing import one_each
 from launcher.distributed.process_group import Place, start
 from launcher.loop import train_step
+from launcher.method.fused import fuse_adapters
 from launcher.method.lora import Lora
 from launcher.model.fetch import MODELS, fetch
 from launcher.model.head import chunk_loss
@@ -73,6 +74,7 @@ def shardway_arm(folder: Path, loader: Loader, place: Place, arguments: argparse
         ModelConfig(name_or_path=str(folder)), folder, SEED, PRECISIONS[arguments.precision].compute
     )
     model = Lora(METHOD).prepare(model, SEED)
+    fuse_adapters(model)
     chunk_loss(model, "chunked")
     precision = PRECISIONS[arguments.precision]
     single, training = SingleConfig(name="single"), TrainingConfig()

@@ -31,6 +31,7 @@ from launcher.data.packing import one_each, pack
 from launcher.distributed.process_group import Place
 from launcher.method import build_method
 from launcher.method.base import Method
+from launcher.method.fused import fuse_adapters
 from launcher.model.head import chunk_loss
 from launcher.model.load import Weights, build_model
 from launcher.model.noise import add_noise
@@ -127,6 +128,7 @@ def build(place: Place, case: Case) -> tuple[Strategy, Method, Weights | None]:
         case.packing,
     )
     model = method.prepare(model, SEED, weights)
+    fuse_adapters(model)
     add_noise(model, case.neftune_alpha)
     recompute_activations(model, case.activation_checkpointing)
     chunk_loss(model, case.loss)
