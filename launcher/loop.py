@@ -132,8 +132,9 @@ def fit(
         step, eval_loss = step + 1, None
         learning_rate = float(scheduler.get_last_lr()[0])
         ledger.blame = partial(first_bad_module, strategy.model, window, device)
+        targets = max(1, work.targets)  # streamed rows may have none: a loss of 0, not 0 / 0
         stats = train_step(
-            strategy, window, work.targets, plan.max_grad_norm, device, plan.label_smoothing
+            strategy, window, targets, plan.max_grad_norm, device, plan.label_smoothing
         )
         if stats.applied:
             scheduler.step()

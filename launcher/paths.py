@@ -51,6 +51,8 @@ def picture_at(output: Path | None, name: str, overwrite: bool) -> Path:
     if output is None:
         numbered = (usual.with_stem(f"{usual.stem}-{number}") for number in range(2, 1000))
         return next(path for path in (usual, *numbered) if not path.exists())
+    if output.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--output {output} is no picture → a name in .png, .svg or .pdf")
     if output.exists() and not overwrite:
         raise UserError(f"{output} exists → another --output, or --overwrite")
     if not output.parent.is_dir():

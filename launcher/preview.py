@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -35,6 +36,8 @@ What the settings do: docs/data.md
 """
 WIDTH, BARS = 60, 12
 GREEN, PLAIN = "\033[32m", "\033[0m"
+# What moves the cursor, changes colours or turns the order of signs: data must not.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 STEPS_LOOKED_AT = 200  # of padding: more change nothing
 
 
@@ -62,7 +65,7 @@ def preview(config: Config, options: argparse.Namespace) -> None:
     rows = loaders.training.rows
     chosen = [options.row] if options.row is not None else range(min(options.rows, len(rows)))
     for number in chosen:
-        if number >= len(rows):
+        if not 0 <= number < len(rows):
             raise UserError(f"--row {number}: there are {len(rows)} rows, from 0")
         print(f"\nrow {number}: {rows.length(number)} tokens")
         print(coloured(tokenizer, rows[number], sys.stdout.isatty()))
@@ -82,9 +85,14 @@ def coloured(tokenizer: Any, row: Any, colours: bool) -> str:
     parts = []
     ids, trained = row
     for learnt, run in groupby(zip(ids.tolist(), trained.tolist(), strict=True), lambda t: t[1]):
-        text = str(tokenizer.decode([token for token, _ in run]))
+        text = CONTROL.sub(_spelt, str(tokenizer.decode([token for token, _ in run])))
         parts.append(f"{before}{text}{behind}" if learnt else text)
     return "".join(parts)
+
+
+def _spelt(sign: re.Match[str]) -> str:
+    """A sign that would change the terminal, as an escape that does not."""
+    return sign[0].encode("unicode_escape").decode()
 
 
 def histogram(lengths: Any) -> str:

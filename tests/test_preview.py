@@ -68,11 +68,20 @@ def test_what_is_learnt_is_green_in_a_terminal() -> None:
     assert preview.coloured(tokenizer, (ids, trained), True) == "a\033[32mbc\033[0m"
 
 
+def test_data_do_not_change_the_terminal() -> None:
+    tokenizer = byte_tokenizer()
+    ids = np.array(tokenizer("a\x1b[2Jb\n\u202ec")["input_ids"])
+    shown = preview.coloured(tokenizer, (ids, np.zeros(len(ids), bool)), True)
+    assert shown == "a\\x1b[2Jb\n\\u202ec"
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (("data.path=none.jsonl",), "data.path=none.jsonl cannot be read"),
         (("--row", "999"), "--row 999: there are 166 rows"),
+        (("--row", "-1"), "--row -1: there are 166 rows"),
+        (("--output", "a.xyz"), "--output a.xyz is no picture"),
         (("data.template=nine",), "data.template=nine is neither"),
         (("--output", "gone/a.png"), "the folder of --output gone/a.png is not there"),
     ],

@@ -38,7 +38,7 @@ class SourceConfig:
     split: str = setting("train", "of a hub data set: which part of it")
     revision: str | None = setting(None, "of a hub data set: branch, tag or commit")
     weight: float = setting(
-        1.0, "of data.mixing=interleave: how often a row is drawn from here", above=0
+        1.0, "of data.mixing=interleave: how often a row is drawn from here", above=0, maximum=1e6
     )
 
 

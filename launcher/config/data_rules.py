@@ -6,8 +6,14 @@ from pathlib import Path
 
 from launcher import paths
 from launcher.config import Config
+from launcher.config.data import SourceConfig
 from launcher.config.rule import Example, Rule, World
 
+FIELDS = (
+    *("instruction", "input", "output", "system", "history", "tools", "conversations"),
+    *("messages", "prompt", "completion", "text"),
+)
+TAGS = ("role", "content", "user", "assistant", "system", "observation", "function")
 ROW = '{"instruction": "a question", "output": "an answer"}\n'
 ONE = "'+data.sources={a:{path:a.jsonl}}'"
 TWO = "'+data.sources={a:{path:a.jsonl},b:{path:b.jsonl,weight:2}}'"
@@ -34,6 +40,26 @@ def _nowhere(config: Config) -> list[str]:
     return [f"data.sources.{name}.path" for name, each in data.sources.items() if not each.path]
 
 
+def _reads_text(config: Config) -> bool:
+    """Whether a source is raw text."""
+    data = config.data
+    sources = data.sources.values() if data.sources and not data.dataset_info else [data]
+    return any(source.format == "text" for source in sources)
+
+
+def _unknown_names(config: Config) -> list[str]:
+    """Settings of columns and tags that no format has."""
+    places: dict[str, SourceConfig] = {"data": config.data}
+    places |= {f"data.sources.{name}": each for name, each in config.data.sources.items()}
+    return [
+        f"{place}.{setting}.{key}={value}"
+        for place, source in places.items()
+        for setting, known in (("columns", FIELDS), ("tags", TAGS))
+        for key, value in getattr(source, setting).items()
+        if key not in known
+    ]
+
+
 def _weighted(config: Config, world: World) -> bool:
     weights = {source.weight for source in config.data.sources.values()}
     return config.data.mixing == "concatenate" and len(weights) > 1
@@ -54,6 +80,16 @@ DATA_RULES: tuple[Rule, ...] = (
         lambda c, w: f"{_nowhere(c)[0]}=null: nothing says which rows are to be learnt",
         lambda c, w: f"{_nowhere(c)[0]}=FILE, or data=demo for the bundled rows",
         Example("data.path=null"),
+    ),
+    Rule(
+        "columns-and-tags",
+        "data.columns and data.tags name fields and speakers that a format has",
+        lambda c, w: bool(_unknown_names(c)),
+        lambda c, w: (
+            f"{_unknown_names(c)[0]}: columns are of {', '.join(FIELDS)}; tags of {', '.join(TAGS)}"
+        ),
+        lambda c, w: f"leave {_unknown_names(c)[0].partition('=')[0]} out",
+        Example("+data.columns.sytem=persona"),
     ),
     Rule(
         "weights-mix",
@@ -116,7 +152,7 @@ DATA_RULES: tuple[Rule, ...] = (
     Rule(
         "streaming-joins-no-texts",
         "data.streaming does not join texts over the ends of steps",
-        lambda c, w: c.data.streaming and c.data.format == "text" and c.data.concatenate,
+        lambda c, w: c.data.streaming and _reads_text(c) and c.data.concatenate,
         lambda c, w: (
             "data.streaming=true does not know where a text begins in a row of several; packing "
             "wastes as little"

@@ -56,10 +56,13 @@ def broken_limits(section: str, values: Any) -> Iterator[str]:
         if value is None or not field.metadata:
             continue
         items = value.values() if isinstance(value, dict) else value
+        for name, item in value.items() if isinstance(value, dict) else ():
+            if dataclasses.is_dataclass(item):
+                yield from broken_limits(f"{section}.{field.name}.{name}", item)
         for item in items if isinstance(value, (list, dict)) else [value]:
             if dataclasses.is_dataclass(item):
-                yield from broken_limits(f"{section}.{field.name}", item)
-            elif not _within(field, item):
+                continue
+            if not _within(field, item):
                 yield f"{section}.{field.name}={item} must be {limits(field)}"
 
 

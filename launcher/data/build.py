@@ -58,7 +58,9 @@ def build_loaders(
         say(f"evaluation data: {held_out.describe()}")
         evaluation = _in_order(held_out.rows, np.arange(len(held_out.rows)), config, deal)
     if config.streaming:
-        streamed = _stream(config, tokenizer)
+        named = source.sources_of(config).values()
+        tokenisers = [Tokeniser(each, config, tokenizer) for each in named]
+        streamed = Streamed(tokenisers, say)
         say(f"data: {len(streamed):,} rows, tokenised as they come")
         training = _streaming(streamed, config, seed, deal)
         return Loaders(training, evaluation, streamed.fingerprint)
@@ -67,8 +69,11 @@ def build_loaders(
     chosen, held = split(len(data.rows), config, seed)
     if len(held):
         evaluation = _in_order(data.rows, held, config, deal)
-    sources = list(source.sources_of(config).values())
+    sources = source.sources_of(config)
     numbers = mix(chosen, data.sizes, sources, config, seed)
+    if config.mixing == "interleave":
+        apart = len(np.unique(numbers))
+        say(f"mixing: an epoch draws {len(numbers):,} rows, {apart:,} different ones")
     plain = deal(rows=data.rows, sequences=one_each(numbers), order=in_order)
     training = _stored(plain, data.rows, numbers, config, seed)
     if config.packing:
@@ -131,11 +136,6 @@ def describe_packing(loader: Loader, capacity: int) -> str:
         f"{full:.1%} full; a step learns from about "
         f"{len(sequences.rows) / len(sequences) * loader.global_batch_size:,.0f} rows"
     )
-
-
-def _stream(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Streamed:
-    sources = source.sources_of(config).values()
-    return Streamed([Tokeniser(each, config, tokenizer) for each in sources])
 
 
 class Tally:

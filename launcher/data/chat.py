@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -34,18 +36,50 @@ def tokenize(
     A piece is tokenised by itself, as at inference: there the prompt is tokenised alone, and the
     answer is what follows. An answer is learnt up to and including its end-of-turn token.
     """
-    texts = [text for row in rows for text, _ in row]
-    found = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
+    first = [text for row in rows for text, _ in row[:1]]
+    later = [text for row in rows for text, _ in row[1:]]
+    begins, follows = iter(_encoded(tokenizer, first, "")), iter(_following(tokenizer, later))
+    added = tokenizer.added_tokens_decoder.items()
+    ends = {number for number, token in added if token.special} | {*tokenizer.all_special_ids}
     for row in rows:
         ids: list[int] = []
         trained: list[bool] = []
         for at, (_, learnt) in enumerate(row):
-            piece = next(found)
+            piece = next(follows if at else begins)
             ids += piece
             whole = learnt and at + 1 < len(row) and row[at + 1][1]  # what follows is learnt too
-            end = _learnt(piece, whole, tokenizer.eos_token_id) if learnt else 0
+            end = _learnt(piece, whole, tokenizer.eos_token_id, ends) if learnt else 0
             trained += [number < end for number in range(len(piece))]
         yield Tokens(ids[:max_length], trained[:max_length], cut=len(ids) > max_length)
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str], before: str) -> list[list[int]]:
+    """Each text behind `before`, in one call."""
+    if not texts:
+        return []
+    found: list[list[int]] = tokenizer(
+        [before + text for text in texts], add_special_tokens=False, verbose=False
+    )["input_ids"]
+    return found
+
+
+def _following(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Texts that stand behind others. Some tokenizers (SentencePiece's) put a space before
+    whatever they are given: they are given a line feed first, whose tokens are taken away."""
+    if not texts:
+        return []
+    (alone,) = _encoded(tokenizer, ["a"], "")
+    if not tokenizer.convert_ids_to_tokens(alone)[0].startswith("▁"):
+        return _encoded(tokenizer, texts, "")
+    (feed,) = _encoded(tokenizer, [""], "\n")
+    found = _encoded(tokenizer, texts, "\n")
+    kept = [ids[len(feed) :] for ids in found if ids[: len(feed)] == feed]
+    if len(kept) < len(found):
+        raise UserError(
+            "the tokenizer joins a line feed with what follows it, so that answers cannot be "
+            "tokenised apart from their prompts"
+        )
+    return kept
 
 
 def pieces(
@@ -63,11 +97,11 @@ def pieces(
         rows = [_by_marks(tokenizer, talk, place)]
     else:
         rows = _by_prompts(tokenizer, talk, place)
-    _check_written(talk, rows, place)
+    _check_written(tokenizer, talk, place)
     if train_on == "last_answer":
         rows = [_last_alone(rows[-1])]
     elif train_on == "all":
-        rows = [[(text, True) for text, _ in row] for row in rows]
+        rows = _all_once(rows)
     return rows
 
 
@@ -93,13 +127,11 @@ def _exchanges(
     for turn, message in enumerate(talk.messages):
         if message["role"] != "assistant":
             continue
-        if turn and talk.messages[turn - 1]["role"] == "assistant":
-            prompt = _render(tokenizer, talk.messages[:turn], talk.tools, place)
-        else:
-            prompt = _render(
-                tokenizer, talk.messages[:turn], talk.tools, place, add_generation_prompt=True
-            )
-        answered = _render(tokenizer, talk.messages[: turn + 1], talk.tools, place)
+        before, tools = talk.messages[:turn], talk.tools
+        prompt = _render(tokenizer, before, tools, place, add_generation_prompt=True)
+        answered = _render(tokenizer, talk.messages[: turn + 1], tools, place)
+        if not answered.startswith(prompt) and turn and before[-1]["role"] == "assistant":
+            prompt = _render(tokenizer, before, tools, place)  # goes on without a new turn
         if not answered.startswith(prompt):
             raise UserError(
                 f"{place}: the chat template writes turn {turn + 1} otherwise once it is answered, "
@@ -124,6 +156,8 @@ def _by_marks(tokenizer: PreTrainedTokenizerBase, talk: Conversation, place: str
     for begin, end in spans:
         row += [(text[done:begin], False), (text[begin:end], True)]
         done = end
+    if not row:
+        raise UserError(f"{place}: the chat template marks nothing as the assistant's")
     return row
 
 
@@ -146,26 +180,47 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.get_chat_template())
 
 
-def _check_written(talk: Conversation, rows: list[list[Piece]], place: str) -> None:
-    """Templates leave out what they do not know, without a word."""
-    text = "".join(piece for row in rows for piece, _ in row)
-    for what, word in _must_be_written(talk):
-        if word.strip() not in text:
-            raise UserError(
-                f"{place}: the chat template leaves out {what} → data.template=hermes, or another "
-                "that writes them (docs/data.md)"
-            )
+def _check_written(tokenizer: PreTrainedTokenizerBase, talk: Conversation, place: str) -> None:
+    """Templates leave out what they do not know, without a word: then they write the same text
+    without it."""
+
+    def refuse_if_same(what: str, messages: list[Message], without: list[Message]) -> None:
+        tools = talk.tools if what != "tools" else []
+        whole = _render(tokenizer, messages, talk.tools, place)
+        with suppress(UserError):  # a template that misses it has seen it
+            if _render(tokenizer, without, tools, place) == whole:
+                raise _LeftOut(what)
+
+    try:
+        if talk.tools:
+            refuse_if_same("tools", talk.messages, talk.messages)
+        for turn, message in enumerate(talk.messages):
+            for key in ("tool_calls", "reasoning_content"):
+                if key in message:
+                    before = talk.messages[:turn]
+                    bare = {name: value for name, value in message.items() if name != key}
+                    refuse_if_same(key, [*before, message], [*before, bare])
+    except _LeftOut as error:
+        raise UserError(
+            f"{place}: the chat template leaves out {error} → data.template=hermes, or another "
+            "that writes them (docs/data.md)"
+        ) from error
 
 
-def _must_be_written(talk: Conversation) -> Iterable[tuple[str, str]]:
-    for tool in talk.tools:
-        function = tool["function"] if isinstance(tool.get("function"), dict) else tool
-        yield "tools", str(function["name"]) if "name" in function else ""
-    for message in talk.messages:
-        for call in message["tool_calls"] if "tool_calls" in message else ():
-            yield "tool calls", str(call["function"]["name"])
-        if "reasoning_content" in message:
-            yield "reasoning_content", message["reasoning_content"]
+class _LeftOut(Exception):
+    pass
+
+
+def _all_once(rows: list[list[Piece]]) -> list[list[Piece]]:
+    """Everything is learnt; what several rows begin with, of the first."""
+    found, before = [], ""
+    for row in rows:
+        text = "".join(piece for piece, _ in row)
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(before, text, strict=False))
+        common = text[: sum(1 for _ in same)]
+        found.append([(common, False), (text[len(common) :], True)] if before else [(text, True)])
+        before = text
+    return found
 
 
 def _last_alone(row: list[Piece]) -> list[Piece]:
@@ -173,9 +228,11 @@ def _last_alone(row: list[Piece]) -> list[Piece]:
     return [(text, at == last) for at, (text, _) in enumerate(row)]
 
 
-def _learnt(piece: list[int], whole: bool, end: int | None) -> int:
+def _learnt(piece: list[int], whole: bool, end: int | None, special: set[int]) -> int:
     """How many tokens of a learnt piece are: what a template puts behind the end-of-turn token of
     an answer (a newline) is not."""
-    if whole or end not in piece:
+    if whole:
         return len(piece)
-    return len(piece) - piece[::-1].index(end)
+    ends = {end} if end in piece else special
+    last = [at for at, token in enumerate(piece) if token in ends][-1:]
+    return last[0] + 1 if last else len(piece)

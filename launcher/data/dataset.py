@@ -44,6 +44,7 @@ class Summary:
     truncated: int = 0  # cut at max_length
     skipped: int = 0  # could not be read
     bad: tuple[str, ...] = ()  # why, of the first of these
+    nbytes: int = 0  # of the file of record batches
 
     def plus(self, batch: Batch) -> Summary:
         return Summary(
@@ -55,6 +56,16 @@ class Summary:
             self.skipped + len(batch.bad),
             (*self.bad, *batch.bad)[:SHOWN_BAD],
         )
+
+    @classmethod
+    def read(cls, store: Path) -> Summary | None:
+        """That of a store that is whole, or None."""
+        try:
+            found = json.loads(store.with_suffix(".json").read_text(encoding="utf-8"))
+            summary = cls(**{**found, "bad": tuple(found["bad"])})
+            return summary if store.stat().st_size == summary.nbytes else None
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            return None
 
     def describe(self) -> str:
         text = f"{self.rows:,} rows, {self.tokens:,} tokens, {self.learnt:,} of them learnt"
@@ -134,11 +145,14 @@ def load_data(
         summaries[name] = _stored(store, tokeniser, on_rows)
         stores.append(store)
     rows = Rows(stores)
-    if not len(rows):
-        raise UserError(
-            f"data.path={config.path}: no answer lies within data.max_length={config.max_length}; "
-            "raise it"
-        )
+    for name, summary in summaries.items():
+        if not summary.rows:
+            named = f"data.path={config.path}" if len(summaries) == 1 else f"data source {name}"
+            raise UserError(
+                f"{named}: every row is bad, the first: {summary.bad[0]}"
+                if summary.bad and not summary.dropped
+                else f"{named}: no answer lies within data.max_length={config.max_length}; raise it"
+            )
     fingerprint = keys[0] if len(keys) == 1 else xxhash.xxh3_128_hexdigest("".join(keys).encode())
     return DataSet(rows, summaries, fingerprint)
 
@@ -154,36 +168,45 @@ def load_evaluation(
 
 
 def _stored(store: Path, tokeniser: Tokeniser, on_rows: OnRows) -> Summary:
-    summary_file = store.with_suffix(".json")
+    """What is in the store, which is made where it is not whole."""
     try:
-        if not summary_file.is_file():
+        summary = Summary.read(store)
+        if summary is None:
             store.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(store.with_suffix(".lock")):
-                if not summary_file.is_file():  # else another rank has made it meanwhile
-                    _make(store, tokeniser, on_rows)
-        found = json.loads(summary_file.read_text(encoding="utf-8"))
+                # Another rank may have made it meanwhile.
+                summary = Summary.read(store) or _make(store, tokeniser, on_rows)
     except OSError as error:
-        raise UserError(
-            f"the token cache {store.parent} cannot be written: {error.strerror}; "
-            "set SHARDWAY_CACHE to a folder of yours"
-        ) from error
-    summary = Summary(**{**found, "bad": tuple(found["bad"])})
+        raise unwritable(store.parent, error) from error
     if summary.skipped and tokeniser.config.on_bad_row == "fail":
         raise UserError(summary.bad[0])
     return summary
 
 
-def _make(store: Path, tokeniser: Tokeniser, on_rows: OnRows) -> None:
-    aside, summary = store.with_suffix(".partial"), Summary()
-    with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-        for batch in batches(tokeniser, tokeniser.config.workers, on_rows):
-            summary = summary.plus(batch)
-            if len(batch.lengths):
-                writer.write_batch(_record_batch(batch))
-    aside.replace(store)
-    told = store.with_suffix(".told")
-    told.write_text(json.dumps(asdict(summary)), encoding="utf-8")
-    told.replace(store.with_suffix(".json"))
+def unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"the token cache {folder} cannot be written: {error.strerror or error}; make room there, "
+        "or set SHARDWAY_CACHE to a folder of yours"
+    )
+
+
+def _make(store: Path, tokeniser: Tokeniser, on_rows: OnRows) -> Summary:
+    aside, told = store.with_suffix(".partial"), store.with_suffix(".told")
+    try:
+        summary = Summary()
+        with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+            for batch in batches(tokeniser, tokeniser.config.workers, on_rows):
+                summary = summary.plus(batch)
+                if len(batch.lengths):
+                    writer.write_batch(_record_batch(batch))
+        summary = replace(summary, nbytes=aside.stat().st_size)
+        told.write_text(json.dumps(asdict(summary)), encoding="utf-8")
+        aside.replace(store)
+        told.replace(store.with_suffix(".json"))
+    finally:  # nothing half done stays, least of all on a disk that is full
+        aside.unlink(missing_ok=True)
+        told.unlink(missing_ok=True)
+    return summary
 
 
 def _record_batch(batch: Batch) -> pa.RecordBatch:
@@ -196,7 +219,10 @@ def _record_batch(batch: Batch) -> pa.RecordBatch:
 def key(tokeniser: Tokeniser, content: Iterable[bytes]) -> str:
     """Of everything that rows depend on: of the files their `content`."""
     config, each, tokenizer = tokeniser.config, tokeniser.source, tokeniser.tokenizer
-    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
+    backend = repr(tokenizer)
+    if tokenizer.is_fast:  # how it last cut and padded is no part of it
+        parts = json.loads(tokenizer.backend_tokenizer.to_str())
+        backend = json.dumps({**parts, "truncation": None, "padding": None})
     special = sorted(tokenizer.special_tokens_map.items())  # templates and the mask use them
     columns, tags = sorted(each.columns.items()), sorted(each.tags.items())
     options = [FORMAT, each.format, columns, tags, each.max_rows, config.max_length]

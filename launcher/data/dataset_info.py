@@ -22,7 +22,7 @@ ALPACA = {
 }
 SHAREGPT = {"conversations": "messages", "system": "system", "tools": "tools"}
 # What it learns by other means than the next token, and what no text is.
-UNREAD = ("ranking", "script_url", "ms_hub_url", "om_hub_url", "cloud_file_name")
+UNREAD = ("ranking", "script_url", "folder")
 UNREAD_COLUMNS = ("images", "videos", "audios", "chosen", "rejected", "kto_tag")
 
 
@@ -61,13 +61,16 @@ def _source(info: Path, name: str, entry: Any, text: bool) -> SourceConfig:
     named = {**_mapping(where, entry, "columns")}
     for key in (*(k for k in UNREAD if entry.get(k)), *(c for c in UNREAD_COLUMNS if c in named)):
         raise UserError(f"{where} has {key}, which is not read here; take it out of data.name")
+    most = entry.get("num_samples")
+    if most is not None and not (isinstance(most, int) and most > 0):
+        raise UserError(f"{where}: num_samples {most!r} is no number of rows")
     formatting = entry.get("formatting", "alpaca")
     if formatting not in ("alpaca", "sharegpt", "openai"):
         raise UserError(f"{where}: formatting {formatting} is not one of alpaca, sharegpt, openai")
     return SourceConfig(
         path=_place(info, where, entry),
         **_layout(formatting, named, _mapping(where, entry, "tags"), text),
-        max_rows=entry.get("num_samples"),
+        max_rows=most,
         subset=entry.get("subset"),
         split=entry.get("split", "train"),
     )
@@ -82,6 +85,9 @@ def _layout(
         taken = {ours: columns[name] for ours, name in ALPACA.items() if name in columns}
         return {"format": "alpaca", "columns": taken}
     words = {key.removesuffix("_tag"): word for key, word in tags.items()}
+    if formatting == "openai" and not words:
+        taken = {"messages": columns.get("messages", "messages")}
+        return {"format": "messages", "columns": taken}
     if formatting == "openai":
         words = {"role": "role", "content": "content"} | words
     taken = {ours: columns[name] for ours, name in SHAREGPT.items() if name in columns}
@@ -92,7 +98,7 @@ def _place(info: Path, where: str, entry: dict[str, Any]) -> str:
     if "hf_hub_url" in entry:
         return f"{HUB}{entry['hf_hub_url']}"
     if "file_name" not in entry:
-        raise UserError(f"{where} has neither file_name nor hf_hub_url")
+        raise UserError(f"{where} has neither file_name nor hf_hub_url, which are read here")
     return str(info.parent / entry["file_name"])
 
 

@@ -7,6 +7,7 @@ import codecs
 import csv
 import glob
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from launcher.errors import UserError
 
 Rows = Iterator[tuple[str, Any]]
 NOT_ROWS = ("dataset_info.json", "dataset_dict.json", "state.json")  # `datasets` writes them beside
+PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip")
+ROWS_AT_ONCE = 1024  # of Parquet and Arrow, as Python's objects
 HELD_WHOLE_BYTES = 64_000_000  # a larger .json is read row by row, at a third of the speed
 
 
@@ -27,22 +30,34 @@ def find(path: str, text: bool = False) -> list[Path]:
     kinds = (*READERS, ".txt") if text else tuple(READERS)
     named = Path(path)
     if named.is_dir():
-        found = sorted(
-            each for each in named.rglob("*") if each.suffix in kinds and each.name not in NOT_ROWS
-        )
-        if not found:
-            raise UserError(f"data.path={path} holds no {', '.join(kinds)} file")
-        return found
+        return _of_folder(named, kinds)
     found = [named] if named.is_file() else sorted(map(Path, glob.glob(path, recursive=True)))
     found = [each for each in found if each.is_file()]
     if not found:
         raise UserError(f"data.path={path} cannot be read: No such file or directory")
     for each in found:
-        if each.suffix not in kinds:
-            hint = "; raw text is data=pretrain" if each.suffix == ".txt" else ""
+        if kind_of(each) not in kinds:
+            hint = "; raw text is data=pretrain" if kind_of(each) == ".txt" else ""
             kind = f"{', '.join(kinds)} file"
             raise UserError(f"data.path={each} is no {kind}; rename or convert it{hint}")
     return found
+
+
+def kind_of(file: Path) -> str:
+    return file.suffix.lower()
+
+
+def _of_folder(folder: Path, kinds: tuple[str, ...]) -> list[Path]:
+    found = []
+    for place, _, names in os.walk(folder, followlinks=True):
+        files = [Path(place, name) for name in names if name not in NOT_ROWS]
+        found += [file for file in files if kind_of(file) in kinds]
+        packed = [file for file in files if kind_of(file) in PACKED]
+        if packed:
+            raise UserError(f"data.path={folder} holds {packed[0]}, which is not read; unpack it")
+    if not found:
+        raise UserError(f"data.path={folder} holds no {', '.join(kinds)} file")
+    return sorted(found)
 
 
 def read(path: Path) -> Rows:
@@ -53,7 +68,7 @@ def read(path: Path) -> Rows:
     """
     empty = True
     try:
-        for place_and_row in READERS[path.suffix](path):
+        for place_and_row in READERS[kind_of(path)](path):
             empty = False
             yield place_and_row
     except UnicodeDecodeError as error:
@@ -71,7 +86,7 @@ def _json_lines(path: Path) -> Rows:
                 place = f"{path}:{number}"
                 try:
                     yield place, json.loads(line)
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
                     yield place, UserError(f"{place} is not JSON: {error}")
 
 
@@ -81,7 +96,9 @@ def _json_array(path: Path) -> Rows:
         return
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}; one object a line is .jsonl") from error
     if not isinstance(rows, list):
         raise UserError(f"{path} must hold a list of rows, not {type(rows).__name__}")
@@ -95,6 +112,10 @@ def _json_stream(path: Path) -> Rows:
 
     index = 0
     with path.open("rb") as file:
+        begin = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()
+        if not begin.startswith(b"["):
+            raise UserError(f"{path} must hold a list of rows; one object a line is .jsonl")
+        file.seek(0)
         if file.read(3) != codecs.BOM_UTF8:
             file.seek(0)
         try:
@@ -124,7 +145,7 @@ def _parquet(path: Path) -> Rows:
 
     try:
         with parquet.ParquetFile(path) as file:
-            yield from _batches(path, file.iter_batches())
+            yield from _batches(path, file.iter_batches(batch_size=ROWS_AT_ONCE))
     except ArrowException as error:
         raise UserError(f"{path} is not Parquet: {error}") from error
 
@@ -155,9 +176,22 @@ def arrow_batches(path: Path) -> list[Any]:
 def _batches(path: Path, batches: Iterator[Any]) -> Rows:
     index = 0
     for batch in batches:
-        for row in batch.to_pylist():
-            yield f"{path}[{index}]", row
-            index += 1
+        for begin in range(0, batch.num_rows, ROWS_AT_ONCE):
+            for row in batch.slice(begin, ROWS_AT_ONCE).to_pylist():
+                yield f"{path}[{index}]", without_nulls(row)
+                index += 1
+
+
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Arrow gives every struct of a column the fields of all: a call's arguments those of others,
+    as nulls. They are taken out, inside of columns."""
+    return {name: _pruned(value) for name, value in row.items()}
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _pruned(each) for key, each in value.items() if each is not None}
+    return [_pruned(each) for each in value] if isinstance(value, list) else value
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {

@@ -26,7 +26,14 @@ SPEAKERS = {
     "tool": "tool",
     "function_call": "function",
 }
-TAGS = {"user": "user", "assistant": "assistant", "system": "system", "observation": "tool"}
+# data.tags of who speaks, beside role and content, which name the fields.
+SPOKEN = {
+    "user": "user",
+    "assistant": "assistant",
+    "system": "system",
+    "observation": "tool",
+    "function": "function",
+}
 
 
 @dataclass(frozen=True)
@@ -62,13 +69,17 @@ def text_of(place: str, row: Row, field: str) -> str:
     if not isinstance(value, str) or not value.strip():
         what = "missing" if value is None else "empty" if isinstance(value, str) else "no text"
         raise UserError(f"{place}: {field} is {what}; write one or drop the row")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half a pair of surrogates, which JSON can spell
+        raise UserError(f"{place}: {field} is no Unicode text ({error.reason})") from error
     return value
 
 
 def _recognise(place: str, row: Row) -> str:
     fields = {"messages": "messages", "conversations": "sharegpt", "instruction": "alpaca"}
     for name, format in (fields | {"completion": "completion"}).items():
-        if name in row:
+        if row.get(name) is not None:
             return format
     raise UserError(
         f"{place} has the fields {', '.join(row) or '(none)'}; needed are messages, conversations, "
@@ -79,6 +90,8 @@ def _recognise(place: str, row: Row) -> str:
 
 def _alpaca(place: str, row: Row) -> Conversation:
     question = text_of(place, row, "instruction")
+    if isinstance(row.get("input"), str) and not row["input"].strip():
+        row = row | {"input": None}
     if row.get("input"):
         question = f"{question}\n{text_of(place, row, 'input')}"
     messages = _system(place, row)
@@ -95,13 +108,13 @@ def _alpaca(place: str, row: Row) -> Conversation:
 
 def _sharegpt(place: str, row: Row, tags: dict[str, str]) -> Conversation:
     names = {"role": "from", "content": "value"} | tags
-    said = {names[role]: role for role in tags if role not in ("role", "content")}
-    speakers = SPEAKERS | {word: TAGS[r] if r in TAGS else "function" for word, r in said.items()}
+    said = {names[role]: role for role in tags if role in SPOKEN}
+    speakers = SPEAKERS | {word: SPOKEN[role] for word, role in said.items()}
     messages = _system(place, row)
     for index, turn in enumerate(_turns(place, row, "conversations")):
         where = f"{place} conversations[{index}]"
         speaker = turn.get(names["role"])
-        if speaker not in speakers:
+        if not isinstance(speaker, str) or speaker not in speakers:
             raise UserError(
                 f"{where}: {names['role']} {speaker!r} is none of {', '.join(speakers)}"
             )
@@ -142,7 +155,7 @@ def _message(where: str, message: Row) -> Message:
     role = "system" if message.get("role") == "developer" else message.get("role")
     if role not in ROLES:
         raise UserError(f"{where}: role {role!r} is none of {', '.join(ROLES)}")
-    calls = message.get("tool_calls") or []
+    calls = _called(where, message.get("tool_calls") or [])
     content = message.get("content")
     if isinstance(content, list):
         parts = (part.get("text") if isinstance(part, dict) else None for part in content)
@@ -153,8 +166,10 @@ def _message(where: str, message: Row) -> Message:
     if not calls or content:
         content = text_of(where, {"content": content}, "content")
     found = _calling(content or "", calls) if calls else {"role": role, "content": content}
-    reasoning = message.get("reasoning_content") or message.get("reasoning")
-    return found | ({"reasoning_content": reasoning} if reasoning else {})
+    named = {"reasoning": message.get("reasoning_content") or message.get("reasoning")}
+    if named["reasoning"]:
+        found["reasoning_content"] = text_of(where, named, "reasoning")
+    return found
 
 
 def _calling(content: str, calls: list[Any]) -> Message:
@@ -164,11 +179,25 @@ def _calling(content: str, calls: list[Any]) -> Message:
 def _calls(where: str, value: str) -> list[Any]:
     """sharegpt's function_call: JSON of one call or several, name and arguments."""
     calls = _json(where, "value", value)
-    calls = calls if isinstance(calls, list) else [calls]
+    return _called(where, calls if isinstance(calls, list) else [calls])
+
+
+def _called(where: str, calls: Any) -> list[Any]:
+    """OpenAI's calls, or functions alone, as OpenAI's."""
+    if not isinstance(calls, list):
+        raise UserError(f"{where}: tool_calls must be a list, not {type(calls).__name__}")
+    found = []
     for call in calls:
-        if not (isinstance(call, dict) and {"name", "arguments"} <= call.keys()):
-            raise UserError(f"{where}: a function_call has a name and arguments, not {call}")
-    return [{"type": "function", "function": call} for call in calls]
+        inner = call["function"] if isinstance(call, dict) and "function" in call else call
+        if not (isinstance(inner, dict) and {"name", "arguments"} <= inner.keys()):
+            raise UserError(f"{where}: a call has a name and arguments, not {call}")
+        text_of(where, inner, "name")
+        try:
+            json.dumps(inner["arguments"])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{where}: arguments are no JSON: {error}") from error
+        found.append(call if inner is not call else {"type": "function", "function": call})
+    return found
 
 
 def _tools(place: str, row: Row) -> list[Any]:
@@ -211,5 +240,5 @@ def _turns(place: str, row: Row, field: str) -> list[Row]:
 def _json(place: str, field: str, text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: {field} is not JSON: {error}") from error

@@ -17,15 +17,14 @@ Numbers = NDArray[np.int64]  # of rows
 
 def split(rows: int, config: DataConfig, seed: int) -> tuple[Numbers, Numbers]:
     """(training, evaluation) row numbers in order; the same for the same seed and data."""
+    said = f"data.eval_rows={config.eval_rows}"
+    if config.eval_fraction:
+        said = f"data.eval_fraction={config.eval_fraction}"
     held = round(rows * config.eval_fraction) if config.eval_fraction else config.eval_rows
     if config.eval_fraction and held == 0:
-        raise UserError(
-            f"data.eval_fraction={config.eval_fraction} of {rows} rows is none; raise it"
-        )
+        raise UserError(f"{said} of {rows} rows is none; raise it")
     if held >= rows:
-        raise UserError(
-            f"data.eval_rows={held} leaves nothing to train on: data.path has {rows} rows"
-        )
+        raise UserError(f"{said}: {held} rows leave nothing to train on, there are {rows}")
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).numpy()
     return np.sort(order[held:]), np.sort(order[:held])
 
@@ -33,7 +32,7 @@ def split(rows: int, config: DataConfig, seed: int) -> tuple[Numbers, Numbers]:
 def mix(
     training: Numbers,
     sizes: Sequence[int],
-    sources: Sequence[SourceConfig],
+    sources: dict[str, SourceConfig],
     config: DataConfig,
     seed: int,
 ) -> Numbers:
@@ -41,17 +40,17 @@ def mix(
 
     `data.mixing=interleave` draws each next row from a source with the probability of its weight,
     until one is used up, or (`all_exhausted`) all are, those that were used up beginning anew: the
-    rule of `datasets.interleave_datasets`.
+    rule of `datasets.interleave_datasets`. The same rows are drawn for every epoch.
     """
     if config.mixing == "concatenate" or len(sizes) == 1:
         return training
     ends = np.searchsorted(training, np.cumsum([0, *sizes]))
     parts = [training[begin:end] for begin, end in pairwise(ends)]
-    if empty := [name for name, part in enumerate(parts) if not len(part)]:
+    if empty := [name for name, part in zip(sources, parts, strict=True) if not len(part)]:
         raise UserError(
-            f"data.mixing=interleave: nothing is left of source {empty[0] + 1} to draw from"
+            f"data.mixing=interleave: nothing is left of data source {empty[0]} to draw from"
         )
-    weights = np.asarray([source.weight for source in sources])
+    weights = np.asarray([source.weight for source in sources.values()])
     drawn = _draws(
         np.asarray([len(part) for part in parts]),
         weights / weights.sum(),

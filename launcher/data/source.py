@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,19 @@ from launcher.errors import UserError
 CHECKED_AT_SUBMIT_BYTES = 32_000_000  # about a third of a second of reading
 LOOKED_AT_ROWS = 1_000  # of a larger file
 
-Found = Conversation | str  # what a row is read as
+PART_CHARACTERS = 1 << 16  # of a text that is read in parts
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """Raw text: a whole one, or a part of one that is too long to be held."""
+
+    text: str
+    begins: bool = True
+    ends: bool = True
+
+
+Found = Conversation | TextPart  # what a row is read as
 
 
 def sources_of(config: DataConfig) -> dict[str, SourceConfig]:
@@ -29,13 +41,15 @@ def sources_of(config: DataConfig) -> dict[str, SourceConfig]:
 
 
 def evaluation_of(config: DataConfig) -> SourceConfig:
-    """The source of `data.eval_path`, read as `data.path` is."""
-    return replace(config, path=config.eval_path, max_rows=None)
+    """The source of `data.eval_path`, read as `data.path` is, or as all sources are."""
+    formats = {source.format for source in sources_of(config).values()}
+    format = formats.pop() if len(formats) == 1 else "auto"
+    return replace(config, path=config.eval_path, max_rows=None, format=format)
 
 
 def rows_of(source: SourceConfig, by_line: bool) -> Iterator[tuple[str, Any]]:
-    """Each row as it is stored, with its place. Of raw text (`by_line`: lines of .txt files) a row
-    is a text.
+    """Each row as it is stored, with its place. Of .txt files a row is a TextPart (`by_line`: a
+    line).
 
     Raises UserError for a file that cannot be read on.
     """
@@ -51,11 +65,11 @@ def read_row(source: SourceConfig, place: str, row: Any) -> Found:
     """What is to be tokenised of a stored row. Raises UserError where nothing can be."""
     if isinstance(row, UserError):
         raise row
-    if isinstance(row, str) and source.format == "text":
+    if isinstance(row, TextPart) and source.format == "text":
         return row
     named = renamed(place, row, source.columns)
     if source.format == "text":
-        return text_of(place, named, "text")
+        return TextPart(text_of(place, named, "text"))
     return to_conversation(place, named, source.format, source.tags)
 
 
@@ -112,6 +126,8 @@ def _problem(source: SourceConfig, skip: bool) -> str | None:
                 break
     except UserError as error:
         return str(error)
+    except OSError as error:
+        return f"data.path={error.filename} cannot be read: {error.strerror}"
     return None
 
 
@@ -120,7 +136,7 @@ def _lost_column(source: SourceConfig) -> str | None:
     if str(source.path).startswith(HUB):
         return None
     columns: set[str] = set()
-    with suppress(UserError):  # said already
+    with suppress(UserError, OSError):  # said already
         for _, row in islice(rows_of(source, by_line=False), LOOKED_AT_ROWS):
             columns |= row.keys() if isinstance(row, dict) else set()
     lost = [field for field, column in source.columns.items() if columns and column not in columns]
@@ -134,30 +150,50 @@ def _lost_column(source: SourceConfig) -> str | None:
 
 def _file_rows(path: str, text: bool, by_line: bool) -> Iterator[tuple[str, Any]]:
     for file in files.find(path, text):
-        yield from _plain(file, by_line) if file.suffix == ".txt" else files.read(file)
+        plain = files.kind_of(file) == ".txt"
+        yield from _plain(file, by_line) if plain else files.read(file)
 
 
-def _plain(path: Path, by_line: bool) -> Iterator[tuple[str, str]]:
-    """A .txt file whole, or its lines."""
+def _plain(path: Path, by_line: bool) -> Iterator[tuple[str, TextPart]]:
+    """A .txt file in parts, or its lines. Lines end with a line feed, and those of spaces are
+    none."""
+    empty = True
+    parts = _lines(path) if by_line else _parts(path)
     try:
-        whole = path.read_text(encoding="utf-8-sig")
+        for place_and_part in parts:
+            empty = False
+            yield place_and_part
     except OSError as error:
         raise UserError(f"data.path={path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"data.path={path} is not UTF-8 ({error}); convert it") from error
-    if not whole.strip():
+    if empty:
         raise UserError(f"data.path={path} holds no text; give it some")
-    if not by_line:
-        yield str(path), whole
-        return
-    for number, line in enumerate(whole.splitlines(), start=1):
-        if line.strip():
-            yield f"{path}:{number}", line
+
+
+def _lines(path: Path) -> Iterator[tuple[str, TextPart]]:
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path}:{number}", TextPart(line.rstrip("\r\n"))
+
+
+def _parts(path: Path) -> Iterator[tuple[str, TextPart]]:
+    """Cut at ends of lines, so that a file of any size is read in little memory."""
+    with path.open(encoding="utf-8-sig") as file:
+        held, begins = "", True
+        while lines := file.readlines(PART_CHARACTERS):
+            if held.strip():
+                yield str(path), TextPart(held, begins, ends=False)
+                begins, held = False, ""
+            held += "".join(lines)
+        if held.strip() or not begins:
+            yield str(path), TextPart(held, begins)
 
 
 def _hub_rows(source: SourceConfig) -> Iterator[tuple[str, Any]]:
     for index, row in enumerate(_hub(source)):
-        yield f"{source.path}[{source.split}][{index}]", row
+        yield f"{source.path}[{source.split}][{index}]", files.without_nulls(row)
 
 
 def _hub(source: SourceConfig) -> Any:

@@ -23,6 +23,7 @@ from launcher.data.text import tokenize_texts
 from launcher.errors import UserError
 
 ROWS_AT_ONCE = 512  # tokenised in one call, and written as one batch
+CHARACTERS_AT_ONCE = 1 << 20  # of raw text
 SMALL_ROWS = 20_000  # so many are tokenised sooner than processes start
 MOST_WORKERS = 32
 
@@ -52,7 +53,7 @@ class Tokeniser:
     def __call__(self, rows: list[Stored]) -> Batch:
         """Raises UserError for the first bad row unless they are to be skipped."""
         found, bad = self._read(rows)
-        return batch_of(found, bad)
+        return batch_of(found, bad, self.joins)
 
     @property
     def joins(self) -> bool:
@@ -60,13 +61,13 @@ class Tokeniser:
         return self.source.format == "text" and self.config.concatenate
 
     def _read(self, rows: list[Stored]) -> tuple[list[Tokens], list[str]]:
-        texts: list[str] = []
+        texts: list[source.TextPart] = []
         talks: list[list[tuple[str, bool]]] = []
         bad: list[str] = []
         for place, row in rows:
             try:
                 read = source.read_row(self.source, place, row)
-                if isinstance(read, str):
+                if isinstance(read, source.TextPart):
                     texts.append(read)
                 else:
                     talks += pieces(self.tokenizer, read, self.config.train_on, place)
@@ -80,9 +81,10 @@ class Tokeniser:
         return list(tokenize(self.tokenizer, talks, self.config.max_length)), bad
 
 
-def batch_of(rows: list[Tokens], bad: list[str] | None = None) -> Batch:
-    """Those of `rows` that can be learnt from."""
-    kept = [row for row in rows if any(row.trained[1:])]  # the first token is never predicted
+def batch_of(rows: list[Tokens], bad: list[str], joined: bool) -> Batch:
+    """Those of `rows` that can be learnt from; of texts that will be `joined` all."""
+    # Of a row, the first token is never predicted.
+    kept = rows if joined else [row for row in rows if any(row.trained[1:])]
     ids = [i for row in kept for i in row.ids]
     trained = [t for row in kept for t in row.trained]
     return Batch(
@@ -91,7 +93,7 @@ def batch_of(rows: list[Tokens], bad: list[str] | None = None) -> Batch:
         np.asarray([len(row.ids) for row in kept], np.int32),
         dropped=len(rows) - len(kept),
         truncated=sum(row.cut for row in rows),
-        bad=bad or [],
+        bad=bad,
     )
 
 
@@ -115,7 +117,7 @@ def _tokenised(
 
     def chunks(most: int | None = None) -> Iterator[list[Stored]]:
         nonlocal done
-        while chunk := list(islice(rows, ROWS_AT_ONCE)):
+        while chunk := _chunk(rows):
             on_rows(done)
             yield chunk
             done += len(chunk)
@@ -126,6 +128,17 @@ def _tokenised(
         yield from map(tokeniser, chunks(SMALL_ROWS))
         workers = min(len(os.sched_getaffinity(0)), MOST_WORKERS)
     yield from map(tokeniser, chunks()) if workers == 1 else _pooled(tokeniser, chunks(), workers)
+
+
+def _chunk(rows: Iterator[Stored]) -> list[Stored]:
+    """The next rows, fewer where they are long texts."""
+    chunk, characters = [], 0
+    for stored in islice(rows, ROWS_AT_ONCE):
+        chunk.append(stored)
+        characters += len(stored[1].text) if isinstance(stored[1], source.TextPart) else 0
+        if characters > CHARACTERS_AT_ONCE:
+            break
+    return chunk
 
 
 def _pooled(tokeniser: Tokeniser, chunks: Iterator[list[Stored]], workers: int) -> Iterator[Batch]:

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from launcher import paths
 from launcher.errors import UserError
 
-# The marks of turns in a template: <|im_end|>, <start_of_turn>, [INST].
+# The marks of turns in a template: <|im_end|>, <start_of_turn>.
 MARKS = re.compile(r"<\|\w+\|>|<\w+_of_turn>")
 
 
@@ -38,17 +38,32 @@ def load_tokenizer(
 
 def _take_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     """A file's text, or a template of ours. The token that ends its answers becomes the end token:
-    a server stops there."""
-    file = Path(template) if template.endswith(".jinja") else paths.templates()[template]
-    text = file.read_text(encoding="utf-8")
-    for mark in sorted(set(MARKS.findall(text))):
-        if len(tokenizer(mark, add_special_tokens=False)["input_ids"]) != 1:
-            raise UserError(
-                f"data.template={template} writes {mark}, which is no token of this tokenizer → "
-                "data.template=alpaca, which needs none, or a model with that token"
-            )
+    a server stops there. Raises UserError for a template that is none."""
+    ours = not template.endswith(".jinja")
+    file = paths.templates()[template] if ours else Path(template)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.template={template} cannot be read: {error}") from error
+    if ours:
+        for mark in sorted(set(MARKS.findall(text))):
+            if not _is_token(tokenizer, mark):
+                raise UserError(
+                    f"data.template={template} writes {mark}, which is no token of this tokenizer "
+                    "→ data.template=alpaca, which needs none, or a model with that token"
+                )
     tokenizer.chat_template = text
-    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ends = MARKS.findall(str(tokenizer.apply_chat_template(said, tokenize=False)))
-    if ends:
-        tokenizer.eos_token = ends[-1]
+    said = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
+    try:
+        rendered = str(tokenizer.apply_chat_template(said, tokenize=False))
+    except Exception as error:  # a template is a program: it raises what its author chose
+        raise UserError(
+            f"data.template={template} cannot write a question and an answer: {error}"
+        ) from error
+    behind = MARKS.findall(rendered.rpartition("ANSWER")[2])
+    if behind and _is_token(tokenizer, behind[0]):
+        tokenizer.eos_token = behind[0]
+
+
+def _is_token(tokenizer: PreTrainedTokenizerBase, mark: str) -> bool:
+    return len(tokenizer(mark, add_special_tokens=False)["input_ids"]) == 1

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from launcher import paths
 from launcher.data.chat import pieces, tokenize
@@ -31,6 +33,7 @@ WITH_TOOLS = Conversation(
     ],
     [{"type": "function", "function": {"name": "add", "parameters": {}}}],
 )
+SAYS_ADD = {"role": "user", "content": "please add"}  # a word that is a tool's name
 THINKS = (  # as Qwen3's: the reasoning of past answers is dropped
     "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{%- if m.reasoning_content and loop.last %}{{ '<think>' + m.reasoning_content + '</think>' }}"
@@ -127,16 +130,82 @@ def test_an_answer_that_is_rewritten_itself_is_refused() -> None:
         rows(tokenizer, TALK)
 
 
-@pytest.mark.parametrize("missing", ["tools", "tool calls", "reasoning_content"])
+@pytest.mark.parametrize("missing", ["tools", "tool_calls", "reasoning_content"])
 def test_what_a_template_leaves_out_is_said(missing: str) -> None:
     tokenizer = byte_tokenizer()
     talk = {
         "tools": Conversation(TALK, WITH_TOOLS.tools),
-        "tool calls": Conversation(WITH_TOOLS.messages),
+        "tool_calls": Conversation(
+            [{"role": "user", "content": "please add"}, *WITH_TOOLS.messages[1:]]
+        ),
         "reasoning_content": Conversation([*TALK[:4], {**TALK[4], "reasoning_content": "hm"}]),
     }[missing]
     with pytest.raises(UserError, match=f"row 7: the chat template leaves out {missing}"):
         rows(tokenizer, talk)
+
+
+def test_a_tokenizer_that_begins_with_a_space_does_not_begin_answers_with_one() -> None:
+    """As SentencePiece's: whatever it is given has a space put before it."""
+    words = ["▁", "a", "b", "c", "▁a", "▁b", "▁c", "[", "]", "\n", "</s>"]
+    backend = Tokenizer(
+        models.BPE({w: n for n, w in enumerate(words)}, [("▁", each) for each in "abc"])
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '[' + m.content + ']' if m.role == 'user' else "
+        "m.content + eos_token }}{% endfor %}"
+    )
+    talk = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c a"}]
+    (tokens,) = rows(tokenizer, talk)
+    assert tokenizer.convert_ids_to_tokens(tokens.ids) == [
+        "▁", "[", "a", "▁b", "]", "c", "▁a", "</s>",
+    ]  # fmt: skip
+    assert tokens.trained == [False] * 5 + [True] * 3
+
+
+def test_a_second_answer_without_a_question_does_not_learn_its_header() -> None:
+    tokenizer = byte_tokenizer()
+    talk = [*TALK[:3], {"role": "assistant", "content": "MORE"}]
+    (tokens,) = rows(tokenizer, talk)
+    assert learnt(tokens, tokenizer) == "ONE<|im_end|>MORE<|im_end|>"
+
+
+def test_what_stands_behind_the_end_of_a_turn_is_not_learnt_whatever_the_end_token_is() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    (tokens,) = rows(tokenizer, TALK)
+    assert learnt(tokens, tokenizer) == "ONE<|im_end|>TWO<|im_end|>"
+
+
+def test_a_later_system_message_is_not_dropped() -> None:
+    tokenizer = byte_tokenizer()
+    talk = [*TALK[:3], {"role": "system", "content": "SECRET"}, *TALK[3:]]
+    for name in paths.templates():
+        tokenizer.chat_template = paths.templates()[name].read_text()
+        if name in ("gemma", "mistral"):
+            with pytest.raises(UserError, match="a system message that is not the first"):
+                rows(tokenizer, talk)
+        else:
+            (tokens,) = rows(tokenizer, talk)
+            assert "SECRET" in tokenizer.decode(tokens.ids)
+
+
+@pytest.mark.parametrize("text", ["{% if %}", "{{ raise_exception('no') }}", b"\xff"])
+def test_a_template_that_is_none_is_refused(tiny: Path, tmp_path: Path, text: str | bytes) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=r"data\.template=.*mine\.jinja cannot"):
+        load_tokenizer(tiny, False, template=str(file))
+
+
+def test_the_mark_before_an_answer_is_not_its_end(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text("{% for m in messages %}<|im_start|>{{ m.content + eos_token }}{% endfor %}")
+    before = load_tokenizer(tiny, False).eos_token
+    assert load_tokenizer(tiny, False, template=str(file)).eos_token == before != "<|im_start|>"
 
 
 def test_what_a_template_raises_is_told_with_the_row() -> None:

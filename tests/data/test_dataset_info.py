@@ -10,6 +10,7 @@ import pytest
 
 from launcher.config.data import DataConfig
 from launcher.data import source
+from launcher.data.source import TextPart
 
 # The shapes of entries in its data/README.md.
 INFO: dict[str, Any] = {
@@ -37,7 +38,15 @@ INFO: dict[str, Any] = {
         },
     },
     "c4": {"file_name": "c4.jsonl", "columns": {"prompt": "body"}},
-    "online": {"hf_hub_url": "owner/name", "subset": "en", "split": "test"},
+    "online": {
+        "hf_hub_url": "owner/name",
+        "ms_hub_url": "other/name",
+        "subset": "en",
+        "split": "test",
+    },
+    "openai2": {"file_name": "openai.json", "formatting": "openai"},
+    "few": {"file_name": "x.json", "num_samples": "5"},
+    "part": {"hf_hub_url": "owner/name", "folder": "python"},
     "dpo": {"file_name": "dpo.json", "ranking": True},
     "seen": {"file_name": "seen.json", "columns": {"images": "images"}},
     "other": {"file_name": "x.json", "formatting": "xml"},
@@ -65,9 +74,9 @@ def info(tmp_path: Path) -> Path:
 
 
 def test_its_sets_are_read_by_name(info: Path) -> None:
-    config = DataConfig(dataset_info=str(info), name="identity, mapped,tools,openai")
+    config = DataConfig(dataset_info=str(info), name="identity, mapped,tools,openai,openai2")
     sources = source.sources_of(config)
-    assert list(sources) == ["identity", "mapped", "tools", "openai"]
+    assert list(sources) == ["identity", "mapped", "tools", "openai", "openai2"]
     assert source.problems(config) == []
     for each in sources.values():
         rows = [source.read_row(each, place, row) for place, row in source.rows_of(each, False)]
@@ -77,7 +86,9 @@ def test_its_sets_are_read_by_name(info: Path) -> None:
 def test_raw_text_and_the_hub(info: Path) -> None:
     config = DataConfig(dataset_info=str(info), name="c4", format="text")
     (each,) = source.sources_of(config).values()
-    assert [source.read_row(each, p, r) for p, r in source.rows_of(each, False)] == ["a text"]
+    assert [source.read_row(each, p, r) for p, r in source.rows_of(each, False)] == [
+        TextPart("a text")
+    ]
     (online,) = source.sources_of(DataConfig(dataset_info=str(info), name="online")).values()
     assert (online.path, online.subset, online.split) == ("hub:owner/name", "en", "test")
 
@@ -90,6 +101,8 @@ def test_raw_text_and_the_hub(info: Path) -> None:
         ("dpo", "dpo has ranking, which is not read here"),
         ("seen", "seen has images"),
         ("other", "formatting xml is not one of"),
+        ("few", "num_samples '5' is no number"),
+        ("part", "part has folder, which is not read here"),
         ("nowhere", "has neither file_name nor hf_hub_url"),
     ],
 )

@@ -12,11 +12,12 @@ from launcher.data.selection import mix, split
 from launcher.errors import UserError
 
 SIZES = (1000, 3000)
+EQUAL = {"a": SourceConfig(), "b": SourceConfig()}
 
 
 def mixed(*weights: float, sizes: Any = SIZES, seed: int = 1, **options: Any) -> Any:
     config = DataConfig(mixing="interleave", **options)
-    sources = [SourceConfig(weight=weight) for weight in weights]
+    sources = {name: SourceConfig(weight=w) for name, w in zip("ab", weights, strict=True)}
     return mix(np.arange(sum(sizes)), sizes, sources, config, seed)
 
 
@@ -27,7 +28,7 @@ def test_splitting_holds_rows_out_for_good() -> None:
     assert len(held_out) == 4
     assert split(13, config, seed=1)[1].tolist() == held_out.tolist()
     assert split(13, config, seed=2)[1].tolist() != held_out.tolist()
-    with pytest.raises(UserError, match=r"data\.eval_rows=13 leaves nothing"):
+    with pytest.raises(UserError, match=r"data\.eval_rows=13: 13 rows leave nothing"):
         split(13, DataConfig(eval_rows=13), seed=1)
 
 
@@ -67,10 +68,10 @@ def test_weights_are_chances() -> None:
 
 def test_concatenation_takes_every_row_once() -> None:
     config = DataConfig()
-    rows = mix(np.arange(10, 30), SIZES, [SourceConfig()] * 2, config, 1)
+    rows = mix(np.arange(10, 30), SIZES, EQUAL, config, 1)
     assert rows.tolist() == list(range(10, 30))
 
 
 def test_a_source_of_which_all_is_held_out_is_named() -> None:
-    with pytest.raises(UserError, match="nothing is left of source 1"):
-        mix(np.arange(5, 9), (5, 4), [SourceConfig()] * 2, DataConfig(mixing="interleave"), 1)
+    with pytest.raises(UserError, match="nothing is left of data source a"):
+        mix(np.arange(5, 9), (5, 4), EQUAL, DataConfig(mixing="interleave"), 1)

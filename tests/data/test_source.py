@@ -135,6 +135,31 @@ def test_every_kind_of_file_reads_alike(tmp_path: Path, monkeypatch: pytest.Monk
     assert read(SourceConfig(path=str(tmp_path / "a.json"))) == expected, "read row by row"
 
 
+def test_what_arrow_adds_to_calls_is_no_argument(tmp_path: Path) -> None:
+    """A struct of a column has the fields of every row's."""
+    rows = [
+        {"messages": [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [
+            {"function": {"name": name, "arguments": arguments}}]}]}
+        for name, arguments in (("weather", {"city": "Paris"}), ("add", {"a": 1, "b": 2}))
+    ]  # fmt: skip
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    found = read(SourceConfig(path=str(tmp_path / "a.parquet")))
+    calls = [row.messages[1]["tool_calls"][0]["function"]["arguments"] for row in found]
+    assert calls == [{"city": "Paris"}, {"a": 1, "b": 2}]
+
+
+def test_what_a_folder_holds_and_is_not_read_is_said(tmp_path: Path) -> None:
+    (tmp_path / "A.JSONL").write_text(json.dumps(ALPACA[0]))
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "gone")
+    (found,) = problems(tmp_path)
+    assert "link.jsonl cannot be read" in found
+    (tmp_path / "link.jsonl").unlink()
+    assert len(read(SourceConfig(path=str(tmp_path)))) == 1
+    (tmp_path / "b.jsonl.gz").write_bytes(b"x")
+    (found,) = problems(tmp_path)
+    assert "b.jsonl.gz, which is not read; unpack it" in found
+
+
 def test_folders_globs_and_the_first_rows(tmp_path: Path) -> None:
     for name in ("b", "a"):
         row = {"instruction": name, "output": name}
@@ -189,6 +214,11 @@ def test_columns_are_mapped_and_a_wrong_one_is_named(tmp_path: Path) -> None:
         ({"messages": ["x"]}, "messages[0] is not an object"),
         ({"messages": [{"role": "user", "content": [{"image": 1}]}]}, "parts that are no text"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "from 'alien' is none of"),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, "is none of"),
+        ({"instruction": "q", "output": "half \ud83d"}, "output is no Unicode text"),
+        ({"messages": [{**TURNS[1], "tool_calls": "f"}]}, "tool_calls must be a list"),
+        ({"messages": [{**TURNS[1], "tool_calls": [{"name": "f"}]}]}, "a name and arguments"),
+        ({"messages": [{**TURNS[1], "reasoning": {"a": 1}}]}, "reasoning is no text"),
         ({"conversations": [{"from": "function_call", "value": "x"}]}, "value is not JSON"),
         ({"conversations": [{"from": "function_call", "value": "{}"}]}, "a name and arguments"),
         ({"conversations": [{"from": "gpt", "value": "x"}], "tools": "{"}, "tools is not JSON"),
@@ -213,6 +243,8 @@ def test_a_bad_row_is_named_with_file_and_line(tmp_path: Path, row: Any, sentenc
         ("broken.jsonl", b'{"messages": \n', "broken.jsonl:1 is not JSON"),
         ("broken.json", b"[", "is not JSON"),
         ("object.json", b"{}", "must hold a list of rows"),
+        ("digits.json", b"[" + b"9" * 5000 + b"]", "is not JSON"),
+        ("deep.jsonl", b"[" * 10**5 + b"\n", "is not JSON"),
         ("rows.xlsx", b"a,b", "is no .json, .jsonl, .csv"),
         ("rows.csv", b"a,b\n1\n", "rows.csv:2 has not as many fields"),
         ("rows.csv", b'a,b\n"1\n', "is not CSV"),

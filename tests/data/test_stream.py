@@ -74,13 +74,13 @@ def test_ranks_share_a_step(config: DataConfig) -> None:
 @pytest.mark.parametrize("packing", [False, True])
 def test_raw_text_by_line(tmp_path: Path, packing: bool) -> None:
     path = tmp_path / "book.txt"
-    path.write_text("first\n\nx\nthird line\nend")
+    path.write_text("first\n\n  \nx\nthird\x0cline\nend")
     config = DataConfig(
         path=str(path), format="text", concatenate=False, streaming=True, packing=packing,
         max_length=32,
     )  # fmt: skip
     found = [byte_tokenizer().decode(ids) for ids in contents(loader(config))]
-    assert [text.partition("<")[0] for text in found] == ["first", "x", "third line", "end"]
+    assert [text.partition("<")[0] for text in found] == ["first", "x", "third\x0cline", "end"]
     assert len(loader(config).window(0).micro_batches) == (1 if packing else 2)
 
 
@@ -98,6 +98,41 @@ def test_a_changed_file_is_noticed(config: DataConfig) -> None:
     path = Path(str(config.path))
     path.write_text(path.read_text() + path.read_text())
     assert len(loader(config).rows) == 26
+
+
+def test_other_data_under_the_same_name_are_other_data(config: DataConfig) -> None:
+    path = Path(str(config.path))
+    content = path.read_bytes()
+
+    def fingerprint() -> str:
+        said: list[str] = []
+        deal = partial(Loader, rank=0, world_size=1, micro_batch_size=2, global_batch_size=4)
+        built = build_loaders(config, byte_tokenizer(), 1, deal, said.append, lambda: None)
+        return built.fingerprint
+
+    before = fingerprint()
+    path.write_bytes(content.replace(b"ask", b"ASK"))
+    assert fingerprint() != before, "as many rows of as many bytes"
+    path.write_bytes(content)
+    assert fingerprint() == before
+
+
+def test_the_first_rows_alone(config: DataConfig) -> None:
+    first = replace(config, max_rows=5)
+    assert contents(loader(first)) == contents(loader(config))[:5]
+
+
+def test_a_conversation_of_several_rows_is_refused(config: DataConfig) -> None:
+    """They are numbered before it is known that there are several."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}"
+        "{%- for m in messages %}{{ '[' + m.content }}{%- endfor %}"
+    )
+    deal = partial(Loader, rank=0, world_size=1, micro_batch_size=2, global_batch_size=13)
+    built = build_loaders(config, tokenizer, 1, deal, print, lambda: None)
+    with pytest.raises(UserError, match=r"takes a conversation for one row"):
+        built.training.window(0)
 
 
 def test_a_bad_row_ends_the_run_when_it_comes_or_is_empty(config: DataConfig) -> None:

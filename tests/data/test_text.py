@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from launcher.config.data import DataConfig
-from launcher.data import source
+from launcher.data import source, text
 from launcher.data.dataset import DataSet, load_data
 from launcher.data.formats import to_conversation
 from launcher.errors import UserError
@@ -57,6 +57,25 @@ def test_each_line_is_a_row_and_what_is_longer_is_cut(book: Path) -> None:
     assert texts(data) == [f"first line{end}", "a second one", f"end{end}"]
     assert data.summaries["data"].truncated == 1
     assert all_learnt(data)
+
+
+def test_a_file_is_read_in_parts_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"line {number}\n" for number in range(300)) + "x" * 900)
+    whole = texts(data_of(path, 50, concatenate=True))
+    monkeypatch.setattr(source, "PART_CHARACTERS", 100)
+    monkeypatch.setattr(text, "PART_CHARACTERS", 100)
+    parts = list(source.rows_of(DataConfig(path=str(path), format="text"), by_line=False))
+    assert len(parts) > 20
+    assert "".join(part.text for _, part in parts) == path.read_text()
+    assert [part.begins for _, part in parts] == [True] + [False] * (len(parts) - 1)
+    assert [part.ends for _, part in parts] == [False] * (len(parts) - 1) + [True]
+    monkeypatch.setenv("SHARDWAY_CACHE", str(tmp_path))
+    assert texts(data_of(path, 50, concatenate=True)) == whole
+    end = byte_tokenizer().eos_token
+    assert "".join(whole) == path.read_text() + end, "one end, at the end"
 
 
 def test_rows_of_json_stand_end_to_end(tmp_path: Path) -> None:

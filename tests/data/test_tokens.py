@@ -97,6 +97,36 @@ def test_a_bad_row_ends_the_work_of_processes_too(tmp_path: Path, own_cache: Pat
         load_data(config, byte_tokenizer())
 
 
+@pytest.mark.parametrize("damage", ["cut", "gone", "told"])
+def test_a_damaged_store_is_made_anew(rows_file: Path, own_cache: Path, damage: str) -> None:
+    config = DataConfig(path=str(rows_file), max_length=64)
+    before = content(load_data(config, byte_tokenizer()))
+    (store,) = own_cache.rglob("*.arrow")
+    if damage == "cut":
+        store.write_bytes(store.read_bytes()[:-10])
+    elif damage == "gone":
+        store.unlink()
+    else:
+        store.with_suffix(".json").write_text("")
+    assert content(load_data(config, byte_tokenizer())) == before
+
+
+def test_how_a_tokenizer_last_cut_is_no_part_of_the_key(rows_file: Path, own_cache: Path) -> None:
+    config = DataConfig(path=str(rows_file), max_length=64)
+    other = byte_tokenizer()
+    other.backend_tokenizer.enable_truncation(5)
+    keys = {load_data(config, each).fingerprint for each in (byte_tokenizer(), other)}
+    assert len(keys) == 1
+
+
+def test_rows_that_are_all_bad_are_not_said_to_be_long(tmp_path: Path, own_cache: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"instruction": "q", "output": ""}\n')
+    config = DataConfig(path=str(path), max_length=64, on_bad_row="skip")
+    with pytest.raises(UserError, match=r"every row is bad, the first: .*: output is empty"):
+        load_data(config, byte_tokenizer())
+
+
 def test_what_is_raised_between_rows_ends_the_work(rows_file: Path, own_cache: Path) -> None:
     def stop(done: int) -> None:
         raise KeyboardInterrupt

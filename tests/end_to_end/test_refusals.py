@@ -23,7 +23,7 @@ CASES = {
     "an empty data set": (["data.path=DATA/empty.jsonl"], "holds no rows"),
     "a row without an answer": (["data.path=DATA/silent.jsonl"], "silent.jsonl:2 has no answer"),
     "a model folder that is none": (["model.name_or_path=DATA"], "is no model folder"),
-    "a data set not named": (["data=alpaca"], "data.path is not set"),
+    "a data set not named": (["data=alpaca"], "data.path=null: nothing says which rows"),
     "an override that is none": (["training.seed"], "training.seed"),
 }
 
