@@ -66,9 +66,14 @@ def read(path: Path) -> Rows:
 
     Raises UserError where the file is not what its name says, or holds nothing.
     """
+    return readable(path, READERS[kind_of(path)](path), "rows; give it at least one")
+
+
+def readable(path: Path, rows: Rows, wanted: str) -> Rows:
+    """`rows` of `path`. Raises UserError where it cannot be read on, or where there are none."""
     empty = True
     try:
-        for place_and_row in READERS[kind_of(path)](path):
+        for place_and_row in rows:
             empty = False
             yield place_and_row
     except UnicodeDecodeError as error:
@@ -76,7 +81,7 @@ def read(path: Path) -> Rows:
     except OSError as error:
         raise UserError(f"data.path={path} cannot be read: {error.strerror or error}") from error
     if empty:
-        raise UserError(f"data.path={path} holds no rows; give it at least one")
+        raise UserError(f"data.path={path} holds no {wanted}")
 
 
 def _json_lines(path: Path) -> Rows:

@@ -154,21 +154,11 @@ def _file_rows(path: str, text: bool, by_line: bool) -> Iterator[tuple[str, Any]
         yield from _plain(file, by_line) if plain else files.read(file)
 
 
-def _plain(path: Path, by_line: bool) -> Iterator[tuple[str, TextPart]]:
+def _plain(path: Path, by_line: bool) -> Iterator[tuple[str, Any]]:
     """A .txt file in parts, or its lines. Lines end with a line feed, and those of spaces are
     none."""
-    empty = True
     parts = _lines(path) if by_line else _parts(path)
-    try:
-        for place_and_part in parts:
-            empty = False
-            yield place_and_part
-    except OSError as error:
-        raise UserError(f"data.path={path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"data.path={path} is not UTF-8 ({error}); convert it") from error
-    if empty:
-        raise UserError(f"data.path={path} holds no text; give it some")
+    return files.readable(path, parts, "text; give it some")
 
 
 def _lines(path: Path) -> Iterator[tuple[str, TextPart]]:
