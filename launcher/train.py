@@ -29,6 +29,7 @@ from launcher.checkpoint import resume
 from launcher.checkpoint.layout import Checkpoint
 from launcher.cluster import command, compiled, local, slurm
 from launcher.cluster.devices import (
+    has_compiler,
     has_flash_attention,
     has_libaio,
     missing_packages,
@@ -219,11 +220,13 @@ def _world(config: Config) -> World:
     gpus, flash_attention = visible_gpus(), has_flash_attention()
     libaio = not config.strategy.on_disk or has_libaio()
     missing = missing_packages(config.tracking.trackers)
+    compiler = config.training.compile == "off" or has_compiler()
+    machine = (flash_attention, libaio, missing, compiler)
     if _under_torchrun():
         per_node = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // per_node
-        return World(nodes, per_node, gpus, _rank(), flash_attention, libaio, missing)
-    return World.of(config, gpus, flash_attention, libaio, missing)
+        return World(nodes, per_node, gpus, _rank(), *machine)
+    return World.of(config, gpus, *machine)
 
 
 def _under_torchrun() -> bool:

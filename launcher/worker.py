@@ -132,6 +132,7 @@ def _train(
     from launcher.checkpoint.save import Saver
     from launcher.data.ahead import Ahead
     from launcher.distributed.together import first_known
+    from launcher.faster import keep_faster
     from launcher.loop import fit
     from launcher.meter import Meter
     from launcher.model.packed import check_apart
@@ -156,6 +157,9 @@ def _train(
     observers = build_observers(config.tracking, run_folder, console) if place.is_main else ()
     compute, stated = precision_of(config.precision).compute, config.tracking.peak_tflops
     meter = Meter.of(place.device, learner.flops, compute, stated, place.world_size, say)
+    if config.training.compile == "auto":
+        (batch, *_) = loaders.training.window(done.step).micro_batches
+        say(f"compile: {keep_faster(learner.strategy, batch, place.device)}")
     stop.training_begins()
     gc.collect()
     gc.freeze()  # what is here stays: a collection in a step need not walk through it
@@ -270,6 +274,7 @@ def build_learner(
     from launcher.method import build_method
     from launcher.method.fused import fuse_adapters
     from launcher.method.trained import describe
+    from launcher.model.compiled import compile_layers
     from launcher.model.head import chunk_loss
     from launcher.model.load import build_model
     from launcher.model.noise import add_noise
@@ -293,6 +298,8 @@ def build_learner(
     add_noise(model, config.training.neftune_alpha)
     kept = recompute_activations(model, config.training.activation_checkpointing)
     say(f"activations: {kept}")
+    if config.training.compile != "off":
+        compile_layers(model)
     say(f"loss: {chunk_loss(model, config.training.loss)}")
     strategy = build_strategy(config.strategy, config.training, place, precision)
     build = partial(build_optimizer, config.optimizer, rate=method.rate)

@@ -32,6 +32,7 @@ FREE = (
     "training.micro_batch_size",
     "training.activation_checkpointing",  # the same values
     "training.loss",  # the same sums
+    "training.compile",
     "training.eval_steps",
     "training.early_stopping_patience",
     "training.early_stopping_threshold",

@@ -55,3 +55,8 @@ def has_libaio() -> bool:
             capture_output=True,
         )
     return built.returncode == 0
+
+
+def has_compiler() -> bool:
+    """Whether there is the C++ compiler that torch compiles with on CPU."""
+    return shutil.which(os.environ["CXX"] if "CXX" in os.environ else "g++") is not None

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from launcher.config import Config, deepspeed
+from launcher.config.compile_rules import COMPILE_RULES
 from launcher.config.data_rules import DATA_RULES
 from launcher.config.method_rules import METHOD_RULES
 from launcher.config.model_rules import MODEL_RULES
@@ -126,6 +127,7 @@ RULES: tuple[Rule, ...] = (
     *METHOD_RULES,
     *QUANTISED_RULES,
     *OFFLOAD_RULES,
+    *COMPILE_RULES,
     *SLURM_RULES,
     *DATA_RULES,
     *TRACKING_RULES,

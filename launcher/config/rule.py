@@ -20,6 +20,7 @@ class World:
     flash_attention: bool = False  # the package flash-attn is installed on this machine
     libaio: bool = True  # it can be built against on this machine
     missing: tuple[str, ...] = ()  # trackers that are asked for and not installed here
+    compiler: bool = True  # of C++, is on this machine
 
     @property
     def size(self) -> int:
@@ -33,6 +34,7 @@ class World:
         flash_attention: bool = False,
         libaio: bool = True,
         missing: tuple[str, ...] = (),
+        compiler: bool = True,
     ) -> World:
         """The ranks that `config` asks for on a machine with so many GPUs."""
         cluster = config.cluster
@@ -40,7 +42,7 @@ class World:
             gpus = cluster.gpus_per_node
         automatic = 1 if config.strategy.name == "single" else gpus or cluster.cpu_processes
         per_node = cluster.nproc_per_node or automatic
-        return cls(cluster.nodes, per_node, gpus, 0, flash_attention, libaio, missing)
+        return cls(*(cluster.nodes, per_node, gpus, 0), flash_attention, libaio, missing, compiler)
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,13 @@ class Example:
     flash_attention: bool = False
     libaio: bool = True
     missing: tuple[str, ...] = ()
+    compiler: bool = True
     files: dict[str, str] = field(default_factory=dict)  # path → content, that must be there
 
     def world(self, config: Config) -> World:
         missing = tuple(name for name in config.tracking.trackers if name in self.missing)
-        return World.of(config, self.gpus or 0, self.flash_attention, self.libaio, missing)
+        machine = (self.flash_attention, self.libaio, missing, self.compiler)
+        return World.of(config, self.gpus or 0, *machine)
 
     def machine(self) -> str:
         """In words; empty where any will do."""
@@ -64,6 +68,8 @@ class Example:
             return "without libaio"
         if self.missing:
             return f"without {' and '.join(self.missing)}"
+        if not self.compiler:
+            return "without a GPU and a C++ compiler"
         if self.gpus is None:
             return ""
         if self.gpus == 0:

@@ -28,6 +28,12 @@ class TrainingConfig:
         "where the model allows it; whole: over all logits",
         choices=("chunked", "whole"),
     )
+    compile: str = setting(
+        "off",
+        "each layer's forward and backward as compiled functions (torch.compile): off, on, or auto "
+        "(try both at the start and keep the faster)",
+        choices=("off", "on", "auto"),
+    )
     neftune_alpha: float | None = setting(
         None, "size of the noise on embeddings while training (NEFTune)", above=0
     )

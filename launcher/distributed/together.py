@@ -39,6 +39,13 @@ def any_rank(here: bool) -> bool:
     return bool(count)
 
 
+def slowest(seconds: list[float]) -> list[float]:
+    """The most that any rank has, at each place. Collective."""
+    most = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return most.tolist()
+
+
 def first_known(here: T | None) -> T | None:
     """What the first rank that knows it has. Collective."""
     found: list[T | None] = [None] * dist.get_world_size()

@@ -82,6 +82,9 @@ class Strategy(Protocol):
         """Add the gradient of `loss`. Over all ranks and micro-batches gradients are summed, not
         averaged: the caller divides by the global count of target tokens."""
 
+    def forget(self) -> None:
+        """Drop the gradients since the last step."""
+
     def step(self, max_norm: float) -> StepResult:
         """Clip the summed gradient to `max_norm`, step the optimizer, clear the gradients. Under
         fp16 an overflow on any rank makes all skip the step."""

@@ -119,6 +119,9 @@ class DeepSpeed:
         # DeepSpeed averages gradients over all ranks; undo it.
         self.model.backward(loss * self.place.world_size, scale_wrt_gas=False)  # type: ignore[operator]
 
+    def forget(self) -> None:
+        raise RuntimeError("DeepSpeed keeps them in buffers of its own")
+
     def step(self, max_norm: float) -> StepResult:
         self._clear_old_gradients()
         self._zero.clip_grad = max_norm

@@ -98,9 +98,12 @@ class Fsdp:
         if result.applied:
             torch.nn.utils.clip_grads_with_norm_(self._shards_trained, max_norm, result.grad_norm)
             self.optimizer.step()
+        self.forget()
+        return result
+
+    def forget(self) -> None:
         for parameter in (*self._trained.values(), *self._shards_trained):
             parameter.grad = None
-        return result
 
     def weights(self) -> dict[str, Shard]:
         return {name: shard_of(parameter) for name, parameter in self._trained.items()}

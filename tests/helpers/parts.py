@@ -32,6 +32,7 @@ from launcher.distributed.process_group import Place
 from launcher.method import build_method
 from launcher.method.base import Method
 from launcher.method.fused import fuse_adapters
+from launcher.model.compiled import compile_layers
 from launcher.model.head import chunk_loss
 from launcher.model.load import Weights, build_model
 from launcher.model.noise import add_noise
@@ -65,6 +66,7 @@ class Case:
     optimizer_options: tuple[tuple[str, Any], ...] = ()
     activation_checkpointing: str = "off"
     loss: str = "chunked"
+    compiled: bool = False
     neftune_alpha: float | None = None
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
@@ -131,6 +133,8 @@ def build(place: Place, case: Case) -> tuple[Strategy, Method, Weights | None]:
     fuse_adapters(model)
     add_noise(model, case.neftune_alpha)
     recompute_activations(model, case.activation_checkpointing)
+    if case.compiled:
+        compile_layers(model)
     chunk_loss(model, case.loss)
     schema = STRATEGY_SCHEMAS[case.strategy]
     config = schema(name=case.strategy, **dict(case.strategy_options))

@@ -118,7 +118,8 @@ def _forget_deepspeed() -> None:
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.utils import groups
 
-    for engine in [each for each in gc.get_objects() if isinstance(each, DeepSpeedEngine)]:
+    # Not isinstance, which asks weak references to what is gone.
+    for engine in [each for each in gc.get_objects() if type(each) is DeepSpeedEngine]:
         if vars(engine):  # not seen before
             engine.destroy()
             for held in (*engine.parameters(), engine.optimizer, *engine.modules()):
