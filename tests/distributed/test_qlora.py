@@ -219,11 +219,13 @@ class Strings(list[str]):
 def adapted(place: Place, cell: Case) -> set[str]:
     strategy, _, _ = parts.set_up(place, cell)
     return {
-        type(layer).__name__ + type(layer.get_base_layer()).__name__
+        f"{type(layer).__mro__[1].__module__}: {type(layer.get_base_layer()).__name__}"
         for layer in strategy.model.modules()
         if isinstance(layer, LoraLayer)
     }
 
 
 def test_adapters_are_pefts_own_around_our_layers(ranks: Any, tiny: Path, rows_file: Path) -> None:
-    assert ranks.run(1, adapted, case(tiny, rows_file, "nf4")) == [{"LinearQuantisedLinear"}]
+    assert ranks.run(1, adapted, case(tiny, rows_file, "nf4")) == [
+        {"peft.tuners.lora.layer: QuantisedLinear"}
+    ]
