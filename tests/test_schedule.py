@@ -109,7 +109,7 @@ def test_a_named_picture_is_overwritten_only_when_asked(
         ([*FIVE, "experiment=demo", "scheduler=constant"], "(~scheduler.warmup_steps where"),
         ([*FIVE, "scheduler=reduce_lr_on_plateau"], "[plateau-needs-evaluation]"),
         ([*FIVE, "--output", "not/there.png"], "is not there → make it, or name another"),
-        ([*FIVE, "--output", "x.foo"], "cannot be written: Format 'foo' is not supported"),
+        ([*FIVE, "--output", "x.foo"], "--output x.foo is no picture → a name in .png"),
     ],
 )
 def test_what_cannot_be_drawn_says_why(

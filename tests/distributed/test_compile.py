@@ -54,10 +54,11 @@ def try_both(place: Place, strategy: Any, loader: Any, seconds: float) -> str:
         return keep_faster(strategy, loader.window(0).micro_batches[0], CPU)
 
 
+WHOLE = pytest.mark.whole
 CELLS = [
-    ("full", "fsdp", 2, "off", "fp32"),
+    pytest.param("full", "fsdp", 2, "off", "fp32", marks=WHOLE),
     ("lora", "fsdp", 2, "full", "fp32"),
-    ("lora", "ddp", 2, "off", "bf16"),
+    pytest.param("lora", "ddp", 2, "off", "bf16", marks=WHOLE),
     ("qlora", "single", 1, "2", "fp32"),
     ("lora", "zero2", 2, "off", "fp32"),
 ]
@@ -91,7 +92,7 @@ def test_compiled_layers_train_alike(
         assert before["graphs"] == 0
 
 
-@pytest.mark.parametrize(("seconds", "used"), [(0.5, True), (1.5, False)])
+@pytest.mark.parametrize(("seconds", "used"), [(0.5, True), pytest.param(1.5, False, marks=WHOLE)])
 def test_the_faster_is_kept_by_the_slowest_rank_and_nothing_else_changes(
     ranks: Any, tiny: Path, rows_file: Path, seconds: float, used: bool
 ) -> None:
