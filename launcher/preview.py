@@ -58,6 +58,8 @@ def preview(config: Config, options: argparse.Namespace) -> None:
     problems = checks.broken_rules(config, World(1, 1, 0), (*MODEL_RULES, *DATA_RULES))
     if problems := problems + source.problems(config.data):
         raise store.ConfigError(problems)
+    if options.rows < 0:
+        raise UserError(f"--rows {options.rows} is no number of rows → --rows 3")
     picture = (
         None if options.no_picture else picture_at(options.output, "lengths.png", options.overwrite)
     )
@@ -155,8 +157,7 @@ def _load(config: Config) -> tuple[Any, Any]:
     model, training = config.model, config.training
     folder = model_folder(model.name_or_path, model.revision, model.trust_remote_code)
     chat = config.data.format != "text"
-    template = config.data.template if chat else None
-    tokenizer = load_tokenizer(folder, model.trust_remote_code, chat, template)
+    tokenizer = load_tokenizer(folder, model.trust_remote_code, chat, config.data.template)
     deal = partial(
         Loader,
         rank=0,

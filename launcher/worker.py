@@ -100,8 +100,7 @@ def run(
     place, source = process_group.place(), config.model
     folder = model_folder(source.name_or_path, source.revision, source.trust_remote_code)
     chat = config.data.format != "text"
-    template = config.data.template if chat else None
-    tokenizer = load_tokenizer(folder, source.trust_remote_code, chat, template)
+    tokenizer = load_tokenizer(folder, source.trust_remote_code, chat, config.data.template)
     meeting = meeting or process_group.rendezvous()  # others look for it while rows are tokenised
     loaders: Any = None
     with suppress(Stopped):

@@ -81,6 +81,7 @@ def test_data_do_not_change_the_terminal() -> None:
         (("data.path=none.jsonl",), "data.path=none.jsonl cannot be read"),
         (("--row", "999"), "--row 999: there are 166 rows"),
         (("--row", "-1"), "--row -1: there are 166 rows"),
+        (("--rows", "-1"), "--rows -1 is no number of rows"),
         (("--output", "a.xyz"), "--output a.xyz is no picture"),
         (("data.template=nine",), "data.template=nine is neither"),
         (("--output", "gone/a.png"), "the folder of --output gone/a.png is not there"),

@@ -161,10 +161,7 @@ def load_evaluation(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, on_rows: OnRows = lambda done: None
 ) -> DataSet:
     """The rows of `data.eval_path`."""
-    alone = replace(
-        config, path=config.eval_path, max_rows=None, sources={}, dataset_info=None, streaming=False
-    )
-    return load_data(alone, tokenizer, on_rows)
+    return load_data(source.evaluation_of(config), tokenizer, on_rows)
 
 
 def _stored(store: Path, tokeniser: Tokeniser, on_rows: OnRows) -> Summary:

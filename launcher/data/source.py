@@ -40,11 +40,12 @@ def sources_of(config: DataConfig) -> dict[str, SourceConfig]:
     return config.sources or {config.name: config}
 
 
-def evaluation_of(config: DataConfig) -> SourceConfig:
-    """The source of `data.eval_path`, read as `data.path` is, or as all sources are."""
+def evaluation_of(config: DataConfig) -> DataConfig:
+    """`data.eval_path` alone, read as `data.path` is, or as all sources are."""
     formats = {source.format for source in sources_of(config).values()}
     format = formats.pop() if len(formats) == 1 else "auto"
-    return replace(config, path=config.eval_path, max_rows=None, format=format)
+    alone = replace(config, sources={}, dataset_info=None, max_rows=None, streaming=False)
+    return replace(alone, path=config.eval_path, format=format)
 
 
 def rows_of(source: SourceConfig, by_line: bool) -> Iterator[tuple[str, Any]]:

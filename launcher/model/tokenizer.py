@@ -17,7 +17,8 @@ MARKS = re.compile(r"<\|\w+\|>|<\w+_of_turn>")
 def load_tokenizer(
     folder: Path, trust_remote_code: bool, chat: bool = True, template: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of `folder`, with another chat template where one is named.
+    """The tokenizer of `folder`, with another chat template where one is named
+    and `chat`.
 
     Raises UserError when the folder holds no tokenizer or, with `chat`, the tokenizer no chat
     template: of a local folder the rule table has said so before, not of a hub id.
@@ -26,7 +27,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"model.name_or_path={folder} holds no tokenizer: {error}") from error
-    if template is not None:
+    if chat and template is not None:
         _take_template(tokenizer, template)
     if chat and not tokenizer.chat_template:
         raise UserError(

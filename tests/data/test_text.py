@@ -10,7 +10,7 @@ import pytest
 
 from launcher.config.data import DataConfig
 from launcher.data import source, text
-from launcher.data.dataset import DataSet, load_data
+from launcher.data.dataset import DataSet, load_data, load_evaluation
 from launcher.data.formats import to_conversation
 from launcher.errors import UserError
 from launcher.model.tiny import byte_tokenizer
@@ -76,6 +76,14 @@ def test_a_file_is_read_in_parts_and_loses_nothing(
     assert texts(data_of(path, 50, concatenate=True)) == whole
     end = byte_tokenizer().eos_token
     assert "".join(whole) == path.read_text() + end, "one end, at the end"
+
+
+def test_evaluation_rows_are_read_as_all_sources_are(book: Path) -> None:
+    config = DataConfig(
+        sources={"a": {"path": str(book), "format": "text"}}, eval_path=str(book), max_length=10
+    )
+    assert source.problems(config) == []
+    assert texts(load_evaluation(config, byte_tokenizer())) == texts(data_of(book, 10, True))
 
 
 def test_rows_of_json_stand_end_to_end(tmp_path: Path) -> None:
