@@ -21,6 +21,7 @@ VERBS = {
     "resume": ("launcher.runs:resume", "go on from a run's newest checkpoint"),
     "logs": ("launcher.runs:logs", "what a run or one of its ranks said; --follow"),
     "report": ("launcher.report", "curves and settings of runs, side by side in one HTML page"),
+    "ui": ("launcher.ui.server", "the web page: train, look after runs, chat, export"),
     "rules": ("launcher.rules", "the rules between settings; explain one by an example"),
 }
 

@@ -98,11 +98,24 @@ def metrics(run: RunDir) -> list[dict[str, Any]]:
 
 def is_here(run: RunDir) -> bool:
     """Whether ranks of the newest attempt are on this machine."""
-    words = ["launcher.worker", str(run.path), str(run.attempt)]
-    for process in psutil.process_iter(["cmdline"]):
-        if words == (process.info["cmdline"] or [])[-3:]:
-            return True
-    return False
+    return (str(run.path), run.attempt) in here()
+
+
+def here() -> set[tuple[str, int]]:
+    """(folder, attempt) of every run that has ranks on this machine."""
+    lines = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
+    return {
+        (path, int(attempt))
+        for *_, module, path, attempt in (line[-3:] for line in lines if len(line) > 2)
+        if module == "launcher.worker" and attempt.isdigit()
+    }
+
+
+def total_steps(run: RunDir, config: Config) -> int | None:
+    """Steps of the whole training; None while nothing but epochs is known of it."""
+    if run.steps.is_file():
+        return int(json.loads(run.steps.read_text())["total_steps"])
+    return config.training.max_steps
 
 
 def _config(run: RunDir) -> Config | None:
@@ -119,7 +132,7 @@ def _row(run: RunDir, config: Config, queue: dict[str, slurm.Queued]) -> Row:
     lines = metrics(run)
     steps = [line for line in lines if "loss" in line]
     evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    total = config.training.max_steps
+    total = total_steps(run, config)
     step = f"{steps[-1]['step'] if steps else 0}{f'/{total}' if total else ''}"
     return {
         "state": state(run, queued),
@@ -127,13 +140,13 @@ def _row(run: RunDir, config: Config, queue: dict[str, slurm.Queued]) -> Row:
         "step": step,
         "loss": f"{steps[-1]['loss']:.4f}" if steps else "",
         "eval_loss": f"{min(evaluations):.4f}" if evaluations else "",
-        "left": _left(steps, total) if queued or is_here(run) else "",
+        "left": time_left(steps, total) if queued or is_here(run) else "",
         "job": job,
         "nodes": queued.nodes if queued else "",
     }
 
 
-def _left(steps: list[dict[str, Any]], total: int | None) -> str:
+def time_left(steps: list[dict[str, Any]], total: int | None) -> str:
     """Of the last hundred steps' pace."""
     recent = steps[-100:]
     if total is None or len(recent) < 2:

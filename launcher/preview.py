@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby, pairwise
@@ -61,14 +62,21 @@ def preview(config: Config, options: argparse.Namespace) -> None:
     if options.rows < 0:
         raise UserError(f"--rows {options.rows} is no number of rows → --rows 3")
     picture = (
-        None if options.no_picture else picture_at(options.output, "lengths.png", options.overwrite)
+        None
+        if options.no_picture or options.json
+        else picture_at(options.output, "lengths.png", options.overwrite)
     )
-    loaders, tokenizer = _load(config)
+    say = partial(print, file=sys.stderr) if options.json else print
+    loaders, tokenizer = _load(config, say)
     rows = loaders.training.rows
     chosen = [options.row] if options.row is not None else range(min(options.rows, len(rows)))
     for number in chosen:
         if not 0 <= number < len(rows):
             raise UserError(f"--row {number}: there are {len(rows)} rows, from 0")
+    if options.json:
+        print(json.dumps(told(config, loaders.training, tokenizer, chosen), ensure_ascii=False))
+        return
+    for number in chosen:
         print(f"\nrow {number}: {rows.length(number)} tokens")
         print(coloured(tokenizer, rows[number], sys.stdout.isatty()))
     if config.data.streaming:
@@ -81,15 +89,34 @@ def preview(config: Config, options: argparse.Namespace) -> None:
         print(f"\npicture: {picture}")
 
 
+def told(config: Config, loader: Any, tokenizer: Any, chosen: Sequence[int]) -> dict[str, Any]:
+    """The same as one object: rows as [text, whether it is learnt], and the lines on lengths."""
+    rows = loader.rows
+    lines = [] if config.data.streaming else [*efficiency(config, loader)]
+    return {
+        "rows": [
+            {"row": n, "tokens": rows.length(n), "parts": parts(tokenizer, rows[n])} for n in chosen
+        ],
+        "lengths": None if config.data.streaming else histogram(rows.lengths),
+        "efficiency": lines,
+    }
+
+
 def coloured(tokenizer: Any, row: Any, colours: bool) -> str:
     """A row's text, what is learnt in green, or between ⟦ and ⟧ where there are no colours."""
     before, behind = (GREEN, PLAIN) if colours else ("⟦", "⟧")
-    parts = []
+    pieces = parts(tokenizer, row)
+    return "".join(f"{before}{text}{behind}" if learnt else text for text, learnt in pieces)
+
+
+def parts(tokenizer: Any, row: Any) -> list[tuple[str, bool]]:
+    """A row's text in pieces, each with whether it is learnt."""
     ids, trained = row
-    for learnt, run in groupby(zip(ids.tolist(), trained.tolist(), strict=True), lambda t: t[1]):
-        text = CONTROL.sub(_spelt, str(tokenizer.decode([token for token, _ in run])))
-        parts.append(f"{before}{text}{behind}" if learnt else text)
-    return "".join(parts)
+    runs = groupby(zip(ids.tolist(), trained.tolist(), strict=True), lambda token: token[1])
+    return [
+        (CONTROL.sub(_spelt, str(tokenizer.decode([token for token, _ in run]))), bool(learnt))
+        for learnt, run in runs
+    ]
 
 
 def _spelt(sign: re.Match[str]) -> str:
@@ -148,7 +175,7 @@ def draw(lengths: Any, max_length: int, picture: Path) -> None:
     figure.savefig(picture, dpi=120)
 
 
-def _load(config: Config) -> tuple[Any, Any]:
+def _load(config: Config, say: Callable[[str], None]) -> tuple[Any, Any]:
     from launcher.data.build import build_loaders
     from launcher.data.loader import Loader
     from launcher.model.folder import model_folder
@@ -165,7 +192,7 @@ def _load(config: Config) -> tuple[Any, Any]:
         micro_batch_size=training.micro_batch_size,
         global_batch_size=training.global_batch_size,
     )
-    return build_loaders(config.data, tokenizer, training.seed, deal, print, _go_on), tokenizer
+    return build_loaders(config.data, tokenizer, training.seed, deal, say, _go_on), tokenizer
 
 
 def _go_on() -> None:
@@ -188,6 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--overwrite", action="store_true", help="even where FILE exists")
     parser.add_argument("--no-picture", action="store_true", help="print alone")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, no picture")
     return parser
 
 

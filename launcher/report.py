@@ -109,11 +109,6 @@ def read(paths: list[Path]) -> list[Told]:
 def page(told: list[Told]) -> str:
     """The whole page."""
     title = html.escape(told[0].name if len(told) == 1 else f"{len(told)} runs")
-    drawn = [
-        charts.chart(heading, [_curve(each, field, divisor) for each in told])
-        for heading, field, divisor in CHARTS
-        if any(each.points(field) for each in told)
-    ]
     return "\n".join(
         [
             f'{BEGINS}<html lang="en"><head><meta charset="utf-8">',
@@ -123,12 +118,26 @@ def page(told: list[Told]) -> str:
             '<meta name="viewport" content="width=device-width">',
             f"<title>{title} · Shardway</title><style>{STYLE}</style></head><body>",
             f"<h1>{title}</h1>",
+            body(told),
+            "</body></html>\n",
+        ]
+    )
+
+
+def body(told: list[Told]) -> str:
+    """Table of runs, curves and settings, to stand in a page that has STYLE."""
+    drawn = [
+        charts.chart(heading, [_curve(each, field, divisor) for each in told])
+        for heading, field, divisor in CHARTS
+        if any(each.points(field) for each in told)
+    ]
+    return "\n".join(
+        [
             _table([_row(number, each) for number, each in enumerate(told)]),
             f'<h2>Curves</h2><div class="charts">{"".join(drawn)}</div>',
             "<p>Loss and gradient norm: faint as logged, strong their moving average (weight 0.8). "
             "Dots: the evaluation loss. Tokens/s are of all ranks.</p>",
             _settings(told),
-            "</body></html>\n",
         ]
     )
 

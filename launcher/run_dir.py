@@ -4,7 +4,7 @@ RUN/config.yaml  launch.json  metrics.jsonl  loss.png
     tensorboard/  wandb/  mlruns/  trackers.json    of tracking.trackers
     deepspeed.json                      what DeepSpeed is told, under zero1, zero2 and zero3
     stop                                make it: training ends at a step boundary, with a checkpoint
-    logs/attempt-1/{config.yaml, status.json, torchrun.log, rank-00.log, rank-00.error.json}
+    logs/attempt-1/{config.yaml, steps.json, status.json, rank-00.log, rank-00.error.json, …}
     checkpoints/step-000045/            launcher/checkpoint/layout.py
     export/
 """
@@ -84,6 +84,10 @@ class RunDir:
     @property
     def status(self) -> Path:
         return self.logs / "status.json"
+
+    @property
+    def steps(self) -> Path:
+        return self.logs / "steps.json"  # of the whole training, once they are known
 
     @property
     def submitted(self) -> Path:

@@ -40,7 +40,15 @@ def stop() -> None:
     parser = _parser("stop", "End a run, or all of a sweep, with a checkpoint; what waits in the "
                      "queue leaves it.")  # fmt: skip
     parser.add_argument("run", type=Path, metavar="RUN")
-    path = parser.parse_args().run.absolute()
+    for sentence in ask_to_stop(parser.parse_args().run.absolute()):
+        print(sentence, flush=True)
+
+
+def ask_to_stop(path: Path) -> Iterator[str]:
+    """Ask the run, or all of the sweep, at `path` to end; what becomes of each of them.
+
+    Raises UserError where nothing of it is running.
+    """
     asked = sweep.elements(path) if sweep.is_sweep(path) else [_found(path)]
     jobs = {job: run for run in asked if (job := slurm.job_of(run))}
     queue = slurm.queue(list(jobs))
@@ -50,12 +58,12 @@ def stop() -> None:
     waiting = [job for job, each in queue.items() if each.state == "PENDING"]
     for job in waiting:  # first: else one begins when another has ended
         slurm.cancel_waiting(job)
-        print(f"job {job} leaves the queue")
+        yield f"job {job} leaves the queue"
     for run in alive - {jobs[job] for job in waiting}:
-        print(f"{run.path} saves at its next step and ends: shardway logs {run.path} --follow")
+        yield f"{run.path} saves at its next step and ends: shardway logs {run.path} --follow"
     if not alive:
         said = "nothing of it" if len(asked) > 1 else f"it is {overview.state(asked[0], None)}"
-        _refuse(f"{path} is not running: {said}")
+        raise UserError(f"{path} is not running: {said}")
 
 
 def resume() -> None:
@@ -143,7 +151,7 @@ def _run(verb: str, about: str) -> RunDir:
 def _found(path: Path) -> RunDir:
     run = RunDir(path.absolute())
     if not run.config.is_file():
-        _refuse(f"{path} is no run folder (it has no config.yaml)")
+        raise UserError(f"{path} is no run folder (it has no config.yaml)")
     return run.newest()
 
 

@@ -95,7 +95,7 @@ def compose() -> list[Config]:
         try:
             collect()
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(_hydra_sentence(error)) from error
+            raise UserError(hydra_sentence(error)) from error
         finally:
             sys.argv = typed
     if not composed:  # --help, --cfg and --info answer by themselves
@@ -132,13 +132,19 @@ def check(config: Config) -> World:
 
     Raises ConfigError with everything that is wrong.
     """
-    world = _world(config)
-    problems = checks.broken_rules(config, world)
-    problems += _resume_problems(config)
-    problems += source.problems(config.data)
-    if problems:
-        raise store.ConfigError(problems)
+    world = world_of(config)
+    if found := problems(config, world):
+        raise store.ConfigError(found)
     return world
+
+
+def problems(config: Config, world: World) -> list[str]:
+    """A sentence for everything that is wrong with `config` on `world`, and with its data."""
+    return [
+        *checks.broken_rules(config, world),
+        *_resume_problems(config),
+        *source.problems(config.data),
+    ]
 
 
 def _resume_problems(config: Config) -> list[str]:
@@ -216,7 +222,8 @@ def launch_sweep(configs: list[Config], worlds: list[World]) -> int:
     return failed
 
 
-def _world(config: Config) -> World:
+def world_of(config: Config) -> World:
+    """The ranks that `config` asks for, with what this machine has."""
     gpus, flash_attention = visible_gpus(), has_flash_attention()
     libaio = not config.strategy.on_disk or has_libaio()
     missing = missing_packages(config.tracking.trackers)
@@ -245,7 +252,7 @@ def _refuse(sentence: str) -> NoReturn:
     sys.exit(UNUSABLE_CONFIGURATION)
 
 
-def _hydra_sentence(error: Exception) -> str:
+def hydra_sentence(error: Exception) -> str:
     """Hydra's and OmegaConf's messages without their boilerplate, with the nearest setting."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     sentence = " ".join(line for line in lines if not line.startswith(("object_type", "full_key")))

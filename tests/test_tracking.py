@@ -202,7 +202,7 @@ def tracked_run(folder: Path, config: Any = None) -> run_dir.RunDir:
 def told(run: run_dir.RunDir, name: str, done: int, records: list[dict[str, Any]]) -> None:
     """One attempt as rank 0 has it: `records` after step `done`."""
     tracker = Tracker(name, "house", run, io.StringIO())
-    lines = MetricsFile(run.metrics, run.logs / "lost-metrics.jsonl")
+    lines = MetricsFile(run.metrics, run.logs / "lost-metrics.jsonl", run.steps)
     for observer in (lines, tracker):
         observer.start(done, 9)
         observer.log(records)

@@ -33,6 +33,7 @@ from launcher.export.gathered import Options
 from launcher.export.plan import Plan, make_plan
 from launcher.export.result import hub
 from launcher.export.result.journal import partial_folder
+from launcher.export.result.progress import EVERY_SECONDS, Progress
 from launcher.export.result.write import How, Report, refuse_target, write
 from launcher.export.shards import parse_size
 from launcher.export.source import find_source
@@ -65,6 +66,7 @@ def main() -> None:
 
 def consolidate(arguments: argparse.Namespace) -> None:
     """Plan, show, and unless it is a dry run write. Raises UserError."""
+    Progress.every_seconds = arguments.progress_seconds
     arguments.output = arguments.output.resolve()  # the place itself, not a link to it
     source = find_source(
         arguments.source,
@@ -222,6 +224,13 @@ def parser() -> argparse.ArgumentParser:
     add("--push-to-hub", metavar="REPO", help="upload the folder, to a private repository")
     add("--dry-run", action="store_true", help="print the plan of every tensor, write nothing")
     add("--json", action="store_true", help="the result as one JSON object on stdout")
+    add(
+        "--progress-seconds",
+        type=float,
+        default=EVERY_SECONDS,
+        metavar="S",
+        help="between lines of progress where stderr is no terminal (default %(default)s)",
+    )
     add("--trust-remote-code", action="store_true", help="run the model folder's own Python code")
     return made
 

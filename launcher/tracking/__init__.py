@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 def build_observers(config: TrackingConfig, run: RunDir, console: TextIOBase) -> list[Observer]:
-    observers: list[Observer] = [MetricsFile(run.metrics, run.logs / "lost-metrics.jsonl")]
+    metrics = MetricsFile(run.metrics, run.logs / "lost-metrics.jsonl", run.steps)
+    observers: list[Observer] = [metrics]
     if config.progress:
         observers.append(Progress(console))
     if config.plot:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import IO
 
-from launcher.manifest import write_text
+from launcher.manifest import write_json, write_text
 from launcher.metrics import Record
 
 
@@ -14,9 +14,10 @@ class MetricsFile:
     """Appends every record. Training lines carry step, loss, learning_rate, grad_norm, tokens,
     tokens_per_second, time; evaluation lines step and eval_loss."""
 
-    def __init__(self, path: Path, lost: Path) -> None:
+    def __init__(self, path: Path, lost: Path, steps: Path) -> None:
         self.path = path
         self.lost = lost
+        self.steps = steps  # told how many there will be
         self._file: IO[str] | None = None
 
     def start(self, done_steps: int, total_steps: int) -> None:
@@ -25,6 +26,7 @@ class MetricsFile:
         The file is always a new one: what an attempt that was given up, and still lives, writes on
         is no longer this.
         """
+        write_json(self.steps, {"total_steps": total_steps})
         text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
         # The last line may be half there.
         lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]

@@ -10,11 +10,13 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-EVERY_SECONDS = 15
+EVERY_SECONDS = 15.0
 
 
 class Progress:
     """Bytes done of `total`, with rate and time left. `advance` may come from any thread."""
+
+    every_seconds = EVERY_SECONDS  # between lines; of the whole process
 
     def __init__(self, what: str, total: int) -> None:
         self.what, self.total, self.done = what, total, 0
@@ -33,7 +35,7 @@ class Progress:
             self.done += nbytes
             if self._bar is not None:
                 self._bar.update(nbytes)
-            elif (now := time.monotonic()) - self._told >= EVERY_SECONDS:
+            elif (now := time.monotonic()) - self._told >= self.every_seconds:
                 self._told = now
                 rate = self.done / max(1e-9, self.seconds)
                 print(

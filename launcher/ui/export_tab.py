@@ -1,0 +1,231 @@
+"""The export tab: a run or an adapter in, a folder that servers load out."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from launcher.errors import UserError
+from launcher.ui import models
+from launcher.ui.polite import polite
+from launcher.ui.processes import Job
+from launcher.ui.words import Words
+
+if TYPE_CHECKING:
+    from launcher.ui.page import House, Links
+
+SECONDS = 1.0  # between looks
+PLAN_SECONDS = 600
+SHOWN_TENSORS = 200
+PREFIX = "export of "
+LINE = re.compile(
+    r"^(writing|reading back) ([\d.]+) of ([\d.]+) GB, ([\d,]+) MB/s.*$", re.MULTILINE
+)
+
+
+class Tab:
+    """Its widgets, and what they do."""
+
+    def __init__(self, house: House, words: Words) -> None:
+        self.house, self.words = house, words
+        with gr.Row():
+            self.source = gr.Dropdown(
+                [],
+                allow_custom_value=True,
+                label=words("What to export"),
+                info=words(
+                    "A run (its newest checkpoint), a checkpoint, an adapter or a model "
+                    "folder: from the list, or a path."
+                ),
+                elem_id="source",
+            )
+            self.base = gr.Textbox(
+                label=words("Base model"), info=words("Empty: the one that is named there.")
+            )
+            self.output = gr.Textbox(
+                label=words("Folder to write"),
+                info=words("Must be new. Empty: export in the run's folder."),
+                elem_id="output",
+            )
+        with gr.Row():
+            self.size = gr.Textbox(
+                "5GB",
+                label="max_shard_size",
+                info=words("2GB to 5GB suits servers and the hub; 5GB is 5·10⁹ bytes."),
+                elem_id="max-shard-size",
+            )
+            self.dtype = gr.Dropdown(["auto", "bf16", "fp16", "fp32"], value="auto", label="dtype",
+                                     info=words("auto: the base model's."))  # fmt: skip
+            self.device = gr.Dropdown(["cpu", "auto"], value="cpu", label="device",
+                                      info=words("auto: a GPU multiplies adapters."))  # fmt: skip
+        with gr.Row():
+            self.plan = gr.Button(words("Show the plan"), elem_id="plan")
+            self.start = gr.Button(words("Export"), variant="primary", elem_id="export")
+            self.talk = gr.Button(words("Chat with it"), interactive=False, elem_id="talk")
+        self.planned = gr.HTML(elem_id="planned")
+        self.told = gr.HTML(elem_id="exported")
+        self.clock = gr.Timer(SECONDS)
+        self.job = gr.State("")  # the name of the export that is shown
+
+    def connect(self, page: gr.Blocks, links: Links) -> None:
+        """Say which event does what."""
+        say = polite(self.words)
+        quick: Any = {"show_progress": "hidden", "concurrency_limit": 8}
+        asked = [self.source, self.base, self.output, self.size, self.dtype, self.device]
+        gr.on([page.load, links.tabs.change], say(self._list), None, [self.source], **quick)
+        page.load(self._newest, None, [self.job], **quick)
+        self.plan.click(say(self._plan), asked, [self.planned])
+        self.start.click(say(self._start), asked, [self.job], **quick)
+        gr.on(
+            [self.clock.tick, self.job.change],
+            say(self._look),
+            [self.job],
+            [self.told, self.talk],
+            **quick,
+        )
+        self.talk.click(say(self._talk), [self.job], [links.tabs, links.chat], **quick)
+
+    def _list(self) -> Any:
+        return gr.update(choices=models.sources(self.house.places))
+
+    def _newest(self) -> str:
+        """The export that was begun last: a page that is opened anew finds it."""
+        folder = self.house.processes.job("").folder
+        found = sorted(folder.glob(f"{PREFIX}*.json"), key=lambda file: file.stat().st_mtime)
+        return found[-1].stem if found else ""
+
+    def _words(self, source: str, base: str, output: str, *how: str) -> tuple[list[str], Path]:
+        """The words of `shardway consolidate`, and the folder. Raises UserError for what leads out
+        of the roots."""
+        places = self.house.places
+        if not (source or "").strip():
+            raise UserError(self.words("Choose what to export first."))
+        path = places.to_read(source.strip())
+        for folder in models.bases_of(path):
+            places.to_read(folder)
+        beside = path.parents[1] if path.parent.name == "checkpoints" else path
+        target = places.to_write((output or "").strip() or beside / "export")
+        size, dtype, device = how
+        words = ["consolidate", str(path), "--output", str(target), f"--max-shard-size={size}"]
+        words += ["--dtype", dtype, "--device", device, "--json", "--progress-seconds", "0.5"]
+        if (base or "").strip():
+            words += ["--base", str(places.to_read(base.strip()))]
+        return words, target
+
+    def _plan(self, *asked: str) -> str:
+        words, _ = self._words(*asked)
+        done = subprocess.run(
+            [sys.executable, "-m", "launcher.cli", *words, "--dry-run"],
+            cwd=self.house.places.home,
+            capture_output=True,
+            text=True,
+            timeout=PLAN_SECONDS,
+        )
+        if done.returncode:
+            raise UserError(done.stderr.strip()[-2000:])
+        return self._plan_html(done.stderr, json.loads(done.stdout))
+
+    def _plan_html(self, said: str, plan: dict[str, Any]) -> str:
+        tensors = plan["tensors"]
+        sizes: dict[str, int] = {}
+        for row in tensors:
+            size = int(row["size"].removesuffix(" bytes").replace(",", ""))
+            sizes[row["file"]] = sizes.get(row["file"], 0) + size
+        head = self.words("{0} tensors in {1} file(s), {2} GB; {3} GB are free.").format(
+            f"{len(tensors):,}",
+            len(sizes),
+            f"{plan['bytes'] / 1e9:.2f}",
+            f"{plan['free_bytes'] / 1e9:,.1f}",
+        )
+        keys = ("file", "tensor", "action", "dtype_and_shape", "size")
+        rows = [[str(row[key]) for key in keys] for row in tensors[:SHOWN_TENSORS]]
+        more = len(tensors) - len(rows)
+        rest = f"<p>{html.escape(self.words('{0} more').format(more))}</p>" if more > 0 else ""
+        files = _table(("file", "MB"), [[name, f"{n / 1e6:,.1f}"] for name, n in sizes.items()])
+        return (
+            f"<p><b>{html.escape(head)}</b></p>"
+            f'<div class="sw-plain">{html.escape(said.strip())}</div>'
+            f"{files}<details><summary>{html.escape(self.words('Every tensor'))}</summary>"
+            f"{_table(keys, rows)}{rest}</details>"
+        )
+
+    def _start(self, *asked: str) -> str:
+        words, target = self._words(*asked)
+        name = target.relative_to(
+            next(root for root in self.house.places.roots if target.is_relative_to(root))
+        )
+        job = self.house.processes.start(f"{PREFIX}{name}", words, apart=True)
+        return job.name
+
+    def _look(self, name: str) -> list[Any]:
+        if not name:
+            return ["", gr.update(interactive=False)]
+        job = self.house.processes.job(name)
+        if job.lives:
+            return [self._progress(job), gr.update(interactive=False)]
+        if result := _result(job):
+            return [self._result_html(result), gr.update(interactive=True)]
+        said = html.escape(job.said().strip()[-4000:])
+        head = html.escape(self.words("The export did not end well; this is what it said:"))
+        return [
+            f'<p class="sw-problems">{head}</p><div class="sw-plain">{said}</div>',
+            gr.update(interactive=False),
+        ]
+
+    def _progress(self, job: Job) -> str:
+        found = LINE.findall(job.said())
+        if not found:
+            return f"<p>{html.escape(self.words('reading the plan …'))}</p>"
+        what, done, total, rate = found[-1]
+        share = min(100.0, 100 * float(done) / max(1e-9, float(total)))
+        text = f"{self.words(what)} {done} / {total} GB, {rate} MB/s"
+        return (
+            f'<div class="sw-bar" role="progressbar"><div style="width:{share:.1f}%"></div></div>'
+            f'<div class="sw-steps">{html.escape(text)}</div>'
+        )
+
+    def _result_html(self, result: dict[str, Any]) -> str:
+        head = self.words("{0}: {1} tensors, {2} GB in {3} s at {4} MB/s, {5}.").format(
+            result["output"],
+            f"{result['tensors']:,}",
+            f"{result['bytes'] / 1e9:.2f}",
+            f"{result['seconds']:.1f}",
+            f"{result['bytes_per_second'] / 1e6:,.0f}",
+            self.words("verified" if result["verified"] else "not verified"),
+        )
+        rows = [[name, f"{size / 1e6:,.1f}"] for name, size in result["files"].items()]
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in result["notes"])
+        return f"<p><b>✓ {html.escape(head)}</b></p>{notes}{_table(('file', 'MB'), rows)}"
+
+    def _talk(self, name: str) -> list[Any]:
+        result = _result(self.house.processes.job(name))
+        if result is None:
+            raise UserError(self.words("There is no finished export to talk to."))
+        home = self.house.places.home
+        path = Path(result["output"])
+        typed = str(path.relative_to(home)) if path.is_relative_to(home) else str(path)
+        return [gr.update(selected="chat"), gr.update(value=typed)]
+
+
+def _result(job: Job) -> dict[str, Any] | None:
+    """What a finished export left on stdout; None while there is nothing, or if it failed."""
+    try:
+        found = json.loads(job.out.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _table(heads: tuple[str, ...], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{html.escape(each)}</th>" for each in heads)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{html.escape(each)}</td>' for each in row)}</tr>" for row in rows
+    )
+    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'

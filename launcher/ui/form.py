@@ -1,0 +1,322 @@
+"""The train tab as settings: what is shown, what it begins with, and the overrides of what was
+typed. Knows no widgets and imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+import shlex
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from launcher import paths, rules, train
+from launcher.config import SECTIONS, Config, store
+from launcher.config.rule import World
+from launcher.errors import UserError
+from launcher.ui.places import Places
+
+Values = dict[str, Any]  # setting, or group of conf/ → what the page has: text, or a tick
+
+# What stands on the page, in its order; the rest of docs/configuration.md is typed as overrides.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "Model and data": (
+        *("model", "model.name_or_path", "data", "data.path", "data.dataset_info", "data.name"),
+        *("data.template", "data.max_length", "data.train_on", "data.packing", "data.eval_rows"),
+    ),
+    "Method": (
+        *("method", "method.rank", "method.alpha", "method.dropout", "method.target_modules"),
+        *("method.bits", "method.quant_type", "method.rslora", "method.dora", "method.pissa"),
+        *("method.plus_ratio", "method.adapter", "method.layers", "method.modules"),
+        "method.extra_modules",
+    ),
+    "Strategy and precision": (
+        *("strategy", "precision", "strategy.shard_size", "strategy.reshard_after_forward"),
+        *("strategy.offload", "strategy.offload_optimizer", "strategy.offload_param"),
+        "training.activation_checkpointing",
+    ),
+    "Optimizer and learning rate": (
+        *("optimizer", "optimizer.learning_rate", "optimizer.weight_decay", "scheduler"),
+        *("scheduler.warmup_steps", "scheduler.warmup_ratio", "scheduler.minimum_rate"),
+        *("scheduler.cycles", "scheduler.power", "scheduler.patience"),
+    ),
+    "Length, batch and saving": (
+        *("training.epochs", "training.max_steps", "training.micro_batch_size", "accumulation"),
+        *("training.eval_steps", "checkpoint.save_steps", "checkpoint.keep_last"),
+        *("training.max_grad_norm", "training.neftune_alpha", "training.seed"),
+    ),
+    "Where it runs": (
+        *("cluster", "cluster.nodes", "cluster.nproc_per_node", "cluster.cpu_processes"),
+        *("cluster.gpus_per_node", "cluster.gpu_type", "cluster.partition", "cluster.account"),
+        *("cluster.qos", "cluster.time", "cluster.cpus_per_task", "cluster.mem"),
+    ),
+}
+FIELDS = tuple(key for keys in GROUPS.values() for key in keys)
+CHOSEN = tuple(key for key in FIELDS if key in SECTIONS)  # files of conf/, such as method=lora
+ACCUMULATION = "accumulation"  # no setting: global_batch_size follows from it and the ranks
+# What would run a command or another's code stands in a site's files, not on a page.
+FROM_FILES = (
+    *("cluster.setup", "cluster.extra_flags", "cluster.environment", "cluster.container"),
+    *("cluster.container_python", "model.trust_remote_code", "strategy.extra", "resume_force"),
+    *("run_dir", "launch", "hydra", "experiment"),
+)
+OVERRIDE = re.compile(r"(\+\+|\+|~)?([a-z][\w.]*)(=(.*))?", re.ASCII | re.DOTALL)
+_HYDRA = threading.Lock()  # it composes by a global
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is known of the values on the page."""
+
+    overrides: list[str]
+    config: Config | None = None
+    world: World | None = None
+    problems: list[str] = field(default_factory=list)
+
+    def command(self, run: str | None) -> str:
+        """The line that does in a terminal what Start does."""
+        words = self.overrides + ([f"run_dir=runs/{run}"] if run else [])
+        return shlex.join(["shardway", "train", *words])
+
+
+def choices(group: str) -> list[str]:
+    """The files of a group of conf/."""
+    found = sorted(path.stem for path in (paths.beside("conf") / group).glob("*.yaml"))
+    return [name for name in found if name != "base"]
+
+
+@functools.cache
+def defaults() -> dict[str, str]:
+    """The file of each group that is composed unless another is named."""
+    listed = yaml.safe_load((paths.beside("conf") / "config.yaml").read_text())["defaults"]
+    return {g: name for each in listed if isinstance(each, dict) for g, name in each.items()}
+
+
+@functools.lru_cache(maxsize=256)
+def _leaves(chosen: tuple[str, ...]) -> dict[str, Any]:
+    with _HYDRA:
+        return store.leaves(rules.compose(list(chosen)))
+
+
+def leaves_with(chosen: Mapping[str, str]) -> dict[str, Any]:
+    """Every setting by its override, with these files of conf/ and nothing typed."""
+    return _leaves(tuple(f"{group}={name}" for group, name in chosen.items()))
+
+
+def begun(chosen: Mapping[str, str] | None = None) -> Values:
+    """The values that files of conf/ give, one of each group that `chosen` does not name as the
+    defaults have it. Settings that the chosen ones do not have are left out."""
+    files = {group: defaults()[group] for group in CHOSEN} | dict(chosen or {})
+    leaves = leaves_with(files)
+    values: Values = {key: shown(leaves[key]) for key in FIELDS if key in leaves}
+    return {**files, **values, ACCUMULATION: "8"}
+
+
+def shown(value: Any) -> Any:
+    """A setting's value as the page has it."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def overrides_of(values: Values, more: str = "") -> list[str]:
+    """What must be typed for `values`: the files that are not the default ones, and what differs
+    from what they say. `more` holds further overrides, one a line.
+
+    Raises UserError for what the page does not take.
+    """
+    chosen = {group: str(values[group]) for group in CHOSEN}
+    for group, name in chosen.items():
+        if name not in choices(group):
+            raise UserError(f"{group}={name} is no file of conf/{group}/")
+    start = begun(chosen)
+    words = [f"{group}={name}" for group, name in chosen.items() if name != defaults()[group]]
+    for key, begins in start.items():
+        value = values[key] if key in values else begins
+        value = value.strip() if isinstance(value, str) else value
+        if key not in CHOSEN and key != ACCUMULATION and value != begins:
+            words.append(f"{key}={written(key, value)}")
+    for word in words:
+        _refuse_interpolation(word)
+    return words + [_taken(line.strip()) for line in more.splitlines() if line.strip()]
+
+
+def _taken(line: str) -> str:
+    """An override that was typed as such."""
+    _refuse_interpolation(line)
+    match = OVERRIDE.fullmatch(line)
+    if match is None:
+        raise UserError(f"{line} is no override → setting=value, one a line")
+    key, value = match[2], match[4]
+    if any(key == name or key.startswith(f"{name}.") for name in FROM_FILES):
+        raise UserError(
+            f"{key} is not taken from a page → a file of conf/, or shardway train in a terminal"
+        )
+    if "." not in key and not re.fullmatch(r"[\w-]+", value or "", re.ASCII):
+        raise UserError(f"{line}: {key} names a file of conf/{key}/, as in {key}=NAME")
+    return line
+
+
+def _refuse_interpolation(word: str) -> None:
+    if "${" in word:  # it would read the server's environment
+        raise UserError(f"{word} holds ${{, which a page does not take → write the value itself")
+
+
+def written(key: str, value: Any) -> str:
+    """`value` as Hydra's grammar wants it behind `key=`."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if not value:
+        return "[]" if kind_of(key).startswith("list") else "null"
+    if kind_of(key).startswith("list"):
+        return f"[{','.join(_word(each.strip()) for each in value.split(',') if each.strip())}]"
+    return _word(value, text=kind_of(key).startswith("str"))
+
+
+def _word(value: str, text: bool = True) -> str:
+    """A value between quotes where Hydra would read something else out of it."""
+    plain = re.fullmatch(r"[\w./+-]+", value, re.ASCII)
+    number = re.fullmatch(r"[+-]?[\d._]+(e[+-]?\d+)?|null|true|false|nan|[+-]?inf", value, re.I)
+    if plain and not (text and number):
+        return value
+    quoted = re.sub(r"(\\*)'", lambda found: f"{found[1] * 2}\\'", value)
+    quoted = re.sub(r"(\\+)$", lambda found: found[1] * 2, quoted)
+    return f"'{quoted}'"
+
+
+def text_of(value: Any) -> str:
+    """A value of YAML as Hydra's grammar wants it."""
+    if isinstance(value, str):
+        return _word(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(text_of, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{text_of(each)}' for key, each in value.items())}}}"
+    return json.dumps(value)
+
+
+@functools.cache
+def field_of(key: str) -> dataclasses.Field[Any] | None:
+    """The declaration of a setting, in whichever schema of its section has it."""
+    section, _, name = key.partition(".")
+    if section not in SECTIONS:
+        return None
+    schema = SECTIONS[section]
+    schemas = list(schema.values()) if isinstance(schema, dict) else [schema]
+    fields = (each for one in schemas for each in dataclasses.fields(one))
+    return next((each for each in fields if each.name == name), None)
+
+
+def kind_of(key: str) -> str:
+    """Its type, as declared: `int | None`."""
+    found = field_of(key)
+    return str(found.type) if found else "str"
+
+
+def look(values: Values, more: str, places: Places) -> Look:
+    """Compose what was typed and hold it against schema, roots and rules. Nothing is run."""
+    try:
+        overrides = overrides_of(values, more)
+    except UserError as error:
+        return Look([], problems=[str(error)])
+    try:
+        with _HYDRA:
+            config = rules.compose(overrides)
+        world = train.world_of(config)
+        if size := _global_batch(values, config, world, more):
+            training = dataclasses.replace(config.training, global_batch_size=size)
+            config = dataclasses.replace(config, training=training)
+            overrides.append(f"training.global_batch_size={size}")
+        if refused := list(places.refusals(config)) or list(places.refusals_within(config)):
+            return Look(overrides, None, world, refused)
+        return Look(overrides, config, world, train.problems(config, world))
+    except store.ConfigError as error:
+        return Look(overrides, problems=error.problems)
+    except UserError as error:
+        return Look(overrides, problems=[str(error)])
+    except Exception as error:  # of Hydra and OmegaConf, which share no class
+        return Look(overrides, problems=[train.hydra_sentence(error)])
+
+
+def _global_batch(values: Values, config: Config, world: World, more: str) -> int | None:
+    """Rows a step by accumulation and ranks; None where they are typed as such, or the file's."""
+    text = str(values[ACCUMULATION]).strip()
+    if "training.global_batch_size=" in more:
+        return None
+    if not re.fullmatch(r"[1-9]\d{0,8}", text):
+        raise UserError(f"accumulation={text}: forwards a step are a number from 1 on")
+    size = int(text) * world.size * config.training.micro_batch_size
+    return size if size != config.training.global_batch_size else None
+
+
+def group_of(problem: str) -> str | None:
+    """The group of the page beside which a sentence belongs: that of the first setting in it."""
+    for key in re.findall(r"[a-z]+(?:\.\w+)*(?==)", problem):
+        for group, keys in GROUPS.items():
+            if key in keys:
+                return group
+    section = re.search(r"\b([a-z]+)\.\w+=", problem)
+    if section:
+        for group, keys in GROUPS.items():
+            if section[1] in keys:
+                return group
+    return None
+
+
+def fixes(problems: list[str]) -> list[str]:
+    """The overrides that the sentences say would mend them."""
+    found = [re.search(r" → (.*) \[[\w-]+\]$", problem, re.DOTALL) for problem in problems]
+    return [word for match in found if match for word in rules.overrides_of(match[1])]
+
+
+def apply(values: Values, more: str, overrides: list[str]) -> tuple[Values, str]:
+    """`values` and `more` with `overrides`: into a field where there is one, else as a line."""
+    changed, lines = dict(values), [line for line in more.splitlines() if line.strip()]
+    pairs = [word.partition("=")[::2] for word in overrides]
+    for group, name in pairs:  # first: a file brings its own values
+        if group in CHOSEN and name in choices(group):
+            changed = _chosen(changed, group, name)
+    for key, text in pairs:
+        if key in CHOSEN:
+            continue
+        if key in FIELDS and key != ACCUMULATION and "{" not in text:
+            changed[key] = _typed(key, text)
+        else:
+            lines = [line for line in lines if line.partition("=")[0] != key] + [f"{key}={text}"]
+    return changed, "\n".join(lines)
+
+
+def _chosen(values: Values, group: str, name: str) -> Values:
+    """`values` with another file of a group, which brings its values along."""
+    others = {key: value for key, value in values.items() if key.partition(".")[0] != group}
+    start = begun({each: str(values[each]) for each in CHOSEN} | {group: name})
+    return {**others, **{key: value for key, value in start.items() if key.startswith(group)}}
+
+
+def _typed(key: str, text: str) -> Any:
+    """The value that an override gives, as the page has it."""
+    if kind_of(key) == "bool":
+        return text.lower() == "true"
+    if text == "null":
+        return ""
+    if text.startswith("[") and text.endswith("]"):
+        return ", ".join(_unquoted(word.strip()) for word in text[1:-1].split(",") if word.strip())
+    return _unquoted(text)
+
+
+def _unquoted(text: str) -> str:
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return re.sub(rf"\\+(?={text[0]}|$)", lambda m: "\\" * (len(m[0]) // 2), text[1:-1])
+    return text
+
+
+def switched(values: Values, group: str) -> Values:
+    """What the fields of a group's settings become when another file of it is chosen."""
+    return _chosen(values, group, str(values[group]))

@@ -1,0 +1,107 @@
+"""The models that one talks to, each in a process of its own, and what there is to talk to."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from launcher import overview, paths
+from launcher.chat import subject
+from launcher.chat.remote import Remote
+from launcher.checkpoint import layout
+from launcher.errors import UserError
+from launcher.run_dir import RunDir
+from launcher.ui.places import Places
+
+SIDES = ("A", "B")
+
+
+class Models:
+    """At most one loaded model a side, for all windows of the page."""
+
+    def __init__(self, places: Places) -> None:
+        self.places = places
+        self._loaded: dict[str, Remote] = {}
+        self._lock = threading.Lock()
+
+    def load(self, side: str, path: str, base: str) -> None:
+        """Begin to load what is at `path` in place of what is there.
+
+        Raises UserError for what cannot be talked to, or leads out of the roots.
+        """
+        found = subject.find(
+            self.places.to_read(path), self.places.to_read(base) if base.strip() else None
+        )
+        for folder in (found.model, found.tokenizer, found.adapter):
+            if folder is not None:  # an adapter names its base itself
+                self.places.to_read(folder)
+        self.unload(side)
+        with self._lock:
+            self._loaded[side] = Remote(
+                self.places.to_read(path), self.places.to_read(base) if base.strip() else None
+            )
+
+    def unload(self, side: str) -> None:
+        """End the process, if there is one."""
+        with self._lock:
+            remote = self._loaded.pop(side, None)
+        if remote is not None:
+            remote.close()
+
+    def get(self, side: str) -> Remote | None:
+        return self._loaded.get(side)
+
+    def close(self) -> None:
+        for side in SIDES:
+            self.unload(side)
+
+
+def subjects(places: Places) -> list[str]:
+    """What can be talked to: exports, adapters of checkpoints, fetched models. Paths as one would
+    type them in the first root."""
+    found = [_typed(path, places) for path in _of_runs(places)]
+    models = sorted(path.parent for path in paths.cache().glob("models/*/config.json"))
+    return [*found, *map(str, models)]
+
+
+def sources(places: Places) -> list[str]:
+    """What can be exported: runs, and each of their checkpoints."""
+    listed = []
+    for run in _runs(places):
+        checkpoints = layout.finished(run.checkpoints)
+        listed += [_typed(path, places) for path in (run.path, *(c.path for c in checkpoints))]
+        if not checkpoints:
+            listed.pop()
+    return listed
+
+
+def _of_runs(places: Places) -> Iterator[Path]:
+    for run in _runs(places):
+        yield from sorted(file.parent for file in run.path.glob("export*/config.json"))
+        yield from (c.path for c in layout.finished(run.checkpoints) if c.adapter)
+
+
+def _runs(places: Places) -> list[RunDir]:
+    if not places.runs.is_dir():
+        return []
+    return list(reversed(overview.runs_in(places.runs)))
+
+
+def _typed(path: Path, places: Places) -> str:
+    resolved = path.absolute()
+    inside = resolved.is_relative_to(places.home)
+    return str(resolved.relative_to(places.home) if inside else resolved)
+
+
+def bases_of(path: Path) -> Iterator[str]:
+    """The folders that a run, a checkpoint or an adapter names as its base."""
+    try:
+        newest = RunDir(path).checkpoints
+        checkpoint = layout.newest(newest) if newest.is_dir() else layout.Checkpoint(path)
+        if checkpoint.is_finished:
+            base = checkpoint.summary().get("base", {}).get("name_or_path")
+            if base and Path(base).exists():
+                yield base
+    except UserError:
+        return

@@ -1,0 +1,121 @@
+"""Work that the page starts and that does not need the page: processes of their own, whose words go
+to a file. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from launcher import manifest
+from launcher.errors import UserError
+from launcher.ui.places import Places
+
+FOLDER = ".page"  # in runs/: what was started, and what it said
+TAIL_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """A process by the files that tell of it: `NAME.json`, `NAME.log`, and `NAME.out` where its
+    stdout is kept apart. The server that started it may be gone."""
+
+    folder: Path
+    name: str
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"{self.name}.log"
+
+    @property
+    def out(self) -> Path:
+        return self.folder / f"{self.name}.out"
+
+    @property
+    def facts(self) -> Path:
+        return self.folder / f"{self.name}.json"
+
+    @property
+    def lives(self) -> bool:
+        """Whether that process, and not another with its number, is running."""
+        if not self.facts.is_file():
+            return False
+        facts = json.loads(self.facts.read_text())
+        try:
+            process = psutil.Process(facts["pid"])
+            return (
+                process.create_time() == facts["created"]
+                and process.status() != psutil.STATUS_ZOMBIE
+            )
+        except psutil.NoSuchProcess:
+            return False
+
+    def said(self) -> str:
+        """The end of its log."""
+        return tail(self.log)
+
+
+@dataclass
+class Processes:
+    """Starts them, and takes leave of those that end while the server lives."""
+
+    places: Places
+    _started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def job(self, name: str) -> Job:
+        """The job of that name, whether or not there ever was one."""
+        return Job(self.places.runs / FOLDER, name.replace("/", "+"))
+
+    def start(self, name: str, words: list[str], apart: bool = False) -> Job:
+        """Run `shardway WORDS` in the first root, in a session of its own: neither the end of this
+        server nor Ctrl-C reaches it. `apart` keeps stdout in a file of its own.
+
+        Raises UserError while a job of that name is running.
+        """
+        job = self.job(name)
+        if job.lives:
+            raise UserError(f"{name} is being worked on → wait until that has ended")
+        job.folder.mkdir(parents=True, exist_ok=True)
+        self._started = [each for each in self._started if each.poll() is None]  # no zombies
+        with job.log.open("ab") as log, (job.out if apart else Path(os.devnull)).open("wb") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "launcher.cli", *words],
+                cwd=self.places.home,
+                stdin=subprocess.DEVNULL,
+                stdout=out if apart else log,
+                stderr=log,
+                start_new_session=True,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+        self._started.append(process)
+        facts = {"words": words, "pid": process.pid, "created": _created(process.pid)}
+        manifest.write_json(job.facts, facts)
+        return job
+
+    def reap(self) -> None:
+        """Let processes that have ended go."""
+        self._started = [each for each in self._started if each.poll() is None]
+
+
+def _created(pid: int) -> float | None:
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.NoSuchProcess:  # it has ended already
+        return None
+
+
+def tail(path: Path) -> str:
+    """The last 64 kB of a text file, from the beginning of a line; empty where there is none."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    return text if size <= TAIL_BYTES else text.partition("\n")[2]
