@@ -47,7 +47,7 @@ def chart(title: str, curves: list[Curve]) -> str:
             _draw(axes, curve, *style(number))
         axes.set_title(title, fontsize=11, loc="left")
         axes.set_xlabel("step")
-        axes.ticklabel_format(axis="y", scilimits=(-3, 6))
+        axes.ticklabel_format(axis="y", scilimits=(-3, 6), useOffset=False)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         written = io.StringIO()

@@ -6,16 +6,24 @@ from dataclasses import dataclass
 
 from launcher.config.setting import setting
 
+MANY = 10**9  # more is a slip of the finger
+
 
 @dataclass(kw_only=True, slots=True)
 class TrainingConfig:
-    max_steps: int | None = setting(None, "optimizer steps; or say training.epochs", minimum=1)
-    epochs: int | None = setting(None, "passes over the data; or say training.max_steps", minimum=1)
+    max_steps: int | None = setting(
+        None, "optimizer steps; or say training.epochs", minimum=1, maximum=MANY
+    )
+    epochs: int | None = setting(
+        None, "passes over the data; or say training.max_steps", minimum=1, maximum=MANY
+    )
     stop_after_steps: int | None = setting(
         None, "end here with a checkpoint; the schedule is that of the whole training", minimum=1
     )
-    micro_batch_size: int = setting(1, "rows per rank and forward", minimum=1)
-    global_batch_size: int = setting(8, "rows per optimizer step over all ranks", minimum=1)
+    micro_batch_size: int = setting(1, "rows per rank and forward", minimum=1, maximum=MANY)
+    global_batch_size: int = setting(
+        8, "rows per optimizer step over all ranks", minimum=1, maximum=MANY
+    )
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", above=0)
     activation_checkpointing: str = setting(
         "off",

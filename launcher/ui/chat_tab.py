@@ -76,7 +76,7 @@ class Tab:
                 self.stop = gr.Button(words("Stop"), elem_id="stop-answer")
                 self.clear = gr.Button(words("Clear"), elem_id="clear")
         with gr.Accordion(words("How it answers"), open=False), gr.Row():
-            self.system = gr.Textbox(label=words("System prompt"), lines=2, scale=3)
+            self.system = gr.Textbox("", label=words("System prompt"), lines=2, scale=3)
             self.temperature = gr.Slider(0, 2, 0, step=0.05, label="temperature")
             self.top_p = gr.Slider(0.05, 1, 1, step=0.05, label="top_p")
             self.longest = gr.Slider(1, 4096, 256, step=1, label="max_new_tokens")
@@ -149,8 +149,8 @@ class Tab:
 
     def _ask(
         self,
-        question: str,
-        system: str,
+        question: str | None,
+        system: str | None,
         temperature: float,
         top_p: float,
         longest: float,
@@ -158,7 +158,7 @@ class Tab:
         *talks: Turns,
     ) -> Iterator[list[Any]]:
         """The conversations as they grow."""
-        question = question.strip()
+        question, system = (question or "").strip(), (system or "").strip()
         loaded = {at: self.house.models.get(name) for at, name in enumerate(SIDES)}
         asked = {at: remote for at, remote in loaded.items() if remote is not None}
         if not question:
@@ -167,7 +167,7 @@ class Tab:
             raise UserError(self.words("No model is loaded."))
         options = Options(int(longest), float(temperature), float(top_p), _seed(seed))
         said = [[{"role": t["role"], "content": _text(t)} for t in talk] for talk in talks]
-        start = [{"role": "system", "content": system}] if system.strip() else []
+        start = [{"role": "system", "content": system}] if system else []
         pieces: queue.Queue[tuple[int, str | Exception | None]] = queue.Queue()
         for at, remote in asked.items():
             said[at].append({"role": "user", "content": question})

@@ -80,12 +80,12 @@ def load(places: Places, name: str) -> tuple[Values, str]:
         raise UserError(f"experiment {name} is not there; there are {', '.join(names(places))}")
     path = places.to_read(own) if own.is_file() else shipped
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
         listed = tree.pop("defaults", [])
         pairs = [pair for each in listed if isinstance(each, dict) for pair in each.items()]
         words = [f"{key.removeprefix('override /')}={file}" for key, file in pairs]
         words += [f"{key}={form.text_of(value)}" for key, value in store.leaves_of(tree)]
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is no experiment file: {error}") from error
     values, more = form.apply(form.begun(), "", words)
     return _accumulated(values, more, places)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +66,7 @@ class Tab:
         with gr.Row():
             self.plan = gr.Button(words("Show the plan"), elem_id="plan")
             self.start = gr.Button(words("Export"), variant="primary", elem_id="export")
+            self.stop = gr.Button(words("Stop"), interactive=False, elem_id="stop-export")
             self.talk = gr.Button(words("Chat with it"), interactive=False, elem_id="talk")
         self.planned = gr.HTML(elem_id="planned")
         self.told = gr.HTML(elem_id="exported")
@@ -87,9 +86,10 @@ class Tab:
             [self.clock.tick, self.job.change],
             say(self._look),
             [self.job],
-            [self.told, self.talk],
+            [self.told, self.stop, self.talk],
             **quick,
         )
+        self.stop.click(say(self._stop), [self.job], None, **quick)
         self.talk.click(say(self._talk), [self.job], [links.tabs, links.chat], **quick)
 
     def _list(self) -> Any:
@@ -115,21 +115,14 @@ class Tab:
         size, dtype, device = how
         words = ["consolidate", str(path), "--output", str(target), f"--max-shard-size={size}"]
         words += ["--dtype", dtype, "--device", device, "--json", "--progress-seconds", "0.5"]
+        words += ["--resume"]  # what an export that was stopped had finished stays
         if (base or "").strip():
             words += ["--base", str(places.to_read(base.strip()))]
         return words, target
 
     def _plan(self, *asked: str) -> str:
         words, _ = self._words(*asked)
-        done = subprocess.run(
-            [sys.executable, "-m", "launcher.cli", *words, "--dry-run"],
-            cwd=self.house.places.home,
-            capture_output=True,
-            text=True,
-            timeout=PLAN_SECONDS,
-        )
-        if done.returncode:
-            raise UserError(done.stderr.strip()[-2000:])
+        done = self.house.processes.ask([*words, "--dry-run"], PLAN_SECONDS)
         return self._plan_html(done.stderr, json.loads(done.stdout))
 
     def _plan_html(self, said: str, plan: dict[str, Any]) -> str:
@@ -165,19 +158,23 @@ class Tab:
         return job.name
 
     def _look(self, name: str) -> list[Any]:
+        on, off = gr.update(interactive=True), gr.update(interactive=False)
         if not name:
-            return ["", gr.update(interactive=False)]
+            return ["", off, off]
         job = self.house.processes.job(name)
         if job.lives:
-            return [self._progress(job), gr.update(interactive=False)]
+            return [self._progress(job), on, off]
         if result := _result(job):
-            return [self._result_html(result), gr.update(interactive=True)]
+            return [self._result_html(result), off, on]
         said = html.escape(job.said().strip()[-4000:])
         head = html.escape(self.words("The export did not end well; this is what it said:"))
         return [
             f'<p class="sw-problems">{head}</p><div class="sw-plain">{said}</div>',
-            gr.update(interactive=False),
+            *(off, off),
         ]
+
+    def _stop(self, name: str) -> None:
+        self.house.processes.job(name).stop()
 
     def _progress(self, job: Job) -> str:
         found = LINE.findall(job.said())

@@ -42,7 +42,11 @@ class Places:
 
     def to_read(self, path: str | Path) -> Path:
         """`path` without links. Raises UserError where it leads out of what may be read."""
-        return self._within(path, (*self.roots, paths.cache().resolve(), paths.PACKAGE))
+        named = _plain(path)
+        ours = (paths.cache(), paths.PACKAGE)  # which the page cannot write: links there are good
+        if ".." not in named.parts and any(named.is_relative_to(folder) for folder in ours):
+            return named.resolve()
+        return self._within(path, self.roots)
 
     def to_write(self, path: str | Path) -> Path:
         """`path` without links. Raises UserError where it leads out of the roots."""
@@ -85,16 +89,23 @@ class Places:
             yield text if text.startswith("data.") else f"data.path={text}"
 
     def _within(self, path: str | Path, allowed: tuple[Path, ...]) -> Path:
-        try:
-            found = (self.home / Path(path).expanduser()).resolve()
-        except (OSError, RuntimeError, ValueError) as error:  # a loop, a null byte, no such ~user
-            raise UserError(f"{str(path)!r} is no path: {error}") from error
+        found = (self.home / _plain(path)).resolve()
         if not any(found.is_relative_to(root) for root in allowed):
             raise UserError(
                 f"{path} is outside {', '.join(map(str, self.roots))} → another path, or start "
                 "shardway ui with one more --root"
             )
         return found
+
+
+def _plain(path: str | Path) -> Path:
+    """With `~` spelt out. Raises UserError for what is no path."""
+    try:
+        named = Path(path).expanduser()
+        named.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a null byte, a loop, no such ~user
+        raise UserError(f"{str(path)[:200]!r} is no path: {error}") from error
+    return named
 
 
 def _named(config: Config) -> Iterator[tuple[str, str]]:

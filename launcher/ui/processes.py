@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from launcher.ui.places import Places
 
 FOLDER = ".page"  # in runs/: what was started, and what it said
 TAIL_BYTES = 1 << 16
+# -P: what lies in the folder where it runs is not imported.
+SHARDWAY = (sys.executable, "-P", "-m", "launcher.cli")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,12 @@ class Job:
         except psutil.NoSuchProcess:
             return False
 
+    def stop(self) -> None:
+        """Ask the process to end. One that has ended already is left alone."""
+        if self.lives:
+            with suppress(ProcessLookupError):
+                os.kill(json.loads(self.facts.read_text())["pid"], signal.SIGTERM)
+
     def said(self) -> str:
         """The end of its log."""
         return tail(self.log)
@@ -65,6 +75,7 @@ class Processes:
     """Starts them, and takes leave of those that end while the server lives."""
 
     places: Places
+    command: tuple[str, ...] = SHARDWAY
     _started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def job(self, name: str) -> Job:
@@ -84,7 +95,7 @@ class Processes:
         self._started = [each for each in self._started if each.poll() is None]  # no zombies
         with job.log.open("ab") as log, (job.out if apart else Path(os.devnull)).open("wb") as out:
             process = subprocess.Popen(
-                [sys.executable, "-m", "launcher.cli", *words],
+                [*self.command, *words],
                 cwd=self.places.home,
                 stdin=subprocess.DEVNULL,
                 stdout=out if apart else log,
@@ -96,6 +107,23 @@ class Processes:
         facts = {"words": words, "pid": process.pid, "created": _created(process.pid)}
         manifest.write_json(job.facts, facts)
         return job
+
+    def ask(self, words: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
+        """Run `shardway WORDS` to its end. Raises UserError with what it says of what is wrong, and
+        where it takes too long."""
+        try:
+            done = subprocess.run(
+                [*self.command, *words],
+                cwd=self.places.home,
+                capture_output=True,
+                text=True,
+                timeout=seconds,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise UserError(f"shardway {words[0]} took more than {seconds:.0f} s") from error
+        if done.returncode:
+            raise UserError(done.stderr.strip()[-2000:] or f"ended with {done.returncode}")
+        return done
 
     def reap(self) -> None:
         """Let processes that have ended go."""

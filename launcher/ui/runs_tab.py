@@ -35,21 +35,13 @@ class Tab:
             self.label = gr.Dropdown(
                 [CONSOLE], value=CONSOLE, label=words("Log"), elem_id="log-name", scale=1
             )
-            self.log = gr.Textbox(
-                label=words("What it says"),
-                lines=14,
-                max_lines=14,
-                interactive=False,
-                elem_id="log",
-                elem_classes="sw-mono",
-                scale=4,
-            )
+            self.log = gr.HTML(elem_id="log", scale=4)
         with gr.Accordion(words("Compare runs"), open=False):
             self.several = gr.Dropdown([], multiselect=True, label=words("Runs"), elem_id="several")
             self.compare = gr.Button(words("Compare"), size="sm")
             self.comparison = gr.HTML(elem_id="comparison", elem_classes="sw-charts")
         self.clock = gr.Timer(SECONDS)
-        self.drawn = gr.State("")  # what the charts show: they are drawn anew when it changes
+        self.seen = gr.State(("", ""))  # what charts and log show: only what changes is sent
 
     def connect(self, page: gr.Blocks, links: Links) -> None:
         """Say which event does what."""
@@ -57,10 +49,10 @@ class Tab:
         quick: Any = {"show_progress": "hidden", "concurrency_limit": 8}
         look: Any = {
             "fn": say(self._look),
-            "inputs": [self.run, self.label, self.drawn],
+            "inputs": [self.run, self.label, self.seen],
             "outputs": [
-                *(self.run, self.several, self.facts, self.charts, self.drawn),
-                *(self.label, self.log, self.stop, self.resume),
+                *(self.run, self.several, self.facts, self.charts, self.log, self.seen),
+                *(self.label, self.stop, self.resume),
             ],
             **quick,
         }
@@ -69,7 +61,7 @@ class Tab:
         self.resume.click(say(self._resume), [self.run], None, **quick).then(**look)
         self.compare.click(say(self._compare), [self.several], [self.comparison], **quick)
 
-    def _look(self, name: str | None, label: str, drawn: str) -> list[Any]:
+    def _look(self, name: str | None, label: str, seen: tuple[str, str]) -> list[Any]:
         self.house.processes.reap()
         names = self.house.viewer.names()
         if name and name not in names:  # only just being started
@@ -79,20 +71,23 @@ class Tab:
         if name is None:
             nothing = f"<p>{html.escape(self.words('No run yet: the train tab starts one.'))}</p>"
             off = gr.update(interactive=False)
-            return [runs_now, gr.update(choices=[]), nothing, "", "", gr.skip(), "", off, off]
+            return [runs_now, gr.update(choices=[]), nothing, "", "", ("", ""), gr.skip(), off, off]
         shown = self.house.viewer.show(name, self.words)
-        newest = f"{name} {len(shown.records)} {shown.records[-1] if shown.records else ''}"
+        drawn = f"{name} {shown.records[-1] if shown.records else ''}"
         labels = list(self.house.viewer.logs(name)) or [CONSOLE]
         label = label if label in labels else labels[0]
+        log = self.house.viewer.log(name, label)
         lives = shown.state in ("running", "starting", "pending")
         return [
             runs_now,
             gr.update(choices=names),
             shown.facts,
-            viewer.curves(shown.records) if newest != drawn else gr.skip(),
-            newest,
+            viewer.curves(shown.records) if drawn != seen[0] else gr.skip(),
+            f'<div class="sw-log"><pre>{html.escape(log)}</pre></div>'
+            if log != seen[1]
+            else gr.skip(),
+            (drawn, log),
             gr.update(choices=labels, value=label),
-            self.house.viewer.log(name, label),
             gr.update(interactive=lives),
             gr.update(interactive=not lives),
         ]

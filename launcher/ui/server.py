@@ -60,11 +60,11 @@ def application(places: Places, token: str | None, hosts: frozenset[str] | None)
     from fastapi import FastAPI
 
     from launcher.ui.page import STYLE, House, build, theme
-    from launcher.ui.words import CHINESE, ENGLISH
+    from launcher.ui.words import ENGLISH, chinese
 
     house = House(places)
     app: Any = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    for path, words in (("/zh", CHINESE), ("/", ENGLISH)):  # "/" takes all that is left
+    for path, words in (("/zh", chinese()), ("/", ENGLISH)):  # "/" takes all that is left
         app = gradio.mount_gradio_app(
             app,
             build(house, words),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import html
 import json
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -101,9 +99,9 @@ class Tab:
         ]
         quick: Any = {"show_progress": "hidden", "concurrency_limit": 4}
         look: Any = {"fn": say(self._look), "inputs": everything, "outputs": shown, **quick}
-        typed = [widget.input for key, widget in self.fields.items() if key not in CHOSEN]
+        typed = [widget.change for key, widget in self.fields.items() if key not in CHOSEN]
         gr.on(
-            [*typed, self.more.input, self.name.input, page.load],
+            [*typed, self.more.change, self.name.change, page.load],
             trigger_mode="always_last",
             **look,
         )
@@ -187,10 +185,9 @@ class Tab:
 
     def _shown(self, values: Values) -> list[Any]:
         """Every field with its value, those of files that are not chosen out of sight."""
+        has = form.begun({group: str(values[group]) for group in CHOSEN})
         return [
-            gr.update(value=values[key], visible=True)
-            if key in values
-            else gr.update(visible=False)
+            gr.update(value=values[key], visible=True) if key in has else gr.update(visible=False)
             for key in self.fields
         ]
 
@@ -198,16 +195,8 @@ class Tab:
         found, _ = self._found(typed)
         if found.config is None:
             raise UserError("\n".join(found.problems))
-        words = [sys.executable, "-m", "launcher.cli", "data", "preview", "--json", "--rows", "5"]
-        done = subprocess.run(
-            [*words, *found.overrides],
-            cwd=self.house.places.home,
-            capture_output=True,
-            text=True,
-            timeout=PREVIEW_SECONDS,
-        )
-        if done.returncode:
-            raise UserError(done.stderr.strip()[-2000:])
+        words = ["data", "preview", "--json", "--rows", "5", *found.overrides]
+        done = self.house.processes.ask(words, PREVIEW_SECONDS)
         return _rows(json.loads(done.stdout))
 
     def _start(self, *typed: Any) -> list[Any]:

@@ -1,8 +1,12 @@
-"""The words of the page in English, which is how they stand in the code, and in Chinese."""
+"""The words of the page: English, as they stand in the code, or another language by a table."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+import yaml
+
+from launcher import paths
 
 
 @dataclass(frozen=True)
@@ -13,8 +17,12 @@ class Words:
 
     def __call__(self, text: str) -> str:
         """`text` in this language; as it stands where there is no other word."""
-        return self.table.get(text, text)
+        return self.table[text] if text in self.table else text
 
 
 ENGLISH = Words("/zh", "中文")
-CHINESE = Words("/", "English", {})
+
+
+def chinese() -> Words:
+    table = yaml.safe_load(paths.bundled("ui/chinese.yaml").read_text(encoding="utf-8"))
+    return Words("/", "English", table)

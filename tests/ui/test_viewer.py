@@ -1,0 +1,165 @@
+"""Runs as the page shows them, from folders that are written here as a run writes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher import rules, run_dir
+from launcher.errors import UserError
+from launcher.run_dir import RunDir
+from launcher.ui import viewer
+from launcher.ui.places import Places
+from launcher.ui.processes import Processes, tail
+from launcher.ui.viewer import Metrics, Viewer
+from launcher.ui.words import ENGLISH
+
+
+@pytest.fixture
+def places(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
+    monkeypatch.chdir(tmp_path)
+    return Places.of([tmp_path])
+
+
+@pytest.fixture
+def view(places: Places) -> Viewer:
+    return Viewer(places, Processes(places))
+
+
+def make(name: str, *overrides: str) -> RunDir:
+    config = rules.compose(["model=tiny", f"run_dir=runs/{name}", *overrides])
+    run, _ = run_dir.attempt(config, ["shardway"], 1)
+    return run
+
+
+def write(run: RunDir, *steps: int, **more: float) -> None:
+    with run.metrics.open("a") as file:
+        for step in steps:
+            record = {"step": step, "loss": 9.0 / step, "learning_rate": 0.1, "time": float(step)}
+            file.write(json.dumps({**record, "tokens_per_second": 5.0, **more}) + "\n")
+
+
+def test_no_runs(view: Viewer) -> None:
+    assert view.names() == []
+
+
+def test_a_run_that_ended(view: Viewer) -> None:
+    run = make("a", "training.epochs=null", "training.max_steps=4")
+    write(run, 1, 2, 3, 4)
+    run.status.write_text(json.dumps({"state": "finished"}))
+    shown = view.show("a", ENGLISH)
+    assert (shown.state, len(shown.records)) == ("finished", 4)
+    assert "step 4 / 4" in shown.facts
+    assert "time left" not in shown.facts
+    assert viewer.curves(shown.records).count("<svg") == 3
+
+
+def test_steps_of_epochs_are_known_once_the_ranks_know(view: Viewer) -> None:
+    run = make("a", "training.epochs=2")
+    write(run, 1)
+    assert "step 1 /" not in view.show("a", ENGLISH).facts
+    run.steps.write_text(json.dumps({"total_steps": 40}))
+    assert "step 1 / 40" in view.show("a", ENGLISH).facts
+
+
+def test_an_attempt_without_ranks_or_status_failed(view: Viewer) -> None:
+    make("a")
+    assert view.show("a", ENGLISH).state == "failed"
+
+
+def test_names_are_escaped(view: Viewer) -> None:
+    run = make("a", "model.name='<script>alert(1)</script>'")
+    write(run, 1)
+    facts = view.show("a", ENGLISH).facts
+    assert "<script>" not in facts
+    assert "&lt;script&gt;" in facts
+
+
+def test_only_new_lines_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path)
+    assert metrics.read() == []
+    path.write_text('{"step": 1}\n{"step": 2}\nnonsense\n{"ste')
+    assert [record["step"] for record in metrics.read()] == [1, 2]
+    first = metrics.records[0]
+    with path.open("a") as file:
+        file.write('p": 3}\n')
+    assert [record["step"] for record in metrics.read()] == [1, 2, 3]
+    assert metrics.records[0] is first
+    other = tmp_path / "other"  # a new attempt's
+    other.write_text('{"step": 1}\n')
+    os.replace(other, path)
+    assert [record["step"] for record in metrics.read()] == [1]
+
+
+def test_logs_of_a_run(view: Viewer) -> None:
+    run = make("a")
+    run.rank_log(0).write_text("nought\n")
+    run.rank_log(11).write_text("eleven\n")
+    assert list(view.logs("a")) == ["rank 0", "rank 11"]
+    assert view.log("a", "rank 11") == "eleven\n"
+    assert view.log("a", "../../etc/passwd") == "nought\n"
+
+
+def test_a_bar_is_shown_as_it_last_stood(view: Viewer) -> None:
+    run = make("a")
+    run.rank_log(0).write_text("10%\r20%\r30%\ndone\n")
+    assert view.log("a", "rank 0") == "30%\ndone\n"
+
+
+def test_a_long_log_is_cut_at_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("".join(f"line {number}\n" for number in range(100_000)))
+    text = tail(path)
+    assert text.startswith("line ")
+    assert text.endswith("line 99999\n")
+    assert len(text) <= 1 << 16
+
+
+@pytest.mark.parametrize("name", ["../x", "nothing", "/etc", "a\0"])
+def test_what_is_no_run(view: Viewer, name: str) -> None:
+    with pytest.raises(UserError, match="is no"):
+        view.run(name)
+
+
+def test_several_are_compared(view: Viewer) -> None:
+    for name, rate in (("a", "1e-3"), ("b", "1e-4")):
+        write(make(name, f"optimizer.learning_rate={rate}"), 1, 2)
+    page = view.compare(["a", "b"])
+    assert "Settings that differ" in page
+    assert "optimizer.learning_rate" in page
+
+
+def test_a_process_outlives_the_server_and_is_known_again(places: Places) -> None:
+    """Its session is its own, and another server finds it by what was written."""
+    sleep = "import sys, time; print(sys.argv[1:], flush=True); time.sleep(60)"
+    command = (sys.executable, "-c", sleep)
+    job = Processes(places, command).start("sweep/0", ["train", "x=1"])
+    again = Processes(places).job("sweep/0")
+    try:
+        assert again.lives
+        pid = json.loads(again.facts.read_text())["pid"]
+        assert os.getsid(pid) == pid
+        with pytest.raises(UserError, match="is being worked on"):
+            Processes(places).start("sweep/0", [])
+        end = time.monotonic() + 30
+        while "x=1" not in again.said():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    finally:
+        job.stop()
+    psutil.Process(pid).wait(30)
+    assert not again.lives
+
+
+def test_another_process_with_its_number_is_not_it(places: Places) -> None:
+    job = Processes(places).job("a")
+    job.folder.mkdir(parents=True)
+    job.facts.write_text(json.dumps({"words": [], "pid": os.getpid(), "created": 1.0}))
+    assert not job.lives
