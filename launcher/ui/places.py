@@ -41,11 +41,12 @@ class Places:
         return self.home / "runs"
 
     def to_read(self, path: str | Path) -> Path:
-        """`path` without links. Raises UserError where it leads out of what may be read."""
+        """`path`, in the roots without links. Raises UserError where it leads out of what may be
+        read."""
         named = _plain(path)
         ours = (paths.cache(), paths.PACKAGE)  # which the page cannot write: links there are good
         if ".." not in named.parts and any(named.is_relative_to(folder) for folder in ours):
-            return named.resolve()
+            return named
         return self._within(path, self.roots)
 
     def to_write(self, path: str | Path) -> Path:

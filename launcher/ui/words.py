@@ -20,7 +20,7 @@ class Words:
         return self.table[text] if text in self.table else text
 
 
-ENGLISH = Words("/zh", "中文")
+ENGLISH = Words("/zh/", "中文")
 
 
 def chinese() -> Words:
