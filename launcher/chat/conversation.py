@@ -45,9 +45,9 @@ def save(conversations: Sequence[Said], file: Path) -> None:
     for row in rows:
         to_conversation("the conversation", row, "messages", {})
     try:
-        with file.open("x", encoding="utf-8") as opened:
+        with file.expanduser().open("x", encoding="utf-8") as opened:
             opened.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     except FileExistsError:
         raise UserError(f"{file} exists and is not written over; name another") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{file} cannot be written: {error}") from error

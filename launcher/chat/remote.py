@@ -27,6 +27,7 @@ from launcher.chat.options import Conversation, Options
 from launcher.errors import UserError
 
 LOADING, READY, ANSWERING, FAILED, CLOSED = "loading", "ready", "answering", "failed", "closed"
+COMMAND = (sys.executable, "-m", "launcher.chat.process")
 PATIENCE = 5.0  # seconds for the process to end by itself
 TAIL = 2000  # bytes of its stderr that are looked at
 
@@ -57,7 +58,7 @@ class Remote:
         self._replies: queue.Queue[dict[str, Any]] = queue.Queue()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "launcher.chat.process"],
+            COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -23,9 +23,8 @@ A line that ends in \\ goes on in the next one. Three quotes begin and end a tex
 A question that begins with / is asked with a space before it."""
 
 # A terminal obeys escape sequences, and an answer may hold any.
-HARMLESS = {
-    code: "\ufffd" for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\n\t"
-}
+CONTROL = {*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}
+HARMLESS = dict.fromkeys(CONTROL, "\ufffd")
 
 
 class Answers(Protocol):
@@ -38,12 +37,11 @@ class Session:
     def __init__(self, models: list[Answers], options: Options, system: str | None = None) -> None:
         self.models, self.options = models, options
         self.said = [Said(system) for _ in models]
-        self.names = (
-            [""] if len(models) == 1 else [f"{chr(ord('A') + i)}: " for i in range(len(models))]
-        )
+        self.names = ["A: ", "B: "] if len(models) == 2 else [""]
 
     def converse(self, line: Callable[[str], str]) -> None:
         """Answer what is typed until /exit, the end of input or Ctrl-C at the prompt."""
+        self.names = ["model: "] if len(self.models) == 1 else self.names
         while True:
             try:
                 entry = lines.read(line)
@@ -122,7 +120,7 @@ class Session:
     def _save(self, text: str) -> None:
         if not text:
             raise UserError("/save needs the name of a new file: /save talk.jsonl")
-        save(self.said, Path(text).expanduser())
+        save(self.said, Path(text))
         print(f"saved; to train on it: shardway train data=messages data.path={text} …")
 
 

@@ -116,9 +116,9 @@ def _checkpoint(found: layout.Checkpoint, base: Path | None, run: Path | None = 
         raise UserError(_sharded(found.path, run))
     adapter = found.adapter
     for name, entry in saved["files"].items():
-        if name.startswith(f"{layout.ADAPTER}/") or name in TOKENIZER:
-            if wrong := manifest.problem(found.path / name, entry):
-                raise UserError(f"{wrong}; name an earlier checkpoint")
+        used = name.startswith(f"{layout.ADAPTER}/") or name in TOKENIZER
+        if used and (wrong := manifest.problem(found.path / name, entry)):
+            raise UserError(f"{wrong}; name an earlier checkpoint")
     model = _base(found.manifest, base, recorded.get("name_or_path"))
     notes: tuple[str, ...] = ()
     if saved.get("quantisation"):
