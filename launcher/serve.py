@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from launcher.chat.subject import find, is_run
+from launcher.checkpoint import layout
+from launcher.config.adapter import SETTINGS
 from launcher.engines import ENGINES, Asked, Server, choose, server_of
 from launcher.errors import UserError
 from launcher.run_dir import RunDir
@@ -81,8 +83,8 @@ def model_folder(path: Path) -> Path:
     """The folder, absolute. Raises UserError when it is none that a server loads."""
     if is_run(path) and (RunDir(path).export / "config.json").is_file():
         raise UserError(f"{path} is a run; serve its export: shardway serve {RunDir(path).export}")
-    subject = find(path)
-    if subject.adapter is not None:
+    adapter = (path / SETTINGS).is_file() or layout.Checkpoint(path).adapter is not None
+    if adapter or find(path).adapter is not None:
         raise UserError(
             f"{path} is an adapter and servers load whole models; make one: shardway consolidate "
             f"{path} --output DIR"
