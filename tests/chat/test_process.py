@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launcher.chat import remote
@@ -75,6 +76,13 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         each.close()
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "waited for a minute"
+        time.sleep(0.01)
+
+
 def ready(one: Remote) -> Remote:
     assert one.wait(60) == "ready", one.sentence
     return one
@@ -109,10 +117,7 @@ def test_an_answer_that_nobody_reads_on_is_stopped(opened: Callable[..., Remote]
     pieces = one.stream([{"role": "user", "content": "count"}], Options())
     next(pieces)
     pieces.close()
-    end = time.monotonic() + 60
-    while one.state != "ready":
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_until(lambda: one.state == "ready")
     assert len(list(one.stream(HI, Options()))) == 2
 
 
@@ -170,6 +175,7 @@ def test_a_process_that_hangs_is_killed(
     monkeypatch.setattr(remote, "PATIENCE", 0.2)
     one = ready(opened())
     os.kill(one.pid, signal.SIGSTOP)
+    wait_until(lambda: psutil.Process(one.pid).status() == psutil.STATUS_STOPPED)
     one.close()
     assert one._child.returncode == -signal.SIGKILL
 
@@ -215,11 +221,12 @@ def test_hostile_lines_get_sentences(tmp_path: Path) -> None:
         assert child.wait(60) == 0
 
 
-def test_a_real_model_in_its_process(adapter: Path) -> None:
+def test_a_real_model_in_its_process(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from launcher.chat.model import Talk
     from launcher.chat.subject import find
 
     short = Options(max_new_tokens=12)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # spinning threads slow busy cores down
     one = Remote(adapter)
     try:
         assert one.wait(300) == "ready", one.sentence

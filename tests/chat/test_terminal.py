@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -22,7 +23,12 @@ def test_a_piped_conversation(adapter: Path, tiny: Path, tmp_path: Path) -> None
     command += ["--temperature", "1.5", "--seed", "1"]  # greedily the tiny model says blanks
     lines = b'/set max_new_tokens 8\n"""\nhi\nyou\n"""\n/nothing\ncaf\xe9\n/save talk.jsonl\n'
     done = subprocess.run(
-        [*map(str, command)], input=lines, cwd=tmp_path, capture_output=True, timeout=300
+        [*map(str, command)],
+        input=lines,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # spinning threads slow busy cores down
+        capture_output=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     said = done.stdout.decode().splitlines()
