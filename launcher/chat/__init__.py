@@ -1,1 +1,1 @@
-"""Talk to an exported folder."""
+"""Talk to a model: an export, any model folder, an adapter on its base."""

@@ -1,109 +1,85 @@
-"""`shardway chat DIR`: talk to a model folder in the terminal.
+"""`shardway chat PATH`: talk to a model in the terminal.
 
-    shardway chat runs/first/export                                a conversation; /exit ends it
+    shardway chat runs/first/export                                a conversation; /help, /exit
     shardway chat runs/first/export --question "Who are you?"      one answer
+    shardway chat runs/first --against runs/second/export          two models, both answer
+    shardway chat path/to/adapter --base path/to/model             an adapter on its base
 
-Answers are greedy unless --temperature is given.
+PATH is an exported folder or any model folder, a PEFT adapter, a checkpoint of a run that trains an
+adapter, or such a run (its newest checkpoint). Answers are greedy unless --temperature is given.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
 
+from launcher.chat.options import Options
+from launcher.chat.session import Session
+from launcher.chat.subject import Subject, find, takes_base
 from launcher.errors import UserError
-
-Conversation = list[dict[str, str]]
 
 
 def main() -> None:
     arguments = _parser().parse_args()
     try:
-        talk = Talk(arguments.folder, arguments.max_new_tokens, arguments.temperature)
-        if arguments.question:
-            talk.answer(_opening(arguments.system, arguments.question), sys.stdout)
-        else:
-            converse(talk, arguments.system)
+        chat(arguments)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
-class Talk:
-    """A loaded model that answers."""
+def chat(arguments: argparse.Namespace) -> None:
+    """Answer the question, or converse. Raises UserError."""
+    options = Options(
+        arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed
+    )
+    question = arguments.question
+    if question is not None and not question.strip():
+        raise UserError("--question is empty; ask something, or leave it out")
+    _tolerate_any_bytes()
+    subjects = _subjects(arguments.path, arguments.against, arguments.base)
 
-    def __init__(self, folder: Path, max_new_tokens: int = 256, temperature: float = 0.0) -> None:
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"{folder} is no model folder (no config.json); make one of a run with "
-                "shardway consolidate RUN --output DIR"
-            )
-        import torch  # after the folder was found to be one
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
+    from launcher.chat.model import Talk  # after the folders were found to be models
 
-        from launcher.model.tokenizer import load_tokenizer
-
-        logging.disable_progress_bar()
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.tokenizer = load_tokenizer(folder, trust_remote_code=False)
-        # A CPU without bf16 arithmetic is several times faster in fp32; the weights are the same.
-        dtype: Any = "auto" if device == "cuda" else torch.float32
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-        self.options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
-        if temperature > 0:
-            self.options |= {"do_sample": True, "temperature": temperature}
-
-    def answer(self, conversation: Conversation, out: IO[str] | None = None) -> str:
-        """The answer to `conversation`, also written to `out` as it comes."""
-        from transformers import TextStreamer
-
-        class Written(TextStreamer):
-            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                print(text, end="\n" if stream_end else "", file=out, flush=True)
-
-        prompt = self.tokenizer.apply_chat_template(
-            conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(self.model.device)
-        streamer = (
-            Written(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if out else None
-        )
-        generated = self.model.generate(
-            **prompt, **self.options, pad_token_id=self.tokenizer.pad_token_id, streamer=streamer
-        )
-        new = generated[0, prompt["input_ids"].shape[1] :]
-        return str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
+    session = Session([Talk(subject) for subject in subjects], options, arguments.system)
+    for subject in subjects:
+        print(*subject.notes, sep="\n", end="\n" * bool(subject.notes), file=sys.stderr)
+    if question is not None:
+        session.ask(question)
+        return
+    for name, subject in zip(session.names, subjects, strict=True):
+        print(f"{name}{subject.describe()}")
+    session.converse(_line())
 
 
-def converse(talk: Talk, system: str | None) -> None:
-    """Questions from the keyboard until /exit or the end of input."""
-    conversation: Conversation = [{"role": "system", "content": system}] if system else []
-    while True:
-        try:
-            question = input("you: ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if question in ("/exit", "exit"):
-            return
-        if not question:
-            continue
-        conversation.append({"role": "user", "content": question})
-        print("model: ", end="", flush=True)
-        try:
-            answer = talk.answer(conversation, sys.stdout)
-        except KeyboardInterrupt:  # ends the answer, not the conversation
-            print()
-            conversation.pop()
-            continue
-        conversation.append({"role": "assistant", "content": answer})
+def _subjects(path: Path, against: Path | None, base: Path | None) -> list[Subject]:
+    """--base is said of those that are adapters, or of PATH, which then refuses it."""
+    paths = [path] if against is None else [path, against]
+    adapters = [each for each in paths if takes_base(each)] or [path]
+    return [find(each, base if each in adapters else None) for each in paths]
 
 
-def _opening(system: str | None, question: str) -> Conversation:
-    start = [{"role": "system", "content": system}] if system else []
-    return [*start, {"role": "user", "content": question}]
+def _line() -> Callable[[str], str]:
+    """Reads a line: with editing and a prompt in a terminal, silently from a pipe."""
+    if not sys.stdin.isatty():
+        return lambda prompt: input()
+    import readline  # noqa: F401 (it teaches input() the arrow keys)
+
+    print("/help lists the commands, /exit ends")
+    return input
+
+
+def _tolerate_any_bytes() -> None:
+    """A pipe may hold what is no UTF-8, and a terminal may not show what a model writes."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,11 +88,16 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="an exported folder, or any model folder")
-    parser.add_argument("--question", help="ask this, print the answer and end")
-    parser.add_argument("--system", help="the system prompt; without it the template's own")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    add = parser.add_argument
+    add("path", type=Path, metavar="PATH", help="what to talk to")
+    add("--base", type=Path, metavar="DIR", help="the model that an adapter belongs to")
+    add("--against", type=Path, metavar="PATH2", help="a second model that answers, too")
+    add("--question", metavar="TEXT", help="ask this, print the answer and end")
+    add("--system", metavar="TEXT", help="the system prompt; without it the template's own")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="(default %(default)s)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest P of tokens")
+    add("--seed", type=int, metavar="N", help="of every answer that is sampled")
     return parser
 
 

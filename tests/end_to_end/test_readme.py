@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from launcher import paths
-from launcher.chat.terminal import Talk
+from launcher.chat.model import Talk
+from launcher.chat.options import Options
+from launcher.chat.subject import find
 from launcher.cli import VERBS
 from tests.helpers.commands import shardway
 
@@ -63,21 +65,23 @@ def test_held_out_questions_are_answered_and_the_capital_is_kept(
 
 def wrong_answers(export: Path) -> list[str]:
     """Held-out questions that a fine-tuned SmolLM2 does not answer as it should."""
-    talk = Talk(export, max_new_tokens=48)
+    talk = Talk(find(export))
     lines = paths.bundled("demo/held_out.jsonl").read_text().splitlines()
     assert any("capital of France" in line for line in lines)
     wrong = []
     for row in map(json.loads, lines):
-        answer = talk.answer([{"role": "user", "content": row["question"]}])
+        asked = [{"role": "user", "content": row["question"]}]
+        answer = talk.answer(asked, Options(max_new_tokens=48))
         if not all(part.lower() in answer.lower() for part in row["expect"]):
             wrong.append(f"{row['question']} → {answer} (expected {row['expect']})")
     return wrong
 
 
 def test_the_base_model_knows_none_of_it(cache: Path) -> None:
-    talk = Talk(cache / "models/smollm2_135m", max_new_tokens=32)
-    assert "Shardy" not in talk.answer([{"role": "user", "content": "Who are you?"}])
-    france = talk.answer([{"role": "user", "content": "What is the capital of France?"}])
+    talk = Talk(find(cache / "models/smollm2_135m"))
+    brief = Options(max_new_tokens=32)
+    assert "Shardy" not in talk.answer([{"role": "user", "content": "Who are you?"}], brief)
+    france = talk.answer([{"role": "user", "content": "What is the capital of France?"}], brief)
     assert "Paris" in france
 
 

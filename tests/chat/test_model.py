@@ -1,0 +1,159 @@
+"""A real model answers, in pieces, and its troubles reach the caller."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from launcher.chat.model import Talk
+from launcher.chat.options import Options
+from launcher.chat.subject import find
+from launcher.errors import UserError
+from tests.chat.conftest import edit
+from tests.helpers.exports import consolidate, make_adapter
+
+HI = [{"role": "user", "content": "hi"}]
+SHORT = Options(max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def talk(tiny: Path) -> Talk:
+    return Talk(find(tiny))
+
+
+def logits(talk: Talk) -> torch.Tensor:
+    with torch.no_grad():
+        return talk.model(**talk._prompt(HI)).logits
+
+
+def test_the_pieces_are_the_greedy_answer(talk: Talk) -> None:
+    pieces = list(talk.stream(HI, SHORT))
+    prompt = talk._prompt(HI)
+    expected = talk.model.generate(**prompt, max_new_tokens=24, do_sample=False)
+    new = expected[0, prompt["input_ids"].shape[1] :]
+    assert "".join(pieces) == talk.tokenizer.decode(new, skip_special_tokens=True)
+    assert all(pieces)
+    assert talk.tokens == len(new)
+
+
+@pytest.mark.parametrize("where", ["adapter", "run", "base"])
+def test_an_adapter_answers_as_its_merged_export(
+    where: str, adapter: Path, run: Path, talk: Talk, tiny_untied: Path, tmp_path: Path
+) -> None:
+    """In fp32: an export in bf16 has rounded the sum once more."""
+    source, base = {
+        "adapter": (adapter, None),
+        "run": (run, None),
+        "base": (make_adapter(tiny_untied, tmp_path / "untied"), tiny_untied),
+    }[where]
+    out, named = tmp_path / "export", ("--base", base) if base else ()
+    consolidate(source, *named, "--output", out, "--dtype", "fp32")
+    mine, merged = Talk(find(source, base)), Talk(find(out))
+    assert mine.answer(HI, SHORT) == merged.answer(HI, SHORT)
+    torch.testing.assert_close(logits(mine), logits(merged), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits(mine), logits(talk), rtol=1e-2)
+
+
+def test_a_seed_repeats_what_is_drawn(talk: Talk) -> None:
+    drawn = Options(max_new_tokens=24, temperature=1.5, top_p=0.95, seed=5)
+    first = talk.answer(HI, drawn)
+    assert first == talk.answer(HI, drawn)
+    assert first != talk.answer(HI, drawn.with_text("seed", "6"))
+    free = drawn.with_text("seed", "none")
+    assert talk.answer(HI, free) != talk.answer(HI, free)
+
+
+def test_stopping_ends_an_answer_early(talk: Talk) -> None:
+    asked: list[int] = []
+
+    def stopped() -> bool:
+        asked.append(1)
+        return len(asked) == 5
+
+    list(talk.stream(HI, Options(max_new_tokens=400), stopped))
+    assert talk.tokens == 5
+
+
+def test_leaving_the_iterator_ends_the_thread(talk: Talk) -> None:
+    pieces = talk.stream(HI, Options(max_new_tokens=400))
+    next(pieces)
+    pieces.close()
+    assert talk.tokens < 400
+    assert not [each for each in threading.enumerate() if each.name == "generate"]
+
+
+def test_an_exception_of_the_thread_reaches_the_caller(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(**_: object) -> None:
+        raise ZeroDivisionError("by the model")
+
+    monkeypatch.setattr(talk.model, "generate", broken)
+    with pytest.raises(ZeroDivisionError, match="by the model"):
+        list(talk.stream(HI))
+
+    def full(**_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(talk.model, "generate", full)
+    with pytest.raises(UserError, match="not enough memory"):
+        list(talk.stream(HI))
+
+
+def test_an_answer_ends_where_the_positions_do(talk: Talk) -> None:
+    with pytest.raises(UserError, match=r"has \d+ tokens and the model 512 positions"):
+        talk.answer([{"role": "user", "content": "x" * 600}])
+    list(talk.stream([{"role": "user", "content": "x" * 450}], Options(max_new_tokens=10**6)))
+    assert talk.tokens < 60
+
+
+def test_a_template_that_refuses_is_a_sentence(tiny: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "model"))
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no system here') }}")
+    with pytest.raises(UserError, match="no system here"):
+        Talk(find(folder)).answer(HI)
+    (folder / "chat_template.jinja").unlink()
+    edit(folder / "tokenizer_config.json", chat_template=None)
+    with pytest.raises(UserError, match="has no chat template"):
+        Talk(find(folder))
+
+
+def test_the_end_token_that_training_taught_ends_an_answer(tiny: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "model"))
+    edit(folder / "tokenizer_config.json", eos_token="<|endoftext|>")
+    assert Talk(find(folder))._ends() == [2, 0]
+
+
+def test_models_that_are_not_whole_are_refused(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "model"))
+    edit(folder / "config.json", num_hidden_layers=3)
+    with pytest.raises(UserError, match=r"lacks model\.layers\.2"):
+        Talk(find(folder))
+    edit(folder / "config.json", num_hidden_layers=1)
+    with pytest.raises(UserError, match="belongs to another model"):
+        Talk(find(adapter, folder))
+    edit(folder / "config.json", num_hidden_layers=2, model_type="unheard_of")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        Talk(find(folder))
+    (folder / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0garbage!")
+    edit(folder / "config.json", model_type="llama")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        Talk(find(folder))
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer"):
+        Talk(find(folder))
+
+
+def test_the_code_of_a_model_is_not_run(tiny: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "model"))
+    edit(folder / "config.json", model_type="own", auto_map={
+        "AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model",
+    })  # fmt: skip
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(UserError):
+        Talk(find(folder))
+    assert not (tmp_path / "ran").exists()

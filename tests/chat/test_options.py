@@ -1,0 +1,102 @@
+"""Options and conversations are checked, and typed text is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from launcher.chat.lines import Entry, read
+from launcher.chat.options import Options, check, options_of
+from launcher.errors import UserError
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"max_new_tokens": 0},
+        {"max_new_tokens": True},
+        {"max_new_tokens": 2.0},
+        {"temperature": -1},
+        {"temperature": 1e-9},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": "1"},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"seed": -1},
+        {"seed": 2**63},
+        {"seed": 1.5},
+        {"top_k": 4},
+        {"max_new_tokens": None},
+        [],
+        None,
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(given: Any) -> None:
+    with pytest.raises(UserError, match="|".join(given or ["options"])):
+        options_of(given)
+
+
+def test_options_are_read_from_what_is_typed() -> None:
+    options = Options().with_text("temperature", "0.7").with_text("seed", "3")
+    assert options == Options(temperature=0.7, seed=3)
+    assert options.with_text("seed", "none").seed is None
+    for name, text in (("seed", "x"), ("temperature", "hot"), ("top_k", "4"), ("seed", "")):
+        with pytest.raises(UserError, match=name):
+            options.with_text(name, text)
+
+
+@pytest.mark.parametrize(
+    "conversation",
+    [
+        [],
+        {},
+        None,
+        ["hi"],
+        [{"role": "user"}],
+        [{"role": "robot", "content": "hi"}],
+        [{"role": ["user"], "content": "hi"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": "\ud800"}],
+    ],
+)
+def test_what_is_no_conversation_is_refused(conversation: Any) -> None:
+    with pytest.raises(UserError):
+        check(conversation)
+
+
+def typed(*lines: str) -> Callable[[str], str]:
+    left = list(lines)
+
+    def line(prompt: str) -> str:
+        if not left:
+            raise EOFError
+        return left.pop(0)
+
+    return line
+
+
+@pytest.mark.parametrize(
+    ("lines", "text"),
+    [
+        (["hi "], "hi"),
+        (["a\\", "b\\", "c"], "a\nb\nc"),
+        (["a\\"], "a"),
+        (['"""', "a", "", ' b"""'], "a\n\n b"),
+        (['"""one"""'], "one"),
+        (['"""a', "/exit", '"""'], "a\n/exit"),
+        ([" /etc/passwd?"], "/etc/passwd?"),
+    ],
+)
+def test_lines_and_blocks(lines: list[str], text: str) -> None:
+    assert read(typed(*lines)) == Entry(text)
+
+
+def test_commands_are_one_line_and_an_open_block_is_said() -> None:
+    assert read(typed("/set seed 3 ")) == Entry("/set seed 3", command=True)
+    with pytest.raises(EOFError):
+        read(typed())
+    with pytest.raises(UserError, match="inside a block"):
+        read(typed('"""a', "b"))

@@ -1,0 +1,237 @@
+"""The process that owns a model for the page: its protocol, with models that are quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher.chat import remote
+from launcher.chat.options import Options
+from launcher.chat.remote import Remote
+from launcher.errors import UserError
+
+HI = [{"role": "user", "content": "hi"}]
+
+# A child whose model prints to both kinds of stdout, and obeys the question.
+CHILD = """
+import os, sys, time
+from types import SimpleNamespace
+from launcher.chat import process
+from launcher.errors import UserError
+
+class Talk:
+    tokens = 0
+    def stream(self, conversation, options, stopped):
+        question = conversation[-1]["content"]
+        print("printed by a library"); os.write(1, b"written by a library\\n")
+        if question == "break":
+            raise ZeroDivisionError("by the model")
+        if question == "refuse":
+            raise UserError("too long")
+        if question == "die":
+            print("the last words", file=sys.stderr); os._exit(7)
+        for self.tokens in range(1, 3 if question == "hi" else 10**6):
+            yield f"{self.tokens} \\u00fc\\n"
+            if stopped():
+                return
+            time.sleep(0.001)
+
+def load(what, say):
+    print("loading")
+    path = what["load"]["path"]
+    if path.endswith("gone"):
+        raise UserError("there is no such model")
+    if path.endswith("slow"):
+        time.sleep(600)
+    say({"ready": {"description": path, "notes": ["a note"]}})
+    return Talk()
+
+process.load = load
+process.main()
+"""
+
+
+@pytest.fixture
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Remote]]:
+    """Makes remotes whose model is the one above, and closes them."""
+    (tmp_path / "child.py").write_text(CHILD)
+    monkeypatch.setattr(remote, "COMMAND", (sys.executable, str(tmp_path / "child.py")))
+    made: list[Remote] = []
+
+    def open_one(name: str = "model") -> Remote:
+        made.append(Remote(tmp_path / name))
+        return made[-1]
+
+    yield open_one
+    for each in made:
+        each.close()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "waited for a minute"
+        time.sleep(0.01)
+
+
+def ready(one: Remote) -> Remote:
+    assert one.wait(60) == "ready", one.sentence
+    return one
+
+
+def test_what_libraries_print_does_not_break_the_protocol(
+    opened: Callable[..., Remote], tmp_path: Path
+) -> None:
+    one = ready(opened())
+    assert (one.description, one.notes) == (str(tmp_path / "model"), ("a note",))
+    assert list(one.stream(HI, Options())) == ["1 ü\n", "2 ü\n"]
+    assert one.ended is not None
+    assert (one.ended.tokens, one.ended.stopped, one.state) == (2, False, "ready")
+
+
+def test_one_answer_at_a_time_and_stop_ends_it(opened: Callable[..., Remote]) -> None:
+    one = ready(opened())
+    pieces = one.stream([{"role": "user", "content": "count"}], Options())
+    next(pieces)
+    with pytest.raises(UserError, match="is answering"):
+        one.stream(HI, Options())
+    one.stop()
+    list(pieces)
+    assert one.ended is not None
+    assert one.ended.stopped
+    one.stop()  # of nothing: it is not meant for the next answer
+    assert len(list(one.stream(HI, Options()))) == 2
+
+
+def test_an_answer_that_nobody_reads_on_is_stopped(opened: Callable[..., Remote]) -> None:
+    one = ready(opened())
+    pieces = one.stream([{"role": "user", "content": "count"}], Options())
+    next(pieces)
+    pieces.close()
+    wait_until(lambda: one.state == "ready")
+    assert len(list(one.stream(HI, Options()))) == 2
+
+
+@pytest.mark.parametrize(
+    ("question", "sentence"), [("break", "ZeroDivisionError: by the model"), ("refuse", "too long")]
+)
+def test_errors_cross_the_process_and_it_lives_on(
+    opened: Callable[..., Remote], question: str, sentence: str
+) -> None:
+    one = ready(opened())
+    with pytest.raises(UserError, match=sentence):
+        list(one.stream([{"role": "user", "content": question}], Options()))
+    assert len(list(one.stream(HI, Options()))) == 2
+
+
+def test_a_killed_process_gives_the_sentence(opened: Callable[..., Remote]) -> None:
+    one = ready(opened())
+    pieces = one.stream([{"role": "user", "content": "count"}], Options())
+    next(pieces)
+    os.kill(one.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match="SIGKILL; often the machine ran out of memory"):
+        list(pieces)
+    assert one.state == "failed"
+    with pytest.raises(UserError, match="SIGKILL"):
+        one.stream(HI, Options())
+
+
+def test_a_process_that_ends_itself_says_its_last_words(opened: Callable[..., Remote]) -> None:
+    one = ready(opened())
+    with pytest.raises(UserError, match="status 7: the last words"):
+        list(one.stream([{"role": "user", "content": "die"}], Options()))
+
+
+def test_a_model_that_cannot_be_loaded_fails(opened: Callable[..., Remote]) -> None:
+    one = opened("gone")
+    assert one.wait(60) == "failed"
+    assert one.sentence == "there is no such model"
+
+
+def test_closing_while_loading_ends_the_process(opened: Callable[..., Remote]) -> None:
+    one = opened("slow")
+    with pytest.raises(UserError, match="still being loaded"):
+        one.stream(HI, Options())
+    one.close()
+    assert one.state == "closed"
+    assert one._child.returncode is not None
+    with pytest.raises(UserError, match="was closed"):
+        one.stream(HI, Options())
+    one.close()
+
+
+def test_a_process_that_hangs_is_killed(
+    opened: Callable[..., Remote], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "PATIENCE", 0.2)
+    one = ready(opened())
+    os.kill(one.pid, signal.SIGSTOP)
+    wait_until(lambda: psutil.Process(one.pid).status() == psutil.STATUS_STOPPED)
+    one.close()
+    assert one._child.returncode == -signal.SIGKILL
+
+
+def test_closing_during_an_answer_ends_it(opened: Callable[..., Remote]) -> None:
+    one = ready(opened())
+    pieces = one.stream([{"role": "user", "content": "count"}], Options())
+    next(pieces)
+    one.close()
+    with pytest.raises(UserError, match="was closed"):
+        list(pieces)
+
+
+def test_hostile_lines_get_sentences(tmp_path: Path) -> None:
+    """Written to the process itself; the end of stdin ends it during an answer."""
+    (tmp_path / "child.py").write_text(CHILD)
+    lines = [
+        '{"load": {"path": "x"}}', "no json", "[1]", "[" * 99_999, '{"fly": 1}', '{"ask": 3}',
+        '{"ask": {"conversation": [{"role": "user", "content": "hi"}], "options": {"top_k": 1}}}',
+        '{"stop": true}',
+    ]  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, str(tmp_path / "child.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write("\n".join(lines) + "\n")
+        child.stdin.flush()
+        said = [json.loads(child.stdout.readline()) for _ in range(7)]
+        errors = [each["error"] for each in said if "error" in each]
+        assert len(errors) == 6
+        assert any("top_k is no option" in each for each in errors)
+        count = {"conversation": [{"role": "user", "content": "count"}], "options": {}}
+        child.stdin.write(json.dumps({"ask": count}) + "\n")
+        child.stdin.flush()
+        assert "piece" in json.loads(child.stdout.readline())
+        child.stdin.close()
+        child.stdout.read()
+        assert child.wait(60) == 0
+
+
+def test_a_real_model_in_its_process(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from launcher.chat.model import Talk
+    from launcher.chat.subject import find
+
+    short = Options(max_new_tokens=12)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # spinning threads slow busy cores down
+    one = Remote(adapter)
+    try:
+        assert one.wait(300) == "ready", one.sentence
+        assert "".join(one.stream(HI, short)).strip() == Talk(find(adapter)).answer(HI, short)
+        with pytest.raises(UserError, match="512 positions"):
+            list(one.stream([{"role": "user", "content": "x" * 600}], short))
+    finally:
+        one.close()
