@@ -144,7 +144,8 @@ class Tab:
             state = (
                 f'<em class="sw-state {remote.state}">{html.escape(self.words(remote.state))}</em>'
             )
-            told.append(f"<p>{state} {html.escape(what)}</p>")
+            shown = what.replace(f"{self.house.places.home}/", "")
+            told.append(f"<p>{state} {html.escape(shown)}</p>")
         return told
 
     def _ask(

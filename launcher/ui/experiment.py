@@ -10,7 +10,7 @@ import yaml
 from launcher import paths
 from launcher.config import store
 from launcher.errors import UserError
-from launcher.ui import form
+from launcher.ui import form, grammar
 from launcher.ui.form import CHOSEN, Look, Values
 from launcher.ui.places import NAME, Places
 
@@ -84,7 +84,7 @@ def load(places: Places, name: str) -> tuple[Values, str]:
         listed = tree.pop("defaults", [])
         pairs = [pair for each in listed if isinstance(each, dict) for pair in each.items()]
         words = [f"{key.removeprefix('override /')}={file}" for key, file in pairs]
-        words += [f"{key}={form.text_of(value)}" for key, value in store.leaves_of(tree)]
+        words += [f"{key}={grammar.text_of(value)}" for key, value in store.leaves_of(tree)]
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is no experiment file: {error}") from error
     values, more = form.apply(form.begun(), "", words)

@@ -123,7 +123,11 @@ class Tab:
     def _plan(self, *asked: str) -> str:
         words, _ = self._words(*asked)
         done = self.house.processes.ask([*words, "--dry-run"], PLAN_SECONDS)
-        return self._plan_html(done.stderr, json.loads(done.stdout))
+        return self._plan_html(self._short(done.stderr), json.loads(done.stdout))
+
+    def _short(self, text: str) -> str:
+        """Without the first root in front of paths."""
+        return text.replace(f"{self.house.places.home}/", "")
 
     def _plan_html(self, said: str, plan: dict[str, Any]) -> str:
         tensors = plan["tensors"]
@@ -166,7 +170,7 @@ class Tab:
             return [self._progress(job), on, off]
         if result := _result(job):
             return [self._result_html(result), off, on]
-        said = html.escape(job.said().strip()[-4000:])
+        said = html.escape(self._short(job.said()).strip()[-4000:])
         head = html.escape(self.words("The export did not end well; this is what it said:"))
         return [
             f'<p class="sw-problems">{head}</p><div class="sw-plain">{said}</div>',
@@ -190,7 +194,7 @@ class Tab:
 
     def _result_html(self, result: dict[str, Any]) -> str:
         head = self.words("{0}: {1} tensors, {2} GB in {3} s at {4} MB/s, {5}.").format(
-            result["output"],
+            self.house.places.typed(Path(result["output"])),
             f"{result['tensors']:,}",
             f"{result['bytes'] / 1e9:.2f}",
             f"{result['seconds']:.1f}",
@@ -205,10 +209,8 @@ class Tab:
         result = _result(self.house.processes.job(name))
         if result is None:
             raise UserError(self.words("There is no finished export to talk to."))
-        home = self.house.places.home
-        path = Path(result["output"])
-        typed = str(path.relative_to(home)) if path.is_relative_to(home) else str(path)
-        return [gr.update(selected="chat"), gr.update(value=typed)]
+        output = self.house.places.typed(Path(result["output"]))
+        return [gr.update(selected="chat"), gr.update(value=output)]
 
 
 def _result(job: Job) -> dict[str, Any] | None:

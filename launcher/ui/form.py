@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import re
 import shlex
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -19,6 +19,7 @@ from launcher import paths, rules, train
 from launcher.config import SECTIONS, Config, store
 from launcher.config.rule import World
 from launcher.errors import UserError
+from launcher.ui import grammar
 from launcher.ui.places import Places
 
 Values = dict[str, Any]  # setting, or group of conf/ → what the page has: text, or a tick
@@ -59,6 +60,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 FIELDS = tuple(key for keys in GROUPS.values() for key in keys)
 CHOSEN = tuple(key for key in FIELDS if key in SECTIONS)  # files of conf/, such as method=lora
 ACCUMULATION = "accumulation"  # no setting: global_batch_size follows from it and the ranks
+OURS = ("model.name_or_path", "data.path")  # empty: as the chosen file of conf/ says
 # What would run a command or another's code stands in a site's files, not on a page.
 FROM_FILES = (
     *("cluster.setup", "cluster.extra_flags", "cluster.environment", "cluster.container"),
@@ -114,7 +116,13 @@ def begun(chosen: Mapping[str, str] | None = None) -> Values:
     files = {group: defaults()[group] for group in CHOSEN} | dict(chosen or {})
     leaves = leaves_with(files)
     values: Values = {key: shown(leaves[key]) for key in FIELDS if key in leaves}
+    values |= {key: "" for key in OURS if _is_ours(str(leaves[key]))}
     return {**files, **values, ACCUMULATION: "8"}
+
+
+def _is_ours(path: str) -> bool:
+    """Whether a file of conf/ names what is fetched or ships with Shardway: nobody types that."""
+    return any(Path(path).is_relative_to(folder) for folder in (paths.cache(), paths.PACKAGE))
 
 
 def shown(value: Any) -> Any:
@@ -142,7 +150,7 @@ def overrides_of(values: Values, more: str = "") -> list[str]:
         value = values[key] if key in values else begins
         value = value.strip() if isinstance(value, str) else value
         if key not in CHOSEN and key != ACCUMULATION and value != begins:
-            words.append(f"{key}={written(key, value)}")
+            words.append(f"{key}={grammar.written(key, value)}")
     for word in words:
         _refuse_interpolation(word)
     return words + [_taken(line.strip()) for line in more.splitlines() if line.strip()]
@@ -167,57 +175,6 @@ def _taken(line: str) -> str:
 def _refuse_interpolation(word: str) -> None:
     if "${" in word:  # it would read the server's environment
         raise UserError(f"{word} holds ${{, which a page does not take → write the value itself")
-
-
-def written(key: str, value: Any) -> str:
-    """`value` as Hydra's grammar wants it behind `key=`."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if not value:
-        return "[]" if kind_of(key).startswith("list") else "null"
-    if kind_of(key).startswith("list"):
-        return f"[{','.join(_word(each.strip()) for each in value.split(',') if each.strip())}]"
-    return _word(value, text=kind_of(key).startswith("str"))
-
-
-def _word(value: str, text: bool = True) -> str:
-    """A value between quotes where Hydra would read something else out of it."""
-    plain = re.fullmatch(r"[\w./+-]+", value, re.ASCII)
-    number = re.fullmatch(r"[+-]?[\d._]+(e[+-]?\d+)?|null|true|false|nan|[+-]?inf", value, re.I)
-    if plain and not (text and number):
-        return value
-    quoted = re.sub(r"(\\*)'", lambda found: f"{found[1] * 2}\\'", value)
-    quoted = re.sub(r"(\\+)$", lambda found: found[1] * 2, quoted)
-    return f"'{quoted}'"
-
-
-def text_of(value: Any) -> str:
-    """A value of YAML as Hydra's grammar wants it."""
-    if isinstance(value, str):
-        return _word(value)
-    if isinstance(value, list):
-        return f"[{','.join(map(text_of, value))}]"
-    if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{text_of(each)}' for key, each in value.items())}}}"
-    return json.dumps(value)
-
-
-@functools.cache
-def field_of(key: str) -> dataclasses.Field[Any] | None:
-    """The declaration of a setting, in whichever schema of its section has it."""
-    section, _, name = key.partition(".")
-    if section not in SECTIONS:
-        return None
-    schema = SECTIONS[section]
-    schemas = list(schema.values()) if isinstance(schema, dict) else [schema]
-    fields = (each for one in schemas for each in dataclasses.fields(one))
-    return next((each for each in fields if each.name == name), None)
-
-
-def kind_of(key: str) -> str:
-    """Its type, as declared: `int | None`."""
-    found = field_of(key)
-    return str(found.type) if found else "str"
 
 
 def look(values: Values, more: str, places: Places) -> Look:
@@ -287,7 +244,7 @@ def apply(values: Values, more: str, overrides: list[str]) -> tuple[Values, str]
         if key in CHOSEN:
             continue
         if key in FIELDS and key != ACCUMULATION and "{" not in text:
-            changed[key] = _typed(key, text)
+            changed[key] = grammar.typed(key, text)
         else:
             lines = [line for line in lines if line.partition("=")[0] != key] + [f"{key}={text}"]
     return changed, "\n".join(lines)
@@ -298,23 +255,6 @@ def _chosen(values: Values, group: str, name: str) -> Values:
     others = {key: value for key, value in values.items() if key.partition(".")[0] != group}
     start = begun({each: str(values[each]) for each in CHOSEN} | {group: name})
     return {**others, **{key: value for key, value in start.items() if key.startswith(group)}}
-
-
-def _typed(key: str, text: str) -> Any:
-    """The value that an override gives, as the page has it."""
-    if kind_of(key) == "bool":
-        return text.lower() == "true"
-    if text == "null":
-        return ""
-    if text.startswith("[") and text.endswith("]"):
-        return ", ".join(_unquoted(word.strip()) for word in text[1:-1].split(",") if word.strip())
-    return _unquoted(text)
-
-
-def _unquoted(text: str) -> str:
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        return re.sub(rf"\\+(?={text[0]}|$)", lambda m: "\\" * (len(m[0]) // 2), text[1:-1])
-    return text
 
 
 def switched(values: Values, group: str) -> Values:

@@ -60,7 +60,7 @@ class Models:
 def subjects(places: Places) -> list[str]:
     """What can be talked to: exports, adapters of checkpoints, fetched models. Paths as one would
     type them in the first root."""
-    found = [_typed(path, places) for path in _of_runs(places)]
+    found = [places.typed(path) for path in _of_runs(places)]
     models = sorted(path.parent for path in paths.cache().glob("models/*/config.json"))
     return [*found, *map(str, models)]
 
@@ -70,7 +70,7 @@ def sources(places: Places) -> list[str]:
     listed = []
     for run in _runs(places):
         checkpoints = layout.finished(run.checkpoints)
-        listed += [_typed(path, places) for path in (run.path, *(c.path for c in checkpoints))]
+        listed += [places.typed(path) for path in (run.path, *(c.path for c in checkpoints))]
         if not checkpoints:
             listed.pop()
     return listed
@@ -86,12 +86,6 @@ def _runs(places: Places) -> list[RunDir]:
     if not places.runs.is_dir():
         return []
     return list(reversed(overview.runs_in(places.runs)))
-
-
-def _typed(path: Path, places: Places) -> str:
-    resolved = path.absolute()
-    inside = resolved.is_relative_to(places.home)
-    return str(resolved.relative_to(places.home) if inside else resolved)
 
 
 def bases_of(path: Path) -> Iterator[str]:

@@ -62,6 +62,11 @@ class Places:
             )
         return self.to_write(self.runs / name)
 
+    def typed(self, path: Path) -> str:
+        """`path` as one would type it in the first root."""
+        inside = path.is_relative_to(self.home)
+        return str(path.relative_to(self.home) if inside else path)
+
     def refusals(self, config: Config) -> Iterator[str]:
         """A sentence for each path of `config` that leads out, before any of them is opened."""
         for key, path in _named(config):

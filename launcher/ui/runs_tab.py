@@ -31,11 +31,8 @@ class Tab:
             self.resume = gr.Button(words("Resume"), elem_id="resume", scale=1)
         self.facts = gr.HTML(elem_id="facts")
         self.charts = gr.HTML(elem_id="curves", elem_classes="sw-charts")
-        with gr.Row():
-            self.label = gr.Dropdown(
-                [CONSOLE], value=CONSOLE, label=words("Log"), elem_id="log-name", scale=1
-            )
-            self.log = gr.HTML(elem_id="log", scale=4)
+        self.label = gr.Dropdown([CONSOLE], value=CONSOLE, label=words("Log"), elem_id="log-name")
+        self.log = gr.HTML(elem_id="log")
         with gr.Accordion(words("Compare runs"), open=False):
             self.several = gr.Dropdown([], multiselect=True, label=words("Runs"), elem_id="several")
             self.compare = gr.Button(words("Compare"), size="sm")

@@ -15,7 +15,7 @@ from launcher.config import Config
 from launcher.config.scheduler import PlateauConfig
 from launcher.config.setting import limits
 from launcher.errors import UserError
-from launcher.ui import experiment, form
+from launcher.ui import experiment, form, grammar
 from launcher.ui.form import ACCUMULATION, CHOSEN, GROUPS, Look, Values
 from launcher.ui.polite import polite
 from launcher.ui.words import Words
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 OPEN = ("Model and data", "Method", "Length, batch and saving")
 STEPS_DRAWN = 1000  # of the curve, where epochs alone are known
 POINTS_DRAWN = 500
+LONGEST = 4000  # characters of a setting
 PREVIEW_SECONDS = 300
 
 
@@ -54,7 +55,7 @@ class Tab:
 
     def _group(self, group: str, keys: tuple[str, ...], start: Values) -> None:
         with gr.Accordion(self.words(group), open=group in OPEN):
-            self.said[group] = gr.HTML(elem_classes="sw-problems")
+            self.said[group] = gr.HTML(visible=False, elem_classes="sw-problems")
             with gr.Row(elem_classes="sw-grid"):
                 for key in keys:
                     self.fields[key] = _widget(key, start, self.words)
@@ -135,7 +136,7 @@ class Tab:
             gr.update(visible=bool(form.fixes(problems))),
             gr.update(interactive=not problems),
             _curve(found.config, self.words) if found.config else gr.skip(),
-            *(_paragraphs(sentences) for sentences in beside.values()),
+            *(gr.update(value=_paragraphs(said), visible=bool(said)) for said in beside.values()),
         ]
 
     def _name_problems(self, name: str) -> list[str]:
@@ -214,7 +215,7 @@ class Tab:
 
 def _widget(key: str, start: Values, words: Words) -> Any:
     """The widget of a setting: a list to choose from, a tick, or a line of text."""
-    value, declared = start.get(key), form.field_of(key)
+    value, declared = start.get(key), grammar.field_of(key)
     common: dict[str, Any] = {
         "label": words(key) if key == ACCUMULATION else key,
         "value": value,
@@ -228,7 +229,7 @@ def _widget(key: str, start: Values, words: Words) -> Any:
         return gr.Textbox(info=words("Forwards of every rank in one step."), **common)
     bounds = limits(declared)
     common["info"] = f"{words(declared.metadata['help'])}{f' ({bounds})' if bounds else ''}"
-    if form.kind_of(key) == "bool":
+    if grammar.kind_of(key) == "bool":
         return gr.Checkbox(**{**common, "value": bool(value)})
     if declared.metadata["choices"]:
         listed = [str(each) for each in declared.metadata["choices"]]
@@ -236,7 +237,9 @@ def _widget(key: str, start: Values, words: Words) -> Any:
     if key == "data.template":
         listed = ["", *sorted(paths.templates())]
         return gr.Dropdown(listed, allow_custom_value=True, **{**common, "value": value or ""})
-    return gr.Textbox(**{**common, "value": value or ""})
+    if key in form.OURS:
+        common["placeholder"] = words("as the chosen file says")
+    return gr.Textbox(max_length=LONGEST, **{**common, "value": value or ""})
 
 
 def _paragraphs(sentences: list[str]) -> str:

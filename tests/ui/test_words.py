@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher import paths
-from launcher.ui import form
+from launcher.ui import grammar
 from launcher.ui.form import FIELDS, GROUPS
 from launcher.ui.words import ENGLISH, chinese
 
@@ -41,14 +41,14 @@ def test_texts_are_found() -> None:
 
 
 def test_groups_and_the_help_of_settings_are_there() -> None:
-    help = {field.metadata["help"] for key in FIELDS if (field := form.field_of(key))}
+    help = {field.metadata["help"] for key in FIELDS if (field := grammar.field_of(key))}
     assert (help | GROUPS.keys()) <= chinese().table.keys()
 
 
 def test_no_entry_is_left_over() -> None:
     """Nor misspelt: each is a text of the code, a setting's help, or stands for a state or a
     fact."""
-    help = {field.metadata["help"] for key in FIELDS if (field := form.field_of(key))}
+    help = {field.metadata["help"] for key in FIELDS if (field := grammar.field_of(key))}
     known = set().union(*map(asked, CODE)) | help | GROUPS.keys()
     text = "\n".join(file.read_text() for file in [*CODE, *paths.bundled("chat").glob("*.py")])
     states = {"running", "pending", "finished", "stopped"}  # of launcher/overview.py and Slurm
