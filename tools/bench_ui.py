@@ -3,9 +3,9 @@
     python tools/bench_ui.py                     with Chromium and playwright installed
     python tools/bench_ui.py --model tiny --rounds 30
 
-Starts `shardway ui` in a new folder. Then, in turns and for so many rounds: a setting is typed until
-the command has it, another tab is opened, the page is opened anew. Prints the median, the 95th
-percentile and the largest of each, in seconds: first without a run, then beside one.
+Starts `shardway ui` in a new folder. Then, in turns and for so many rounds: a setting is typed
+until the command has it, another tab is opened, the page is opened anew. Prints the median, the
+95th percentile and the largest of each, in seconds: first without a run, then beside one.
 """
 
 from __future__ import annotations

@@ -97,8 +97,10 @@ class Tab:
 
     def _newest(self) -> str:
         """The export that was begun last: a page that is opened anew finds it."""
-        folder = self.house.processes.job("").folder
-        found = sorted(folder.glob(f"{PREFIX}*.json"), key=lambda file: file.stat().st_mtime)
+        found = sorted(
+            self.house.processes.folder.glob(f"{PREFIX}*.json"),
+            key=lambda file: file.stat().st_mtime,
+        )
         return found[-1].stem if found else ""
 
     def _words(self, source: str, base: str, output: str, *how: str) -> tuple[list[str], Path]:

@@ -78,9 +78,13 @@ class Processes:
     command: tuple[str, ...] = SHARDWAY
     _started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
+    @property
+    def folder(self) -> Path:
+        return self.places.runs / FOLDER
+
     def job(self, name: str) -> Job:
         """The job of that name, whether or not there ever was one."""
-        return Job(self.places.runs / FOLDER, name.replace("/", "+"))
+        return Job(self.folder, name.replace("/", "+"))
 
     def start(self, name: str, words: list[str], apart: bool = False) -> Job:
         """Run `shardway WORDS` in the first root, in a session of its own: neither the end of this

@@ -61,9 +61,9 @@ class Tab:
     def _look(self, name: str | None, label: str, seen: tuple[str, str]) -> list[Any]:
         self.house.processes.reap()
         names = self.house.viewer.names()
-        if name and name not in names:  # only just being started
-            names = [name, *names]
-        name = name or next(iter(names), None)
+        if name and name not in names and self.house.processes.job(name).facts.is_file():
+            names = [name, *names]  # only just being started
+        name = name if name in names else next(iter(names), None)
         runs_now = gr.update(choices=names, value=name)
         if name is None:
             nothing = f"<p>{html.escape(self.words('No run yet: the train tab starts one.'))}</p>"
@@ -74,7 +74,6 @@ class Tab:
         labels = list(self.house.viewer.logs(name)) or [CONSOLE]
         label = label if label in labels else labels[0]
         log = self.house.viewer.log(name, label)
-        lives = shown.state in ("running", "starting", "pending")
         return [
             runs_now,
             gr.update(choices=names),
@@ -85,13 +84,16 @@ class Tab:
             else gr.skip(),
             (drawn, log),
             gr.update(choices=labels, value=label),
-            gr.update(interactive=lives),
-            gr.update(interactive=not lives),
+            gr.update(interactive=shown.lives),
+            gr.update(interactive=not shown.lives),
         ]
 
     def _stop(self, name: str | None) -> None:
-        run = self.house.viewer.run(self._named(name))
-        said = list(runs.ask_to_stop(run.path))
+        shown = self.house.viewer.show(self._named(name), self.words)
+        if shown.state == "starting":  # no ranks yet: what starts them is asked
+            self.house.processes.job(shown.name).stop()
+            return
+        said = list(runs.ask_to_stop(self.house.viewer.run(shown.name).path))
         gr.Info(html.escape("\n".join(said)), title=self.words("Stop"))
 
     def _resume(self, name: str | None) -> None:

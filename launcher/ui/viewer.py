@@ -30,6 +30,7 @@ DRAWN = (  # title, field of metrics.jsonl
     ("learning rate", "learning_rate"),
     ("tokens / s", "tokens_per_second"),
 )
+ENDED = ("finished", "stopped", "failed", "not started")
 Records = list[dict[str, Any]]
 
 
@@ -94,6 +95,11 @@ class Shown:
     facts: str  # HTML
     records: Records
 
+    @property
+    def lives(self) -> bool:
+        """Whether it runs, is about to, or waits in a queue: one may stop it."""
+        return self.state not in ENDED
+
 
 class Viewer:
     """Looks at the runs of the first root. What costs more than a few milliseconds is recalled."""
@@ -139,7 +145,12 @@ class Viewer:
             return Shown(name, state, _facts(name, state, {}, None, words), [])
         run = self.run(name)
         state, records = self.state(run), self.records(run)
-        config = store.load(run.config)
+        try:
+            config = store.load(run.config)
+        except UserError as error:  # of another version, or written by hand
+            return Shown(
+                name, state, _facts(name, state, {"config.yaml": str(error)}, None, words), records
+            )
         told = _told(run, config, records)
         return Shown(
             name, state, _facts(name, state, told, _share(run, config, records), words), records
@@ -236,7 +247,7 @@ def _facts(
     name: str, state: str, told: dict[str, str], share: tuple[int, int] | None, words: Words
 ) -> str:
     """State, bar and facts of a run as HTML. All of it is text of ours or escaped."""
-    if state not in ("running", "starting"):
+    if state in ENDED:
         told = {key: value for key, value in told.items() if key != "time left"}
     bar = ""
     if share:
