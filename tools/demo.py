@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from launcher import paths
 from launcher.cluster.devices import visible_gpus
@@ -21,7 +22,8 @@ ROWS_PER_STEP = 16
 
 
 def main() -> None:
-    question = held_out()[0]["question"]
+    asked = held_out()[0]
+    question, expected = asked["question"], asked["expect"]
     model = paths.cache() / "models" / "smollm2_135m"
     run = Path("runs") / time.strftime("demo-%Y-%m-%d_%H-%M-%S")
     export = run / "export"
@@ -40,11 +42,14 @@ def main() -> None:
     shardway("verify", export)
     after = shardway("chat", export, "--question", question, "--max-new-tokens", "48")
     print(f"\n{question}\n  before: {before}\n  after:  {after}\n")
+    if lacks := [part for part in expected if part.lower() not in after.lower()]:
+        sys.exit(f"the answer should have {', '.join(lacks)} in it: the model has not learnt")
     print(f"loss curve: {run / 'loss.png'}\ntalk to it: shardway chat {export}")
 
 
-def held_out() -> list[dict[str, object]]:
-    """The bundled questions that training never sees, each with what its answer must contain."""
+def held_out() -> list[dict[str, Any]]:
+    """The bundled rows that training never sees: `question`, and `expect`: what must be in its
+    answer."""
     lines = paths.bundled("demo/held_out.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -44,6 +45,24 @@ def by_hand(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return cwd, said
 
 
+def test_make_demo_runs_the_readme_s_commands() -> None:
+    """Which the grid's `whole` tests below run one by one: the verbs and options are the same."""
+    typed = [words[1:] for words in commands("By hand")]
+    code = ast.parse((CHECKOUT / "tools/demo.py").read_text())
+    calls = [
+        [str(a.value) for a in call.args if isinstance(a, ast.Constant)]
+        for call in ast.walk(code)
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "shardway"
+    ]
+    for words in typed:
+        verb, options = words[0], [w for w in words if w.startswith("--") or "=" in w]
+        said = [call for call in calls if call[0] == verb]
+        assert said, verb
+        options = [w for w in options if not w.startswith("run_dir=")]
+        assert any(set(options) <= set(call) for call in said), (words, said)
+
+
+@pytest.mark.whole
 @pytest.mark.timeout(1200)
 def test_the_commands_run_in_order_and_the_model_knows_itself(
     by_hand: tuple[Path, list[str]],
@@ -54,6 +73,7 @@ def test_the_commands_run_in_order_and_the_model_knows_itself(
     assert (cwd / "runs/first/loss.png").is_file()
 
 
+@pytest.mark.whole
 def test_held_out_questions_are_answered_and_the_capital_is_kept(
     by_hand: tuple[Path, list[str]],
 ) -> None:
