@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -13,6 +14,7 @@ COLOURS = (
     "#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd",
     "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f",
 )  # fmt: skip
+_OPTIONS = threading.Lock()
 DASHES = ("-", "--", ":", "-.")
 
 
@@ -40,7 +42,7 @@ def chart(title: str, curves: list[Curve]) -> str:
 
     # Text stays text; the salt keeps names of clip paths apart in one page, and the same each time.
     options: Any = {"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}
-    with matplotlib.rc_context(options):
+    with _OPTIONS, matplotlib.rc_context(options):  # which are the process's own, not a thread's
         figure = Figure(figsize=(6.4, 3.4), layout="constrained")
         axes = figure.subplots()
         for number, curve in enumerate(curves):

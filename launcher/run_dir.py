@@ -113,10 +113,8 @@ class RunDir:
 
     def newest(self) -> RunDir:
         """The same run's last attempt; 0 where there is none yet."""
-        taken = (
-            int(each.name.removeprefix("attempt-")) for each in self.path.glob("logs/attempt-*")
-        )
-        return RunDir(self.path, max(taken, default=0))
+        numbers = (e.name.removeprefix("attempt-") for e in self.path.glob("logs/attempt-*"))
+        return RunDir(self.path, max((int(n) for n in numbers if n.isdecimal()), default=0))
 
     @property
     def job(self) -> Path:

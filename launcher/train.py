@@ -140,11 +140,12 @@ def check(config: Config) -> World:
 
 def problems(config: Config, world: World) -> list[str]:
     """A sentence for everything that is wrong with `config` on `world`, and with its data."""
-    return [
-        *checks.broken_rules(config, world),
-        *_resume_problems(config),
-        *source.problems(config.data),
-    ]
+    return [*rule_problems(config, world), *source.problems(config.data)]
+
+
+def rule_problems(config: Config, world: World) -> list[str]:
+    """The same without a look at the data."""
+    return [*checks.broken_rules(config, world), *_resume_problems(config)]
 
 
 def _resume_problems(config: Config) -> list[str]:

@@ -17,6 +17,7 @@ from launcher.errors import UserError
 from launcher.run_dir import RunDir
 
 SCRIPT, SETUP = "train.sbatch", "setup.sh"
+QUEUE_SECONDS = 30.0  # for an answer of squeue: who looks again and again must not pile up
 
 
 def launch(config: Config, cluster: SlurmConfig) -> int:
@@ -98,7 +99,8 @@ def queue(jobs: list[str]) -> dict[str, Queued]:
     if not jobs:
         return {}
     words = ["squeue", f"--jobs={','.join(jobs)}", "--array", "--noheader", "--format=%i|%T|%R"]
-    lines = (line.split("|", 2) for line in _ask(words, unless="Invalid job id").splitlines())
+    answer = _ask(words, unless="Invalid job id", seconds=QUEUE_SECONDS)
+    lines = (line.split("|", 2) for line in answer.splitlines())
     found = {job: Queued(state, nodes) for job, state, nodes in lines}
     return {job: found[job] for job in jobs if job in found}
 
@@ -174,9 +176,9 @@ def _gpus(cluster: SlurmConfig) -> str | None:
     return ":".join([*parts, str(cluster.gpus_per_node)])
 
 
-def _ask(command: list[str], unless: str | None = None) -> str:
+def _ask(command: list[str], unless: str | None = None, seconds: float | None = None) -> str:
     """Slurm's answer; empty where it fails with the words `unless`. Raises UserError with its
-    reason."""
+    reason, and after `seconds`."""
     # A job that is submitted by another gets its variables, which Slurm sets anew for some only.
     values = {
         key: value
@@ -184,7 +186,11 @@ def _ask(command: list[str], unless: str | None = None) -> str:
         if not key.startswith("SLURM_ARRAY_") and key != "SLURM_RESTART_COUNT"
     }
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=values)
+        done = subprocess.run(command, capture_output=True, text=True, env=values, timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(
+            f"Slurm has not answered within {seconds:.0f} s: {shlex.join(command)}"
+        ) from error
     except FileNotFoundError as error:
         raise UserError(
             f"cluster=slurm: there is no {command[0]} on this machine; run on a login node, or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -113,7 +114,7 @@ def problems(config: DataConfig) -> list[str]:
 def _problem(source: SourceConfig, skip: bool) -> str | None:
     assert source.path is not None
     if source.path.startswith(HUB):
-        return None  # it is read where it is tokenised
+        return _no_hub_name(source.path)  # it is read where it is tokenised
     try:
         found = files.find(source.path, source.format == "text")
         whole = sum(file.stat().st_size for file in found) <= CHECKED_AT_SUBMIT_BYTES
@@ -130,6 +131,14 @@ def _problem(source: SourceConfig, skip: bool) -> str | None:
     except OSError as error:
         return f"data.path={error.filename} cannot be read: {error.strerror}"
     return None
+
+
+def _no_hub_name(path: str) -> str | None:
+    """`datasets` would take a folder of that name for the data set."""
+    name = path.removeprefix(HUB)
+    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not Path(name).exists():
+        return None
+    return f"data.path={path} names none of the hub → hub:OWNER/NAME, or data.path=FOLDER"
 
 
 def _lost_column(source: SourceConfig) -> str | None:

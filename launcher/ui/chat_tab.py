@@ -101,7 +101,7 @@ class Tab:
             *(self.question, self.system, self.temperature, self.top_p, self.longest, self.seed),
             *talks,
         ]
-        gr.on(
+        asking = gr.on(
             [self.send.click, self.question.submit],
             say(self._ask),
             asked,
@@ -110,7 +110,9 @@ class Tab:
             concurrency_limit=8,
         )
         self.stop.click(self._stop, None, None, **quick)
-        self.clear.click(lambda: ([], []), None, talks, **quick)
+        self.clear.click(self._stop, None, None, cancels=[asking], **quick).then(
+            lambda: ([], []), None, talks, **quick
+        )
 
     def _list(self) -> list[Any]:
         found = models.subjects(self.house.places)
@@ -166,7 +168,8 @@ class Tab:
             return
         if not asked:
             raise UserError(self.words("No model is loaded."))
-        options = Options(int(longest), float(temperature), float(top_p), _seed(seed))
+        options = Options(int(longest), float(temperature), float(top_p))
+        options = options.with_text("seed", (seed or "").strip() or "none")
         said = [[{"role": t["role"], "content": _text(t)} for t in talk] for talk in talks]
         start = [{"role": "system", "content": system}] if system else []
         pieces: queue.Queue[tuple[int, str | Exception | None]] = queue.Queue()
@@ -175,26 +178,36 @@ class Tab:
             told = (remote, [*start, *said[at]], options, at, pieces)
             threading.Thread(target=_answer, args=told, daemon=True).start()
             said[at].append({"role": "assistant", "content": ""})
-        yield ["", *said]
-        left = len(asked)
-        while left:
-            batch = [pieces.get()]
-            while not pieces.empty():
-                batch.append(pieces.get())
-            for at, piece in batch:
-                if isinstance(piece, str):
-                    said[at][-1]["content"] += piece
-                    continue
-                left -= 1
-                if piece is not None:
-                    gr.Warning(html.escape(str(piece)))
-                    said[at] = said[at][:-2]  # neither the question nor half an answer
-            yield [gr.skip(), *said]
+        try:
+            yield from _grow(said, pieces, len(asked), question)
+        finally:  # the window may be gone before the answer is
+            for remote in asked.values():
+                remote.stop()
 
     def _stop(self) -> None:
         for name in SIDES:
             if (remote := self.house.models.get(name)) is not None:
                 remote.stop()
+
+
+def _grow(said: list[Turns], pieces: Any, left: int, question: str) -> Iterator[list[Any]]:
+    """The question's box and both conversations, as `left` models answer. A question that was not
+    answered goes back into its box."""
+    box = ""
+    yield [box, *said]
+    while left:
+        batch = [pieces.get()]
+        while not pieces.empty():
+            batch.append(pieces.get())
+        for at, piece in batch:
+            if isinstance(piece, str):
+                said[at][-1]["content"] += piece
+                continue
+            left -= 1
+            if piece is not None:
+                gr.Warning(html.escape(str(piece)))
+                said[at], box = said[at][:-2], question
+        yield [box or gr.skip(), *said]
 
 
 def _answer(remote: Any, conversation: Turns, options: Options, at: int, pieces: Any) -> None:
@@ -213,12 +226,3 @@ def _text(turn: Any) -> str:
     if isinstance(content, str):
         return content
     return "".join(each if isinstance(each, str) else str(each.get("text", "")) for each in content)
-
-
-def _seed(text: str) -> int | None:
-    text = (text or "").strip()
-    if not text:
-        return None
-    if not text.isdigit():
-        raise UserError(f"seed={text} is no whole number from 0 on")
-    return int(text)

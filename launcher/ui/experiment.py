@@ -84,11 +84,19 @@ def load(places: Places, name: str) -> tuple[Values, str]:
         listed = tree.pop("defaults", [])
         pairs = [pair for each in listed if isinstance(each, dict) for pair in each.items()]
         words = [f"{key.removeprefix('override /')}={file}" for key, file in pairs]
-        words += [f"{key}={grammar.text_of(value)}" for key, value in store.leaves_of(tree)]
+        words += [
+            f"{_sign(key)}{key}={grammar.text_of(value)}" for key, value in store.leaves_of(tree)
+        ]
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is no experiment file: {error}") from error
     values, more = form.apply(form.begun(), "", words)
     return _accumulated(values, more, places)
+
+
+def _sign(key: str) -> str:
+    """A plus before an entry of a setting that holds entries of any name."""
+    *parents, _ = key.split(".")
+    return "+" if grammar.kind_of(".".join(parents[:2])).startswith("dict[") else ""
 
 
 def _accumulated(values: Values, more: str, places: Places) -> tuple[Values, str]:

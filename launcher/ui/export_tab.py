@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from launcher.checkpoint import layout
 from launcher.errors import UserError
+from launcher.run_dir import RunDir
 from launcher.ui import models
 from launcher.ui.polite import polite
 from launcher.ui.processes import Job
@@ -23,6 +27,7 @@ SECONDS = 1.0  # between looks
 PLAN_SECONDS = 600
 SHOWN_TENSORS = 200
 PREFIX = "export of "
+LONGEST_NAME = 80
 LINE = re.compile(
     r"^(writing|reading back) ([\d.]+) of ([\d.]+) GB, ([\d,]+) MB/s.*$", re.MULTILINE
 )
@@ -63,6 +68,11 @@ class Tab:
                                      info=words("auto: the base model's."))  # fmt: skip
             self.device = gr.Dropdown(["cpu", "auto"], value="cpu", label="device",
                                       info=words("auto: a GPU multiplies adapters."))  # fmt: skip
+        self.anew = gr.Checkbox(
+            label=words("Begin anew"),
+            info=words("Where an export stands already, or was stopped: replace it."),
+            elem_id="anew",
+        )
         with gr.Row():
             self.plan = gr.Button(words("Show the plan"), elem_id="plan")
             self.start = gr.Button(words("Export"), variant="primary", elem_id="export")
@@ -77,10 +87,10 @@ class Tab:
         """Say which event does what."""
         say = polite(self.words)
         quick: Any = {"show_progress": "hidden", "concurrency_limit": 8}
-        asked = [self.source, self.base, self.output, self.size, self.dtype, self.device]
+        asked = [self.source, self.base, self.output, self.size, self.dtype, self.device, self.anew]
         gr.on([page.load, links.tabs.change], say(self._list), None, [self.source], **quick)
         page.load(self._newest, None, [self.job], **quick)
-        self.plan.click(say(self._plan), asked, [self.planned])
+        self.plan.click(say(self._plan), asked, [self.planned], concurrency_limit=4)
         self.start.click(say(self._start), asked, [self.job], **quick)
         gr.on(
             [self.clock.tick, self.job.change],
@@ -103,26 +113,28 @@ class Tab:
         )
         return found[-1].stem if found else ""
 
-    def _words(self, source: str, base: str, output: str, *how: str) -> tuple[list[str], Path]:
+    def _words(self, source: str, base: str, output: str, *how: Any) -> tuple[list[str], Path]:
         """The words of `shardway consolidate`, and the folder. Raises UserError for what leads out
         of the roots."""
         places = self.house.places
         if not (source or "").strip():
             raise UserError(self.words("Choose what to export first."))
         path = places.to_read(source.strip())
+        _refuse_pickles(path)
         for folder in models.bases_of(path):
             places.to_read(folder)
         beside = path.parents[1] if path.parent.name == "checkpoints" else path
         target = places.to_write((output or "").strip() or beside / "export")
-        size, dtype, device = how
+        size, dtype, device, anew = how
         words = ["consolidate", str(path), "--output", str(target), f"--max-shard-size={size}"]
         words += ["--dtype", dtype, "--device", device, "--json", "--progress-seconds", "0.5"]
-        words += ["--resume"]  # what an export that was stopped had finished stays
+        # What an export that was stopped had finished stays, unless it is to be begun anew.
+        words += ["--overwrite" if anew else "--resume"]
         if (base or "").strip():
             words += ["--base", str(places.to_read(base.strip()))]
         return words, target
 
-    def _plan(self, *asked: str) -> str:
+    def _plan(self, *asked: Any) -> str:
         words, _ = self._words(*asked)
         done = self.house.processes.ask([*words, "--dry-run"], PLAN_SECONDS)
         return self._plan_html(self._short(done.stderr), json.loads(done.stdout))
@@ -155,12 +167,11 @@ class Tab:
             f"{_table(keys, rows)}{rest}</details>"
         )
 
-    def _start(self, *asked: str) -> str:
+    def _start(self, *asked: Any) -> str:
         words, target = self._words(*asked)
-        name = target.relative_to(
-            next(root for root in self.house.places.roots if target.is_relative_to(root))
-        )
-        job = self.house.processes.start(f"{PREFIX}{name}", words, apart=True)
+        name = self.house.places.typed(target).replace("/", "+")[-LONGEST_NAME:]
+        digest = hashlib.sha256(str(target).encode()).hexdigest()[:8]
+        job = self.house.processes.start(f"{PREFIX}{name} {digest}", words, apart=True)
         return job.name
 
     def _look(self, name: str) -> list[Any]:
@@ -205,7 +216,11 @@ class Tab:
         )
         rows = [[name, f"{size / 1e6:,.1f}"] for name, size in result["files"].items()]
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in result["notes"])
-        return f"<p><b>✓ {html.escape(head)}</b></p>{notes}{_table(('file', 'MB'), rows)}"
+        serve = f"shardway serve {shlex.quote(self.house.places.typed(Path(result['output'])))}"
+        return (
+            f"<p><b>✓ {html.escape(head)}</b></p>{notes}{_table(('file', 'MB'), rows)}"
+            f'<div class="sw-plain">{html.escape(serve)}</div>'
+        )
 
     def _talk(self, name: str) -> list[Any]:
         result = _result(self.house.processes.job(name))
@@ -213,6 +228,16 @@ class Tab:
             raise UserError(self.words("There is no finished export to talk to."))
         output = self.house.places.typed(Path(result["output"]))
         return [gr.update(selected="chat"), gr.update(value=output)]
+
+
+def _refuse_pickles(path: Path) -> None:
+    """Raises UserError for a source whose weights are not ours and not safetensors."""
+    ours = RunDir(path).config.is_file() or (path / layout.MANIFEST).is_file()
+    if path.is_dir() and not ours and not any(path.glob("*.safetensors")):
+        raise UserError(
+            f"{path} holds neither a run nor safetensors, and the page opens nothing else "
+            f"→ shardway consolidate {shlex.quote(str(path))} --output DIR in a terminal"
+        )
 
 
 def _result(job: Job) -> dict[str, Any] | None:

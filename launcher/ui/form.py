@@ -17,7 +17,9 @@ import yaml
 
 from launcher import paths, rules, train
 from launcher.config import SECTIONS, Config, store
+from launcher.config.data import HUB, DataConfig
 from launcher.config.rule import World
+from launcher.data import files, source
 from launcher.errors import UserError
 from launcher.ui import grammar
 from launcher.ui.places import Places
@@ -69,6 +71,7 @@ FROM_FILES = (
 )
 OVERRIDE = re.compile(r"(\+\+|\+|~)?([a-z][\w.]*)(=(.*))?", re.ASCII | re.DOTALL)
 _HYDRA = threading.Lock()  # it composes by a global
+_LOOKED_AT: dict[Any, list[str]] = {}  # the newest data section and its files → what is wrong
 
 
 @dataclass(frozen=True)
@@ -173,8 +176,8 @@ def _taken(line: str) -> str:
 
 
 def _refuse_interpolation(word: str) -> None:
-    if "${" in word:  # it would read the server's environment
-        raise UserError(f"{word} holds ${{, which a page does not take → write the value itself")
+    if "$" in word:  # ${oc.env:NAME} reads the server's environment, and Hydra unescapes $\{, too
+        raise UserError(f"{word} holds $, which a page does not take → write the value itself")
 
 
 def look(values: Values, more: str, places: Places) -> Look:
@@ -193,13 +196,31 @@ def look(values: Values, more: str, places: Places) -> Look:
             overrides.append(f"training.global_batch_size={size}")
         if refused := list(places.refusals(config)) or list(places.refusals_within(config)):
             return Look(overrides, None, world, refused)
-        return Look(overrides, config, world, train.problems(config, world))
+        problems = [*train.rule_problems(config, world), *_data_problems(config.data)]
+        return Look(overrides, config, world, problems)
     except store.ConfigError as error:
         return Look(overrides, problems=error.problems)
     except UserError as error:
         return Look(overrides, problems=[str(error)])
     except Exception as error:  # of Hydra and OmegaConf, which share no class
         return Look(overrides, problems=[train.hydra_sentence(error)])
+
+
+def _data_problems(data: DataConfig) -> list[str]:
+    """What a look into the files says; the same files are read once, not at every key."""
+    sources = source.sources_of(data).values()
+    paths = [each.path for each in sources if each.path and not each.path.startswith(HUB)]
+    paths += [path for path in (data.eval_path, data.dataset_info) if path]
+    found = tuple(
+        (str(file), file.stat().st_mtime_ns, file.stat().st_size)
+        for path in paths
+        for file in ([Path(path)] if Path(path).is_file() else files.find(path, text=True))
+    )
+    key = (yaml.safe_dump(dataclasses.asdict(data)), found)
+    if key not in _LOOKED_AT:
+        _LOOKED_AT.clear()
+        _LOOKED_AT[key] = source.problems(data)
+    return _LOOKED_AT[key]
 
 
 def _global_batch(values: Values, config: Config, world: World, more: str) -> int | None:
@@ -240,13 +261,15 @@ def apply(values: Values, more: str, overrides: list[str]) -> tuple[Values, str]
     for group, name in pairs:  # first: a file brings its own values
         if group in CHOSEN and name in choices(group):
             changed = _chosen(changed, group, name)
-    for key, text in pairs:
+    for sign_and_key, text in pairs:
+        key = sign_and_key.lstrip("+~")
         if key in CHOSEN:
             continue
         if key in FIELDS and key != ACCUMULATION and "{" not in text:
             changed[key] = grammar.typed(key, text)
         else:
-            lines = [line for line in lines if line.partition("=")[0] != key] + [f"{key}={text}"]
+            lines = [line for line in lines if line.partition("=")[0].lstrip("+~") != key]
+            lines.append(f"{sign_and_key}={text}")
     return changed, "\n".join(lines)
 
 

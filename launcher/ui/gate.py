@@ -7,16 +7,19 @@ has the token. Requests that a page of another site makes this browser send are 
 from __future__ import annotations
 
 import hmac
-import ipaddress
+import re
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-COOKIE = "shardway_token"
-# Of Gradio's own: files come neither in nor out of this page, and it fetches for nobody.
-CLOSED = ("/gradio_api/upload", "/gradio_api/file", "/gradio_api/proxy", "/gradio_api/deep_link")
+COOKIE = "shardway_token"  # and the port: cookies are shared between those of a host
+# What the page needs of Gradio. Its other routes take files in, give files out, fetch, and record.
+OPEN = re.compile(
+    r"/|/(config|theme\.css|favicon\.ico)|/(assets|static)/[^?]*"
+    r"|/gradio_api/(info|startup-events|cancel|reset|heartbeat/\w+|queue/(join|data))"
+)
 HEADERS = {
     "content-security-policy": (
         "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
@@ -33,8 +36,11 @@ REFUSED = "This page asks for its token: open the address that shardway ui print
 class Gate:
     """An ASGI application around another. `hosts` are the names it answers to; none: any."""
 
-    def __init__(self, app: ASGIApp, token: str | None, hosts: frozenset[str] | None) -> None:
+    def __init__(
+        self, app: ASGIApp, token: str | None, hosts: frozenset[str] | None, port: int
+    ) -> None:
         self.app, self.token, self.hosts = app, token, hosts
+        self.cookie = f"{COOKIE}_{port}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -63,25 +69,15 @@ class Gate:
             asked = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[-1]
             if _same(asked, self.token):
                 # Out of the address, which stands in histories, and into a cookie.
-                answer = RedirectResponse(scope["path"], 303)
-                answer.set_cookie(COOKIE, self.token, httponly=True, samesite="strict")
+                answer = RedirectResponse("/" + scope["path"].lstrip("/\\"), 303)
+                answer.set_cookie(self.cookie, self.token, httponly=True, samesite="strict")
                 return answer
-            if not _same(_cookie(headers.get("cookie", "")), self.token):
+            if not _same(_cookie(headers.get("cookie", ""), self.cookie), self.token):
                 return PlainTextResponse(REFUSED, 401)
-        path = scope["path"].removeprefix("/zh")
-        if path.startswith(CLOSED):
+        path = scope["path"].removeprefix("/zh") or "/"
+        if not OPEN.fullmatch(path) or ".." in path:
             return PlainTextResponse("Not served by this page.\n", 404)
         return None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that listens on `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _same(given: str, token: str) -> bool:
@@ -89,9 +85,9 @@ def _same(given: str, token: str) -> bool:
     return hmac.compare_digest(given.encode(), token.encode())
 
 
-def _cookie(text: str) -> str:
+def _cookie(text: str, name: str) -> str:
     try:
-        found = SimpleCookie(text).get(COOKIE)
+        found = SimpleCookie(text).get(name)
     except CookieError:
         return ""
     return found.value if found else ""

@@ -10,7 +10,8 @@ from launcher import overview, paths
 from launcher.chat import subject
 from launcher.chat.remote import Remote
 from launcher.checkpoint import layout
-from launcher.errors import UserError
+from launcher.config.adapter import SETTINGS
+from launcher.config.model_rules import is_hub_id, read_settings
 from launcher.run_dir import RunDir
 from launcher.ui.places import Places
 
@@ -30,17 +31,16 @@ class Models:
 
         Raises UserError for what cannot be talked to, or leads out of the roots.
         """
-        found = subject.find(
-            self.places.to_read(path), self.places.to_read(base) if base.strip() else None
-        )
+        where = self.places.to_read(path)
+        given = self.places.to_read(base) if base.strip() else None
+        found = subject.find(where, given)
         for folder in (found.model, found.tokenizer, found.adapter):
             if folder is not None:  # an adapter names its base itself
                 self.places.to_read(folder)
-        self.unload(side)
         with self._lock:
-            self._loaded[side] = Remote(
-                self.places.to_read(path), self.places.to_read(base) if base.strip() else None
-            )
+            before, self._loaded[side] = self._loaded.get(side), Remote(where, given)
+        if before is not None:
+            before.close()
 
     def unload(self, side: str) -> None:
         """End the process, if there is one."""
@@ -90,12 +90,12 @@ def _runs(places: Places) -> list[RunDir]:
 
 def bases_of(path: Path) -> Iterator[str]:
     """The folders that a run, a checkpoint or an adapter names as its base."""
-    try:
-        newest = RunDir(path).checkpoints
-        checkpoint = layout.newest(newest) if newest.is_dir() else layout.Checkpoint(path)
-        if checkpoint.is_finished:
-            base = checkpoint.summary().get("base", {}).get("name_or_path")
-            if base and Path(base).exists():
-                yield base
-    except UserError:
-        return
+    checkpoints = RunDir(path).checkpoints
+    if checkpoints.is_dir():
+        path = layout.newest(checkpoints).path
+    checkpoint = layout.Checkpoint(path)
+    adapters = [read_settings(folder, SETTINGS) for folder in (path, checkpoint.adapter) if folder]
+    bases = [settings.get("base_model_name_or_path") for settings in adapters]
+    if checkpoint.is_finished:
+        bases.append(checkpoint.summary().get("base", {}).get("name_or_path"))
+    yield from (base for base in bases if isinstance(base, str) and not is_hub_id(base))

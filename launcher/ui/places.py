@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from launcher import paths
 from launcher.config import Config
 from launcher.config.data import HUB
 from launcher.config.model_rules import is_hub_id
-from launcher.data import files, source
+from launcher.data import source
 from launcher.errors import UserError
 
+LOOKED_AT_FILES = 20_000  # in a folder of data
 NAME = re.compile(r"\w[\w.+-]{0,99}", re.ASCII)
 
 
@@ -81,18 +84,31 @@ class Places:
                 yield f"strategy.nvme_path={error}"
 
     def refusals_within(self, config: Config) -> Iterator[str]:
-        """The same for what stands in a list of data sets, a folder or a pattern: links and names
-        of files, without a look into them."""
+        """The same for what stands in a list of data sets, a folder or a pattern: every link in it
+        is followed no further than the roots. Reads the list, and names of files."""
         try:
-            sources = source.sources_of(config.data)
-            for each in sources.values():
-                if not each.path or each.path.startswith(HUB):
-                    continue
-                for file in files.find(each.path, each.format == "text"):
-                    self.to_read(file)
+            for each in source.sources_of(config.data).values():
+                if each.path and not each.path.startswith(HUB):
+                    self._look_through(each.path)
         except UserError as error:
             text = str(error)
             yield text if text.startswith("data.") else f"data.path={text}"
+
+    def _look_through(self, pattern: str) -> None:
+        """Raises UserError where a path in `pattern`, a folder or a glob of files, leads out, and
+        where there are more than a person would learn from."""
+        fixed = Path(*takewhile(lambda part: not re.search(r"[*?\[]", part), Path(pattern).parts))
+        self.to_read(pattern if fixed == Path(pattern) else fixed)
+        left = LOOKED_AT_FILES
+        for folder, folders, names in os.walk(fixed, followlinks=True):  # as it is read
+            left -= len(folders) + len(names)
+            if left < 0:
+                raise UserError(
+                    f"{pattern} holds more than {LOOKED_AT_FILES:,} files → a folder of data alone"
+                )
+            for name in (*folders, *names):
+                if (link := Path(folder, name)).is_symlink():
+                    self.to_read(link)
 
     def _within(self, path: str | Path, allowed: tuple[Path, ...]) -> Path:
         found = (self.home / _plain(path)).resolve()

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,7 @@ class Processes:
 
     places: Places
     command: tuple[str, ...] = SHARDWAY
+    _lock: threading.Lock = field(default_factory=threading.Lock)
     _started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
@@ -92,12 +94,16 @@ class Processes:
 
         Raises UserError while a job of that name is running.
         """
-        job = self.job(name)
+        with self._lock:
+            return self._start(self.job(name), words, apart)
+
+    def _start(self, job: Job, words: list[str], apart: bool) -> Job:
         if job.lives:
-            raise UserError(f"{name} is being worked on → wait until that has ended")
+            raise UserError(f"{job.name} is being worked on → wait until that has ended")
         job.folder.mkdir(parents=True, exist_ok=True)
-        self._started = [each for each in self._started if each.poll() is None]  # no zombies
-        with job.log.open("ab") as log, (job.out if apart else Path(os.devnull)).open("wb") as out:
+        self.reap()
+        out_file = job.out if apart else Path(os.devnull)
+        with job.log.open("wb" if apart else "ab") as log, out_file.open("wb") as out:
             process = subprocess.Popen(
                 [*self.command, *words],
                 cwd=self.places.home,

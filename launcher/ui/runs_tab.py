@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import html
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
 from launcher import runs
 from launcher.errors import UserError
-from launcher.ui import viewer
 from launcher.ui.polite import polite
 from launcher.ui.words import Words
 
@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 
 SECONDS = 2.0  # between looks
 CONSOLE = "console"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a window shows already."""
+
+    names: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    curves: str = ""
+    log: str = ""
 
 
 class Tab:
@@ -38,7 +48,7 @@ class Tab:
             self.compare = gr.Button(words("Compare"), size="sm")
             self.comparison = gr.HTML(elem_id="comparison", elem_classes="sw-charts")
         self.clock = gr.Timer(SECONDS)
-        self.seen = gr.State(("", ""))  # what charts and log show: only what changes is sent
+        self.seen = gr.State(Seen())
 
     def connect(self, page: gr.Blocks, links: Links) -> None:
         """Say which event does what."""
@@ -46,6 +56,7 @@ class Tab:
         quick: Any = {"show_progress": "hidden", "concurrency_limit": 8}
         look: Any = {
             "fn": say(self._look),
+            "trigger_mode": "always_last",
             "inputs": [self.run, self.label, self.seen],
             "outputs": [
                 *(self.run, self.several, self.facts, self.charts, self.log, self.seen),
@@ -53,37 +64,40 @@ class Tab:
             ],
             **quick,
         }
-        gr.on([self.clock.tick, page.load, self.run.change, self.label.input], **look)
-        self.stop.click(say(self._stop), [self.run], None, **quick).then(**look)
-        self.resume.click(say(self._resume), [self.run], None, **quick).then(**look)
+        for event in (self.clock.tick, page.load, self.run.change, self.label.input):
+            event(**look)
+        self.stop.click(say(self._stop), [self.run], None, **quick)
+        self.resume.click(say(self._resume), [self.run], None, **quick)
         self.compare.click(say(self._compare), [self.several], [self.comparison], **quick)
 
-    def _look(self, name: str | None, label: str, seen: tuple[str, str]) -> list[Any]:
+    def _look(self, name: str | None, label: str | None, seen: Seen) -> list[Any]:
+        """What has changed since this window looked last. The choices of a person are never sent
+        back: an answer that comes late would undo them."""
         self.house.processes.reap()
         names = self.house.viewer.names()
         if name and name not in names and self.house.processes.job(name).facts.is_file():
             names = [name, *names]  # only just being started
-        name = name if name in names else next(iter(names), None)
-        runs_now = gr.update(choices=names, value=name)
-        if name is None:
+        if name is None and not names:
             nothing = f"<p>{html.escape(self.words('No run yet: the train tab starts one.'))}</p>"
             off = gr.update(interactive=False)
-            return [runs_now, gr.update(choices=[]), nothing, "", "", ("", ""), gr.skip(), off, off]
+            return [gr.skip(), gr.skip(), nothing, "", "", Seen(), gr.skip(), off, off]
+        chosen: dict[str, Any] = {} if name in names else {"value": names[0]}
+        name = names[0] if chosen else str(name)
         shown = self.house.viewer.show(name, self.words)
-        drawn = f"{name} {shown.records[-1] if shown.records else ''}"
         labels = list(self.house.viewer.logs(name)) or [CONSOLE]
-        label = label if label in labels else labels[0]
-        log = self.house.viewer.log(name, label)
+        log = self.house.viewer.log(name, label or CONSOLE)
+        now = Seen(tuple(names), tuple(labels), self.house.viewer.curves(shown), log)
+        several = tuple(names) != seen.names
         return [
-            runs_now,
-            gr.update(choices=names),
+            gr.update(choices=names, **chosen) if several or chosen else gr.skip(),
+            gr.update(choices=names) if several else gr.skip(),
             shown.facts,
-            viewer.curves(shown.records) if drawn != seen[0] else gr.skip(),
+            now.curves if now.curves != seen.curves else gr.skip(),
             f'<div class="sw-log"><pre>{html.escape(log)}</pre></div>'
-            if log != seen[1]
+            if log != seen.log
             else gr.skip(),
-            (drawn, log),
-            gr.update(choices=labels, value=label),
+            now,
+            gr.update(choices=labels) if now.labels != seen.labels else gr.skip(),
             gr.update(interactive=shown.lives),
             gr.update(interactive=not shown.lives),
         ]

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
-from launcher.ui.gate import Gate, is_loopback
+from launcher.serve import is_loopback
+from launcher.ui.gate import Gate
 from launcher.ui.places import Places
 
 NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
@@ -41,7 +42,7 @@ def main() -> None:
     host = f"[{asked.host}]" if ":" in asked.host else asked.host
     where = f"http://{host}:{port}/"
     os.chdir(places.home)  # runs/ is here, as for a command that is typed here
-    app = application(places, token, NAMES | {host} if alone else None)
+    app = application(places, token, NAMES | {host} if alone else None, port)
     print(f"shardway ui: {where}{f'?token={token}' if token else ''}", flush=True)
     print(f"roots: {', '.join(map(str, places.roots))}; Ctrl-C ends the page, not the runs")
     if not alone:
@@ -53,7 +54,7 @@ def main() -> None:
     _serve(app, listening)
 
 
-def application(places: Places, token: str | None, hosts: frozenset[str] | None) -> Gate:
+def application(places: Places, token: str | None, hosts: frozenset[str] | None, port: int) -> Gate:
     """The page in both languages, behind its gate."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio
@@ -73,13 +74,15 @@ def application(places: Places, token: str | None, hosts: frozenset[str] | None)
             allowed_paths=[],
             blocked_paths=["/"],
             footer_links=[],
+            run_history=False,
+            max_file_size=1,
             theme=theme(),
             css_paths=STYLE,
             ssr_mode=False,
             pwa=False,
             mcp_server=False,
         )
-    return Gate(app, token, hosts)
+    return Gate(app, token, hosts, port)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -114,7 +114,7 @@ class Tab:
         self.mend.click(say(self._mend), everything, filled, **quick).then(**look)
         self.load.click(say(self._load), [self.known], filled, **quick).then(**look)
         self.save.click(say(self._save), [*everything, self.saved], [self.known], **quick)
-        self.look_at.click(say(self._preview), everything, [self.preview])
+        self.look_at.click(say(self._preview), everything, [self.preview], concurrency_limit=4)
         self.start.click(say(self._start), everything, [links.tabs, links.run], **quick)
 
     def _values(self, typed: tuple[Any, ...]) -> tuple[Values, str, str]:
@@ -140,6 +140,8 @@ class Tab:
         ]
 
     def _name_problems(self, name: str) -> list[str]:
+        if "/" in name:
+            return [f"{name} is no name of a run → one without a slash, those are of sweeps"]
         try:
             if name and self.house.places.run(name).exists():
                 return [f"runs/{name} exists, and nothing is overwritten → another name"]

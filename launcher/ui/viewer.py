@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -30,6 +32,7 @@ DRAWN = (  # title, field of metrics.jsonl
     ("learning rate", "learning_rate"),
     ("tokens / s", "tokens_per_second"),
 )
+log = logging.getLogger("shardway.ui")
 ENDED = ("finished", "stopped", "failed", "not started")
 Records = list[dict[str, Any]]
 
@@ -39,20 +42,30 @@ T = TypeVar("T")
 
 @dataclass
 class Recalled(Generic[T]):
-    """A value that is asked for anew only after some seconds. Safe between threads."""
+    """A value that is asked for anew after some seconds, in a thread of its own: nobody waits for
+    it but the first, and that one no longer than `patience`. None while it is not known."""
 
     ask: Callable[[], T]
     seconds: float
+    patience: float = 1.0
     _value: T | None = None
     _until: float = 0.0
+    _asking: threading.Thread | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def get(self) -> T:
+    def get(self) -> T | None:
         with self._lock:
-            if self._value is None or time.monotonic() > self._until:
-                self._value = self.ask()
-                self._until = time.monotonic() + self.seconds
-            return self._value
+            if time.monotonic() > self._until and not (self._asking and self._asking.is_alive()):
+                self._asking = threading.Thread(target=self._renew, daemon=True)
+                self._asking.start()
+            asking = self._asking
+        if self._value is None and asking:
+            asking.join(self.patience)
+        return self._value
+
+    def _renew(self) -> None:
+        value = self.ask()
+        self._value, self._until = value, time.monotonic() + self.seconds
 
 
 @dataclass
@@ -65,7 +78,7 @@ class Metrics:
     _at: int = 0
 
     def read(self) -> Records:
-        """All of them. Lines that are none end the reading there."""
+        """All of them, without lines that are none."""
         try:
             with self.path.open("rb") as file:
                 if (inode := self.path.stat().st_ino) != self._inode:
@@ -84,6 +97,15 @@ class Metrics:
                 continue
             self.records.append(record)
         return self.records
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Charts of a run that had so many records, not drawn anew before `until`."""
+
+    count: int
+    html: str
+    until: float
 
 
 @dataclass
@@ -109,52 +131,77 @@ class Viewer:
         self._here = Recalled(overview.here, SECONDS_OF_A_LOOK)
         self._queue = Recalled(self._ask_queue, SECONDS_OF_THE_QUEUE)
         self._metrics: dict[Path, Metrics] = {}
+        self._drawn: dict[Path, Drawn] = {}
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
-        """Of all runs, the newest first."""
+        """Of all runs, the newest first. One that a link puts outside the roots is none."""
+        return list(reversed(self._found()))
+
+    def _found(self) -> dict[str, RunDir]:
         if not self.places.runs.is_dir():
-            return []
-        found = overview.runs_in(self.places.runs)
-        return [str(run.path.relative_to(self.places.runs)) for run in reversed(found)]
+            return {}
+        found = {}
+        for run in overview.runs_in(self.places.runs):
+            with suppress(UserError):
+                self.places.to_write(run.path)
+                found[str(run.path.relative_to(self.places.runs))] = run
+        return found
 
     def run(self, name: str) -> RunDir:
         """The newest attempt of a run. Raises UserError where there is none of that name."""
-        path = self.places.run(name)
-        if not (path / "config.yaml").is_file():
+        if name not in (found := self._found()):
             raise UserError(f"runs/{name} is no run")
-        return RunDir(path).newest()
+        return found[name].newest()
 
     def state(self, run: RunDir) -> str:
-        """As `shardway runs` has it; `starting` until ranks are there."""
-        job = slurm.job_of(run)
-        queued = self._queue.get().get(job) if job else None
-        if queued is None and not run.status.is_file():
-            if (str(run.path), run.attempt) in self._here.get():
-                return "running"
-            if self.processes.job(self._name(run)).lives:
-                return "starting"
-            return "failed" if run.attempt else "not started"
-        return overview.state(run, queued)
+        """As `shardway runs` has it; `starting` until ranks are there, `unknown` while Slurm does
+        not answer."""
+        number = slurm.job_of(run)
+        queue = self._queue.get() if number else {}
+        if number and queue and number in queue:
+            return queue[number].state.lower()
+        if (str(run.path), run.attempt) in (self._here.get() or ()):
+            return "running"
+        job = self.processes.job(str(run.path.relative_to(self.places.runs)))
+        if job.lives and not (run.status.is_file() and _is_newer(run.status, job.facts)):
+            return "starting"
+        if not run.status.is_file() and queue is None:
+            return "unknown"
+        return overview.state(run, None)
 
     def show(self, name: str, words: Words) -> Shown:
-        """A run by its name; one that is only just being started, too."""
-        path = self.places.run(name)
-        if not (path / "config.yaml").is_file():
-            state = "starting" if self.processes.job(name).lives else "failed"
-            return Shown(name, state, _facts(name, state, {}, None, words), [])
-        run = self.run(name)
-        state, records = self.state(run), self.records(run)
+        """A run by its name; one that is only just being started, too. What cannot be read of it is
+        said in its place: one odd folder keeps nobody from the others."""
         try:
+            run = self.run(name)
+        except UserError as error:
+            job = self.processes.job(name)
+            lives = job.facts.is_file() and job.lives
+            told = {} if lives or job.facts.is_file() else {"error": str(error)}
+            state = "starting" if lives else "failed"
+            return Shown(name, state, _facts(name, state, told, None, words), [])
+        try:
+            state, records = self.state(run), self.records(run)
             config = store.load(run.config)
-        except UserError as error:  # of another version, or written by hand
-            return Shown(
-                name, state, _facts(name, state, {"config.yaml": str(error)}, None, words), records
-            )
-        told = _told(run, config, records)
-        return Shown(
-            name, state, _facts(name, state, told, _share(run, config, records), words), records
-        )
+            told, share = _told(run, config, records), _share(run, config, records)
+        except Exception as error:
+            log.info("%s cannot be shown", run.path, exc_info=True)
+            said = {"error": f"{type(error).__name__}: {error}"}
+            return Shown(name, "failed", _facts(name, "failed", said, None, words), [])
+        return Shown(name, state, _facts(name, state, told, share, words), records)
+
+    def curves(self, shown: Shown) -> str:
+        """The charts of a run, as HTML: drawn once for all windows, those of long runs seldom."""
+        path, count = self.places.runs / shown.name, len(shown.records)
+        drawn = self._drawn.get(path)
+        rests = drawn and time.monotonic() < drawn.until and shown.lives
+        if drawn is None or (drawn.count != count and not rests):
+            began = time.monotonic()
+            charts = curves(shown.records)
+            now = time.monotonic()
+            drawn = self._drawn[path] = Drawn(count, charts, now + 20 * (now - began))
+        return drawn.html
 
     def records(self, run: RunDir) -> Records:
         with self._lock:
@@ -162,10 +209,9 @@ class Viewer:
 
     def logs(self, name: str) -> dict[str, Path]:
         """What can be read of a run: its console, and the log of every rank."""
-        path = self.places.run(name)
         found = {"console": self.processes.job(name).log}
-        if (path / "config.yaml").is_file():
-            run = RunDir(path).newest()
+        if run := self._found().get(name):
+            run, path = run.newest(), run.path
             consoles = sorted(path.glob("logs/slurm-*.out"), key=lambda f: f.stat().st_mtime)
             if consoles:
                 found["slurm"] = consoles[-1]
@@ -184,15 +230,17 @@ class Viewer:
         """Curves and differing settings of several runs, as `shardway report` has them."""
         return report.body(report.read([self.run(name).path for name in names]))
 
-    def _name(self, run: RunDir) -> str:
-        return str(run.path.relative_to(self.places.runs))
-
-    def _ask_queue(self) -> dict[str, slurm.Queued]:
-        runs = overview.runs_in(self.places.runs) if self.places.runs.is_dir() else []
+    def _ask_queue(self) -> dict[str, slurm.Queued] | None:
+        """None where Slurm does not answer."""
+        jobs = []
+        for run in self._found().values():
+            with suppress(ValueError, KeyError, TypeError, OSError):  # an odd slurm.json
+                jobs += [job] if (job := slurm.job_of(run)) else []
         try:
-            return slurm.queue([job for run in runs if (job := slurm.job_of(run))])
-        except UserError:  # the controller is busy: the folders still tell
-            return {}
+            return slurm.queue(jobs)
+        except UserError:
+            log.info("the queue cannot be asked", exc_info=True)
+            return None
 
 
 def curves(records: Records) -> str:
@@ -205,6 +253,10 @@ def curves(records: Records) -> str:
             loss = name == "loss"
             found.append(charts.chart(title, [Curve(points, dots if loss else [], smoothed=loss)]))
     return f'<div class="charts">{"".join(found)}</div>' if found else ""
+
+
+def _is_newer(file: Path, than: Path) -> bool:
+    return file.stat().st_mtime > than.stat().st_mtime
 
 
 def _label(file: Path) -> str:

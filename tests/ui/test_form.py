@@ -50,7 +50,7 @@ def test_what_differs_is_typed(places: Places) -> None:
 def test_the_command_gives_the_same_configuration(places: Places) -> None:
     values = typed(
         method__target_modules="q_proj, v_proj",
-        data__path="it's a 'file', [with] {signs} = \\ and 50% $HOME.jsonl",
+        data__path="it's a 'file', [with] {signs} = \\ and 50%.jsonl",
         training__max_steps="5",
         training__epochs="",
         optimizer__learning_rate="3e-4",
@@ -104,7 +104,10 @@ def test_rules_fire_beside_their_group_and_are_mended(places: Places) -> None:
     ("line", "said"),
     [
         ("data.path=/etc/passwd", "data.path=/etc/passwd is outside"),
-        ("data.path=${oc.env:HOME}", "holds \\$\\{"),
+        ("data.path=${oc.env:HOME}", "holds \\$"),
+        ("data.template=$\\{oc.env:HOME}", "holds \\$"),
+        ("data.path=hub:/etc", "names none of the hub"),
+        ("data.path=hub:../outside", "names none of the hub"),
         ("hydra.run.dir=/tmp/x", "hydra.run.dir is not taken"),
         ("++hydra.run.dir=/tmp/x", "hydra.run.dir is not taken"),
         ("cluster.setup=[id]", "cluster.setup is not taken"),
@@ -137,7 +140,7 @@ def test_another_file_of_a_group_brings_its_values() -> None:
 
 def test_an_experiment_file_comes_back_as_it_was(places: Places) -> None:
     values = typed(method="qlora", data__packing=True, accumulation="2", method__alpha="12.5")
-    more = "checkpoint.save_best=true"
+    more = "checkpoint.save_best=true\n+data.columns.output=answer\n+method.rank_pattern.q_proj=16"
     found = form.look(values, more, places)
     path = experiment.save(places, "mine", found)
     back, lines = experiment.load(places, "mine")

@@ -14,7 +14,7 @@ import pytest
 from launcher import rules, run_dir
 from launcher.errors import UserError
 from launcher.run_dir import RunDir
-from launcher.ui import viewer
+from launcher.ui import grammar, viewer
 from launcher.ui.places import Places
 from launcher.ui.processes import Processes, tail
 from launcher.ui.viewer import Metrics, Viewer
@@ -33,7 +33,7 @@ def view(places: Places) -> Viewer:
 
 
 def make(name: str, *overrides: str) -> RunDir:
-    config = rules.compose(["model=tiny", f"run_dir=runs/{name}", *overrides])
+    config = rules.compose(["model=tiny", f"run_dir={grammar.text_of(f'runs/{name}')}", *overrides])
     run, _ = run_dir.attempt(config, ["shardway"], 1)
     return run
 
@@ -120,6 +120,55 @@ def test_a_long_log_is_cut_at_a_line(tmp_path: Path) -> None:
     assert text.startswith("line ")
     assert text.endswith("line 99999\n")
     assert len(text) <= 1 << 16
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.yaml", "{}"),
+        ("metrics.jsonl", '{"step": 1, "loss": null, "learning_rate": 0.1}\n'),
+        ("metrics.jsonl", '{"step": 1, "loss": 1.0}\n'),
+        ("logs/attempt-1/status.json", ""),
+        ("logs/attempt-1/steps.json", "{}"),
+        ("slurm.json", "{}"),
+    ],
+)
+def test_one_odd_folder_keeps_nobody_from_the_others(view: Viewer, file: str, content: str) -> None:
+    write(make("good"), 1)
+    (make("odd").path / file).write_text(content)
+    assert set(view.names()) == {"good", "odd"}
+    assert view.show("good", ENGLISH).records
+    assert "error" in view.show("odd", ENGLISH).facts
+
+
+def test_names_of_the_command_line_and_backups_of_logs(view: Viewer) -> None:
+    run = make("my run é")
+    (run.path / "logs/attempt-1.bak").mkdir()
+    assert view.names() == ["my run é"]
+    assert view.show("my run é", ENGLISH).state == "failed"
+
+
+def test_a_run_that_a_link_puts_outside_is_none(
+    view: Viewer, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    run = make("a")
+    outside = tmp_path_factory.mktemp("outside") / "a"
+    run.path.rename(outside)
+    run.path.symlink_to(outside)
+    assert view.names() == []
+
+
+def test_a_slow_queue_is_not_waited_for(
+    view: Viewer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is not known is not taken for an end."""
+    (tmp_path / "squeue").write_text("#!/bin/sh\nsleep 30\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    run = make("a")
+    run.submitted.write_text(json.dumps({"job": "7"}))
+    shown = view.show("a", ENGLISH)
+    assert (shown.state, shown.lives) == ("unknown", True)
 
 
 @pytest.mark.parametrize("name", ["../x", "nothing", "/etc", "a\0"])
