@@ -17,13 +17,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 LONGEST_FIRST = ("slurm", "end_to_end", "distributed")  # folders, so that no worker ends alone
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two workers (make test) take whole files in turn, which share fixtures; all that needs the
     one Slurm goes to one of them."""
     here = Path(__file__).parent
     folders = {item: item.path.relative_to(here).parts[0] for item in items}
     for item, folder in folders.items():
-        item.add_marker(pytest.mark.xdist_group("slurm" if folder == "slurm" else str(item.path)))
+        alone = "slurm" if folder == "slurm" else str(item.path.relative_to(here))
+        item.add_marker(pytest.mark.xdist_group(alone))
     rank = {folder: at for at, folder in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: rank.get(folders[item], len(rank)))
 

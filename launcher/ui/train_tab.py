@@ -229,7 +229,7 @@ def _widget(key: str, start: Values, words: Words) -> Any:
         return gr.Dropdown(form.choices(key), **{**common, "visible": True})
     if declared is None:
         return gr.Textbox(info=words("Forwards of every rank in one step."), **common)
-    bounds = limits(declared)
+    bounds = "" if declared.metadata["choices"] else limits(declared)  # they are listed
     common["info"] = f"{words(declared.metadata['help'])}{f' ({bounds})' if bounds else ''}"
     if grammar.kind_of(key) == "bool":
         return gr.Checkbox(**{**common, "value": bool(value)})

@@ -164,8 +164,9 @@ class Viewer:
         if (str(run.path), run.attempt) in (self._here.get() or ()):
             return "running"
         job = self.processes.job(str(run.path.relative_to(self.places.runs)))
-        if job.lives and not (run.status.is_file() and _is_newer(run.status, job.facts)):
-            return "starting"
+        if job.lives:  # an attempt that has ended keeps its command for a moment
+            over = run.status.is_file() and _is_newer(run.status, job.facts)
+            return "running" if over else "starting"
         if not run.status.is_file() and queue is None:
             return "unknown"
         return overview.state(run, None)

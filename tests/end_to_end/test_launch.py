@@ -34,7 +34,7 @@ def test_the_run_folder_holds_what_the_plan_of_the_house_says(finished: Path) ->
         "config.yaml", "launch.json", "metrics.jsonl", "loss.png", "logs", "checkpoints",
     }  # fmt: skip
     assert {path.name for path in (finished / "logs/attempt-1").iterdir()} == {
-        "torchrun.log", "rank-00.log", "rank-01.log", "status.json",
+        "torchrun.log", "rank-00.log", "rank-01.log", "status.json", "steps.json",
     }  # fmt: skip
     assert {p.name for p in (finished / "checkpoints").iterdir()} == {"step-000003", "step-000004"}
     assert layout.newest(finished / "checkpoints").step == 4
@@ -144,7 +144,7 @@ def test_torchrun_on_two_hosts_agrees_on_one_run_folder(tiny: Path, tmp_path: Pa
     (folder,) = (tmp_path / "runs").iterdir()
     assert len(losses(folder)) == 4
     assert {path.name for path in (folder / "logs/attempt-1").iterdir()} == {
-        "rank-00.log", "rank-01.log", "status.json",
+        "rank-00.log", "rank-01.log", "status.json", "steps.json",
     }  # fmt: skip
 
 
