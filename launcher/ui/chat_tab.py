@@ -81,7 +81,7 @@ class Tab:
             self.top_p = gr.Slider(0.05, 1, 1, step=0.05, label="top_p")
             self.longest = gr.Slider(1, 4096, 256, step=1, label="max_new_tokens")
             self.seed = gr.Textbox("", label="seed", info=words("Empty: another each time."))
-        self.clock = gr.Timer(SECONDS)
+        self.clock = gr.Timer(SECONDS, active=False)  # while the tab is seen
 
     def connect(self, page: gr.Blocks, links: Links) -> None:
         """Say which event does what."""

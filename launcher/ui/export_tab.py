@@ -80,7 +80,7 @@ class Tab:
             self.talk = gr.Button(words("Chat with it"), interactive=False, elem_id="talk")
         self.planned = gr.HTML(elem_id="planned")
         self.told = gr.HTML(elem_id="exported")
-        self.clock = gr.Timer(SECONDS)
+        self.clock = gr.Timer(SECONDS, active=False)  # while the tab is seen
         self.job = gr.State("")  # the name of the export that is shown
 
     def connect(self, page: gr.Blocks, links: Links) -> None:

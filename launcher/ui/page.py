@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -52,16 +53,26 @@ def build(house: House, words: Words) -> gr.Blocks:
         gr.HTML(
             f'<div style="text-align:right"><a href="{words.other}">{words.other_name}</a></div>'
         )
+        opened: dict[str, gr.Tab] = {}
         with gr.Tabs() as tabs:
-            with gr.Tab(words("Train"), id="train"):
+            with gr.Tab(words("Train"), id="train") as opened["train"]:
                 trains = train_tab.Tab(house, words)
-            with gr.Tab(words("Runs"), id="runs"):
+            with gr.Tab(words("Runs"), id="runs") as opened["runs"]:
                 runs = runs_tab.Tab(house, words)
-            with gr.Tab(words("Chat"), id="chat"):
+            with gr.Tab(words("Chat"), id="chat") as opened["chat"]:
                 chats = chat_tab.Tab(house, words)
-            with gr.Tab(words("Export"), id="export"):
+            with gr.Tab(words("Export"), id="export") as opened["export"]:
                 exports = export_tab.Tab(house, words)
+        clocks = {"runs": runs.clock, "chat": chats.clock, "export": exports.clock}
+        for name, seen in opened.items():  # a tab that nobody sees does not look
+            ticking = partial(_ticking, name, tuple(clocks))
+            seen.select(ticking, None, [*clocks.values()], show_progress="hidden")
         links = Links(tabs, runs.run, exports.source, chats.sides[0].subject)
         for tab in (trains, runs, chats, exports):
             tab.connect(page, links)
     return page
+
+
+def _ticking(seen: str, clocks: tuple[str, ...]) -> list[Any]:
+    """Each tab's clock, running where the tab is seen."""
+    return [gr.Timer(active=each == seen) for each in clocks]

@@ -36,18 +36,27 @@ class Tab:
     def __init__(self, house: House, words: Words) -> None:
         self.house, self.words = house, words
         with gr.Row():
-            self.run = gr.Dropdown([], label=words("Run"), elem_id="run", scale=3)
+            # Choices change under a request that is on its way: else Gradio refuses that one.
+            listed: dict[str, Any] = {"choices": [], "allow_custom_value": True}
+            self.run = gr.Dropdown(label=words("Run"), elem_id="run", scale=3, **listed)
             self.stop = gr.Button(words("Stop, with a checkpoint"), elem_id="stop", scale=1)
             self.resume = gr.Button(words("Resume"), elem_id="resume", scale=1)
         self.facts = gr.HTML(elem_id="facts")
         self.charts = gr.HTML(elem_id="curves", elem_classes="sw-charts")
-        self.label = gr.Dropdown([CONSOLE], value=CONSOLE, label=words("Log"), elem_id="log-name")
+        self.label = gr.Dropdown(
+            value=CONSOLE,
+            label=words("Log"),
+            elem_id="log-name",
+            **{**listed, "choices": [CONSOLE]},
+        )
         self.log = gr.HTML(elem_id="log")
         with gr.Accordion(words("Compare runs"), open=False):
-            self.several = gr.Dropdown([], multiselect=True, label=words("Runs"), elem_id="several")
+            self.several = gr.Dropdown(
+                multiselect=True, label=words("Runs"), elem_id="several", **listed
+            )
             self.compare = gr.Button(words("Compare"), size="sm")
             self.comparison = gr.HTML(elem_id="comparison", elem_classes="sw-charts")
-        self.clock = gr.Timer(SECONDS)
+        self.clock = gr.Timer(SECONDS, active=False)  # while the tab is seen
         self.seen = gr.State(Seen())
 
     def connect(self, page: gr.Blocks, links: Links) -> None:
@@ -97,7 +106,7 @@ class Tab:
             if log != seen.log
             else gr.skip(),
             now,
-            gr.update(choices=labels) if now.labels != seen.labels else gr.skip(),
+            _labels(labels, label) if now.labels != seen.labels else gr.skip(),
             gr.update(interactive=shown.lives),
             gr.update(interactive=not shown.lives),
         ]
@@ -123,3 +132,9 @@ class Tab:
         if not name:
             raise UserError(self.words("Choose a run first."))
         return name
+
+
+def _labels(labels: list[str], chosen: str | None) -> Any:
+    """The logs to choose from; another is chosen only where that one is gone."""
+    other: dict[str, Any] = {} if chosen in labels else {"value": labels[0]}
+    return gr.update(choices=labels, **other)

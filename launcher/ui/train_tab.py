@@ -267,8 +267,14 @@ def _curve(config: Config, words: Words) -> str:
         return f"<p>{html.escape(words('The rate follows the evaluation loss.'))}</p>"
     steps, peak = config.training.max_steps or STEPS_DRAWN, config.optimizer.learning_rate
     title = "learning rate" if config.training.max_steps else "learning rate, as if of 1,000 steps"
-    points = [
+    points = tuple(
         (step + 1, peak * curve.factor(config.scheduler, peak, steps, step))
         for step in range(0, steps, -(-steps // POINTS_DRAWN))
-    ]
-    return charts.chart(title, [Curve(points, [])])
+    )
+    return _drawn(title, points)
+
+
+@functools.lru_cache(maxsize=32)
+def _drawn(title: str, points: tuple[charts.Point, ...]) -> str:
+    """At most keys it stays as it is."""
+    return charts.chart(title, [Curve(list(points), [])])
