@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from launcher.chat.options import Options
+from launcher.chat.remote import Remote
 from launcher.errors import UserError
 from launcher.ui import models
 from launcher.ui.models import SIDES
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 SECONDS = 1.0  # between looks at what is loading
 Turns = list[dict[str, str]]
+Pieces = queue.Queue[tuple[int, str | Exception | None]]  # side, piece of its answer
 
 
 class Side:
@@ -172,17 +174,17 @@ class Tab:
         options = options.with_text("seed", (seed or "").strip() or "none")
         said = [[{"role": t["role"], "content": _text(t)} for t in talk] for talk in talks]
         start = [{"role": "system", "content": system}] if system else []
-        pieces: queue.Queue[tuple[int, str | Exception | None]] = queue.Queue()
+        pieces: Pieces = queue.Queue()
+        gone = threading.Event()
         for at, remote in asked.items():
             said[at].append({"role": "user", "content": question})
-            told = (remote, [*start, *said[at]], options, at, pieces)
+            told = (remote, [*start, *said[at]], options, at, pieces, gone)
             threading.Thread(target=_answer, args=told, daemon=True).start()
             said[at].append({"role": "assistant", "content": ""})
         try:
             yield from _grow(said, pieces, len(asked), question)
-        finally:  # the window may be gone before the answer is
-            for remote in asked.values():
-                remote.stop()
+        finally:  # the window may be gone before the answer is there
+            gone.set()
 
     def _stop(self) -> None:
         for name in SIDES:
@@ -190,7 +192,7 @@ class Tab:
                 remote.stop()
 
 
-def _grow(said: list[Turns], pieces: Any, left: int, question: str) -> Iterator[list[Any]]:
+def _grow(said: list[Turns], pieces: Pieces, left: int, question: str) -> Iterator[list[Any]]:
     """The question's box and both conversations, as `left` models answer. A question that was not
     answered goes back into its box."""
     box = ""
@@ -210,11 +212,21 @@ def _grow(said: list[Turns], pieces: Any, left: int, question: str) -> Iterator[
         yield [box or gr.skip(), *said]
 
 
-def _answer(remote: Any, conversation: Turns, options: Options, at: int, pieces: Any) -> None:
-    """Put the pieces of an answer into the queue; None, or what was wrong, ends them."""
+def _answer(
+    remote: Remote,
+    conversation: Turns,
+    options: Options,
+    at: int,
+    pieces: Pieces,
+    gone: threading.Event,
+) -> None:
+    """Put the pieces of an answer into the queue; None, or what was wrong, ends them. With nobody
+    to read it the answer ends early."""
     try:
         for piece in remote.stream(conversation, options):
             pieces.put((at, piece))
+            if gone.is_set():
+                return  # a stream that is left is stopped
         pieces.put((at, None))
     except Exception as error:
         pieces.put((at, error))

@@ -179,7 +179,7 @@ class Viewer:
         except UserError as error:
             job = self.processes.job(name)
             lives = job.facts.is_file() and job.lives
-            told = {} if lives or job.facts.is_file() else {"error": str(error)}
+            told = {} if job.facts.is_file() else {"error": str(error)}
             state = "starting" if lives else "failed"
             return Shown(name, state, _facts(name, state, told, None, words), [])
         try:
