@@ -24,11 +24,11 @@ demo: $(VENV)/user  ## fetch a model, fine-tune it, export it, ask it (under 5 m
 
 test: $(VENV)/developer  ## the whole test suite (under 20 minutes on 2 cores)
 	$(BIN)/shardway fetch smollm2_135m
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/developer  ## every cell of every grid, not the pairs alone (an hour)
 	$(BIN)/shardway fetch smollm2_135m
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m ""
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ""
 
 check: $(VENV)/developer  ## lint, formatting, types, imports between rooms
 	$(BIN)/ruff check .
