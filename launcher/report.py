@@ -133,7 +133,7 @@ def body(told: list[Told]) -> str:
     ]
     return "\n".join(
         [
-            _table([_row(number, each) for number, each in enumerate(told)]),
+            table([_row(number, each) for number, each in enumerate(told)]),
             f'<h2>Curves</h2><div class="charts">{"".join(drawn)}</div>',
             "<p>Loss and gradient norm: faint as logged, strong their moving average (weight 0.8). "
             "Dots: the evaluation loss. Tokens/s are of all ranks.</p>",
@@ -260,10 +260,10 @@ def _settings(told: list[Told]) -> str:
         }
         for key in apart[0]
     ]
-    return f"<h2>Settings that differ</h2>{_table(rows)}"
+    return f"<h2>Settings that differ</h2>{table(rows)}"
 
 
-def _table(rows: list[dict[str, str]]) -> str:
+def table(rows: list[dict[str, str]]) -> str:
     """An HTML table of `rows`, whose keys and values are HTML."""
     head = "".join(f"<th>{key}</th>" for key in rows[0])
     body = "".join(

@@ -6,6 +6,7 @@ import html
 import queue
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -95,7 +96,7 @@ class Tab:
         subjects = [side.subject for side in self.sides]
         gr.on([page.load, links.tabs.change], say(self._list), None, subjects, **quick)
         for side in self.sides:
-            load, unload = self._load_of(side.name), self._unload_of(side.name)
+            load, unload = partial(self._load, side.name), partial(self._unload, side.name)
             asked = [side.subject, side.base]
             side.load.click(say(load), asked, states, **quick)
             side.unload.click(say(unload), None, states, **quick)
@@ -120,21 +121,15 @@ class Tab:
         found = models.subjects(self.house.places)
         return [gr.update(choices=found) for _ in self.sides]
 
-    def _load_of(self, name: str) -> Any:
-        def load(path: str | None, base: str | None) -> list[str]:
-            if not path:
-                raise UserError(self.words("Choose a model first."))
-            self.house.models.load(name, path, base or "")
-            return self._states()
+    def _load(self, name: str, path: str | None, base: str | None) -> list[str]:
+        if not path:
+            raise UserError(self.words("Choose a model first."))
+        self.house.models.load(name, path, base or "")
+        return self._states()
 
-        return load
-
-    def _unload_of(self, name: str) -> Any:
-        def unload() -> list[str]:
-            self.house.models.unload(name)
-            return self._states()
-
-        return unload
+    def _unload(self, name: str) -> list[str]:
+        self.house.models.unload(name)
+        return self._states()
 
     def _states(self) -> list[str]:
         """A line for each side: which model, and whether it can be asked."""

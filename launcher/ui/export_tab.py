@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from launcher import report
 from launcher.checkpoint import layout
 from launcher.errors import UserError
 from launcher.run_dir import RunDir
@@ -250,8 +251,5 @@ def _result(job: Job) -> dict[str, Any] | None:
 
 
 def _table(heads: tuple[str, ...], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{html.escape(each)}</th>" for each in heads)
-    body = "".join(
-        f"<tr>{''.join(f'<td>{html.escape(each)}</td>' for each in row)}</tr>" for row in rows
-    )
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+    """Rows of plain text under their heads."""
+    return report.table([dict(zip(heads, map(html.escape, row), strict=True)) for row in rows])

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from launcher import paths, rules, train
 from launcher.config import SECTIONS, Config, store
@@ -202,25 +204,26 @@ def look(values: Values, more: str, places: Places) -> Look:
         return Look(overrides, problems=error.problems)
     except UserError as error:
         return Look(overrides, problems=[str(error)])
-    except Exception as error:  # of Hydra and OmegaConf, which share no class
+    except (HydraException, OmegaConfBaseException) as error:
         return Look(overrides, problems=[train.hydra_sentence(error)])
 
 
 def _data_problems(data: DataConfig) -> list[str]:
     """What a look into the files says; the same files are read once, not at every key."""
-    sources = source.sources_of(data).values()
-    paths = [each.path for each in sources if each.path and not each.path.startswith(HUB)]
-    paths += [path for path in (data.eval_path, data.dataset_info) if path]
-    found = tuple(
-        (str(file), file.stat().st_mtime_ns, file.stat().st_size)
-        for path in paths
-        for file in ([Path(path)] if Path(path).is_file() else files.find(path, text=True))
-    )
-    key = (yaml.safe_dump(dataclasses.asdict(data)), found)
-    if key not in _LOOKED_AT:
+    try:
+        named = [each.path for each in source.sources_of(data).values()]
+        paths = [p for p in (*named, data.eval_path) if p and not p.startswith(HUB)]
+        found = [file for path in paths for file in files.find(path, text=True)]
+        found += [Path(data.dataset_info)] if data.dataset_info else []
+        looks = tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in found)
+    except (UserError, OSError):  # quickly said, and in the same words
+        return source.problems(data)
+    key = (yaml.safe_dump(dataclasses.asdict(data)), looks)
+    if (problems := _LOOKED_AT.get(key)) is None:
+        problems = source.problems(data)
         _LOOKED_AT.clear()
-        _LOOKED_AT[key] = source.problems(data)
-    return _LOOKED_AT[key]
+        _LOOKED_AT[key] = problems
+    return problems
 
 
 def _global_batch(values: Values, config: Config, world: World, more: str) -> int | None:

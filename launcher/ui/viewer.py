@@ -261,9 +261,8 @@ def _is_newer(file: Path, than: Path) -> bool:
 
 
 def _label(file: Path) -> str:
-    return (
-        file.stem.replace("rank-", "rank ").replace(" 0", " ") if "rank" in file.stem else file.stem
-    )
+    kind, _, number = file.stem.partition("-")
+    return f"{kind} {int(number)}" if number.isdecimal() else file.stem
 
 
 def _share(run: RunDir, config: Config, records: Records) -> tuple[int, int] | None:

@@ -101,6 +101,28 @@ def test_rules_fire_beside_their_group_and_are_mended(places: Places) -> None:
 
 
 @pytest.mark.parametrize(
+    "lines",
+    ["data.path=nothing.jsonl", "data.eval_path=nothing.jsonl"],
+)
+def test_what_is_wrong_is_told_at_once(places: Places, lines: str) -> None:
+    """A file that is not there keeps no rule from being told."""
+    found = form.look(typed(training__max_steps="20"), lines, places)
+    said = "\n".join(found.problems)
+    assert "nothing.jsonl" in said
+    assert "[length-of-training]" in said
+
+
+def test_files_are_read_anew_when_they_change(places: Places) -> None:
+    rows = places.home / "rows.jsonl"
+    rows.write_text('{"instruction": "a", "output": "b"}\n')
+    more = "data.path=rows.jsonl\ndata.format=alpaca"
+    assert form.look(typed(), more, places).problems == []
+    rows.write_text("nonsense\n")
+    (problem,) = form.look(typed(), more, places).problems
+    assert "rows.jsonl:1" in problem
+
+
+@pytest.mark.parametrize(
     ("line", "said"),
     [
         ("data.path=/etc/passwd", "data.path=/etc/passwd is outside"),

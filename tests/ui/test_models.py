@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,16 +37,17 @@ def test_an_empty_home_has_fetched_models_alone(places: Places, tiny: Path) -> N
     assert models.sources(places) == []
 
 
-def test_the_base_that_an_adapter_names_is_confined(places: Places, tmp_path: Path) -> None:
-    (tmp_path / "outside").mkdir()
-    (tmp_path / "outside/config.json").write_text("{}")
+def test_the_base_that_an_adapter_names_is_confined(
+    places: Places, tmp_path: Path, tiny: Path
+) -> None:
+    shutil.copytree(tiny, tmp_path / "outside")  # one that could be talked to
     found = adapter(places.home / "adapter", tmp_path / "outside")
     assert list(models.bases_of(found)) == [str(tmp_path / "outside")]
     tab = object.__new__(Tab)
     tab.house, tab.words = House(places), ENGLISH
     with pytest.raises(UserError, match="outside is outside"):
         tab._words("adapter", "", "", "5GB", "auto", "cpu", False)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="outside is outside"):
         Models(places).load("A", "adapter", "")
 
 
@@ -54,9 +56,10 @@ def test_the_words_of_an_export(places: Places, tiny: Path) -> None:
     tab.house, tab.words = House(places), ENGLISH
     words, target = tab._words(str(tiny), "", "out", "2GB", "bf16", "auto", False)
     assert target == places.home / "out"
-    assert words[:6] == ["consolidate", str(tiny), "--output", str(target), *words[4:6]]
-    assert words[4] == "--max-shard-size=2GB"
-    assert words[-1] == "--resume"
+    assert words == [
+        *("consolidate", str(tiny), "--output", str(target), "--max-shard-size=2GB"),
+        *("--dtype", "bf16", "--device", "auto", "--json", "--progress-seconds", "0.5", "--resume"),
+    ]
     assert tab._words(str(tiny), "", "out", "2GB", "bf16", "auto", True)[0][-1] == "--overwrite"
     with pytest.raises(UserError, match="is outside"):
         tab._words(str(tiny), "", "../out", "2GB", "bf16", "auto", False)
