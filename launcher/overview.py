@@ -134,13 +134,14 @@ def _row(run: RunDir, config: Config, queue: dict[str, slurm.Queued]) -> Row:
     evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
     total = total_steps(run, config)
     step = f"{steps[-1]['step'] if steps else 0}{f'/{total}' if total else ''}"
+    now = state(run, queued)
     return {
-        "state": state(run, queued),
+        "state": now,
         "attempt": str(run.attempt),
         "step": step,
         "loss": f"{steps[-1]['loss']:.4f}" if steps else "",
         "eval_loss": f"{min(evaluations):.4f}" if evaluations else "",
-        "left": time_left(steps, total) if queued or is_here(run) else "",
+        "left": time_left(steps, total) if queued or now == "running" else "",
         "job": job,
         "nodes": queued.nodes if queued else "",
     }

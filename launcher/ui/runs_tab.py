@@ -100,7 +100,7 @@ class Tab:
         return [
             gr.update(choices=names, **chosen) if several or chosen else gr.skip(),
             gr.update(choices=names) if several else gr.skip(),
-            shown.facts,
+            shown.html,
             now.curves if now.curves != seen.curves else gr.skip(),
             f'<div class="sw-log"><pre>{html.escape(log)}</pre></div>'
             if log != seen.log

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import logging
 import threading
@@ -11,15 +10,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
-from launcher import charts, overview, report
-from launcher.charts import Curve
+from launcher import overview, report
 from launcher.cluster import slurm
-from launcher.config import Config, store
-from launcher.config.cluster import SlurmConfig
+from launcher.config import store
 from launcher.errors import UserError
 from launcher.run_dir import RunDir
+from launcher.ui import facts
+from launcher.ui.facts import Records
 from launcher.ui.places import Places
 from launcher.ui.processes import Processes, tail
 from launcher.ui.words import Words
@@ -27,14 +26,7 @@ from launcher.ui.words import Words
 SECONDS_OF_A_LOOK = 1.0  # at this machine's processes; several windows ask
 SECONDS_OF_THE_QUEUE = 5.0
 SHOWN_LINES = 300  # of a log
-DRAWN = (  # title, field of metrics.jsonl
-    ("loss per target token", "loss"),
-    ("learning rate", "learning_rate"),
-    ("tokens / s", "tokens_per_second"),
-)
 log = logging.getLogger("shardway.ui")
-ENDED = ("finished", "stopped", "failed", "not started")
-Records = list[dict[str, Any]]
 
 
 T = TypeVar("T")
@@ -114,13 +106,13 @@ class Shown:
 
     name: str
     state: str
-    facts: str  # HTML
+    html: str  # state, bar and facts
     records: Records
 
     @property
     def lives(self) -> bool:
         """Whether it runs, is about to, or waits in a queue: one may stop it."""
-        return self.state not in ENDED
+        return self.state not in facts.ENDED
 
 
 class Viewer:
@@ -181,16 +173,16 @@ class Viewer:
             lives = job.facts.is_file() and job.lives
             told = {} if job.facts.is_file() else {"error": str(error)}
             state = "starting" if lives else "failed"
-            return Shown(name, state, _facts(name, state, told, None, words), [])
+            return Shown(name, state, facts.facts(name, state, told, None, words), [])
         try:
             state, records = self.state(run), self.records(run)
             config = store.load(run.config)
-            told, share = _told(run, config, records), _share(run, config, records)
+            told, share = facts.told(run, config, records), facts.share(run, config, records)
         except Exception as error:
             log.info("%s cannot be shown", run.path, exc_info=True)
             said = {"error": f"{type(error).__name__}: {error}"}
-            return Shown(name, "failed", _facts(name, "failed", said, None, words), [])
-        return Shown(name, state, _facts(name, state, told, share, words), records)
+            return Shown(name, "failed", facts.facts(name, "failed", said, None, words), [])
+        return Shown(name, state, facts.facts(name, state, told, share, words), records)
 
     def curves(self, shown: Shown) -> str:
         """The charts of a run, as HTML: drawn once for all windows, those of long runs seldom."""
@@ -199,9 +191,9 @@ class Viewer:
         rests = drawn and time.monotonic() < drawn.until and shown.lives
         if drawn is None or (drawn.count != count and not rests):
             began = time.monotonic()
-            charts = curves(shown.records)
+            drawn_now = facts.curves(shown.records)
             now = time.monotonic()
-            drawn = self._drawn[path] = Drawn(count, charts, now + 20 * (now - began))
+            drawn = self._drawn[path] = Drawn(count, drawn_now, now + 20 * (now - began))
         return drawn.html
 
     def records(self, run: RunDir) -> Records:
@@ -244,18 +236,6 @@ class Viewer:
             return None
 
 
-def curves(records: Records) -> str:
-    """The charts of one run, as HTML."""
-    found = []
-    for title, name in DRAWN:
-        points = [(line["step"], line[name]) for line in records if name in line]
-        dots = [(line["step"], line["eval_loss"]) for line in records if "eval_loss" in line]
-        if points:
-            loss = name == "loss"
-            found.append(charts.chart(title, [Curve(points, dots if loss else [], smoothed=loss)]))
-    return f'<div class="charts">{"".join(found)}</div>' if found else ""
-
-
 def _is_newer(file: Path, than: Path) -> bool:
     return file.stat().st_mtime > than.stat().st_mtime
 
@@ -263,59 +243,3 @@ def _is_newer(file: Path, than: Path) -> bool:
 def _label(file: Path) -> str:
     kind, _, number = file.stem.partition("-")
     return f"{kind} {int(number)}" if number.isdecimal() else file.stem
-
-
-def _share(run: RunDir, config: Config, records: Records) -> tuple[int, int] | None:
-    """(steps done, steps in all)."""
-    total = overview.total_steps(run, config)
-    steps = [line["step"] for line in records[-50:] if "loss" in line]
-    return (steps[-1] if steps else 0, total) if total else None
-
-
-def _told(run: RunDir, config: Config, records: Records) -> dict[str, str]:
-    """The facts of a run, in the words of the vocabulary."""
-    steps = [line for line in records[-200:] if "loss" in line]
-    evaluated = [line["eval_loss"] for line in records if "eval_loss" in line]
-    newest = steps[-1] if steps else {}
-    shown = {
-        "model": config.model.name,
-        "method": config.method.name,
-        "strategy": config.strategy.name,
-        "precision": config.precision.name,
-        "attempt": str(run.attempt),
-        "loss": f"{newest['loss']:.4f}" if "loss" in newest else "",
-        "eval_loss": f"{evaluated[-1]:.4f}" if evaluated else "",
-        "learning rate": f"{newest['learning_rate']:.2e}" if newest else "",
-        "tokens / s": f"{newest['tokens_per_second']:,.0f}"
-        if "tokens_per_second" in newest
-        else "",
-        "time left": overview.time_left(steps, overview.total_steps(run, config)),
-        "job": (slurm.job_of(run) or "") if isinstance(config.cluster, SlurmConfig) else "",
-    }
-    return {key: value for key, value in shown.items() if value}
-
-
-def _facts(
-    name: str, state: str, told: dict[str, str], share: tuple[int, int] | None, words: Words
-) -> str:
-    """State, bar and facts of a run as HTML. All of it is text of ours or escaped."""
-    if state in ENDED:
-        told = {key: value for key, value in told.items() if key != "time left"}
-    bar = ""
-    if share:
-        done, total = share
-        width = f"width:{min(100.0, 100 * done / total):.1f}%"
-        bar = (
-            f'<div class="sw-bar" role="progressbar" aria-valuenow="{done}" '
-            f'aria-valuemax="{total}"><div style="{width}"></div></div>'
-            f'<div class="sw-steps">{html.escape(words("step"))} {done:,} / {total:,}</div>'
-        )
-    cells = "".join(
-        f"<div><span>{html.escape(words(key))}</span><b>{html.escape(value)}</b></div>"
-        for key, value in told.items()
-    )
-    badge = f'<em class="sw-state {html.escape(state.split()[0])}">{html.escape(words(state))}</em>'
-    return (
-        f'<div class="sw-run"><h3>{html.escape(name)} {badge}</h3>'
-        f'{bar}<div class="sw-facts">{cells}</div></div>'
-    )

@@ -43,6 +43,6 @@ def test_a_job_of_the_page_is_queued_shown_and_done(
     assert seen >= {("finished", False)}, viewer.log("queued", "slurm")
     assert all(lives for state, lives in seen if state not in ("finished", "failed"))
     assert {"running", "pending"} & {state for state, _ in seen}
-    assert "step 40 / 40" in viewer.show("queued", ENGLISH).facts
+    assert "step 40 / 40" in viewer.show("queued", ENGLISH).html
     assert "rank 1" in viewer.logs("queued")
     assert "step 40/40" in viewer.log("queued", "slurm")

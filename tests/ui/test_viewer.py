@@ -14,7 +14,7 @@ import pytest
 from launcher import rules, run_dir
 from launcher.errors import UserError
 from launcher.run_dir import RunDir
-from launcher.ui import grammar, viewer
+from launcher.ui import facts, grammar
 from launcher.ui.places import Places
 from launcher.ui.processes import Processes, tail
 from launcher.ui.viewer import Metrics, Viewer
@@ -55,17 +55,17 @@ def test_a_run_that_ended(view: Viewer) -> None:
     run.status.write_text(json.dumps({"state": "finished"}))
     shown = view.show("a", ENGLISH)
     assert (shown.state, len(shown.records)) == ("finished", 4)
-    assert "step 4 / 4" in shown.facts
-    assert "time left" not in shown.facts
-    assert viewer.curves(shown.records).count("<svg") == 3
+    assert "step 4 / 4" in shown.html
+    assert "time left" not in shown.html
+    assert facts.curves(shown.records).count("<svg") == 3
 
 
 def test_steps_of_epochs_are_known_once_the_ranks_know(view: Viewer) -> None:
     run = make("a", "training.epochs=2")
     write(run, 1)
-    assert "step 1 /" not in view.show("a", ENGLISH).facts
+    assert "step 1 /" not in view.show("a", ENGLISH).html
     run.steps.write_text(json.dumps({"total_steps": 40}))
-    assert "step 1 / 40" in view.show("a", ENGLISH).facts
+    assert "step 1 / 40" in view.show("a", ENGLISH).html
 
 
 def test_an_attempt_without_ranks_or_status_failed(view: Viewer) -> None:
@@ -76,9 +76,9 @@ def test_an_attempt_without_ranks_or_status_failed(view: Viewer) -> None:
 def test_names_are_escaped(view: Viewer) -> None:
     run = make("a", "model.name='<script>alert(1)</script>'")
     write(run, 1)
-    facts = view.show("a", ENGLISH).facts
-    assert "<script>" not in facts
-    assert "&lt;script&gt;" in facts
+    page = view.show("a", ENGLISH).html
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
 
 
 def test_only_new_lines_are_read(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_one_odd_folder_keeps_nobody_from_the_others(view: Viewer, file: str, co
     (make("odd").path / file).write_text(content)
     assert set(view.names()) == {"good", "odd"}
     assert view.show("good", ENGLISH).records
-    assert "error" in view.show("odd", ENGLISH).facts
+    assert "error" in view.show("odd", ENGLISH).html
 
 
 def test_names_of_the_command_line_and_backups_of_logs(view: Viewer) -> None:
