@@ -16,6 +16,7 @@ VERBS = {
     "serve": ("launcher.serve", "an OpenAI-compatible endpoint on an exported folder"),
     "fetch": ("launcher.model.fetch", "fetch the demo model (or the tiny one of the tests)"),
     "data": ("launcher.preview", "preview rows, learnt tokens, lengths and padding"),
+    "plan": ("launcher.plan", "how much memory a run will need; no GPU, no weights"),
     "schedule": ("launcher.schedule", "draw the learning rate of a configuration over its steps"),
     "runs": ("launcher.runs", "a table of run folders: state, step, loss, place in the queue"),
     "stop": ("launcher.runs:stop", "end a run at its next step, with a checkpoint"),

@@ -127,6 +127,7 @@ def _train(
     stop: Stop,
 ) -> tuple[int, str | None]:
     """Begin or go on; the last step done, and why it is not the schedule's last (None if it is)."""
+    from launcher.assembly import build_learner
     from launcher.checkpoint import load
     from launcher.checkpoint.save import Saver
     from launcher.data.ahead import Ahead
@@ -145,7 +146,8 @@ def _train(
     if config.data.template is not None:
         learner = replace(learner, tokenizer=tokenizer)
     if config.data.packing:
-        words = learner.model.get_input_embeddings().num_embeddings
+        embedding: Any = learner.model.get_input_embeddings()  # type: ignore[operator]
+        words = embedding.num_embeddings
         check_apart(learner.strategy.model, place.device, words)
     saver = Saver(learner, run_folder, config.checkpoint, config.launch.shared_disk)
     saver.check_space()
@@ -256,69 +258,6 @@ def _plan(config: Config, steps_per_epoch: int) -> Any:
         label_smoothing=training.label_smoothing,
         save_best=config.checkpoint.save_best,
     )
-
-
-def build_learner(
-    config: Config, folder: Path, place: Any, data: str, total_steps: int, say: Say
-) -> Any:
-    """The model, made ready in this order: method, strategy (shards), optimizer, scheduler.
-
-    `data` is the fingerprint of the rows.
-    """
-    import torch
-    import torch.distributed as dist
-
-    from launcher.checkpoint.learner import Learner
-    from launcher.flops import counted
-    from launcher.method import build_method
-    from launcher.method.fused import fuse_adapters
-    from launcher.method.trained import describe
-    from launcher.model.compiled import compile_layers
-    from launcher.model.head import chunk_loss
-    from launcher.model.load import build_model
-    from launcher.model.noise import add_noise
-    from launcher.model.recompute import recompute_activations
-    from launcher.optimizer import build_optimizer, state_dtype
-    from launcher.precision import precision_of
-    from launcher.scheduler import build_scheduler
-    from launcher.strategy import build_strategy
-    from launcher.watch import Watch
-
-    method, precision = build_method(config.method), precision_of(config.precision)
-    model, weights = build_model(
-        config.model, folder, config.training.seed, precision.compute, config.data.packing
-    )
-    model = method.prepare(model, config.training.seed, weights, place.device)
-    fuse_adapters(model)
-    if done := method.describe():
-        say(f"base: {done}")
-    say(f"method: {config.method.name}: {describe(model, precision.master, precision.compute)}")
-    flops = counted(model, say)
-    add_noise(model, config.training.neftune_alpha)
-    kept = recompute_activations(model, config.training.activation_checkpointing)
-    say(f"activations: {kept}")
-    if config.training.compile != "off":
-        compile_layers(model)
-    say(f"loss: {chunk_loss(model, config.training.loss)}")
-    strategy = build_strategy(config.strategy, config.training, place, precision)
-    build = partial(build_optimizer, config.optimizer, rate=method.rate)
-    strategy.setup(model, weights, build)
-    say(f"loading: {weights.describe() if weights else 'this rank has read the whole model'}")
-    say(f"strategy: {strategy.describe()}")
-    say(f"precision: {precision.table(state_dtype(config.optimizer))}")
-    torch.manual_seed(config.training.seed + place.rank)  # dropout differs from rank to rank
-    source = config.model
-    about = {
-        "base": {"name_or_path": source.name_or_path, "revision": source.revision},
-        "data": data,
-        "ranks": place.world_size,
-        "strategy": config.strategy.name,
-    }
-    scheduler = build_scheduler(config.scheduler, strategy.optimizer, total_steps)
-    group = dist.new_group(backend="gloo")
-    training = config.training
-    watch = Watch(training.early_stopping_patience, training.early_stopping_threshold)
-    return Learner(strategy, method, model, scheduler, place, group, about, watch, flops)
 
 
 if __name__ == "__main__":

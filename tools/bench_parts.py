@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from launcher import worker
+from launcher.assembly import build_learner
 from launcher.checkpoint.learner import Learner
 from launcher.config import Config, store
 from launcher.distributed.process_group import Place, start
@@ -70,7 +70,7 @@ def learner(
             "cluster": {"name": "local"},
         }
     )
-    made: Learner = worker.build_learner(config, folder, place, "none", 100, say)
+    made: Learner = build_learner(config, folder, place, "none", 100, say)
     return made
 
 

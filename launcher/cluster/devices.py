@@ -28,6 +28,22 @@ def visible_gpus() -> int:
         pynvml.nvmlShutdown()
 
 
+def gpu_memory() -> int | None:
+    """Bytes of this machine's first GPU; None where the driver counts none."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        if pynvml.nvmlDeviceGetCount() == 0:
+            return None
+        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).total)
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def has_flash_attention() -> bool:
     """Whether the package is installed under the name that transformers looks for. (Version 4 is
     another package with the same modules.)"""

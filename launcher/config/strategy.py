@@ -25,6 +25,11 @@ class StrategyConfig:
         return False
 
     @property
+    def parameters_on_cpu(self) -> bool:
+        """Whether parameters are in host memory between their uses."""
+        return False
+
+    @property
     def on_disk(self) -> bool:
         """Whether parameters are on an NVMe disk between their uses."""
         return False
@@ -58,6 +63,10 @@ class FsdpConfig(StrategyConfig):
 
     @property
     def steps_on_cpu(self) -> bool:
+        return self.offload
+
+    @property
+    def parameters_on_cpu(self) -> bool:
         return self.offload
 
 
@@ -134,6 +143,10 @@ class Zero3Config(Zero2Config):
     )
 
     stage: ClassVar[int] = 3
+
+    @property
+    def parameters_on_cpu(self) -> bool:
+        return self.offload_param == "cpu"
 
     @property
     def on_disk(self) -> bool:

@@ -35,9 +35,9 @@ from launcher.export.result import hub
 from launcher.export.result.journal import partial_folder
 from launcher.export.result.progress import EVERY_SECONDS, Progress
 from launcher.export.result.write import How, Report, refuse_target, write
-from launcher.export.shards import parse_size
 from launcher.export.source import find_source
 from launcher.export.verify import structure
+from launcher.sizes import parse_size
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ASSUMED_RATE = 1e9  # bytes a second, for the estimate of a dry run

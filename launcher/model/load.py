@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -85,10 +86,22 @@ class Slot:
         return self.module.get_parameter(self.attribute)
 
 
+class Tensors(Protocol):
+    """The tensors of a model by name."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def bytes_read(self) -> int: ...
+
+    def __getitem__(self, name: str) -> Stored: ...
+
+
 class Weights:
     """Where each parameter of a model on meta comes from."""
 
-    def __init__(self, folder: SafetensorsFolder, model: nn.Module) -> None:
+    def __init__(self, folder: Tensors, model: nn.Module) -> None:
         self.folder = folder
         self.slots: list[Slot] = []
         for name, _ in model.named_parameters():  # tied parameters appear once
@@ -118,32 +131,51 @@ def build_model(
     `packed`: sequences will hold several documents.
     """
     torch.manual_seed(seed)
+    model = model_on_meta(config, folder, dtype, packed)
     try:
-        architecture = AutoConfig.from_pretrained(
-            folder, trust_remote_code=config.trust_remote_code
-        )
         files = SafetensorsFolder(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.name_or_path={folder} cannot be read: {error}") from error
-    options = {
-        "attn_implementation": attention_for(config.attention, architecture, packed),
-        "trust_remote_code": config.trust_remote_code,
-    }
-    # Buffers are made for real: rotary frequencies are in no file.
+        raise _unreadable(folder, error) from error
+    if _same_layout(model, files):
+        return model, Weights(files, model)
+    print(f"{folder}: stored in another layout than in memory; read whole on every rank")
+    stored = torch.float32 if dtype == torch.float32 else "auto"  # masters lose nothing
+    attention = attention_for(config.attention, model.config, packed)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=stored,
+        attn_implementation=attention,
+        trust_remote_code=config.trust_remote_code,
+    )
+    return model, None
+
+
+def model_on_meta(
+    config: ModelConfig, folder: Path, dtype: torch.dtype, packed: bool = False
+) -> Any:
+    """The model that `folder`/config.json describes, all parameters on meta. Buffers are real:
+    rotary frequencies are in no file. Raises UserError for one that cannot be built."""
+    code = config.trust_remote_code
+    try:
+        architecture = AutoConfig.from_pretrained(folder, trust_remote_code=code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(folder, error) from error
+    attention = attention_for(config.attention, architecture, packed)
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
-            model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, **options)
+            model = AutoModelForCausalLM.from_config(
+                architecture, dtype=dtype, attn_implementation=attention, trust_remote_code=code
+            )
     except (ImportError, ValueError) as error:  # no causal model, or one without this attention
         raise UserError(
             f"{folder} with model.attention={config.attention} cannot be built: {error}"
         ) from error
     model.tie_weights()  # building on meta loses the tie
-    if _same_layout(model, files):
-        return model, Weights(files, model)
-    print(f"{folder}: stored in another layout than in memory; read whole on every rank")
-    stored = torch.float32 if dtype == torch.float32 else "auto"  # masters lose nothing
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=stored, **options)
-    return model, None
+    return model
+
+
+def _unreadable(folder: Path, error: Exception) -> UserError:
+    return UserError(f"model.name_or_path={folder} cannot be read: {error}")
 
 
 def _same_layout(model: nn.Module, files: SafetensorsFolder) -> bool:

@@ -15,6 +15,7 @@ import xxhash
 from torch import nn
 
 from launcher import train
+from launcher.assembly import build_learner
 from launcher.checkpoint import load
 from launcher.checkpoint.layout import Checkpoint
 from launcher.checkpoint.learner import Learner
@@ -27,7 +28,6 @@ from launcher.loop import Plan, fit
 from launcher.model.head import ChunkedHead
 from launcher.model.quantised import QuantisedLinear
 from launcher.run_dir import RunDir
-from launcher.worker import build_learner
 from tests.helpers import parts
 from tests.helpers.parts import Case
 

@@ -1,0 +1,106 @@
+"""Tensors without memory, and the count of what they would take.
+
+A fake tensor (torch's FakeTensorMode) has a shape, a dtype and a storage of a size, and no values.
+The code that trains runs on them as it is; `Live` counts the storages that are alive.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from launcher.errors import UserError
+
+aten = torch.ops.aten
+PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)  # others are made of them, as DTensor is
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the storages that operations have made, while they live: `now` and at their `peak`,
+    which was in `peak_phase`. Set `phase` as the work goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.phase = self.peak_phase = "loading"
+        self._sizes: dict[int, int] = {}  # by a storage's address
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if not all(each in PLAIN for each in types):
+            return NotImplemented  # it comes again, as operations on what it is made of
+        result = operation(*args, **(kwargs or {}))
+        for each in tree_leaves(result):
+            if isinstance(each, torch.Tensor) and not each.is_meta:
+                self._count(each.untyped_storage())
+        return result
+
+    def bytes_of(self, tensors: Iterator[torch.Tensor]) -> int:
+        """Of the storages of `tensors`, each once."""
+        storages = (tensor.untyped_storage() for tensor in tensors if not tensor.is_meta)
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+    @contextmanager
+    def counting(self) -> Iterator[Live]:
+        """FSDP2 frees gathered weights by resizing their storage, which is no operation."""
+        resize = torch.UntypedStorage.resize_
+
+        def counted(storage: torch.UntypedStorage, size: int) -> Any:
+            if storage._cdata in self._sizes:
+                self._add(size - self._sizes[storage._cdata])
+                self._sizes[storage._cdata] = size
+            return resize(storage, size)
+
+        torch.UntypedStorage.resize_ = counted  # type: ignore[method-assign,assignment]
+        try:
+            with self:
+                yield self
+        finally:
+            torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        address = storage._cdata
+        if address not in self._sizes:
+            self._sizes[address] = storage.nbytes()
+            self._add(storage.nbytes())
+            weakref.finalize(storage, self._freed, address)
+
+    def _freed(self, address: int) -> None:
+        self._add(-self._sizes.pop(address))
+
+    def _add(self, size: int) -> None:
+        self.now += size
+        if self.now > self.peak:
+            self.peak, self.peak_phase = self.now, self.phase
+
+
+class Fakes(FakeTensorMode):
+    """Every tensor made inside is fake. A value that the host asks for is one: gradients are
+    finite, weights can be quantised."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        # Its weak references to parameters would keep torch.utils.swap_tensors from swapping them.
+        self.fake_tensor_converter.set_tensor_memo = lambda *_: None  # type: ignore[method-assign]
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if operation in (aten._local_scalar_dense.default, aten.equal.default):
+            return 1
+        if operation is aten.is_nonzero.default:
+            return True
+        try:
+            return super().__torch_dispatch__(operation, types, args, kwargs or {})
+        except DynamicOutputShapeException as error:
+            raise UserError(
+                f"this model cannot be planned: the size of what {error} gives depends on values"
+            ) from error

@@ -1,0 +1,179 @@
+"""Two steps of a run on fake tensors, as rank 0 of ranks that are not there.
+
+    python -m launcher.memory.trial CONFIG NODES NPROC_PER_NODE    → bytes as JSON, the last line
+
+A process of its own: it has a process group that sends nothing, and changes two of DeepSpeed's
+functions for good.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from launcher.assembly import assemble, new_strategy
+from launcher.config import Config, store
+from launcher.data.batch import collate
+from launcher.data.loader import Window
+from launcher.distributed.process_group import Place
+from launcher.distributed.shards import local_part
+from launcher.errors import UserError
+from launcher.loop import train_step
+from launcher.memory.absent import AbsentTensors, as_fakes, config_folder
+from launcher.memory.live import Fakes, Live
+from launcher.model.load import Weights, model_on_meta
+from launcher.precision import precision_of
+from launcher.strategy import Strategy
+
+STEPS = 2  # the first makes the optimizer's state
+MICRO_BATCHES = 2  # of a step that has more: the second meets the gradients of the first
+
+
+@dataclass
+class Bytes:
+    """What the fullest rank needs."""
+
+    weights: int = 0  # between steps: working weights, masters, and an engine's buffers
+    optimizer: int = 0  # between steps: moments
+    activations: int = 0  # kept for a micro-batch's backward
+    peak: int = 0
+    phase: str = ""  # in which the peak is: loading, forward, backward or optimizer step
+    host: int = 0  # of weights and optimizer: in host memory where ranks train on GPUs
+
+
+class Phases:
+    """A strategy that says what is being done, and looks at the memory when backward begins."""
+
+    def __init__(self, strategy: Strategy, live: Live) -> None:
+        self._strategy, self._live = strategy, live
+        self.forward = 0  # bytes when the first backward of a step begins
+
+    @property
+    def model(self) -> Any:
+        return self._strategy.model
+
+    def accumulate(self, last: bool) -> None:
+        self._live.phase = "forward"
+        self._strategy.accumulate(last)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._live.phase = "backward"
+        self.forward = self.forward or self._live.now
+        self._strategy.backward(loss)
+
+    def step(self, max_norm: float) -> Any:
+        self._live.phase = "optimizer step"
+        return self._strategy.step(max_norm)
+
+
+def main() -> None:
+    file, nodes, per_node = sys.argv[1:]
+    try:
+        found = trial(store.load(Path(file)), int(nodes), int(per_node))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    print(f"\n{json.dumps(dataclasses.asdict(found))}")
+
+
+def trial(config: Config, nodes: int, per_node: int) -> Bytes:
+    """Raises UserError for what cannot be planned."""
+    ranks = nodes * per_node
+    place = Place(0, 0, ranks, per_node, torch.device("cpu"))
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
+    os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(per_node)}
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    _unblock_deepspeed(config)
+    source, precision = config.model, precision_of(config.precision)
+    model = model_on_meta(source, config_folder(source), precision.compute, config.data.packing)
+    stored = getattr(model.config, "dtype", None) or torch.bfloat16
+    strategy, live = new_strategy(config, place), Live()
+    with Fakes(), live.counting():
+        as_fakes(model)
+        weights: Any = Weights(AbsentTensors(model, stored), model)
+        return measure(config, model, weights, strategy, place, live)
+
+
+def measure(
+    config: Config, model: Any, weights: Weights, strategy: Strategy, place: Place, live: Live
+) -> Bytes:
+    """Build and train, and look on. The tensors may be real as well: then it is what they take."""
+    parts = assemble(config, model, weights, strategy, place.device, lambda line: None)
+    window = full_window(config, place.world_size)
+    targets = int(window.target_tokens) * place.world_size
+    training, found = config.training, Bytes()
+    for _ in range(STEPS):
+        between, phases = live.now, Phases(strategy, live)
+        watched: Any = phases
+        train_step(
+            *(watched, window, targets, training.max_grad_norm, place.device),
+            training.label_smoothing,
+        )
+        found.activations = phases.forward - between
+    found.peak, found.phase = live.peak, live.peak_phase
+    found.optimizer = live.bytes_of(_moments(strategy))
+    found.weights = live.now - found.optimizer
+    found.host = live.bytes_of(_on_host(config, parts.model, strategy))
+    return found
+
+
+def full_window(config: Config, ranks: int) -> Window:
+    """A rank's share of a step whose rows are as long as they may be, all tokens of them learnt."""
+    training, length = config.training, config.data.max_length
+    rows = training.micro_batch_size
+    steps = max(1, training.global_batch_size // (ranks * rows))
+    row: Any = (np.zeros(length, np.int32), np.ones(length, np.bool_))
+    batch = collate([[row] for _ in range(rows)], 1, 0, config.data.packing)
+    number = min(steps, MICRO_BATCHES)
+    count = torch.tensor(number * rows * length)
+    return Window([batch] * number, count, count, count, count, count)
+
+
+def _moments(strategy: Strategy) -> Iterator[torch.Tensor]:
+    for state in strategy.optimizer.state.values():
+        yield from (each for each in state.values() if torch.is_tensor(each))
+
+
+def _on_host(config: Config, model: Any, strategy: Strategy) -> Iterator[torch.Tensor]:
+    """What an offloading strategy keeps there between steps."""
+    if config.strategy.steps_on_cpu:
+        yield from (shard.local for shard in strategy.weights().values())
+        yield from _moments(strategy)
+    if config.strategy.parameters_on_cpu:
+        for parameter in model.parameters():
+            yield local_part(getattr(parameter, "ds_tensor", parameter))
+
+
+def _unblock_deepspeed(config: Config) -> None:
+    """Ranks that are not there answer nothing, and the CPU of this machine may lack what the GPUs
+    have that will train."""
+    if not config.strategy.name.startswith("zero"):
+        return
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
+    from deepspeed.runtime.zero import stage3, stage_1_and_2, utils
+
+    for module in (utils, coordinator):
+        module.assert_ints_same_as_other_ranks = lambda ints: None
+    for module in (stage3, stage_1_and_2):  # no step is skipped
+        module.is_invalid_grad_norm = lambda norm: False
+    for engine in (stage3.DeepSpeedZeroOptimizer_Stage3, stage_1_and_2.DeepSpeedZeroOptimizer):
+        engine.has_overflow = lambda *_, **__: False
+    get_accelerator().is_fp16_supported = lambda: True
+    # The engine moves the model to its device, where it is: torch cannot swap fake parameters.
+    torch.nn.Module.to = lambda module, *_, **__: module  # type: ignore[method-assign,assignment]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""`shardway plan`: how much memory a run will need, before it is queued and without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher import train
+from launcher.cluster.devices import gpu_memory, visible_gpus
+from launcher.config import Config, checks, store
+from launcher.config.data_rules import DATA_RULES
+from launcher.config.rule import World
+from launcher.config.schedule_rules import SCHEDULE_RULES
+from launcher.config.slurm_rules import SLURM_RULES
+from launcher.config.tracking_rules import TRACKING_RULES
+from launcher.errors import UserError
+from launcher.sizes import parse_size
+
+ABOUT = """\
+Say how much memory the fullest rank of a run will need. Takes the overrides of `shardway train`.
+Two steps of the run are done on tensors without memory, by the code that trains: no GPU and no
+weights are needed, only the model's config.json. Rows are taken as long as data.max_length.
+
+    shardway plan model.name_or_path=meta-llama/Llama-3.1-8B method=lora cluster.nproc_per_node=8
+    shardway plan --memory 80GB method=full strategy=fsdp cluster.nproc_per_node=4
+    shardway plan --memory 80GB --multirun strategy=ddp,fsdp,zero3 training.micro_batch_size=1,4
+
+The last one plans each combination, a line of a table each. Ends with 1 where something does not
+fit into --memory. What is counted and what is not: docs/memory.md
+"""
+# Neither rows nor weights are needed, and it does not matter when things happen.
+OTHERS = (*DATA_RULES, *SCHEDULE_RULES, *SLURM_RULES, *TRACKING_RULES)
+ELSEWHERE = {"model-has-safetensors", "chat-has-a-template", "length-of-training"}
+ELSEWHERE |= {"stop-before-the-end", "auto-names-a-run", "run-dir-is-new"}
+RULES = tuple(rule for rule in checks.RULES if rule not in OTHERS and rule.id not in ELSEWHERE)
+GB = 1e9
+WIDTH = 40  # of the bars
+TIGHT = 0.05  # of a GPU's memory: less than that left may not be enough for what is not counted
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run, and what the fullest of its ranks needs in bytes."""
+
+    label: str
+    ranks: int
+    weights: int  # between steps: working weights, masters, an engine's buffers
+    optimizer: int  # between steps: the optimizer's state
+    activations: int  # kept for the backward of a micro-batch
+    peak: int
+    phase: str  # in which the peak is
+    host: int  # of the peak: what offloading keeps in host memory
+    notes: list[str]
+    memory: int | None  # of a GPU
+
+    @property
+    def gpu(self) -> int:
+        return self.peak - self.host
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.memory is None else self.gpu <= self.memory
+
+    def told(self) -> dict[str, Any]:
+        """For --json."""
+        return {**dataclasses.asdict(self), "gpu": self.gpu, "fits": self.fits}
+
+
+def main() -> None:
+    """The command line. Exits with 1 where a run does not fit, 2 where one cannot be planned."""
+    options, overrides = _parser().parse_known_args()
+    sys.argv = [sys.argv[0], *["--multirun"] * options.multirun, *overrides]
+    try:
+        memory = parse_size(options.memory, "--memory") if options.memory else gpu_memory()
+        plans = [_say_which(config, memory, options.json) for config in _labelled(train.compose())]
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(train.UNUSABLE_CONFIGURATION)
+    if options.json:
+        told = [each.told() for each in plans]
+        print(json.dumps(told if options.multirun else told[0], indent=2))
+    else:
+        print(page(plans[0]) if len(plans) == 1 else table(plans))
+    sys.exit(1 if any(each.fits is False for each in plans) else 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="shardway plan",
+        usage="%(prog)s [options] [OVERRIDE ...]",
+        description=ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--memory", metavar="SIZE", help="of a GPU (80GB); that of this machine's")
+    parser.add_argument("--json", action="store_true", help="bytes, for programs")
+    parser.add_argument("--multirun", "-m", action="store_true", help="plan each of strategy=a,b")
+    return parser
+
+
+def _labelled(configs: list[Config]) -> Iterator[tuple[str, Config]]:
+    """Each with the settings in which it differs from the others."""
+    leaves = [store.leaves(config) for config in configs]
+    for config, own in zip(configs, leaves, strict=True):
+        apart = [k for k in own if any(k not in each or each[k] != own[k] for each in leaves)]
+        names = {key.removesuffix(".name"): own[key] for key in apart if key.endswith(".name")}
+        of_groups = tuple(f"{name}." for name in names)
+        others = {k: own[k] for k in apart if not k.startswith(of_groups)}
+        yield " ".join(f"{key}={value}" for key, value in {**names, **others}.items()), config
+
+
+def _say_which(labelled: tuple[str, Config], memory: int | None, quiet: bool) -> Planned:
+    label, config = labelled
+    if not quiet and sys.stderr.isatty():
+        print(f"planning {label or 'two steps'} …", file=sys.stderr, flush=True)
+    return plan(config, label, memory)
+
+
+def plan(config: Config, label: str = "", memory: int | None = None) -> Planned:
+    """Plan a run in a process of its own. Raises UserError for one that cannot be."""
+    world = world_of(config)
+    if problems := checks.broken_rules(config, world, RULES):
+        raise store.ConfigError(problems)
+    config, notes = _simpler(config)
+    with tempfile.TemporaryDirectory(prefix="shardway-") as scratch:
+        frozen = Path(scratch) / "config.yaml"
+        frozen.write_text(store.dump(config), encoding="utf-8")
+        words = [frozen, world.nodes, world.nproc_per_node]
+        done = subprocess.run(
+            [sys.executable, "-m", "launcher.memory.trial", *map(str, words)],
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["it ended without a word"]
+        more = "" if done.returncode == 2 else f" (status {done.returncode})"
+        raise UserError(f"{label or 'the run'} cannot be planned{more}: {last[0]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    return Planned(label, world.size, **found, notes=notes, memory=memory)
+
+
+def world_of(config: Config) -> World:
+    """The ranks that `config` asks for, each on a GPU that has all that a run could want."""
+    world = World.of(config, visible_gpus(), flash_attention=True)
+    return dataclasses.replace(world, gpus=world.nproc_per_node)
+
+
+def _simpler(config: Config) -> tuple[Config, list[str]]:
+    """`config` without what fake tensors cannot do, and what was changed."""
+    if config.strategy.on_disk:
+        raise UserError("parameters on a disk cannot be planned → strategy.offload_param=cpu")
+    if config.optimizer.name == "adamw_paged":
+        raise UserError("pages come and go and cannot be planned → optimizer=adamw")
+    notes = []
+    if config.training.compile != "off":
+        notes.append("planned with training.compile=off: compiled layers keep less for backward")
+        config = dataclasses.replace(
+            config, training=dataclasses.replace(config.training, compile="off")
+        )
+    if config.model.attention not in ("sdpa", "eager"):
+        notes.append(f"planned with model.attention=sdpa, not {config.model.attention}")
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, attention="sdpa")
+        )
+    return config, notes
+
+
+def page(planned: Planned) -> str:
+    """What one run needs, for reading."""
+    rows = [
+        ("weights, masters, buffers", planned.weights),
+        ("optimizer state", planned.optimizer),
+        ("kept for backward", planned.activations),
+        (f"peak, in the {planned.phase}", planned.peak),
+    ]
+    if planned.host:
+        rows += [("of it in host memory", planned.host), ("of it on the GPU", planned.gpu)]
+    scale = max(planned.peak, planned.memory or 0)
+    lines = [f"the fullest of {planned.ranks} rank(s){'':<14}GB"]
+    for what, size in rows:
+        bar = "#" * round(WIDTH * size / scale)
+        lines.append(f"  {what:<28} {size / GB:9,.2f}  {bar}")
+    return "\n".join([*lines, *planned.notes, *verdict(planned)])
+
+
+def verdict(planned: Planned) -> Iterator[str]:
+    """Whether it fits, in words."""
+    if planned.memory is None:
+        yield "no GPU here to compare it with → --memory 80GB"
+        return
+    left, whole = planned.memory - planned.gpu, f"{planned.memory / GB:,.2f} GB"
+    if left < 0:
+        yield f"does not fit into {whole}: {-left / GB:,.2f} GB too much"
+        yield "what helps: more ranks under strategy=fsdp or zero3, training.micro_batch_size=1,"
+        yield "training.activation_checkpointing=full, method=lora or qlora; docs/memory.md"
+    elif left < TIGHT * planned.memory:
+        yield f"tight: {left / GB:,.2f} GB of {whole} are left for CUDA itself and fragmentation"
+    else:
+        yield f"fits into {whole}: {left / GB:,.2f} GB are left for CUDA itself and fragmentation"
+
+
+def table(plans: list[Planned]) -> str:
+    """A line for each run."""
+    wide = max(len(each.label) for each in plans)
+    lines = [
+        f"{'GB of the fullest rank':<{wide}}  ranks  weights  optimizer  kept  peak on GPU  host"
+    ]
+    for each in plans:
+        sizes = (each.weights, each.optimizer, each.activations, each.gpu, each.host)
+        weights, optimizer, kept, gpu, host = (f"{size / GB:,.2f}" for size in sizes)
+        fits = {None: "", True: "  fits", False: "  does not fit"}[each.fits]
+        lines.append(
+            f"{each.label:<{wide}}  {each.ranks:>5}  {weights:>7}  {optimizer:>9}  {kept:>4}  "
+            f"{gpu:>11}  {host:>4}{fits}"
+        )
+    return "\n".join([*lines, *dict.fromkeys(note for each in plans for note in each.notes)])
+
+
+if __name__ == "__main__":
+    main()
