@@ -275,6 +275,7 @@ def build_learner(
     from launcher.method.trained import describe
     from launcher.model.compiled import compile_layers
     from launcher.model.head import chunk_loss
+    from launcher.model.kernels import use_kernels
     from launcher.model.load import build_model
     from launcher.model.noise import add_noise
     from launcher.model.recompute import recompute_activations
@@ -288,6 +289,7 @@ def build_learner(
     model, weights = build_model(
         config.model, folder, config.training.seed, precision.compute, config.data.packing
     )
+    say(f"kernels: {use_kernels(model, config.training.kernels)}")
     model = method.prepare(model, config.training.seed, weights, place.device)
     fuse_adapters(model)
     if done := method.describe():
