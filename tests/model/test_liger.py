@@ -101,10 +101,11 @@ def test_in_bf16_it_is_as_near_to_fp32_as_the_chunked_head(interpreted: RankPool
     ((chunked, liger),) = interpreted.run(1, both, case)
     ((exact, _),) = interpreted.run(1, both, dataclasses.replace(case, dtype=torch.float32))
     assert liger["loss"].item() == pytest.approx(chunked["loss"].item(), rel=2e-3)
-    for name in ("hidden", "weight", "bias"):
+    # Liger rounds the gradients of logits to bf16 before it sums them for the bias.
+    for name, times in (("hidden", 1.5), ("weight", 1.5), ("bias", 3.0)):
         assert liger[name].dtype == torch.bfloat16
         apart = (chunked[name] - exact[name]).norm(), (liger[name] - exact[name]).norm()
-        assert apart[1] <= 1.5 * apart[0], name
+        assert apart[1] <= times * apart[0], name
 
 
 def whole_model(place: Place) -> tuple[str, Any, Any, bool, torch.Size]:
