@@ -21,6 +21,7 @@ from launcher.method.fused import fuse_adapters
 from launcher.method.trained import describe
 from launcher.model.compiled import compile_layers
 from launcher.model.head import chunk_loss
+from launcher.model.kernels import use_kernels
 from launcher.model.load import Weights, build_model
 from launcher.model.noise import add_noise
 from launcher.model.recompute import recompute_activations
@@ -79,9 +80,10 @@ def assemble(
     device: torch.device,
     say: Say,
 ) -> Parts:
-    """Make `model` ready to be trained, in this order: what is trained, how layers compute,
-    shards, optimizer. `say` hears what is done."""
+    """Make `model` ready to be trained, in this order: what computes, what is trained, what is kept
+    for backward, shards, optimizer. `say` hears what is done."""
     training, precision = config.training, precision_of(config.precision)
+    say(f"kernels: {use_kernels(model, training.kernels)}")
     method = build_method(config.method)
     model = method.prepare(model, training.seed, weights, device)
     fuse_adapters(model)

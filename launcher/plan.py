@@ -149,7 +149,7 @@ def plan(config: Config, label: str = "", memory: int | None = None) -> Planned:
 
 def world_of(config: Config) -> World:
     """The ranks that `config` asks for, each on a GPU that has all that a run could want."""
-    world = World.of(config, visible_gpus(), flash_attention=True)
+    world = World.of(config, visible_gpus(), flash_attention=True, liger=True)
     return dataclasses.replace(world, gpus=world.nproc_per_node)
 
 
@@ -159,18 +159,20 @@ def _simpler(config: Config) -> tuple[Config, list[str]]:
         raise UserError("parameters on a disk cannot be planned → strategy.offload_param=cpu")
     if config.optimizer.name == "adamw_paged":
         raise UserError("pages come and go and cannot be planned → optimizer=adamw")
-    notes = []
-    if config.training.compile != "off":
-        notes.append("planned with training.compile=off: compiled layers keep less for backward")
-        config = dataclasses.replace(
-            config, training=dataclasses.replace(config.training, compile="off")
-        )
-    if config.model.attention not in ("sdpa", "eager"):
-        notes.append(f"planned with model.attention=sdpa, not {config.model.attention}")
-        config = dataclasses.replace(
-            config, model=dataclasses.replace(config.model, attention="sdpa")
-        )
-    return config, notes
+    training, model = config.training, config.model
+    other: dict[str, Any] = {}
+    if training.compile != "off":
+        other["compile"] = "off"
+    if training.kernels != "torch":
+        other["kernels"] = "torch"
+    if training.loss == "liger":
+        other["loss"] = "chunked"
+    notes = [f"planned with training.{key}={value}" for key, value in other.items()]
+    if model.attention not in ("sdpa", "eager"):
+        notes.append(f"planned with model.attention=sdpa, not {model.attention}")
+        model = dataclasses.replace(model, attention="sdpa")
+    training = dataclasses.replace(training, **other)
+    return dataclasses.replace(config, training=training, model=model), notes
 
 
 def page(planned: Planned) -> str:

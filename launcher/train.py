@@ -32,6 +32,8 @@ from launcher.cluster.devices import (
     has_compiler,
     has_flash_attention,
     has_libaio,
+    has_liger,
+    interprets_triton,
     missing_packages,
     visible_gpus,
 )
@@ -229,7 +231,7 @@ def world_of(config: Config) -> World:
     libaio = not config.strategy.on_disk or has_libaio()
     missing = missing_packages(config.tracking.trackers)
     compiler = config.training.compile == "off" or has_compiler()
-    machine = (flash_attention, libaio, missing, compiler)
+    machine = (flash_attention, libaio, missing, compiler, has_liger(), interprets_triton())
     if _under_torchrun():
         per_node = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // per_node

@@ -34,6 +34,7 @@ MORE = [
     ("quant-storage-is-not-cast", "method=qlora method.quant_storage=bfloat16 precision=fp16"),
     ("8bit-has-one-form", "method=qlora method.bits=8 method.quant_storage=float32"),
     ("run-dir-is-new", "run_dir=."),
+    ("liger-needs-a-gpu", "training.loss=liger"),
     ("zero-extra-agrees", "strategy=zero3 precision=pure_bf16 +strategy.extra.fp16.enabled=true"),
 ]
 
@@ -180,6 +181,30 @@ def test_flash_attention_passes_where_it_can_run(precision: str) -> None:
     assert broken_ids(config, World(1, 1, gpus=1, flash_attention=True)) == set()
     assert broken_ids(config, World(1, 1, gpus=1)) == {"flash-attention-is-installed"}
     assert broken_ids(config, World(1, 1, gpus=0)) == {"flash-attention-needs-a-gpu"}
+
+
+@pytest.mark.parametrize("setting", ["loss", "kernels"])
+def test_liger_passes_where_it_can_run(setting: str) -> None:
+    """On a GPU, or where Triton's interpreter stands in for one."""
+    config = composed([f"training.{setting}=liger", "precision=bf16"])
+    assert broken_ids(config, World(1, 1, gpus=1, liger=True)) == set()
+    assert broken_ids(config, World(1, 1, gpus=0, liger=True, interpreter=True)) == set()
+    assert broken_ids(config, World(1, 1, gpus=0, liger=True)) == {"liger-needs-a-gpu"}
+    assert broken_ids(config, World(1, 1, gpus=0, interpreter=True)) == {"liger-is-installed"}
+    assert broken_ids(config, World(1, 1, gpus=1)) == {"liger-is-installed"}
+
+
+def test_liger_s_fix_changes_what_was_asked_for() -> None:
+    world = World(1, 1, gpus=1)
+    both = composed(["training.loss=liger", "training.kernels=liger"])
+    (line,) = checks.broken_rules(both, world)
+    assert line == (
+        "training.loss=liger and training.kernels=liger: the packages liger-kernel and triton are "
+        "not both installed → training.loss=chunked training.kernels=torch, or pip install "
+        "'shardway[liger]' [liger-is-installed]"
+    )
+    (line,) = checks.broken_rules(composed(["training.kernels=liger"]), world)
+    assert "→ training.kernels=torch, or pip install" in line
 
 
 def test_an_explanation_is_composed_and_leaves_nothing_behind() -> None:

@@ -178,6 +178,26 @@ def test_flash_attention_is_found_by_its_distribution(
     assert devices.has_flash_attention()
 
 
+def test_liger_is_its_package_and_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    for name in ("liger_kernel", "triton"):
+        assert not devices.has_liger()
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError  # nothing is imported")
+        importlib.invalidate_caches()
+    assert devices.has_liger()
+
+
+@pytest.mark.parametrize(("value", "interprets"), [(None, False), ("0", False), ("1", True)])
+def test_triton_is_interpreted_where_the_environment_says_so(
+    monkeypatch: pytest.MonkeyPatch, value: str | None, interprets: bool
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert devices.interprets_triton() is interprets
+
+
 def test_cores_are_shared_among_cpu_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))

@@ -33,6 +33,7 @@ FREE = (
     "training.activation_checkpointing",  # the same values
     "training.loss",  # the same sums
     "training.compile",
+    "training.kernels",
     "training.eval_steps",
     "training.early_stopping_patience",
     "training.early_stopping_threshold",

@@ -76,3 +76,13 @@ def has_libaio() -> bool:
 def has_compiler() -> bool:
     """Whether there is the C++ compiler that torch compiles with on CPU."""
     return shutil.which(os.environ["CXX"] if "CXX" in os.environ else "g++") is not None
+
+
+def has_liger() -> bool:
+    """Whether Liger's kernels can be imported: not every torch brings the Triton that they need."""
+    return not missing_packages(["liger_kernel", "triton"])
+
+
+def interprets_triton() -> bool:
+    """Whether Triton runs its kernels in Python, for which a CPU will do."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -8,6 +8,7 @@ from pathlib import Path
 from launcher.config import Config, deepspeed
 from launcher.config.compile_rules import COMPILE_RULES
 from launcher.config.data_rules import DATA_RULES
+from launcher.config.liger_rules import LIGER_RULES
 from launcher.config.method_rules import METHOD_RULES
 from launcher.config.model_rules import MODEL_RULES
 from launcher.config.offload_rules import OFFLOAD_RULES
@@ -128,6 +129,7 @@ RULES: tuple[Rule, ...] = (
     *QUANTISED_RULES,
     *OFFLOAD_RULES,
     *COMPILE_RULES,
+    *LIGER_RULES,
     *SLURM_RULES,
     *DATA_RULES,
     *TRACKING_RULES,

@@ -21,6 +21,8 @@ class World:
     libaio: bool = True  # it can be built against on this machine
     missing: tuple[str, ...] = ()  # trackers that are asked for and not installed here
     compiler: bool = True  # of C++, is on this machine
+    liger: bool = False  # the packages liger-kernel and triton are installed on this machine
+    interpreter: bool = False  # Triton's: kernels run on CPU, slowly
 
     @property
     def size(self) -> int:
@@ -35,6 +37,8 @@ class World:
         libaio: bool = True,
         missing: tuple[str, ...] = (),
         compiler: bool = True,
+        liger: bool = False,
+        interpreter: bool = False,
     ) -> World:
         """The ranks that `config` asks for on a machine with so many GPUs."""
         cluster = config.cluster
@@ -42,7 +46,8 @@ class World:
             gpus = cluster.gpus_per_node
         automatic = 1 if config.strategy.name == "single" else gpus or cluster.cpu_processes
         per_node = cluster.nproc_per_node or automatic
-        return cls(*(cluster.nodes, per_node, gpus, 0), flash_attention, libaio, missing, compiler)
+        machine = (flash_attention, libaio, missing, compiler, liger, interpreter)
+        return cls(cluster.nodes, per_node, gpus, 0, *machine)
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,12 @@ class Example:
     libaio: bool = True
     missing: tuple[str, ...] = ()
     compiler: bool = True
+    liger: bool = False
     files: dict[str, str] = field(default_factory=dict)  # path → content, that must be there
 
     def world(self, config: Config) -> World:
         missing = tuple(name for name in config.tracking.trackers if name in self.missing)
-        machine = (self.flash_attention, self.libaio, missing, self.compiler)
+        machine = (self.flash_attention, self.libaio, missing, self.compiler, self.liger)
         return World.of(config, self.gpus or 0, *machine)
 
     def machine(self) -> str:
@@ -75,7 +81,8 @@ class Example:
         if self.gpus == 0:
             return "without a GPU"
         gpus = "with a GPU" if self.gpus == 1 else f"with {self.gpus} GPUs"
-        return f"{gpus} and flash-attn" if self.flash_attention else gpus
+        installed = {"flash-attn": self.flash_attention, "liger-kernel": self.liger}
+        return " and ".join([gpus, *(name for name, there in installed.items() if there)])
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,14 @@ class TrainingConfig:
     loss: str = setting(
         "chunked",
         "chunked: the output head sums the loss over parts of the positions and keeps no logits, "
-        "where the model allows it; whole: over all logits",
-        choices=("chunked", "whole"),
+        "where the model allows it; liger: so by Liger's Triton kernel; whole: over all logits",
+        choices=("chunked", "liger", "whole"),
+    )
+    kernels: str = setting(
+        "torch",
+        "what computes RMSNorm, the gated MLP's product and rotary positions: torch, or liger "
+        "(Liger's Triton kernels, where it knows the architecture)",
+        choices=("torch", "liger"),
     )
     compile: str = setting(
         "off",

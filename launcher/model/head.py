@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from peft import PeftModel
 from torch import nn
 
 CHUNK_ELEMENTS = 2**25  # logits of a chunk; in fp32 128 MiB
+NONE = -1  # what Liger is told that a position without a target has
 
 Needs = tuple[bool, bool, bool]  # gradients of hidden, weight and bias
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
@@ -62,11 +64,36 @@ class ChunkedHead(nn.Linear):
                 f"the head was handed {list(hidden.shape)}, and not the positions of "
                 f"{list(targets.shape)}; training.loss=whole"
             )
-        chosen = hidden.flatten(0, 1).index_select(0, targets.at)
+        return self._sum(hidden.flatten(0, 1).index_select(0, targets.at), targets)
+
+    def _sum(self, chosen: torch.Tensor, targets: Targets) -> torch.Tensor:
+        """The loss of chosen [n, width], the hidden states that have a target."""
         graph = torch.is_grad_enabled()  # inside a Function it never is
         loss: torch.Tensor = _SummedLoss.apply(
             chosen, self.weight, self.bias, targets, chunk_rows(self.weight), graph
         )
+        return loss
+
+
+class LigerHead(ChunkedHead):
+    """The same by Liger's Triton kernel, in chunks of its own. The gradients are those before any
+    loss scale, also in fp16."""
+
+    def _sum(self, chosen: torch.Tensor, targets: Targets) -> torch.Tensor:
+        from liger_kernel.ops.fused_linear_cross_entropy import (
+            LigerFusedLinearCrossEntropyFunction as Fused,
+        )
+
+        own = (parameter.requires_grad for parameter in self.parameters())
+        if torch.is_grad_enabled() and any(own):
+            # It computes gradients, those of the weight too, only where this one needs its own.
+            chosen.requires_grad_()
+        ids = targets.ids.clamp(min=NONE)
+        smoothing, softcap, z_loss = targets.smoothing, None, False
+        loss: torch.Tensor = Fused.apply(
+            *(chosen, self.weight, ids, self.bias, None, NONE, 0.0, smoothing, "sum"),
+            *(softcap, z_loss, torch.float32),  # the dtype in which chunks are summed
+        )[0]
         return loss
 
 
@@ -89,6 +116,9 @@ def chunk_loss(model: nn.Module, choice: str) -> str:
     head = model.get_output_embeddings()  # type: ignore[operator]
     if reason := _unfit(model, head):
         return f"whole logits, because {reason}"
+    if choice == "liger":
+        head.__class__ = LigerHead
+        return f"by Liger {metadata.version('liger-kernel')}, in chunks of its own"
     head.__class__ = ChunkedHead
     return f"in chunks of {chunk_rows(head.weight)} positions"
 

@@ -43,7 +43,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Strategy and precision": (
         *("strategy", "precision", "strategy.shard_size", "strategy.reshard_after_forward"),
         *("strategy.offload", "strategy.offload_optimizer", "strategy.offload_param"),
-        "training.activation_checkpointing",
+        *("training.activation_checkpointing", "training.loss", "training.kernels"),
     ),
     "Optimizer and learning rate": (
         *("optimizer", "optimizer.learning_rate", "optimizer.weight_decay", "scheduler"),

@@ -34,6 +34,7 @@ from launcher.method.base import Method
 from launcher.method.fused import fuse_adapters
 from launcher.model.compiled import compile_layers
 from launcher.model.head import chunk_loss
+from launcher.model.kernels import use_kernels
 from launcher.model.load import Weights, build_model
 from launcher.model.noise import add_noise
 from launcher.model.recompute import recompute_activations
@@ -66,6 +67,7 @@ class Case:
     optimizer_options: tuple[tuple[str, Any], ...] = ()
     activation_checkpointing: str = "off"
     loss: str = "chunked"
+    kernels: str = "torch"
     compiled: bool = False
     neftune_alpha: float | None = None
     learning_rate: float = 1e-3
@@ -129,6 +131,7 @@ def build(place: Place, case: Case) -> tuple[Strategy, Method, Weights | None]:
         case.build_precision().compute,
         case.packing,
     )
+    use_kernels(model, case.kernels)
     model = method.prepare(model, SEED, weights)
     fuse_adapters(model)
     add_noise(model, case.neftune_alpha)

@@ -189,6 +189,7 @@ def test_what_keeps_whole_logits_says_why(tiny: Path, rows_file: Path) -> None:
     assert said["gemma2"] == (
         "whole logits, because Gemma2ForCausalLM changes what its head returns"
     )
+    assert chunk_loss(model_of("gemma2"), "liger") == said["gemma2"]
     assert chunk_loss(model_of("llama"), "whole").endswith("because training.loss=whole")
     for settings, kind in (
         ({"target_modules": ["lm_head"]}, "Linear"),
