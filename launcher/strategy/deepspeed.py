@@ -1,11 +1,12 @@
 """zero1, zero2 and zero3: DeepSpeed's engine, driven behind the same verbs.
 
-The JSON comes from `launcher.config.deepspeed`. Five things are done here because DeepSpeed would
+The JSON comes from `launcher.config.deepspeed`. Six things are done here because DeepSpeed would
 do them silently wrong or at the price of the whole model on every rank:
 
 * Under zero3 each rank reads its own partition of every parameter from the files, and the model is
   built as everywhere else: `zero.Init` around the building would initialise over loaded embeddings,
   round rotary frequencies and break adapters.
+* Under zero3 gathered weights are not kept from forward to backward (`launcher.strategy.freed`).
 * Masters begin at the stored value, not at its rounding to the working dtype.
 * After masters were read back the working copies are made from them.
 * A parameter that got no gradient in a step is not stepped by an old one.
@@ -44,6 +45,7 @@ from launcher.strategy.base import (
     split_state,
     sum_over_ranks,
 )
+from launcher.strategy.freed import free_linears
 
 # Without GPUs gloo does all. DeepSpeed would compile an all-reduce of its own at the first start;
 # a start that is killed while it compiles leaves a lock behind on which every later one waits.
@@ -215,6 +217,7 @@ class DeepSpeed:
         init = None
         if self.config.stage == 3:
             init = Init(config_dict_or_path=self.engine_config)
+            free_linears(model)
         for parameter in model.parameters():
             floating = parameter.is_floating_point()  # quantised ones stay as they are
             dtype = self.precision.compute if floating else parameter.dtype
