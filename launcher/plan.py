@@ -139,11 +139,13 @@ def plan(config: Config, label: str = "", memory: int | None = None) -> Planned:
             capture_output=True,
             text=True,
         )
+    which = f"{label}: " if label else ""
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["it ended without a word"]
-        more = "" if done.returncode == 2 else f" (status {done.returncode})"
-        raise UserError(f"{label or 'the run'} cannot be planned{more}: {last[0]}")
+        raise UserError(f"{which}planning failed with status {done.returncode}: {last[0]}")
     found = json.loads(done.stdout.splitlines()[-1])
+    if "refused" in found:
+        raise UserError(f"{which}{found['refused']}")
     return Planned(label, world.size, **found, notes=notes, memory=memory)
 
 
@@ -186,10 +188,10 @@ def page(planned: Planned) -> str:
     if planned.host:
         rows += [("of it in host memory", planned.host), ("of it on the GPU", planned.gpu)]
     scale = max(planned.peak, planned.memory or 0)
-    lines = [f"the fullest of {planned.ranks} rank(s){'':<14}GB"]
+    lines = [f"{f'the fullest of {planned.ranks} rank(s)':<38}GB"]
     for what, size in rows:
         bar = "#" * round(WIDTH * size / scale)
-        lines.append(f"  {what:<28} {size / GB:9,.2f}  {bar}")
+        lines.append(f"  {what:<28} {size / GB:9,.2f}  {bar}".rstrip())
     return "\n".join([*lines, *planned.notes, *verdict(planned)])
 
 
@@ -211,18 +213,15 @@ def verdict(planned: Planned) -> Iterator[str]:
 
 def table(plans: list[Planned]) -> str:
     """A line for each run."""
-    wide = max(len(each.label) for each in plans)
-    lines = [
-        f"{'GB of the fullest rank':<{wide}}  ranks  weights  optimizer  kept  peak on GPU  host"
-    ]
+    heads = ["ranks", "weights", "optimizer", "kept", "peak on GPU", "host"]
+    wide = max(22, *(len(each.label) for each in plans))
+    lines = [f"{'GB of the fullest rank':<{wide}}  {'  '.join(heads)}"]
     for each in plans:
         sizes = (each.weights, each.optimizer, each.activations, each.gpu, each.host)
-        weights, optimizer, kept, gpu, host = (f"{size / GB:,.2f}" for size in sizes)
+        cells = [str(each.ranks), *(f"{size / GB:,.2f}" for size in sizes)]
+        row = "  ".join(cell.rjust(len(head)) for cell, head in zip(cells, heads, strict=True))
         fits = {None: "", True: "  fits", False: "  does not fit"}[each.fits]
-        lines.append(
-            f"{each.label:<{wide}}  {each.ranks:>5}  {weights:>7}  {optimizer:>9}  {kept:>4}  "
-            f"{gpu:>11}  {host:>4}{fits}"
-        )
+        lines.append(f"{each.label:<{wide}}  {row}{fits}")
     return "\n".join([*lines, *dict.fromkeys(note for each in plans for note in each.notes)])
 
 

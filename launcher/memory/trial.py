@@ -1,9 +1,9 @@
 """Two steps of a run on fake tensors, as rank 0 of ranks that are not there.
 
-    python -m launcher.memory.trial CONFIG NODES NPROC_PER_NODE    → bytes as JSON, the last line
+    python -m launcher.memory.trial CONFIG NODES NPROC_PER_NODE
 
-A process of its own: it has a process group that sends nothing, and changes two of DeepSpeed's
-functions for good.
+The last line that it prints is JSON: Bytes, or a sentence that says why there are none.
+A process of its own: it has a process group that sends nothing, and changes DeepSpeed for good.
 """
 
 from __future__ import annotations
@@ -79,12 +79,12 @@ class Phases:
 
 def main() -> None:
     file, nodes, per_node = sys.argv[1:]
+    told: dict[str, Any]
     try:
-        found = trial(store.load(Path(file)), int(nodes), int(per_node))
+        told = dataclasses.asdict(trial(store.load(Path(file)), int(nodes), int(per_node)))
     except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    print(f"\n{json.dumps(dataclasses.asdict(found))}")
+        told = {"refused": str(error)}
+    print(f"\n{json.dumps(told)}")
 
 
 def trial(config: Config, nodes: int, per_node: int) -> Bytes:
@@ -97,11 +97,10 @@ def trial(config: Config, nodes: int, per_node: int) -> Bytes:
     _unblock_deepspeed(config)
     source, precision = config.model, precision_of(config.precision)
     model = model_on_meta(source, config_folder(source), precision.compute, config.data.packing)
-    stored = getattr(model.config, "dtype", None) or torch.bfloat16
     strategy, live = new_strategy(config, place), Live()
     with Fakes(), live.counting():
         as_fakes(model)
-        weights: Any = Weights(AbsentTensors(model, stored), model)
+        weights: Any = Weights(AbsentTensors(model, precision.compute), model)
         return measure(config, model, weights, strategy, place, live)
 
 
@@ -161,12 +160,13 @@ def _unblock_deepspeed(config: Config) -> None:
     if not config.strategy.name.startswith("zero"):
         return
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime import bf16_optimizer
     from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
     from deepspeed.runtime.zero import stage3, stage_1_and_2, utils
 
     for module in (utils, coordinator):
         module.assert_ints_same_as_other_ranks = lambda ints: None
-    for module in (stage3, stage_1_and_2):  # no step is skipped
+    for module in (stage3, stage_1_and_2, bf16_optimizer):  # no step is skipped
         module.is_invalid_grad_norm = lambda norm: False
     for engine in (stage3.DeepSpeedZeroOptimizer_Stage3, stage_1_and_2.DeepSpeedZeroOptimizer):
         engine.has_overflow = lambda *_, **__: False

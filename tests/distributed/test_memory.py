@@ -1,0 +1,109 @@
+"""What is planned on fake tensors is what real ranks take."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import plan
+from launcher.assembly import new_strategy
+from launcher.config import Config, store
+from launcher.distributed.process_group import Place
+from launcher.memory.live import Live
+from launcher.memory.trial import Bytes, measure
+from launcher.model.load import build_model
+from launcher.precision import precision_of
+from tests.config.test_schema import composed
+
+RANKS = 2
+OFFLOADED = {"name": "zero3_offload"}
+# Method, strategy, precision, more; the first ones are in `make test`.
+CELLS: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
+    ("full", {"name": "fsdp"}, "bf16", {}),
+    ("qlora", {"name": "fsdp"}, "bf16", {"data": {"packing": True}}),
+    ("lora", {"name": "zero3"}, "bf16", {"training": {"activation_checkpointing": "full"}}),
+    ("full", {"name": "zero2"}, "fp32", {}),
+    ("lora", {"name": "ddp"}, "bf16", {}),
+    ("freeze", {"name": "fsdp"}, "fp16", {}),
+    # Not pure_bf16: what is not cast is a view of the mapped file on CPU, as large as its tensor.
+    ("full", {"name": "fsdp_offload"}, "bf16", {"optimizer": {"name": "adamw_8bit"}}),
+    ("full", {"name": "zero1"}, "bf16", {}),
+    ("qlora", {"name": "zero3"}, "bf16", {}),
+    ("full", OFFLOADED, "bf16", {}),
+]
+IN_EVERY_RUN = 4
+
+
+def config(folder: Path, cell: tuple[str, dict[str, Any], str, dict[str, Any]]) -> Config:
+    method, strategy, precision, more = cell
+    training = {"micro_batch_size": 2, "global_batch_size": 4 * RANKS}
+    return store.build(
+        composed(
+            model={"name_or_path": str(folder)},
+            data={"max_length": 128, **more.get("data", {})},
+            training={**training, **more.get("training", {})},
+            method={"name": method},
+            strategy=strategy,
+            precision={"name": precision},
+            optimizer=more.get("optimizer", {}),
+            cluster={"nproc_per_node": RANKS},
+        )
+    )
+
+
+def taken(place: Place, config: Config) -> Bytes:
+    """By a rank that is there."""
+    source, live = config.model, Live()
+    compute = precision_of(config.precision).compute
+    strategy = new_strategy(config, place)
+    with live.counting():
+        folder, seed = Path(source.name_or_path), config.training.seed
+        model, weights = build_model(source, folder, seed, compute, config.data.packing)
+        assert weights is not None
+        return measure(config, model, weights, strategy, place, live)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        pytest.param(cell, marks=() if at < IN_EVERY_RUN else pytest.mark.whole)
+        for at, cell in enumerate(CELLS)
+    ],
+    ids=[f"{cell[0]}-{cell[1]['name']}-{cell[2]}" for cell in CELLS],
+)
+def test_the_plan_is_what_ranks_take(
+    cell: tuple[str, dict[str, Any], str, dict[str, Any]], tiny: Path, ranks: Any
+) -> None:
+    asked = config(tiny, cell)
+    planned = plan.plan(asked)
+    real = ranks.run(RANKS, taken, asked)
+    fullest = max(real, key=lambda each: each.peak)
+    assert planned.ranks == RANKS
+    assert planned.peak == pytest.approx(fullest.peak, rel=0.03)
+    assert planned.activations == pytest.approx(fullest.activations, rel=0.05)
+    assert planned.optimizer == pytest.approx(fullest.optimizer, rel=0.01)
+    assert planned.host == pytest.approx(fullest.host, rel=0.01)
+    assert (planned.host > 0) == ("offload" in cell[1]["name"])
+
+
+def test_zero3_frees_what_it_has_gathered(tiny: Path, ranks: Any) -> None:
+    """Were weights kept from forward to backward, a rank would hold the whole model then."""
+    at_once = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+    kept = {}
+    for strategy in (
+        {"name": "zero3", "persistence_threshold": 0, "prefetch_bucket_size": 0}
+        | {"extra": {"zero_optimization": {k: at_once[k] for k in list(at_once)[:2]}}},
+        {"name": "fsdp"},
+    ):
+        asked = config(tiny, ("full", strategy, "bf16", {}))
+        kept[strategy["name"]] = ranks.run(RANKS, taken, asked)[0].activations
+    whole = 2 * 259 * 48 + 2 * 2 * 48 * (2 * 48 + 2 * 24 + 3 * 80)  # bytes of embedding, layers
+    assert kept["zero3"] - kept["fsdp"] < 0.2 * whole
+
+
+def test_bytes_are_those_of_the_fields() -> None:
+    told = {field.name for field in dataclasses.fields(Bytes)}
+    assert told <= {field.name for field in dataclasses.fields(plan.Planned)}

@@ -1,0 +1,151 @@
+"""`shardway plan` says what a run will need, and whether it fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import plan
+from launcher.plan import Planned
+
+GB = 10**9
+FITTING = Planned(
+    label="strategy=fsdp", ranks=8, weights=2 * GB, optimizer=GB, activations=20 * GB,
+    peak=30 * GB, phase="backward", host=0, notes=[], memory=80 * GB,
+)  # fmt: skip
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr("sys.argv", ["shardway plan", *words])
+    with pytest.raises(SystemExit) as ended:
+        plan.main()
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture
+def weightless(tiny: Path, tmp_path: Path) -> Path:
+    """A model of which nobody has fetched anything but its config.json."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(tiny / "config.json", folder)
+    return folder
+
+
+def test_many_runs_are_planned_without_weights(
+    weightless: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"model.name_or_path={weightless}", "method=full", "data.max_length=32"]
+    words += ["cluster.nproc_per_node=2", "--memory", "1kB", "--json", "--multirun"]
+    assert typed(monkeypatch, *words, "strategy=ddp,fsdp") == 1  # it is too little
+    ddp, fsdp = json.loads(capsys.readouterr().out)
+    assert (ddp["label"], fsdp["label"]) == ("strategy=ddp", "strategy=fsdp")
+    assert ddp["fits"] is fsdp["fits"] is False
+    assert 1.8 < ddp["weights"] / fsdp["weights"] < 2
+    assert 1.8 < ddp["optimizer"] / fsdp["optimizer"] < 2
+    assert (ddp["ranks"], ddp["memory"], ddp["host"]) == (2, 1000, 0)
+    assert ddp["gpu"] == ddp["peak"] > fsdp["peak"] > 0
+
+
+def test_all_broken_rules_are_said(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (f"model.name_or_path={tiny}", "cluster.nproc_per_node=3", "method=lora")
+    assert typed(monkeypatch, *words, "method.dora=true", "method.pissa=true") == 2
+    said = capsys.readouterr().err
+    assert "[batch-divides]" in said
+    assert "[pissa-without-dora]" in said
+
+
+@pytest.mark.parametrize(
+    ("word", "way_out"),
+    [
+        ("optimizer=adamw_paged", "optimizer=adamw"),
+        ("strategy.offload_param=nvme", "strategy.offload_param=cpu"),
+    ],
+)
+def test_what_cannot_be_planned_has_a_way_out(
+    word: str,
+    way_out: str,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [f"model.name_or_path={tiny}", word, "cluster.nproc_per_node=2"]
+    if "nvme" in word:
+        words += ["strategy=zero3", f"strategy.nvme_path={tmp_path}"]
+    assert typed(monkeypatch, *words) == 2
+    assert f"→ {way_out}" in capsys.readouterr().err
+
+
+def test_a_trial_that_fails_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
+    words = (f"model.name_or_path={tmp_path}", "cluster.nproc_per_node=1")
+    assert typed(monkeypatch, *words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"model.name_or_path={tmp_path} cannot be read: ")
+    assert "no-such-model" in said
+
+
+def test_a_size_that_is_none(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert typed(monkeypatch, f"model.name_or_path={tiny}", "--memory", "much") == 2
+    assert capsys.readouterr().err == "--memory much is no size; write 5GB, 500MB or 5GiB\n"
+
+
+def test_what_is_planned_otherwise_is_said(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [f"model.name_or_path={tiny}", "training.compile=on", "training.kernels=liger"]
+    words += ["model.attention=flash_attention_2", "training.loss=liger"]
+    monkeypatch.setattr("sys.argv", ["shardway plan", *words])
+    (asked,) = plan.train.compose()
+    simpler, notes = plan._simpler(asked)
+    assert notes == [
+        "planned with training.compile=off",
+        "planned with training.kernels=torch",
+        "planned with training.loss=chunked",
+        "planned with model.attention=sdpa, not flash_attention_2",
+    ]
+    assert plan._simpler(simpler) == (simpler, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "fits into 80.00 GB: 50.00 GB are left"),
+        ({"peak": 79 * GB}, "tight: 1.00 GB of 80.00 GB are left"),
+        ({"peak": 81 * GB}, "does not fit into 80.00 GB: 1.00 GB too much"),
+        ({"peak": 81 * GB, "host": 40 * GB}, "fits into 80.00 GB: 39.00 GB are left"),
+        ({"memory": None}, "no GPU here to compare it with → --memory 80GB"),
+    ],
+)
+def test_the_verdict(changes: dict[str, Any], said: str) -> None:
+    planned = dataclasses.replace(FITTING, **changes)
+    assert said in plan.page(planned)
+    assert planned.fits is (None if planned.memory is None else "does not" not in said)
+
+
+def test_the_page_has_bars() -> None:
+    assert plan.page(FITTING).splitlines()[:5] == [
+        "the fullest of 8 rank(s)              GB",
+        "  weights, masters, buffers         2.00  #",
+        "  optimizer state                   1.00",
+        "  kept for backward                20.00  ##########",
+        "  peak, in the backward            30.00  ###############",
+    ]
+
+
+def test_the_table_has_a_line_a_run() -> None:
+    large = dataclasses.replace(FITTING, label="strategy=ddp", peak=90 * GB, notes=["a note"])
+    head, *lines = plan.table([FITTING, large]).splitlines()
+    assert head == "GB of the fullest rank  ranks  weights  optimizer  kept  peak on GPU  host"
+    assert lines[0].split()[1:] == ["8", "2.00", "1.00", "20.00", "30.00", "0.00", "fits"]
+    assert lines[1].split()[-3:] == ["does", "not", "fit"]
+    assert lines[2:] == ["a note"]
