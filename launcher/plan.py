@@ -22,7 +22,7 @@ from launcher.config.schedule_rules import SCHEDULE_RULES
 from launcher.config.slurm_rules import SLURM_RULES
 from launcher.config.tracking_rules import TRACKING_RULES
 from launcher.errors import UserError
-from launcher.sizes import parse_size
+from launcher.sizes import UNITS, parse_size
 
 ABOUT = """\
 Say how much memory the fullest rank of a run will need. Takes the overrides of `shardway train`.
@@ -41,7 +41,6 @@ OTHERS = (*DATA_RULES, *SCHEDULE_RULES, *SLURM_RULES, *TRACKING_RULES)
 ELSEWHERE = {"model-has-safetensors", "chat-has-a-template", "length-of-training"}
 ELSEWHERE |= {"stop-before-the-end", "auto-names-a-run", "run-dir-is-new"}
 RULES = tuple(rule for rule in checks.RULES if rule not in OTHERS and rule.id not in ELSEWHERE)
-GB = 1e9
 WIDTH = 40  # of the bars
 TIGHT = 0.05  # of a GPU's memory: less than that left may not be enough for what is not counted
 
@@ -187,12 +186,18 @@ def page(planned: Planned) -> str:
     ]
     if planned.host:
         rows += [("of it in host memory", planned.host), ("of it on the GPU", planned.gpu)]
-    scale = max(planned.peak, planned.memory or 0)
-    lines = [f"{f'the fullest of {planned.ranks} rank(s)':<38}GB"]
+    unit, scale = _unit([planned]), max(planned.peak, planned.memory or 0)
+    head = f"the fullest of {planned.ranks} rank(s)"
+    lines = [f"{head:<38}{unit}"]
     for what, size in rows:
         bar = "#" * round(WIDTH * size / scale)
-        lines.append(f"  {what:<28} {size / GB:9,.2f}  {bar}".rstrip())
+        lines.append(f"  {what:<28} {size / UNITS[unit]:9,.2f}  {bar}".rstrip())
     return "\n".join([*lines, *planned.notes, *verdict(planned)])
+
+
+def _unit(plans: list[Planned]) -> str:
+    """In which all of them can be told apart."""
+    return "GB" if min(each.peak for each in plans) >= UNITS["GB"] else "MB"
 
 
 def verdict(planned: Planned) -> Iterator[str]:
@@ -200,25 +205,26 @@ def verdict(planned: Planned) -> Iterator[str]:
     if planned.memory is None:
         yield "no GPU here to compare it with → --memory 80GB"
         return
-    left, whole = planned.memory - planned.gpu, f"{planned.memory / GB:,.2f} GB"
+    unit = _unit([planned])
+    left, whole = planned.memory - planned.gpu, f"{planned.memory / UNITS[unit]:,.2f} {unit}"
+    apart = f"{abs(left) / UNITS[unit]:,.2f} {unit}"
     if left < 0:
-        yield f"does not fit into {whole}: {-left / GB:,.2f} GB too much"
+        yield f"does not fit into {whole}: {apart} too much"
         yield "what helps: more ranks under strategy=fsdp or zero3, training.micro_batch_size=1,"
         yield "training.activation_checkpointing=full, method=lora or qlora; docs/memory.md"
-    elif left < TIGHT * planned.memory:
-        yield f"tight: {left / GB:,.2f} GB of {whole} are left for CUDA itself and fragmentation"
     else:
-        yield f"fits into {whole}: {left / GB:,.2f} GB are left for CUDA itself and fragmentation"
+        head = "tight" if left < TIGHT * planned.memory else "fits"
+        yield f"{head}: {apart} of {whole} are left for CUDA itself and fragmentation"
 
 
 def table(plans: list[Planned]) -> str:
     """A line for each run."""
     heads = ["ranks", "weights", "optimizer", "kept", "peak on GPU", "host"]
-    wide = max(22, *(len(each.label) for each in plans))
-    lines = [f"{'GB of the fullest rank':<{wide}}  {'  '.join(heads)}"]
+    wide, unit = max(22, *(len(each.label) for each in plans)), _unit(plans)
+    lines = [f"{f'{unit} of the fullest rank':<{wide}}  {'  '.join(heads)}"]
     for each in plans:
         sizes = (each.weights, each.optimizer, each.activations, each.gpu, each.host)
-        cells = [str(each.ranks), *(f"{size / GB:,.2f}" for size in sizes)]
+        cells = [str(each.ranks), *(f"{size / UNITS[unit]:,.2f}" for size in sizes)]
         row = "  ".join(cell.rjust(len(head)) for cell, head in zip(cells, heads, strict=True))
         fits = {None: "", True: "  fits", False: "  does not fit"}[each.fits]
         lines.append(f"{each.label:<{wide}}  {row}{fits}")

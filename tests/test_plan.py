@@ -119,10 +119,11 @@ def test_what_is_planned_otherwise_is_said(tiny: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({}, "fits into 80.00 GB: 50.00 GB are left"),
+        ({}, "fits: 50.00 GB of 80.00 GB are left"),
         ({"peak": 79 * GB}, "tight: 1.00 GB of 80.00 GB are left"),
         ({"peak": 81 * GB}, "does not fit into 80.00 GB: 1.00 GB too much"),
-        ({"peak": 81 * GB, "host": 40 * GB}, "fits into 80.00 GB: 39.00 GB are left"),
+        ({"peak": 81 * GB, "host": 40 * GB}, "fits: 39.00 GB of 80.00 GB are left"),
+        ({"peak": 81 * 10**6, "memory": 80 * 10**6}, "does not fit into 80.00 MB: 1.00 MB too"),
         ({"memory": None}, "no GPU here to compare it with → --memory 80GB"),
     ],
 )

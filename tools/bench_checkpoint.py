@@ -18,7 +18,7 @@ from pathlib import Path
 
 import bench_parts
 import torch.distributed as dist
-from bench_parts import MB, learner, say
+from bench_parts import MB, config_of, learner, say
 
 from launcher.checkpoint.save import Saver
 from launcher.config.training import CheckpointConfig
@@ -39,7 +39,7 @@ def main() -> None:
 
 def gathering(place: Place, rounds: int, folder: Path, scratch: Path) -> None:
     """Seconds and bytes of one gather to rank 0."""
-    strategy = learner(place, folder, "fsdp", "lora").strategy
+    strategy = learner(place, config_of(folder, "fsdp", "lora")).strategy
     whole = {name: shard_of(p) for name, p in strategy.model.named_parameters()}
     arms: dict[str, dict[str, Shard]] = {"adapter": strategy.weights(), "whole model": whole}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
@@ -53,7 +53,7 @@ def gathering(place: Place, rounds: int, folder: Path, scratch: Path) -> None:
 
 def saving(place: Place, rounds: int, folder: Path, scratch: Path) -> None:
     """Seconds that training stands still for a checkpoint of method=full."""
-    trained = learner(place, folder, "fsdp", "full")
+    trained = learner(place, config_of(folder, "fsdp", "full"))
     savers = {}
     for name, later in (("foreground", False), ("background", True)):
         run = RunDir(scratch / name)

@@ -6,7 +6,8 @@
 
 The model is random (tools/random_model.py) and so is the text: neither changes the speed. The
 first steps are not timed. On a GPU the peak is what the driver has given out since the start; on a
-CPU the rank's resident set.
+CPU the rank's resident set. The plan is that of `shardway plan`, its error against the rank's own
+count of what it has held (`peak_memory_bytes`), which on a CPU has torch's own code in it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -93,7 +95,7 @@ def bench(arguments: argparse.Namespace) -> None:
         random_model.make(arguments.shape, model)
         texts(folder, arguments.steps * arguments.batch, length)
         print(f"{arguments.shape}, rows of {length} tokens, {arguments.batch} a step")
-        print("| row | changes | tokens/s | MFU | peak |\n|---|---|--:|--:|--:|")
+        print("| row | changes | tokens/s | MFU | peak | plan (error) |\n|---|---|--:|--:|--:|--:|")
         for row in ROWS:
             if row.name in (arguments.rows or [row.name]):
                 print(cells(row, folder, length, arguments), flush=True)
@@ -104,17 +106,30 @@ def cells(row: Row, folder: Path, length: int, arguments: argparse.Namespace) ->
     head = f"| {row.name} | {' '.join(said(row.changes))} |"
     for key in row.changes:
         if "." in key and key not in store.settings(key.partition(".")[0]):
-            return f"{head} not run: {store.unknown(key)} | | |"
+            return f"{head} not run: {store.unknown(key)} | | | |"
     (run := folder / row.name).mkdir()
     seen = train(row, folder, run, length, arguments)
     timed = seen.records[arguments.warm_up - 1 :]
     if len(timed) < 2:
-        return f"{head} failed: {last_words(run)} | | |"
+        return f"{head} failed: {last_words(run)} | | | |"
     speed = rate(timed)
     full = BASE["method"] == "full" or row.changes.get("method") == "full"
     flops = flops_per_token(arguments.shape, length, full)
     mfu = f"{speed * flops / (arguments.peak_tflops * 1e12):.1%}" if arguments.peak_tflops else "–"
-    return f"{head} {speed:,.0f} | {'–' if row.short else mfu} | {seen.peak / GB:.2f} GB |"
+    figures = f"{speed:,.0f} | {'–' if row.short else mfu} | {seen.peak / GB:.2f} GB"
+    return f"{head} {figures} | {planned(row, folder, length, seen, arguments)} |"
+
+
+def planned(row: Row, folder: Path, length: int, seen: Seen, arguments: argparse.Namespace) -> str:
+    """What `shardway plan` says of the row, and how far it is above or below what was held."""
+    words = [sys.executable, "-m", "launcher.cli", "plan", "--json"]
+    words += [*overrides(row, folder, length, arguments), "cluster.nproc_per_node=1"]
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    if done.returncode == 2:
+        return f"none: {done.stderr.strip().splitlines()[-1]}".replace("|", "/")
+    peak = json.loads(done.stdout)["gpu"]
+    return f"{peak / GB:.2f} GB ({peak / seen.records[-1]['peak_memory_bytes'] - 1:+.0%})"
 
 
 def train(row: Row, folder: Path, run: Path, length: int, arguments: argparse.Namespace) -> Seen:

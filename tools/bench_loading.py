@@ -17,7 +17,7 @@ from pathlib import Path
 
 import bench_parts
 import torch
-from bench_parts import MB, learner
+from bench_parts import MB, config_of, learner
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM
 
@@ -45,7 +45,7 @@ def loading(place: Place, folder: Path, strategy: str, method: str, precision: s
     """A row: each rank reads and keeps its own part."""
     said: list[str] = []
     with bench_parts.memory(place) as used:
-        learner(place, folder, strategy, method, precision=precision, say=said.append)
+        learner(place, config_of(folder, strategy, method, precision), said.append)
     found = next(match for line in said if (match := re.search(r"has read ([\d,.]+) MB", line)))
     read = torch.tensor(float(found[1].replace(",", "")))
     dist.all_reduce(read, dist.ReduceOp.MAX)

@@ -47,29 +47,31 @@ def _rank(rank: int, bench: Callable[..., None], ranks: int, port: int, *words: 
     dist.destroy_process_group()
 
 
-def learner(
-    place: Place,
-    folder: Path,
-    strategy: str,
-    method: str,
-    rows: int = 8,
-    precision: str = "fp32",
-    say: Callable[[str], None] = lambda text: None,
-) -> Learner:
-    """The parts of a run, as the worker puts them together; `rows` a step. `say` hears its log."""
+def config_of(
+    folder: Path, strategy: str, method: str, precision: str = "fp32", **sections: dict[str, Any]
+) -> Config:
+    """A run on the model of `folder`, with `sections` changed."""
     config: Config = store.build(
         {
             "model": {"name_or_path": str(folder)},
             "data": {"path": "none"},
-            "training": {"global_batch_size": rows},
             "method": {"name": method},
             "strategy": {"name": strategy},
             "precision": {"name": precision},
             "optimizer": {"name": "adamw"},
             "scheduler": {"name": "cosine"},
             "cluster": {"name": "local"},
+            **sections,
         }
     )
+    return config
+
+
+def learner(
+    place: Place, config: Config, say: Callable[[str], None] = lambda text: None
+) -> Learner:
+    """The parts of a run, as the worker puts them together. `say` hears its log."""
+    folder = Path(config.model.name_or_path)
     made: Learner = build_learner(config, folder, place, "none", 100, say)
     return made
 
