@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import train
+from launcher import sweep, train
 from launcher.cluster.devices import gpu_memory, visible_gpus
 from launcher.config import Config, checks, store
 from launcher.config.data_rules import DATA_RULES
@@ -79,15 +79,17 @@ def main() -> None:
     sys.argv = [sys.argv[0], *["--multirun"] * options.multirun, *overrides]
     try:
         memory = parse_size(options.memory, "--memory") if options.memory else gpu_memory()
-        plans = [_say_which(config, memory, options.json) for config in _labelled(train.compose())]
+        plans, refused = plan_each(train.compose(), memory)
     except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(train.UNUSABLE_CONFIGURATION)
-    if options.json:
+        plans, refused = [], [str(error)]
+    if options.json and plans:
         told = [each.told() for each in plans]
         print(json.dumps(told if options.multirun else told[0], indent=2))
-    else:
-        print(page(plans[0]) if len(plans) == 1 else table(plans))
+    elif plans:
+        print(table(plans) if options.multirun else page(plans[0]), flush=True)
+    print(*refused, sep="\n", end="\n" if refused else "", file=sys.stderr)
+    if refused:
+        sys.exit(train.UNUSABLE_CONFIGURATION)
     sys.exit(1 if any(each.fits is False for each in plans) else 0)
 
 
@@ -105,22 +107,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _labelled(configs: list[Config]) -> Iterator[tuple[str, Config]]:
-    """Each with the settings in which it differs from the others."""
-    leaves = [store.leaves(config) for config in configs]
-    for config, own in zip(configs, leaves, strict=True):
-        apart = [k for k in own if any(k not in each or each[k] != own[k] for each in leaves)]
-        names = {key.removesuffix(".name"): own[key] for key in apart if key.endswith(".name")}
-        of_groups = tuple(f"{name}." for name in names)
-        others = {k: own[k] for k in apart if not k.startswith(of_groups)}
-        yield " ".join(f"{key}={value}" for key, value in {**names, **others}.items()), config
-
-
-def _say_which(labelled: tuple[str, Config], memory: int | None, quiet: bool) -> Planned:
-    label, config = labelled
-    if not quiet and sys.stderr.isatty():
-        print(f"planning {label or 'two steps'} …", file=sys.stderr, flush=True)
-    return plan(config, label, memory)
+def plan_each(configs: list[Config], memory: int | None) -> tuple[list[Planned], list[str]]:
+    """The plans, and a sentence for each run that cannot be planned: the others still are."""
+    plans, refused = [], []
+    for config, apart in zip(configs, sweep.differing(configs), strict=True):
+        label = " ".join(f"{key}={value}" for key, value in apart.items())
+        if sys.stderr.isatty():
+            print(f"planning {label or 'two steps'} …", file=sys.stderr, flush=True)
+        try:
+            plans.append(plan(config, label, memory))
+        except UserError as error:
+            refused.append(f"{label}: {error}" if label else str(error))
+    return plans, refused
 
 
 def plan(config: Config, label: str = "", memory: int | None = None) -> Planned:
@@ -138,13 +136,12 @@ def plan(config: Config, label: str = "", memory: int | None = None) -> Planned:
             capture_output=True,
             text=True,
         )
-    which = f"{label}: " if label else ""
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["it ended without a word"]
-        raise UserError(f"{which}planning failed with status {done.returncode}: {last[0]}")
+        raise UserError(f"planning failed with status {done.returncode}: {last[0]}")
     found = json.loads(done.stdout.splitlines()[-1])
     if "refused" in found:
-        raise UserError(f"{which}{found['refused']}")
+        raise UserError(found["refused"])
     return Planned(label, world.size, **found, notes=notes, memory=memory)
 
 

@@ -41,14 +41,27 @@ def test_many_runs_are_planned_without_weights(
 ) -> None:
     words = [f"model.name_or_path={weightless}", "method=full", "data.max_length=32"]
     words += ["cluster.nproc_per_node=2", "--memory", "1kB", "--json", "--multirun"]
-    assert typed(monkeypatch, *words, "strategy=ddp,fsdp") == 1  # it is too little
-    ddp, fsdp = json.loads(capsys.readouterr().out)
+    assert typed(monkeypatch, *words, "strategy=ddp,fsdp,single") == 2
+    out, err = capsys.readouterr()
+    ddp, fsdp = json.loads(out)  # what is refused does not keep the others from being planned
+    assert err.startswith("strategy=single: ")
+    assert "[single-is-one-rank]" in err
     assert (ddp["label"], fsdp["label"]) == ("strategy=ddp", "strategy=fsdp")
     assert ddp["fits"] is fsdp["fits"] is False
     assert 1.8 < ddp["weights"] / fsdp["weights"] < 2
     assert 1.8 < ddp["optimizer"] / fsdp["optimizer"] < 2
     assert (ddp["ranks"], ddp["memory"], ddp["host"]) == (2, 1000, 0)
     assert ddp["gpu"] == ddp["peak"] > fsdp["peak"] > 0
+
+
+def test_what_does_not_fit_ends_with_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for peak, status in ((79 * GB, 0), (81 * GB, 1)):
+        made = dataclasses.replace(FITTING, peak=peak)
+        monkeypatch.setattr(plan, "plan_each", lambda configs, memory, made=made: ([made], []))
+        assert typed(monkeypatch, "--memory", "80GB") == status
+        assert capsys.readouterr().out == f"{plan.page(made)}\n"
 
 
 def test_all_broken_rules_are_said(
