@@ -51,8 +51,8 @@ def build_learner(
     source, training = config.model, config.training
     compute = precision_of(config.precision).compute
     model, weights = build_model(source, folder, training.seed, compute, config.data.packing)
-    strategy = new_strategy(config, place)
-    parts = assemble(config, model, weights, strategy, place.device, say)
+    build = partial(new_strategy, config, place)
+    parts = assemble(config, model, weights, build, place.device, say)
     torch.manual_seed(training.seed + place.rank)  # dropout differs from rank to rank
     about = {
         "base": {"name_or_path": source.name_or_path, "revision": source.revision},
@@ -60,10 +60,10 @@ def build_learner(
         "ranks": place.world_size,
         "strategy": config.strategy.name,
     }
-    scheduler = build_scheduler(config.scheduler, strategy.optimizer, total_steps)
+    scheduler = build_scheduler(config.scheduler, parts.strategy.optimizer, total_steps)
     group = dist.new_group(backend="gloo")
     watch = Watch(training.early_stopping_patience, training.early_stopping_threshold)
-    changing = (strategy, parts.method, parts.model, scheduler)
+    changing = (parts.strategy, parts.method, parts.model, scheduler)
     return Learner(*changing, place, group, about, watch, parts.flops)
 
 
@@ -76,7 +76,7 @@ def assemble(
     config: Config,
     model: nn.Module,
     weights: Weights | None,
-    strategy: Strategy,
+    new_strategy: Callable[[], Strategy],
     device: torch.device,
     say: Say,
 ) -> Parts:
@@ -96,6 +96,7 @@ def assemble(
     if training.compile != "off":
         compile_layers(model)
     say(f"loss: {chunk_loss(model, training.loss)}")
+    strategy = new_strategy()
     build = partial(build_optimizer, config.optimizer, rate=method.rate)
     strategy.setup(model, weights, build)
     say(f"loading: {weights.describe() if weights else 'this rank has read the whole model'}")

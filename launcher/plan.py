@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from launcher import sweep, train
 from launcher.cluster.devices import gpu_memory, visible_gpus
 from launcher.config import Config, checks, store
 from launcher.config.data_rules import DATA_RULES
+from launcher.config.method import LoraConfig
 from launcher.config.rule import World
 from launcher.config.schedule_rules import SCHEDULE_RULES
 from launcher.config.slurm_rules import SLURM_RULES
@@ -34,13 +36,14 @@ weights are needed, only the model's config.json. Rows are taken as long as data
     shardway plan --memory 80GB --multirun strategy=ddp,fsdp,zero3 training.micro_batch_size=1,4
 
 The last one plans each combination, a line of a table each. Ends with 1 where something does not
-fit into --memory. What is counted and what is not: docs/memory.md
+fit into --memory, with 2 where something cannot be planned. What is counted: docs/memory.md
 """
 # Neither rows nor weights are needed, and it does not matter when things happen.
-OTHERS = (*DATA_RULES, *SCHEDULE_RULES, *SLURM_RULES, *TRACKING_RULES)
-ELSEWHERE = {"model-has-safetensors", "chat-has-a-template", "length-of-training"}
-ELSEWHERE |= {"stop-before-the-end", "auto-names-a-run", "run-dir-is-new"}
-RULES = tuple(rule for rule in checks.RULES if rule not in OTHERS and rule.id not in ELSEWHERE)
+UNNEEDED_TABLES = (*DATA_RULES, *SCHEDULE_RULES, *SLURM_RULES, *TRACKING_RULES)
+UNNEEDED = {"model-has-safetensors", "chat-has-a-template", "length-of-training"}
+UNNEEDED |= {"stop-before-the-end", "auto-names-a-run", "run-dir-is-new"}
+UNNEEDED |= {rule.id for rule in UNNEEDED_TABLES}
+RULES = tuple(rule for rule in checks.RULES if rule.id not in UNNEEDED)
 WIDTH = 40  # of the bars
 TIGHT = 0.05  # of a GPU's memory: less than that left may not be enough for what is not counted
 
@@ -54,23 +57,19 @@ class Planned:
     weights: int  # between steps: working weights, masters, an engine's buffers
     optimizer: int  # between steps: the optimizer's state
     activations: int  # kept for the backward of a micro-batch
-    peak: int
+    peak: int  # on the GPU
     phase: str  # in which the peak is
-    host: int  # of the peak: what offloading keeps in host memory
+    host: int  # in host memory, by offloading
     notes: list[str]
     memory: int | None  # of a GPU
 
     @property
-    def gpu(self) -> int:
-        return self.peak - self.host
-
-    @property
     def fits(self) -> bool | None:
-        return None if self.memory is None else self.gpu <= self.memory
+        return None if self.memory is None else self.peak <= self.memory
 
     def told(self) -> dict[str, Any]:
         """For --json."""
-        return {**dataclasses.asdict(self), "gpu": self.gpu, "fits": self.fits}
+        return {**dataclasses.asdict(self), "fits": self.fits}
 
 
 def main() -> None:
@@ -78,7 +77,8 @@ def main() -> None:
     options, overrides = _parser().parse_known_args()
     sys.argv = [sys.argv[0], *["--multirun"] * options.multirun, *overrides]
     try:
-        memory = parse_size(options.memory, "--memory") if options.memory else gpu_memory()
+        given = options.memory
+        memory = gpu_memory() if given is None else parse_size(given, "--memory")
         plans, refused = plan_each(train.compose(), memory)
     except UserError as error:
         plans, refused = [], [str(error)]
@@ -109,9 +109,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def plan_each(configs: list[Config], memory: int | None) -> tuple[list[Planned], list[str]]:
     """The plans, and a sentence for each run that cannot be planned: the others still are."""
+    labels = [
+        " ".join(f"{key}={value}" for key, value in apart.items())
+        for apart in sweep.differing(configs)
+    ]
     plans, refused = [], []
-    for config, apart in zip(configs, sweep.differing(configs), strict=True):
-        label = " ".join(f"{key}={value}" for key, value in apart.items())
+    for label, config in zip(labels, configs, strict=True):
         if sys.stderr.isatty():
             print(f"planning {label or 'two steps'} …", file=sys.stderr, flush=True)
         try:
@@ -126,28 +129,42 @@ def plan(config: Config, label: str = "", memory: int | None = None) -> Planned:
     world = world_of(config)
     if problems := checks.broken_rules(config, world, RULES):
         raise store.ConfigError(problems)
-    config, notes = _simpler(config)
+    simpler, notes = _simpler(config)
+    if config.cluster.nproc_per_node is None and not world_here(config).gpus:
+        notes.append(
+            f"planned for {world.size} rank(s), there is no GPU here to count "
+            "→ cluster.nproc_per_node=8"
+        )
     with tempfile.TemporaryDirectory(prefix="shardway-") as scratch:
         frozen = Path(scratch) / "config.yaml"
-        frozen.write_text(store.dump(config), encoding="utf-8")
+        frozen.write_text(store.dump(simpler), encoding="utf-8")
         words = [frozen, world.nodes, world.nproc_per_node]
         done = subprocess.run(
             [sys.executable, "-m", "launcher.memory.trial", *map(str, words)],
+            # Fake tensors are on the CPU, also where there is a GPU.
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
             capture_output=True,
             text=True,
         )
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["it ended without a word"]
-        raise UserError(f"planning failed with status {done.returncode}: {last[0]}")
+        raise UserError(
+            f"{done.stderr}\nplanning failed with status {done.returncode}, by what stands above: "
+            "fake tensors cannot do everything"
+        )
     found = json.loads(done.stdout.splitlines()[-1])
     if "refused" in found:
         raise UserError(found["refused"])
     return Planned(label, world.size, **found, notes=notes, memory=memory)
 
 
+def world_here(config: Config) -> World:
+    """The ranks that `config` asks for, with as many GPUs as there are here."""
+    return World.of(config, visible_gpus(), flash_attention=True, liger=True)
+
+
 def world_of(config: Config) -> World:
-    """The ranks that `config` asks for, each on a GPU that has all that a run could want."""
-    world = World.of(config, visible_gpus(), flash_attention=True, liger=True)
+    """The same, each rank on a GPU that has all that a run could want."""
+    world = world_here(config)
     return dataclasses.replace(world, gpus=world.nproc_per_node)
 
 
@@ -169,8 +186,11 @@ def _simpler(config: Config) -> tuple[Config, list[str]]:
     if model.attention not in ("sdpa", "eager"):
         notes.append(f"planned with model.attention=sdpa, not {model.attention}")
         model = dataclasses.replace(model, attention="sdpa")
+    method = config.method
+    if isinstance(method, LoraConfig) and method.merge_first:
+        method = dataclasses.replace(method, merge_first=[])  # as many weights, with other values
     training = dataclasses.replace(training, **other)
-    return dataclasses.replace(config, training=training, model=model), notes
+    return dataclasses.replace(config, training=training, model=model, method=method), notes
 
 
 def page(planned: Planned) -> str:
@@ -182,8 +202,8 @@ def page(planned: Planned) -> str:
         (f"peak, in the {planned.phase}", planned.peak),
     ]
     if planned.host:
-        rows += [("of it in host memory", planned.host), ("of it on the GPU", planned.gpu)]
-    unit, scale = _unit([planned]), max(planned.peak, planned.memory or 0)
+        rows.append(("in host memory", planned.host))
+    unit, scale = _unit([planned]), max(planned.peak, planned.memory or 0, planned.host)
     head = f"the fullest of {planned.ranks} rank(s)"
     lines = [f"{head:<38}{unit}"]
     for what, size in rows:
@@ -203,7 +223,7 @@ def verdict(planned: Planned) -> Iterator[str]:
         yield "no GPU here to compare it with → --memory 80GB"
         return
     unit = _unit([planned])
-    left, whole = planned.memory - planned.gpu, f"{planned.memory / UNITS[unit]:,.2f} {unit}"
+    left, whole = planned.memory - planned.peak, f"{planned.memory / UNITS[unit]:,.2f} {unit}"
     apart = f"{abs(left) / UNITS[unit]:,.2f} {unit}"
     if left < 0:
         yield f"does not fit into {whole}: {apart} too much"
@@ -216,11 +236,11 @@ def verdict(planned: Planned) -> Iterator[str]:
 
 def table(plans: list[Planned]) -> str:
     """A line for each run."""
-    heads = ["ranks", "weights", "optimizer", "kept", "peak on GPU", "host"]
+    heads = ["ranks", "weights", "optimizer", "kept", "peak", "host"]
     wide, unit = max(22, *(len(each.label) for each in plans)), _unit(plans)
     lines = [f"{f'{unit} of the fullest rank':<{wide}}  {'  '.join(heads)}"]
     for each in plans:
-        sizes = (each.weights, each.optimizer, each.activations, each.gpu, each.host)
+        sizes = (each.weights, each.optimizer, each.activations, each.peak, each.host)
         cells = [str(each.ranks), *(f"{size / UNITS[unit]:,.2f}" for size in sizes)]
         row = "  ".join(cell.rjust(len(head)) for cell, head in zip(cells, heads, strict=True))
         fits = {None: "", True: "  fits", False: "  does not fit"}[each.fits]

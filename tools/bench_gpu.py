@@ -128,7 +128,7 @@ def planned(row: Row, folder: Path, length: int, seen: Seen, arguments: argparse
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     if done.returncode == 2:
         return f"none: {done.stderr.strip().splitlines()[-1]}".replace("|", "/")
-    peak = json.loads(done.stdout)["gpu"]
+    peak = json.loads(done.stdout)["peak"]
     return f"{peak / GB:.2f} GB ({peak / seen.records[-1]['peak_memory_bytes'] - 1:+.0%})"
 
 

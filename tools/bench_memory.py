@@ -22,6 +22,7 @@ from launcher.distributed.process_group import Place
 from launcher.loop import train_step
 from launcher.memory.trial import STEPS, full_window
 from launcher.model.fetch import MODELS, fetch
+from launcher.plan import Planned
 
 
 def main() -> None:
@@ -41,11 +42,11 @@ def main() -> None:
                 cluster={"name": "local", "nproc_per_node": ranks},
             )
             planned = plan.plan(config)
-            bench_parts.spawn(training, ranks, config, planned.peak)
+            bench_parts.spawn(training, ranks, config, planned)
         print()
 
 
-def training(place: Place, config: Config, planned: int) -> None:
+def training(place: Place, config: Config, planned: Planned) -> None:
     """Say the peak in MB, and how far the plan was off: a cell of the table."""
     with bench_parts.memory(place) as used:
         parts = learner(place, config)
@@ -53,8 +54,9 @@ def training(place: Place, config: Config, planned: int) -> None:
         targets = int(window.target_tokens) * place.world_size
         for _ in range(STEPS):
             train_step(parts.strategy, window, targets, training.max_grad_norm, place.device)
-    peak = used.gpu or used.host
-    bench_parts.say(place, f" {peak / MB:,.0f} ({planned / peak - 1:+.0%}) |")
+    seen = used.gpu or used.host
+    expected = planned.peak + (0 if used.gpu else planned.host)  # a CPU has one memory
+    bench_parts.say(place, f" {seen / MB:,.0f} ({expected / seen - 1:+.0%}) |")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -29,19 +29,21 @@ def visible_gpus() -> int:
 
 
 def gpu_memory() -> int | None:
-    """Bytes of this machine's first GPU; None where the driver counts none."""
+    """Bytes of this machine's first GPU; None where none is visible or it does not say."""
+    if not visible_gpus():
+        return None
     import pynvml
 
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     try:
         pynvml.nvmlInit()
+        if first.isdigit():
+            device = pynvml.nvmlDeviceGetHandleByIndex(int(first))
+        else:
+            device = pynvml.nvmlDeviceGetHandleByUUID(first)
+        return int(pynvml.nvmlDeviceGetMemoryInfo(device).total)
     except pynvml.NVMLError:
         return None
-    try:
-        if pynvml.nvmlDeviceGetCount() == 0:
-            return None
-        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).total)
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def has_flash_attention() -> bool:

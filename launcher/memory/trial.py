@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,18 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from launcher.assembly import assemble, new_strategy
 from launcher.config import Config, store
-from launcher.data.batch import collate
+from launcher.data.batch import collate, padded
 from launcher.data.loader import Window
 from launcher.distributed.process_group import Place
-from launcher.distributed.shards import local_part
 from launcher.errors import UserError
 from launcher.loop import train_step
 from launcher.memory.absent import AbsentTensors, as_fakes, config_folder
-from launcher.memory.live import Fakes, Live
+from launcher.memory.live import Fakes, Live, bytes_of
+from launcher.method.lora import Lora
 from launcher.model.load import Weights, model_on_meta
 from launcher.precision import precision_of
 from launcher.strategy import Strategy
+from launcher.strategy.base import moments_of
 
 STEPS = 2  # the first makes the optimizer's state
 MICRO_BATCHES = 2  # of a step that has more: the second meets the gradients of the first
@@ -47,17 +48,18 @@ class Bytes:
     weights: int = 0  # between steps: working weights, masters, and an engine's buffers
     optimizer: int = 0  # between steps: moments
     activations: int = 0  # kept for a micro-batch's backward
-    peak: int = 0
+    peak: int = 0  # on the device, without what offloading has in host memory
     phase: str = ""  # in which the peak is: loading, forward, backward or optimizer step
-    host: int = 0  # of weights and optimizer: in host memory where ranks train on GPUs
+    host: int = 0  # in host memory by offloading, gradients included
 
 
 class Phases:
-    """A strategy that says what is being done, and looks at the memory when backward begins."""
+    """A strategy that says what is being done, and looks at the memory around backward."""
 
     def __init__(self, strategy: Strategy, live: Live) -> None:
         self._strategy, self._live = strategy, live
         self.forward = 0  # bytes when the first backward of a step begins
+        self.host = 0  # bytes in host memory when the last one is done
 
     @property
     def model(self) -> Any:
@@ -71,6 +73,7 @@ class Phases:
         self._live.phase = "backward"
         self.forward = self.forward or self._live.now
         self._strategy.backward(loss)
+        self.host = self._live.apart()
 
     def step(self, max_norm: float) -> Any:
         self._live.phase = "optimizer step"
@@ -94,6 +97,7 @@ def trial(config: Config, nodes: int, per_node: int) -> Bytes:
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
     os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(per_node)}
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    _leave_adapter()
     _unblock_deepspeed(config)
     source, precision = config.model, precision_of(config.precision)
     model = model_on_meta(source, config_folder(source), precision.compute, config.data.packing)
@@ -101,14 +105,22 @@ def trial(config: Config, nodes: int, per_node: int) -> Bytes:
     with Fakes(), live.counting():
         as_fakes(model)
         weights: Any = Weights(AbsentTensors(model, precision.compute), model)
-        return measure(config, model, weights, strategy, place, live)
+        return measure(config, model, weights, lambda: strategy, place, live)
 
 
 def measure(
-    config: Config, model: Any, weights: Weights, strategy: Strategy, place: Place, live: Live
+    config: Config,
+    model: Any,
+    weights: Weights,
+    new_strategy: Callable[[], Strategy],
+    place: Place,
+    live: Live,
 ) -> Bytes:
     """Build and train, and look on. The tensors may be real as well: then it is what they take."""
-    parts = assemble(config, model, weights, strategy, place.device, lambda line: None)
+    parts = assemble(config, model, weights, new_strategy, place.device, lambda line: None)
+    strategy = parts.strategy
+    if config.strategy.steps_on_cpu or config.strategy.parameters_on_cpu:
+        live.begin(strategy.on_host)  # it was loaded into host memory
     window = full_window(config, place.world_size)
     targets = int(window.target_tokens) * place.world_size
     training, found = config.training, Bytes()
@@ -119,39 +131,29 @@ def measure(
             *(watched, window, targets, training.max_grad_norm, place.device),
             training.label_smoothing,
         )
-        found.activations = phases.forward - between
+        found.activations, found.host = phases.forward - between, phases.host
     found.peak, found.phase = live.peak, live.peak_phase
-    found.optimizer = live.bytes_of(_moments(strategy))
+    found.optimizer = bytes_of(moments_of(strategy.optimizer))
     found.weights = live.now - found.optimizer
-    found.host = live.bytes_of(_on_host(config, parts.model, strategy))
     return found
 
 
 def full_window(config: Config, ranks: int) -> Window:
     """A rank's share of a step whose rows are as long as they may be, all tokens of them learnt."""
-    training, length = config.training, config.data.max_length
-    rows = training.micro_batch_size
+    training, data = config.training, config.data
+    rows, length = training.micro_batch_size, padded(data.max_length, data.pad_to_multiple_of)
     steps = max(1, training.global_batch_size // (ranks * rows))
     row: Any = (np.zeros(length, np.int32), np.ones(length, np.bool_))
-    batch = collate([[row] for _ in range(rows)], 1, 0, config.data.packing)
+    batch = collate([[row] for _ in range(rows)], 1, 0, data.packing)
     number = min(steps, MICRO_BATCHES)
     count = torch.tensor(number * rows * length)
     return Window([batch] * number, count, count, count, count, count)
 
 
-def _moments(strategy: Strategy) -> Iterator[torch.Tensor]:
-    for state in strategy.optimizer.state.values():
-        yield from (each for each in state.values() if torch.is_tensor(each))
-
-
-def _on_host(config: Config, model: Any, strategy: Strategy) -> Iterator[torch.Tensor]:
-    """What an offloading strategy keeps there between steps."""
-    if config.strategy.steps_on_cpu:
-        yield from (shard.local for shard in strategy.weights().values())
-        yield from _moments(strategy)
-    if config.strategy.parameters_on_cpu:
-        for parameter in model.parameters():
-            yield local_part(getattr(parameter, "ds_tensor", parameter))
+def _leave_adapter() -> None:
+    """An adapter to go on from has its shapes by its configuration; its values stay in their
+    file."""
+    Lora._go_on_from = lambda *_: None  # type: ignore[method-assign]
 
 
 def _unblock_deepspeed(config: Config) -> None:

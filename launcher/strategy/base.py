@@ -101,6 +101,9 @@ class Strategy(Protocol):
     def gather(self, shards: dict[str, Shard]) -> dict[str, torch.Tensor] | None:
         """The tensors of `shards` whole on the CPU of rank 0, None elsewhere, in one message."""
 
+    def on_host(self) -> Iterator[torch.Tensor]:
+        """What offloading has in host memory now, where it trains on GPUs."""
+
     def describe(self) -> str:
         """The layout in words, for the start of the log."""
 
@@ -137,6 +140,12 @@ def optimizer_state(
         if "step" in state and not torch.is_tensor(state["step"]):
             state["step"] = torch.tensor(float(state["step"]))
     return (optimizer.state[parameter] for parameter in parameters)
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    """All tensors that the optimizer keeps."""
+    for state in optimizer.state.values():
+        yield from (each for each in state.values() if torch.is_tensor(each))
 
 
 def split_state(

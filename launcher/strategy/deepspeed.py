@@ -16,6 +16,7 @@ do them silently wrong or at the price of the whole model on every rank:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
@@ -39,6 +40,7 @@ from launcher.strategy.base import (
     OptimizerBuilder,
     StepResult,
     TrainedState,
+    moments_of,
     optimizer_state,
     persistent_buffers,
     share_cores,
@@ -180,6 +182,18 @@ class DeepSpeed:
 
     def gather(self, shards: dict[str, Shard]) -> dict[str, torch.Tensor] | None:
         return gather_to_main(shards)
+
+    def on_host(self) -> Iterator[torch.Tensor]:
+        if self.config.parameters_on_cpu:
+            bare: list[Any] = list(self._bare.parameters())
+            yield from (parameter.ds_tensor for parameter in bare)
+        if not self.config.steps_on_cpu:
+            return
+        yield from (each for flat in self._flats for each in (flat, flat.grad) if each is not None)
+        yield from moments_of(self.optimizer)
+        for name in ("temp_grad_buffer_for_cpu_offload", "grad_partitions_flat_buffer"):
+            if hasattr(self._zero, name):  # of stage 2, of stage 3
+                yield getattr(self._zero, name)
 
     def describe(self) -> str:
         sharded = ["optimizer state", "gradients", "parameters"][: self.config.stage]

@@ -42,9 +42,9 @@ class _Linear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        flat = gradient.flatten(0, -2)
+        flat = gradient.reshape(-1, gradient.shape[-1])
         return (
             gradient @ weight if ctx.needs_input_grad[0] else None,
-            flat.T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None,
+            flat.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None,
             flat.sum(0) if ctx.needs_input_grad[2] else None,
         )

@@ -12,6 +12,7 @@ step included; a layer is copied to the GPU where it is gathered, on one rank as
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from launcher.strategy.base import (
     OptimizerBuilder,
     StepResult,
     TrainedState,
+    moments_of,
     optimizer_state,
     persistent_buffers,
     share_cores,
@@ -120,6 +122,12 @@ class Fsdp:
 
     def gather(self, shards: dict[str, Shard]) -> dict[str, torch.Tensor] | None:
         return gather_to_main(shards, self._shard_group)
+
+    def on_host(self) -> Iterator[torch.Tensor]:
+        if self._offloads:
+            yield from map(local_part, self.model.parameters())
+            yield from (local_part(p.grad) for p in self._trained.values() if p.grad is not None)
+            yield from moments_of(self.optimizer)
 
     def describe(self) -> str:
         replicas, shards = self.mesh.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ CELLS: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("full", {"name": "zero1"}, "bf16", {}),
     ("qlora", {"name": "zero3"}, "bf16", {}),
     ("full", OFFLOADED, "bf16", {}),
+    ("full", {"name": "zero2_offload"}, "bf16", {}),
 ]
 IN_EVERY_RUN = 4
 
@@ -58,12 +60,12 @@ def taken(place: Place, config: Config) -> Bytes:
     """By a rank that is there."""
     source, live = config.model, Live()
     compute = precision_of(config.precision).compute
-    strategy = new_strategy(config, place)
     with live.counting():
         folder, seed = Path(source.name_or_path), config.training.seed
         model, weights = build_model(source, folder, seed, compute, config.data.packing)
         assert weights is not None
-        return measure(config, model, weights, strategy, place, live)
+        build = functools.partial(new_strategy, config, place)
+        return measure(config, model, weights, build, place, live)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +89,19 @@ def test_the_plan_is_what_ranks_take(
     assert planned.optimizer == pytest.approx(fullest.optimizer, rel=0.01)
     assert planned.host == pytest.approx(fullest.host, rel=0.01)
     assert (planned.host > 0) == ("offload" in cell[1]["name"])
+
+
+@pytest.mark.parametrize(("on_gpu", "offloaded"), [("fsdp", "fsdp_offload")])
+def test_offloading_leaves_the_gpu_no_state(on_gpu: str, offloaded: str, tiny: Path) -> None:
+    plans = [
+        plan.plan(config(tiny, ("full", {"name": name}, "bf16", {})))
+        for name in (on_gpu, offloaded)
+    ]
+    kept, moved = plans
+    state = kept.weights + kept.optimizer
+    assert kept.host == 0
+    assert moved.host == pytest.approx(state + kept.weights, rel=0.02)  # gradients are fp32, too
+    assert moved.peak < kept.peak - state
 
 
 def test_zero3_frees_what_it_has_gathered(tiny: Path, ranks: Any) -> None:
