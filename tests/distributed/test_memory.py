@@ -100,7 +100,7 @@ def test_offloading_leaves_the_gpu_no_state(on_gpu: str, offloaded: str, tiny: P
     kept, moved = plans
     state = kept.weights + kept.optimizer
     assert kept.host == 0
-    assert moved.host == pytest.approx(state + kept.weights, rel=0.02)  # gradients are fp32, too
+    assert moved.host == pytest.approx(state + kept.weights, rel=0.05)  # gradients, too
     assert moved.peak < kept.peak - state
 
 
