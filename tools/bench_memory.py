@@ -5,7 +5,8 @@
 
 The peak is that of building the model and of two optimizer steps, one row a rank, on the rank that
 needed most. On CPU it is the growth of the process's own memory, on GPUs what CUDA allocated.
-Behind it is how far `shardway plan` was above or below it.
+Behind it is how far `shardway plan` was above or below it: of offloading strategies on CPU, where
+there is one memory, above, for the peaks of two are added.
 """
 
 from __future__ import annotations
