@@ -24,8 +24,8 @@ OFFLOADED = {"name": "zero3_offload"}
 # Method, strategy, precision, more; the first ones are in `make test`.
 CELLS: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("full", {"name": "fsdp"}, "bf16", {}),
-    ("qlora", {"name": "fsdp"}, "bf16", {"data": {"packing": True}}),
     ("lora", {"name": "zero3"}, "bf16", {"training": {"activation_checkpointing": "full"}}),
+    ("qlora", {"name": "fsdp"}, "bf16", {"data": {"packing": True}}),
     ("full", {"name": "zero2"}, "fp32", {}),
     ("lora", {"name": "ddp"}, "bf16", {}),
     ("freeze", {"name": "fsdp"}, "fp16", {}),
@@ -36,7 +36,7 @@ CELLS: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("full", OFFLOADED, "bf16", {}),
     ("full", {"name": "zero2_offload"}, "bf16", {}),
 ]
-IN_EVERY_RUN = 4
+IN_EVERY_RUN = 2
 
 
 def config(folder: Path, cell: tuple[str, dict[str, Any], str, dict[str, Any]]) -> Config:
@@ -91,6 +91,7 @@ def test_the_plan_is_what_ranks_take(
     assert (planned.host > 0) == ("offload" in cell[1]["name"])
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("on_gpu", "offloaded"), [("fsdp", "fsdp_offload")])
 def test_offloading_leaves_the_gpu_no_state(on_gpu: str, offloaded: str, tiny: Path) -> None:
     plans = [

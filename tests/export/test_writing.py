@@ -23,10 +23,11 @@ from launcher.export.readers.safetensors_file import data_ranges, header, read_h
 from launcher.export.result import journal, readback, recompute, sink, write
 from launcher.export.result.journal import partial_folder, path_of
 from launcher.export.result.write import How
-from launcher.export.shards import assign, natural, parse_size
+from launcher.export.shards import assign, natural
 from launcher.export.source import find_source
 from launcher.export.tensor import held
 from launcher.export.verify import verify
+from launcher.sizes import parse_size
 from tests.helpers.exports import consolidate, contents, make_adapter, plan_of, stored
 
 
