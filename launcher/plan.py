@@ -24,6 +24,7 @@ from launcher.config.schedule_rules import SCHEDULE_RULES
 from launcher.config.slurm_rules import SLURM_RULES
 from launcher.config.tracking_rules import TRACKING_RULES
 from launcher.errors import UserError
+from launcher.memory import Bytes
 from launcher.sizes import UNITS, parse_size
 
 ABOUT = """\
@@ -48,24 +49,26 @@ WIDTH = 40  # of the bars
 TIGHT = 0.05  # of a GPU's memory: less than that left may not be enough for what is not counted
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A run, and what the fullest of its ranks needs in bytes."""
+@dataclass(frozen=True, kw_only=True)
+class Planned(Bytes):
+    """A run, and what the fullest of its ranks needs."""
 
     label: str
     ranks: int
-    weights: int  # between steps: working weights, masters, an engine's buffers
-    optimizer: int  # between steps: the optimizer's state
-    activations: int  # kept for the backward of a micro-batch
-    peak: int  # on the GPU
-    phase: str  # in which the peak is
-    host: int  # in host memory, by offloading
     notes: list[str]
-    memory: int | None  # of a GPU
+    memory: int | None  # of a GPU, in bytes
 
     @property
     def fits(self) -> bool | None:
         return None if self.memory is None else self.peak <= self.memory
+
+    @property
+    def verdict(self) -> str:
+        """In a word or two; empty where there is nothing to compare with."""
+        if self.memory is None:
+            return ""
+        left = self.memory - self.peak
+        return "does not fit" if left < 0 else "tight" if left < TIGHT * self.memory else "fits"
 
     def told(self) -> dict[str, Any]:
         """For --json."""
@@ -126,11 +129,12 @@ def plan_each(configs: list[Config], memory: int | None) -> tuple[list[Planned],
 
 def plan(config: Config, label: str = "", memory: int | None = None) -> Planned:
     """Plan a run in a process of its own. Raises UserError for one that cannot be."""
-    world = world_of(config)
+    here = World.of(config, visible_gpus(), flash_attention=True, liger=True)
+    world = dataclasses.replace(here, gpus=here.nproc_per_node)  # as if there were one for each
     if problems := checks.broken_rules(config, world, RULES):
         raise store.ConfigError(problems)
     simpler, notes = _simpler(config)
-    if config.cluster.nproc_per_node is None and not world_here(config).gpus:
+    if config.cluster.nproc_per_node is None and not here.gpus:
         notes.append(
             f"planned for {world.size} rank(s), there is no GPU here to count "
             "→ cluster.nproc_per_node=8"
@@ -154,18 +158,7 @@ def plan(config: Config, label: str = "", memory: int | None = None) -> Planned:
     found = json.loads(done.stdout.splitlines()[-1])
     if "refused" in found:
         raise UserError(found["refused"])
-    return Planned(label, world.size, **found, notes=notes, memory=memory)
-
-
-def world_here(config: Config) -> World:
-    """The ranks that `config` asks for, with as many GPUs as there are here."""
-    return World.of(config, visible_gpus(), flash_attention=True, liger=True)
-
-
-def world_of(config: Config) -> World:
-    """The same, each rank on a GPU that has all that a run could want."""
-    world = world_here(config)
-    return dataclasses.replace(world, gpus=world.nproc_per_node)
+    return Planned(label=label, ranks=world.size, notes=notes, memory=memory, **found)
 
 
 def _simpler(config: Config) -> tuple[Config, list[str]]:
@@ -209,7 +202,7 @@ def page(planned: Planned) -> str:
     for what, size in rows:
         bar = "#" * round(WIDTH * size / scale)
         lines.append(f"  {what:<28} {size / UNITS[unit]:9,.2f}  {bar}".rstrip())
-    return "\n".join([*lines, *planned.notes, *verdict(planned)])
+    return "\n".join([*lines, *planned.notes, *advice(planned)])
 
 
 def _unit(plans: list[Planned]) -> str:
@@ -217,8 +210,8 @@ def _unit(plans: list[Planned]) -> str:
     return "GB" if min(each.peak for each in plans) >= UNITS["GB"] else "MB"
 
 
-def verdict(planned: Planned) -> Iterator[str]:
-    """Whether it fits, in words."""
+def advice(planned: Planned) -> Iterator[str]:
+    """Whether it fits, by how much, and what helps."""
     if planned.memory is None:
         yield "no GPU here to compare it with → --memory 80GB"
         return
@@ -226,12 +219,11 @@ def verdict(planned: Planned) -> Iterator[str]:
     left, whole = planned.memory - planned.peak, f"{planned.memory / UNITS[unit]:,.2f} {unit}"
     apart = f"{abs(left) / UNITS[unit]:,.2f} {unit}"
     if left < 0:
-        yield f"does not fit into {whole}: {apart} too much"
+        yield f"{planned.verdict} into {whole}: {apart} too much"
         yield "what helps: more ranks under strategy=fsdp or zero3, training.micro_batch_size=1,"
         yield "training.activation_checkpointing=full, method=lora or qlora; docs/memory.md"
     else:
-        head = "tight" if left < TIGHT * planned.memory else "fits"
-        yield f"{head}: {apart} of {whole} are left for CUDA itself and fragmentation"
+        yield f"{planned.verdict}: {apart} of {whole} are left for CUDA itself and fragmentation"
 
 
 def table(plans: list[Planned]) -> str:
@@ -243,8 +235,7 @@ def table(plans: list[Planned]) -> str:
         sizes = (each.weights, each.optimizer, each.activations, each.peak, each.host)
         cells = [str(each.ranks), *(f"{size / UNITS[unit]:,.2f}" for size in sizes)]
         row = "  ".join(cell.rjust(len(head)) for cell, head in zip(cells, heads, strict=True))
-        fits = {None: "", True: "  fits", False: "  does not fit"}[each.fits]
-        lines.append(f"{each.label:<{wide}}  {row}{fits}")
+        lines.append(f"{each.label:<{wide}}  {row}  {each.verdict}".rstrip())
     return "\n".join([*lines, *dict.fromkeys(note for each in plans for note in each.notes)])
 
 

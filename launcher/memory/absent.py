@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-
-from launcher.config.model import ModelConfig
-from launcher.config.model_rules import is_hub_id
-from launcher.errors import UserError
 
 
 class Absent:
@@ -38,30 +33,6 @@ class AbsentTensors:
 
     def __getitem__(self, name: str) -> Absent:
         return Absent(self._shapes[name], self._dtype)
-
-
-def config_folder(source: ModelConfig) -> Path:
-    """A folder with the model's config.json; of a model on the hub nothing else is fetched, but its
-    code where that is trusted. Raises UserError where there is none."""
-    if not is_hub_id(source.name_or_path):
-        folder = Path(source.name_or_path)
-        if not (folder / "config.json").is_file():
-            raise UserError(f"model.name_or_path={folder}: there is no config.json")
-        return folder
-    from huggingface_hub import snapshot_download
-
-    patterns = ["config.json", *["*.py"] * source.trust_remote_code]
-    try:
-        return Path(
-            snapshot_download(
-                source.name_or_path, revision=source.revision, allow_patterns=patterns
-            )
-        )
-    except Exception as error:  # the hub's client raises a dozen kinds; each means: not here
-        raise UserError(
-            f"model.name_or_path={source.name_or_path}: its config.json could not be fetched from "
-            f"the hub: {error}. Give a local folder with it instead"
-        ) from error
 
 
 @torch.no_grad()

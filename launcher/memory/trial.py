@@ -13,7 +13,6 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,11 @@ from launcher.data.loader import Window
 from launcher.distributed.process_group import Place
 from launcher.errors import UserError
 from launcher.loop import train_step
-from launcher.memory.absent import AbsentTensors, as_fakes, config_folder
+from launcher.memory import Bytes
+from launcher.memory.absent import AbsentTensors, as_fakes
 from launcher.memory.live import Fakes, Live, bytes_of
 from launcher.method.lora import Lora
+from launcher.model.folder import model_folder
 from launcher.model.load import Weights, model_on_meta
 from launcher.precision import precision_of
 from launcher.strategy import Strategy
@@ -39,18 +40,6 @@ from launcher.strategy.base import moments_of
 
 STEPS = 2  # the first makes the optimizer's state
 MICRO_BATCHES = 2  # of a step that has more: the second meets the gradients of the first
-
-
-@dataclass
-class Bytes:
-    """What the fullest rank needs."""
-
-    weights: int = 0  # between steps: working weights, masters, and an engine's buffers
-    optimizer: int = 0  # between steps: moments
-    activations: int = 0  # kept for a micro-batch's backward
-    peak: int = 0  # on the device, without what offloading has in host memory
-    phase: str = ""  # in which the peak is: loading, forward, backward or optimizer step
-    host: int = 0  # in host memory by offloading, gradients included
 
 
 class Phases:
@@ -100,7 +89,9 @@ def trial(config: Config, nodes: int, per_node: int) -> Bytes:
     _leave_adapter()
     _unblock_deepspeed(config)
     source, precision = config.model, precision_of(config.precision)
-    model = model_on_meta(source, config_folder(source), precision.compute, config.data.packing)
+    code = source.trust_remote_code
+    folder = model_folder(source.name_or_path, source.revision, code, only=("config.json",))
+    model = model_on_meta(source, folder, precision.compute, config.data.packing)
     strategy, live = new_strategy(config, place), Live()
     with Fakes(), live.counting():
         as_fakes(model)
@@ -123,7 +114,7 @@ def measure(
         live.begin(strategy.on_host)  # it was loaded into host memory
     window = full_window(config, place.world_size)
     targets = int(window.target_tokens) * place.world_size
-    training, found = config.training, Bytes()
+    training = config.training
     for _ in range(STEPS):
         between, phases = live.now, Phases(strategy, live)
         watched: Any = phases
@@ -131,11 +122,15 @@ def measure(
             *(watched, window, targets, training.max_grad_norm, place.device),
             training.label_smoothing,
         )
-        found.activations, found.host = phases.forward - between, phases.host
-    found.peak, found.phase = live.peak, live.peak_phase
-    found.optimizer = bytes_of(moments_of(strategy.optimizer))
-    found.weights = live.now - found.optimizer
-    return found
+    optimizer = bytes_of(moments_of(strategy.optimizer))
+    return Bytes(
+        weights=live.now - optimizer,
+        optimizer=optimizer,
+        activations=phases.forward - between,
+        peak=live.peak,
+        phase=live.peak_phase,
+        host=phases.host,
+    )
 
 
 def full_window(config: Config, ranks: int) -> Window:

@@ -20,18 +20,22 @@ def the_safetensors_file(folder: Path) -> Path:
     )
 
 
-def model_folder(name_or_path: str, revision: str | None, code: bool = False) -> Path:
+MODEL = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+
+
+def model_folder(
+    name_or_path: str, revision: str | None, code: bool = False, only: tuple[str, ...] = MODEL
+) -> Path:
     """The local folder of the model; a hub id is downloaded once (file locks make it safe).
 
-    `code`: fetch the model's own Python files too. Raises UserError when it cannot be fetched.
+    `code`: fetch the model's own Python files too; `only`: these of the others. Raises UserError
+    when it cannot be fetched.
     """
     if not is_hub_id(name_or_path):
         return Path(name_or_path)
     from huggingface_hub import snapshot_download  # not needed for a folder
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-    if code:
-        patterns.append("*.py")
+    patterns = [*only, *["*.py"] * code]
     try:
         return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises a dozen kinds; each means: not here

@@ -107,3 +107,11 @@ def test_tied_parameters_stay_tied_and_on_meta() -> None:
         assert model[0].bias is not model[1].bias
         model.to_empty(device="cpu")
         assert model(torch.ones(2, 4)).shape == (2, 4)
+
+
+def test_grouped_products_have_their_shape_in_fp32_too() -> None:
+    with Fakes():
+        left, right = torch.zeros(16, 32), torch.zeros(2, 32, 64)
+        ends = torch.tensor([8, 16], dtype=torch.int32)
+        product = torch.ops.aten._grouped_mm(left, right, offs=ends)
+        assert (product.shape, product.dtype) == ((16, 64), torch.float32)
