@@ -47,7 +47,7 @@ from launcher.strategy.base import (
     split_state,
     sum_over_ranks,
 )
-from launcher.strategy.freed import free_linears
+from launcher.strategy.freed import keep_parameters
 
 # Without GPUs gloo does all. DeepSpeed would compile an all-reduce of its own at the first start;
 # a start that is killed while it compiles leaves a lock behind on which every later one waits.
@@ -231,7 +231,7 @@ class DeepSpeed:
         init = None
         if self.config.stage == 3:
             init = Init(config_dict_or_path=self.engine_config)
-            free_linears(model)
+            keep_parameters(model)
         for parameter in model.parameters():
             floating = parameter.is_floating_point()  # quantised ones stay as they are
             dtype = self.precision.compute if floating else parameter.dtype

@@ -1,50 +1,58 @@
-"""Linear layers whose weight can be freed between forward and backward.
+"""Weights that can be freed between forward and backward.
 
-Autograd keeps for backward what a product was computed with. `nn.Linear` multiplies with a view of
-its weight, so that under ZeRO-3, which gives a gathered parameter's memory back by pointing it
-elsewhere, every gathered weight would live on until its backward: the whole model on every rank.
-Here the parameter itself is kept, which is whole again when backward comes to it. (DeepSpeed has
-the same, `zero/linear.py`, and puts it in place of torch's for the whole process.)
+Autograd keeps for backward what a product was computed with, and that is often a view of a weight:
+its transpose in a linear layer, one expert of many. Under ZeRO-3, which gives a gathered
+parameter's memory back by pointing it elsewhere, such a view would hold the memory until its
+backward: the whole model on every rank. Here the parameter itself is kept, which is whole again
+when backward comes to it, and the view is made anew. (DeepSpeed puts a linear layer of its own in
+place of torch's, `zero/linear.py`, and only where `zero.Init` builds the model.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.autograd.graph import saved_tensors_hooks
 
 
-def free_linears(model: nn.Module) -> None:
-    """Give the plain linear layers of `model` such a forward; results are the same to the bit."""
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = FreedLinear
+def keep_parameters(model: nn.Module) -> None:
+    """Let what `model` computes keep its parameters for backward, not views of them; results are
+    the same to the bit."""
+    forward: Callable[..., Any] = model.forward
+
+    @wraps(forward)
+    def keeping(*args: Any, **kwargs: Any) -> Any:
+        with saved_tensors_hooks(_kept, _seen):
+            return forward(*args, **kwargs)
+
+    model.forward = keeping
 
 
-class FreedLinear(nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in] → x Wᵀ + b [..., out]."""
-        y: torch.Tensor = _Linear.apply(x, self.weight, self.bias)
-        return y
+@dataclass(frozen=True)
+class _View:
+    """A view of a parameter, of which it holds no memory."""
+
+    of: nn.Parameter
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int  # from the parameter's first element
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return linear(x, weight, bias)
+def _kept(tensor: torch.Tensor) -> torch.Tensor | _View:
+    of = tensor._base
+    if not isinstance(of, nn.Parameter):
+        return tensor
+    offset = int(tensor.storage_offset() - of.storage_offset())
+    return _View(of, tensor.size(), tensor.stride(), offset)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        flat = gradient.reshape(-1, gradient.shape[-1])
-        return (
-            gradient @ weight if ctx.needs_input_grad[0] else None,
-            flat.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None,
-            flat.sum(0) if ctx.needs_input_grad[2] else None,
-        )
+
+def _seen(kept: torch.Tensor | _View) -> torch.Tensor:
+    if isinstance(kept, torch.Tensor):
+        return kept
+    whole = kept.of.detach()
+    return whole.as_strided(kept.size, kept.stride, whole.storage_offset() + kept.offset)

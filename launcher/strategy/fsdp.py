@@ -221,7 +221,9 @@ class Fsdp:
                 shape, offsets = local_box(parameter)
             else:
                 shape, offsets = tuple(parameter.shape), (0,) * parameter.ndim
-            local = slot.stored.read(offsets, shape).to(device, parameter.dtype)
+            local = slot.stored.read(offsets, shape)
+            # A copy in any case: what the reader gives may be the mapped file.
+            local = local.to(device, parameter.dtype, copy=True)
             filled = local
             if isinstance(parameter, DTensor):
                 # Not from_local, which moves to the mesh's device what is offloaded.

@@ -1,61 +1,91 @@
-"""A linear layer that lets its weight be freed between forward and backward."""
+"""What is computed with gathered weights lets them be freed between forward and backward."""
 
 from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
-from launcher.strategy.freed import FreedLinear, free_linears
-
-
-def freed(layer: nn.Linear) -> nn.Linear:
-    other = copy.deepcopy(layer)
-    free_linears(nn.Sequential(other))
-    assert type(other) is FreedLinear
-    return other
+from launcher.strategy.freed import keep_parameters
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("trained", [True, False])
-def test_results_are_the_same_to_the_bit(dtype: torch.dtype, bias: bool, trained: bool) -> None:
+def mixtral(dtype: torch.dtype, experts: str) -> nn.Module:
     torch.manual_seed(0)
-    plain = nn.Linear(24, 40, bias=bias).to(dtype).requires_grad_(trained)
-    ours, x = freed(plain), torch.randn(2, 7, 24, dtype=dtype)
-    seen = []
-    for layer in (plain, ours):
-        given = x.clone().requires_grad_()
-        y = layer(given)
-        y.square().sum().backward()
-        seen.append([y, given.grad, *(parameter.grad for parameter in layer.parameters())])
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        attn_implementation="sdpa",
+        experts_implementation=experts,
+    )
+    return MixtralForCausalLM(config).to(dtype)
+
+
+@contextmanager
+def taken_away(model: nn.Module) -> Iterator[list[str]]:
+    """The parameters as ZeRO-3 leaves them after forward; the names of those still in memory."""
+    values = {name: p.detach().clone() for name, p in model.named_parameters()}
+    storages = {n: weakref.ref(p.untyped_storage()) for n, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)
+    yield [name for name, storage in storages.items() if storage() is not None]
+    for name, parameter in model.named_parameters():
+        parameter.data = values[name]
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+def test_results_are_the_same_to_the_bit_and_no_weight_stays(
+    experts: str, dtype: torch.dtype, trained: bool
+) -> None:
+    plain = mixtral(dtype, experts).requires_grad_(trained)
+    ours = copy.deepcopy(plain)
+    keep_parameters(ours)
+    given = torch.randn(2, 7, 32, dtype=dtype)
+    seen, stayed = [], []
+    for model in (plain, ours):
+        x = given.clone().requires_grad_()
+        logits = model(inputs_embeds=x).logits
+        with taken_away(model) as alive:
+            stayed.append(alive)
+        logits.float().square().sum().backward()
+        seen.append([logits, x.grad, *(parameter.grad for parameter in model.parameters())])
+    assert any("experts" in name for name in stayed[0]), "torch holds on to them"
+    assert stayed[1] == []
     for one, other in zip(*seen, strict=True):
         assert (one is None) == (other is None)
         assert one is None or torch.equal(one, other)
 
 
-def test_a_weight_can_be_taken_away_and_brought_back() -> None:
-    """As ZeRO-3 does it; torch's own layer holds on to the memory."""
-    alive = {}
-    for layer in (nn.Linear(8, 8), freed(nn.Linear(8, 8))):
-        y = layer(torch.ones(1, 8, requires_grad=True))
-        values = layer.weight.detach().clone()
-        storage = weakref.ref(layer.weight.untyped_storage())
-        layer.weight.data = torch.empty(0)
-        alive[type(layer)] = storage() is not None
-        layer.weight.data = values
-        y.sum().backward()
-        assert torch.equal(layer.weight.grad, torch.ones(8, 8))
-    assert alive == {nn.Linear: True, FreedLinear: False}
+def test_views_of_views_and_of_a_part_of_a_storage() -> None:
+    """As in a buffer into which DeepSpeed gathers several parameters."""
+    buffer = torch.arange(40.0)
 
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(buffer[10:34].view(4, 6))
 
-def test_other_kinds_of_layers_are_left_alone() -> None:
-    class Own(nn.Linear):
-        pass
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight[1:].T[2:5]
 
-    model = nn.Sequential(Own(2, 2), nn.Embedding(2, 2))
-    free_linears(model)
-    assert [type(each) for each in model] == [Own, nn.Embedding]
+    model, x = Odd(), torch.ones(1, 3, requires_grad=True)
+    keep_parameters(model)
+    y = model(x)
+    weight = model.weight.detach().clone()
+    model.weight.data = torch.empty(0)
+    buffer.zero_()
+    model.weight.data = torch.cat([torch.zeros(5), weight.flatten()])[5:].view(4, 6)
+    y.sum().backward()
+    assert torch.equal(x.grad, weight[1:, 2:5].sum(0, keepdim=True))

@@ -29,8 +29,7 @@ CELLS: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("full", {"name": "zero2"}, "fp32", {}),
     ("lora", {"name": "ddp"}, "bf16", {}),
     ("freeze", {"name": "fsdp"}, "fp16", {}),
-    # Not pure_bf16: what is not cast is a view of the mapped file on CPU, as large as its tensor.
-    ("full", {"name": "fsdp_offload"}, "bf16", {"optimizer": {"name": "adamw_8bit"}}),
+    ("full", {"name": "fsdp_offload"}, "pure_bf16", {"optimizer": {"name": "adamw_8bit"}}),
     ("full", {"name": "zero1"}, "bf16", {}),
     ("qlora", {"name": "zero3"}, "bf16", {}),
     ("full", OFFLOADED, "bf16", {}),
