@@ -185,10 +185,9 @@ def _load(subject: Subject, dtype: Any, device: str) -> Any:
 
 def _with_adapter(model: Any, folder: Path) -> Any:
     """With the adapter added to its weights. Raises UserError for what consolidate refuses, too."""
-    from peft import PeftModel  # a model without an adapter needs none of it
-
     from launcher.export.merge.adapter import PREFIX, read_adapter
     from launcher.export.merge.settings import check as check_settings
+    from launcher.model.peft import PeftModel  # a model without an adapter needs none of it
 
     adapter = read_adapter(folder)
     check_settings(adapter)

@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
 from launcher.method.lora import ADAPTER
+from launcher.model.peft import Linear as PeftLinear
 
 
 def fuse_adapters(model: nn.Module) -> int:

@@ -8,10 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -22,6 +19,16 @@ from launcher.method import adapters
 from launcher.method.base import CPU
 from launcher.method.offsets import Base, LowRank, check_same, joined, principal, settings_of
 from launcher.model.load import Weights
+from launcher.model.peft import (
+    LoraConfig as PeftConfig,
+)
+from launcher.model.peft import (
+    LoraLayer,
+    ModulesToSaveWrapper,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 
 ADAPTER = "default"
 
@@ -41,7 +48,7 @@ class Lora:
         seed: int,
         weights: Weights | None = None,
         device: torch.device = CPU,
-    ) -> peft.PeftModel:
+    ) -> PeftModel:
         """Wrap `model` in PEFT; adapters are fp32 on CPU, A random and B zero, or as the settings
         say. Base weights are read one at a time, and only for those that need them."""
         base, config = Base(weights), self.config
@@ -73,7 +80,7 @@ class Lora:
         faster = self.config.plus_ratio is not None and ".lora_B." in name
         return float(self.config.plus_ratio or 1) if faster else 1.0
 
-    def write(self, model: peft.PeftModel, trained: dict[str, torch.Tensor], folder: Path) -> None:
+    def write(self, model: PeftModel, trained: dict[str, torch.Tensor], folder: Path) -> None:
         """A folder that `PeftModel.from_pretrained` loads onto the base. Raises when a tensor is
         missing."""
         expected = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -98,21 +105,19 @@ class Lora:
         content = save({name: t.contiguous() for name, t in tensors.items()}, {"format": "pt"})
         (folder / "adapter_model.safetensors").write_bytes(content)
 
-    def read(self, model: peft.PeftModel, folder: Path) -> dict[str, torch.Tensor]:
+    def read(self, model: PeftModel, folder: Path) -> dict[str, torch.Tensor]:
         stored = load_file(folder / "adapter_model.safetensors")
         self._take_offsets(model, stored)
         return _in_model_names(model, stored, folder)
 
-    def _wrap(self, model: nn.Module) -> peft.PeftModel:
+    def _wrap(self, model: nn.Module) -> PeftModel:
         targets = self.config.target_modules
         if "all-linear" in targets and len(targets) > 1:
             raise UserError(f"method.target_modules={targets}: all-linear stands alone")
         try:
             with warnings.catch_warnings():  # tied weights: export unties them where they differ
                 warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
-                wrapped = peft.get_peft_model(
-                    model, self._peft_config(), autocast_adapter_dtype=False
-                )
+                wrapped = get_peft_model(model, self._peft_config(), autocast_adapter_dtype=False)
         except ValueError as error:
             raise UserError(f"method.target_modules={targets}: {error}") from error
         if self.config.adapter is None:
@@ -121,17 +126,17 @@ class Lora:
         self._check_saved(wrapped)
         return wrapped
 
-    def _peft_config(self) -> peft.LoraConfig:
+    def _peft_config(self) -> PeftConfig:
         config = self.config
         if config.adapter is not None:
             folder = adapters.folder_of(config.adapter, "method.adapter")
-            found = peft.LoraConfig.from_pretrained(folder)
+            found = PeftConfig.from_pretrained(folder)
             found.inference_mode, found.lora_dropout = False, config.dropout
             found.base_model_name_or_path = None  # PEFT fills in this run's
             found.init_lora_weights = True
             return found
         targets = config.target_modules
-        return peft.LoraConfig(
+        return PeftConfig(
             r=config.rank,
             lora_alpha=config.resolved_alpha(),
             lora_dropout=config.dropout,
@@ -144,7 +149,7 @@ class Lora:
             task_type="CAUSAL_LM",
         )
 
-    def _check_names(self, model: peft.PeftModel) -> None:
+    def _check_names(self, model: PeftModel) -> None:
         """Every pattern must match a module with an adapter."""
         reached = model.base_model.targeted_module_names
         for key in ("rank_pattern", "alpha_pattern"):
@@ -152,7 +157,7 @@ class Lora:
                 if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in reached):
                     raise UserError(f"method.{key}: {pattern} is the name of no adapted module")
 
-    def _check_saved(self, model: peft.PeftModel) -> None:
+    def _check_saved(self, model: PeftModel) -> None:
         saved = [name for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
         for wanted in self.config.modules_to_save:
             if not any(name.endswith(f".{wanted}") for name in saved):
@@ -179,12 +184,12 @@ class Lora:
         base.add(module, taken)
         self._offsets[name] = self._offsets[name].beside(taken) if name in self._offsets else taken
 
-    def _copy_saved_modules(self, model: peft.PeftModel, base: Base) -> None:
+    def _copy_saved_modules(self, model: PeftModel, base: Base) -> None:
         for wrapper in model.modules():
             if isinstance(wrapper, ModulesToSaveWrapper):
                 base.copies(wrapper.original_module, wrapper.modules_to_save[ADAPTER])
 
-    def _go_on_from(self, model: peft.PeftModel, path: str) -> None:
+    def _go_on_from(self, model: PeftModel, path: str) -> None:
         folder = adapters.folder_of(path, "method.adapter")
         values = _in_model_names(model, adapters.tensors_of(path), folder)
         parameters = dict(model.named_parameters())
@@ -194,7 +199,7 @@ class Lora:
             holder, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(holder), attribute, nn.Parameter(value.float()))
 
-    def _take_offsets(self, model: peft.PeftModel, stored: dict[str, torch.Tensor]) -> None:
+    def _take_offsets(self, model: PeftModel, stored: dict[str, torch.Tensor]) -> None:
         """Leave of the tensors of a folder what is trained; what is not must be this run's."""
         layers = _layers(model)
         for module, own in self._offsets.items():
@@ -211,7 +216,7 @@ class Lora:
             check_same(module, LowRank(left[:, rank:] * scale, right[rank:]), own)
 
 
-def _layers(model: peft.PeftModel) -> dict[str, LoraLayer]:
+def _layers(model: PeftModel) -> dict[str, LoraLayer]:
     """The adapted layers by the module's name in the base."""
     return {
         name.removeprefix(PREFIX): layer
@@ -221,7 +226,7 @@ def _layers(model: peft.PeftModel) -> dict[str, LoraLayer]:
 
 
 def _factors(
-    model: peft.PeftModel, tensors: dict[str, torch.Tensor]
+    model: PeftModel, tensors: dict[str, torch.Tensor]
 ) -> dict[str, tuple[LowRank, float]]:
     """What each layer's adapter is, of tensors by PEFT's names, with its scale."""
     return {
@@ -235,18 +240,16 @@ def _factors(
     }
 
 
-def _in_peft_names(
-    model: peft.PeftModel, tensors: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def _in_peft_names(model: PeftModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """By the names of PEFT's files."""
-    renamed: dict[str, torch.Tensor] = peft.get_peft_model_state_dict(
+    renamed: dict[str, torch.Tensor] = get_peft_model_state_dict(
         model, state_dict=tensors, save_embedding_layers=False
     )
     return renamed
 
 
 def _in_model_names(
-    model: peft.PeftModel, stored: dict[str, torch.Tensor], folder: Path
+    model: PeftModel, stored: dict[str, torch.Tensor], folder: Path
 ) -> dict[str, torch.Tensor]:
     """By the names in `model`. Raises UserError when they are not those of its adapter."""
     names = {name: torch.empty(0) for name, p in model.named_parameters() if p.requires_grad}
@@ -258,7 +261,7 @@ def _in_model_names(
     return {name: stored[other] for name, other in wanted.items()}
 
 
-def _check_targets(model: peft.PeftModel, targets: list[str]) -> None:
+def _check_targets(model: PeftModel, targets: list[str]) -> None:
     """Every entry must match a module, and every match must be one that export can merge."""
     reached = model.base_model.targeted_module_names
     for target in targets:

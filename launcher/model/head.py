@@ -20,8 +20,9 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
+
+from launcher.model.peft import PeftModel
 
 CHUNK_ELEMENTS = 2**25  # logits of a chunk; in fp32 128 MiB
 NONE = -1  # what Liger is told that a position without a target has

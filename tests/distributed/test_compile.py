@@ -57,7 +57,7 @@ def try_both(place: Place, strategy: Any, loader: Any, seconds: float) -> str:
 WHOLE = pytest.mark.whole
 CELLS = [
     pytest.param("full", "fsdp", 2, "off", "fp32", marks=WHOLE),
-    ("lora", "fsdp", 2, "full", "fp32"),
+    pytest.param("lora", "fsdp", 2, "full", "fp32", marks=WHOLE),
     pytest.param("lora", "ddp", 2, "off", "bf16", marks=WHOLE),
     ("qlora", "single", 1, "2", "fp32"),
     ("lora", "zero2", 2, "off", "fp32"),

@@ -100,11 +100,12 @@ def test_a_newcomers_way(browser: Browser, page_at: Served, cache: Path) -> None
     choose(page, "load-name", "demo")
     page.get_by_role("button", name="Load into the page").click()
     expect(page.locator("#summary")).to_contain_text("2 ranks on 1 machine(s)")
+    field(page, "training-max_steps").fill("10")  # enough to learn who trained it
     field(page, "run-name").fill("first")
     expect(page.locator("#command textarea")).to_have_value(
         "shardway train data.max_length=80 method.rank=16 strategy.reshard_after_forward=false "
         "optimizer.learning_rate=0.003 scheduler.warmup_steps=2 training.epochs=null "
-        "training.max_steps=14 training.micro_batch_size=8 cluster.cpu_processes=2 "
+        "training.max_steps=10 training.micro_batch_size=8 cluster.cpu_processes=2 "
         "data.pad_to_multiple_of=8 training.global_batch_size=16 run_dir=runs/first"
     )
     page.get_by_role("button", name="Look at the data").click()
@@ -123,12 +124,12 @@ def test_a_newcomers_way(browser: Browser, page_at: Served, cache: Path) -> None
     page.locator("#stop").click()
     state_is(page, "stopped")
     stopped_at = len(losses(run))
-    assert 3 <= stopped_at < 14
+    assert 3 <= stopped_at < 10
     assert (run / f"checkpoints/step-{stopped_at:06d}/manifest.json").is_file()
     page.locator("#resume").click()
     state_is(page, "running")
     state_is(page, "finished", seconds=240)
-    expect(page.locator("#facts")).to_contain_text("step 14 / 14")
+    expect(page.locator("#facts")).to_contain_text("step 10 / 10")
     assert losses(run)[-1] < losses(run)[0] / 2
     picture(page, "runs")
 

@@ -1,0 +1,41 @@
+"""PEFT is there without what it would load."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from launcher.model.peft import hidden
+
+WRAPPED = """
+import sys
+import launcher.assembly
+from importlib.util import find_spec
+from torch import nn
+from launcher.model.peft import Linear, LoraConfig, get_peft_model
+model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+assert type(model.base_model.model[0]) is Linear
+assert find_spec("bitsandbytes"), "it is hidden from PEFT alone"
+unneeded = {"bitsandbytes", "torch._inductor.compile_fx"}
+assert not unneeded & set(sys.modules), unneeded & set(sys.modules)
+import bitsandbytes.functional
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_s_libraries_load_no_compiler() -> None:
+    done = subprocess.run([sys.executable, "-c", WRAPPED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_only_what_is_not_loaded_can_be_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with hidden("colorsys"), pytest.raises(ImportError):
+        import colorsys
+    import colorsys
+
+    with hidden("colorsys"):
+        assert sys.modules["colorsys"] is colorsys
+    assert sys.modules["colorsys"] is colorsys
