@@ -24,7 +24,7 @@ demo: $(VENV)/user  ## fetch a model, fine-tune it, export it, ask it (under 5 m
 
 test: $(VENV)/developer  ## the whole test suite (about 25 minutes on 2 cores)
 	$(BIN)/shardway fetch smollm2_135m
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/developer  ## every cell of every grid, not the pairs alone (an hour)
 	$(BIN)/shardway fetch smollm2_135m
