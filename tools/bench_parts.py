@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes  # noqa: F401  so that no library loads while memory is measured
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
