@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from launcher.method.lora import ADAPTER
-from launcher.model.peft import Linear as PeftLinear
+from launcher.model.peft import PeftLinear
 
 
 def fuse_adapters(model: nn.Module) -> int:

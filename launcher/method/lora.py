@@ -20,11 +20,9 @@ from launcher.method.base import CPU
 from launcher.method.offsets import Base, LowRank, check_same, joined, principal, settings_of
 from launcher.model.load import Weights
 from launcher.model.peft import (
-    LoraConfig as PeftConfig,
-)
-from launcher.model.peft import (
     LoraLayer,
     ModulesToSaveWrapper,
+    PeftConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,

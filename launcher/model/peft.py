@@ -27,19 +27,20 @@ def hidden(package: str) -> Iterator[None]:
 
 
 with hidden("bitsandbytes"):
-    from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+    from peft import LoraConfig as PeftConfig
+    from peft import PeftModel, get_peft_model, get_peft_model_state_dict
     from peft.import_utils import is_bnb_available
     from peft.tuners.lora import LoraLayer
-    from peft.tuners.lora.layer import Linear
+    from peft.tuners.lora.layer import Linear as PeftLinear
     from peft.utils.other import ModulesToSaveWrapper
 
     is_bnb_available()  # PEFT keeps the answer, and does not ask again when it makes layers
 
 __all__ = [
-    "Linear",
-    "LoraConfig",
     "LoraLayer",
     "ModulesToSaveWrapper",
+    "PeftConfig",
+    "PeftLinear",
     "PeftModel",
     "get_peft_model",
     "get_peft_model_state_dict",

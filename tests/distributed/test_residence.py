@@ -10,6 +10,7 @@ import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
 from launcher.distributed.process_group import Place
+from launcher.distributed.shards import local_part
 from launcher.loss import token_loss
 from launcher.strategy.base import share_cores
 from tests.distributed.test_strategies import held_bytes, zero_elements
@@ -52,6 +53,24 @@ def test_fully_shard_offloads_frozen_parameters_too(
     for told, offloaded, all_of_them in ranks.run(layout[1], policies, case):
         assert told == {CPUOffloadPolicy}
         assert offloaded == all_of_them
+
+
+def shards_and_storages(place: Place, case: Case) -> list[tuple[int, int]]:
+    """Bytes of this rank's part of each parameter, and of the storage that it lies in."""
+    strategy, _, _ = parts.set_up(place, case)
+    local = [local_part(p.detach()) for p in strategy.model.parameters()]
+    return [(each.nbytes, each.untyped_storage().nbytes()) for each in local]
+
+
+@pytest.mark.parametrize("layout", [("fsdp", 2, ()), OFFLOADED[0]], ids=lambda layout: layout[0])
+def test_shards_are_no_views_of_the_model_file(
+    ranks: Any, tiny: Path, rows_file: Path, layout: Layout
+) -> None:
+    """In the dtype of the file, so that nothing is cast."""
+    case = case_of(tiny, rows_file, layout, method="full", precision="pure_bf16")
+    for found in ranks.run(layout[1], shards_and_storages, case):
+        assert found
+        assert all(storage == shard for shard, storage in found)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

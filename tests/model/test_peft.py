@@ -14,9 +14,9 @@ import sys
 import launcher.assembly
 from importlib.util import find_spec
 from torch import nn
-from launcher.model.peft import Linear, LoraConfig, get_peft_model
-model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
-assert type(model.base_model.model[0]) is Linear
+from launcher.model.peft import PeftConfig, PeftLinear, get_peft_model
+model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), PeftConfig(target_modules=["0"]))
+assert type(model.base_model.model[0]) is PeftLinear
 assert find_spec("bitsandbytes"), "it is hidden from PEFT alone"
 unneeded = {"bitsandbytes", "torch._inductor.compile_fx"}
 assert not unneeded & set(sys.modules), unneeded & set(sys.modules)
