@@ -1,0 +1,58 @@
+"""Run folders and checkpoints of a released Shardway still resume and consolidate."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.folders import manifest
+from launcher.folders.checkpoint import Checkpoint, newest_checkpoint
+from tests.helpers.commands import shardway
+
+pytestmark = pytest.mark.slow
+RELEASED = Path(__file__).resolve().parents[1] / "released"
+EXPECTED: dict[str, Any] = json.loads((RELEASED / "expected.json").read_text())
+RECORDED_IN = "/data/shardway"  # where the runs were made
+WEIGHTS_ARE_COPIED = ("full-fsdp-fp32", "freeze-zero2-fp32")  # the others are merged: computed here
+
+
+def moved(name: str, folder: Path, tiny: Path) -> Path:
+    """A copy of the run in `folder`; paths in its files are those of this machine."""
+    run = folder / "runs" / name
+    shutil.copytree(RELEASED / name, run)
+    shutil.copyfile(RELEASED / "rows.jsonl", folder / "rows.jsonl")
+    for file in (*run.rglob("*.yaml"), *run.rglob("*.json")):
+        text = file.read_text().replace(f"{RECORDED_IN}/cache/models/tiny", str(tiny))
+        file.write_text(text.replace(RECORDED_IN, str(folder)))
+    checkpoint = Checkpoint(run / "checkpoints/step-000005")
+    content = manifest.read(checkpoint.manifest)
+    files = manifest.entries(checkpoint.path, lambda path: path != checkpoint.manifest)
+    assert files.keys() == content["files"].keys()
+    manifest.write(checkpoint.manifest, content, files)
+    return run
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_released_run_consolidates_and_resumes(name: str, tiny: Path, tmp_path: Path) -> None:
+    run, expected = moved(name, tmp_path, tiny), EXPECTED[name]
+    done = shardway("consolidate", run, "--output", tmp_path / "step-5", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    digest = hashlib.sha256((tmp_path / "step-5/model.safetensors").read_bytes()).hexdigest()
+    if name in WEIGHTS_ARE_COPIED:
+        assert digest == expected["export_sha256"]
+    done = shardway("resume", run, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "resumed from step-000005" in done.stdout
+    assert newest_checkpoint(run / "checkpoints").step == 10
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [each["step"] for each in records] == list(range(1, 11))
+    for key in ("loss", "grad_norm"):
+        found = [each[key] for each in records]
+        assert found == pytest.approx(
+            expected["losses" if key == "loss" else "grad_norms"], rel=1e-4
+        )
