@@ -22,7 +22,7 @@ $(VENV)/developer: $(VENV)/user
 demo: $(VENV)/user  ## fetch a model, fine-tune it, export it, ask it (under 5 minutes on 2 cores)
 	$(BIN)/python tools/demo.py
 
-test: $(VENV)/developer  ## the whole test suite (about 22 minutes on 2 cores)
+test: $(VENV)/developer  ## the test suite (about 22 minutes on 2 cores)
 	$(BIN)/shardway fetch smollm2_135m
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -30,14 +30,14 @@ test-all: $(VENV)/developer  ## every cell of every grid, not the pairs alone (a
 	$(BIN)/shardway fetch smollm2_135m
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ""
 
-check: $(VENV)/developer  ## lint, formatting, types, imports between rooms
+check: $(VENV)/developer  ## lint, formatting, types, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m launcher.config.reference --check docs/configuration.md
 
-format: $(VENV)/developer  ## put the code in order
+format: $(VENV)/developer  ## fix and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -1,1 +1,1 @@
-"""Shardway: launch sharded fine-tuning, land a folder that a server can load."""
+"""Shardway: launch sharded fine-tuning and export a folder that a server can load."""

@@ -1,4 +1,4 @@
-"""The `shardway` command: verbs, each imported when it is called."""
+"""The `shardway` command. The module of a subcommand is imported when it is called."""
 
 from __future__ import annotations
 
@@ -6,32 +6,38 @@ import importlib
 import os
 import sys
 
-from launcher.errors import UserError
+from launcher.errors import REFUSED, UserError
 
-VERBS = {
+COMMANDS = {
     "train": ("launcher.train", "compose, check and launch a run (Hydra overrides)"),
-    "consolidate": ("launcher.export.cli", "merge and re-shard a run into a folder that serves"),
-    "verify": ("launcher.export.verify", "check an exported folder against its manifest"),
-    "chat": ("launcher.chat.terminal", "talk to an export, a model or an adapter in the terminal"),
-    "serve": ("launcher.serve", "an OpenAI-compatible endpoint on an exported folder"),
-    "fetch": ("launcher.model.fetch", "fetch the demo model (or the tiny one of the tests)"),
-    "data": ("launcher.preview", "preview rows, learnt tokens, lengths and padding"),
-    "plan": ("launcher.plan", "how much memory a run will need; no GPU, no weights"),
-    "schedule": ("launcher.schedule", "draw the learning rate of a configuration over its steps"),
-    "runs": ("launcher.runs", "a table of run folders: state, step, loss, place in the queue"),
-    "stop": ("launcher.runs:stop", "end a run at its next step, with a checkpoint"),
-    "resume": ("launcher.runs:resume", "go on from a run's newest checkpoint"),
-    "logs": ("launcher.runs:logs", "what a run or one of its ranks said; --follow"),
-    "report": ("launcher.report", "curves and settings of runs, side by side in one HTML page"),
-    "ui": ("launcher.ui.server", "the web page: train, look after runs, chat, export"),
-    "rules": ("launcher.rules", "the rules between settings; explain one by an example"),
+    "consolidate": (
+        "launcher.commands.consolidate",
+        "merge and re-shard a run into a folder that a server can load",
+    ),
+    "verify": ("launcher.commands.verify", "check an exported folder against its manifest"),
+    "chat": ("launcher.commands.chat", "chat with an export, a model or an adapter"),
+    "serve": ("launcher.commands.serve", "serve an exported folder with an OpenAI-compatible API"),
+    "fetch": ("launcher.commands.fetch", "download the demo model (or the tiny test model)"),
+    "data": ("launcher.commands.data_preview", "preview rows, loss mask, lengths and padding"),
+    "plan": ("launcher.commands.plan", "estimate the memory that a run needs; no GPU, no weights"),
+    "schedule": ("launcher.commands.schedule", "draw the learning rate over the steps"),
+    "runs": ("launcher.commands.runs", "list runs: state, step, loss, time left, job"),
+    "stop": ("launcher.commands.stop", "stop a run at its next step, with a checkpoint"),
+    "resume": ("launcher.commands.resume", "resume a run from its newest checkpoint"),
+    "logs": ("launcher.commands.logs", "print the console of a run or the log of a rank; --follow"),
+    "report": ("launcher.commands.report", "write curves and settings of runs to one HTML page"),
+    "ui": ("launcher.ui.server", "start the web page: train, watch runs, chat, export"),
+    "rules": (
+        "launcher.commands.rules",
+        "list the rules between settings, or explain one with an example",
+    ),
 }
 
-USAGE = """shardway: launch sharded fine-tuning, land a folder that a server can load.
+USAGE = """shardway: launch sharded fine-tuning and export a folder that a server can load.
 
-    shardway VERB [ARGUMENTS]        shardway VERB --help teaches the verb
+    shardway COMMAND [ARGUMENTS]     shardway COMMAND --help explains a command
 
-{verbs}
+{commands}
 
 First steps:
     shardway fetch smollm2_135m
@@ -42,24 +48,24 @@ First steps:
 
 
 def main() -> None:
-    """Hand over to the verb's own `main`, which reads `sys.argv` and exits with its status."""
-    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if verb in ("-h", "--help", "help"):
-        listed = "\n".join(f"    {name:<12} {what}" for name, (_, what) in VERBS.items())
-        print(USAGE.format(verbs=listed))
+    """Call `main` of the subcommand's module, which reads `sys.argv` and exits with its status."""
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command in ("-h", "--help", "help"):
+        table = "\n".join(f"    {name:<12} {help}" for name, (_, help) in COMMANDS.items())
+        print(USAGE.format(commands=table))
         return
-    if verb not in VERBS:
-        print(f"shardway: {verb} is no verb; there are {', '.join(VERBS)}", file=sys.stderr)
-        sys.exit(2)
-    sys.argv = [f"shardway {verb}", *sys.argv[2:]]
+    if command not in COMMANDS:
+        choices = ", ".join(COMMANDS)
+        print(f"shardway: {command} is not a command; choose one of {choices}", file=sys.stderr)
+        sys.exit(REFUSED)
+    sys.argv = [f"shardway {command}", *sys.argv[2:]]
     try:
-        module, _, function = VERBS[verb][0].partition(":")
-        getattr(importlib.import_module(module), function or "main")()
+        importlib.import_module(COMMANDS[command][0]).main()
         sys.stdout.flush()
     except UserError as error:
         print(error, file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # the reader (`| head`) has seen enough
+        sys.exit(REFUSED)
+    except BrokenPipeError:  # the reader, such as `| head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
 

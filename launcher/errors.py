@@ -1,8 +1,12 @@
-"""The one exception whose text is written for the person at the keyboard."""
+"""The exception whose message is written for the user, and the exit statuses of a process."""
+
+FAILED = 1
+REFUSED = 2  # the request or the configuration cannot be met; the message gives the reason
+STOPPED = 75  # sysexits.h EX_TEMPFAIL: a checkpoint is saved, the run can be resumed
 
 
 class UserError(ValueError):
-    """Something the user can mend. The text names the key or file, the value, and the way out.
+    """An error that the user can fix. The message names the key or file, the value and the fix.
 
-    Shown without a traceback; the process exits with status 2.
+    It is shown without a traceback, and the process exits with status 2.
     """

@@ -1,8 +1,9 @@
-"""What each rank runs: the frozen configuration → the parts → `fit`.
+"""The program of each rank: load the frozen configuration, build the parts and call `fit`.
 
     torchrun … -m launcher.worker RUN ATTEMPT
 
-The parts are imported inside `run`, after the rank's log is open: libraries talk while they load.
+The parts are imported after the rank's log is open: libraries print while they are imported, and
+torch, transformers and PEFT take seconds.
 """
 
 from __future__ import annotations
@@ -10,233 +11,265 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass
 from io import TextIOBase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from launcher import manifest, rank_log, run_dir
-from launcher.checkpoint import layout
 from launcher.config import Config, store
-from launcher.config.data import DataConfig
-from launcher.config.scheduler import WarmupConfig
-from launcher.config.training import TrainingConfig
-from launcher.distributed import nodes
-from launcher.distributed.deadline import Deadline
-from launcher.distributed.stop import Stop, Stopped
-from launcher.errors import UserError
-from launcher.run_dir import RunDir
+from launcher.config.schema.scheduler import WarmupConfig
+from launcher.distributed import rendezvous
+from launcher.errors import STOPPED, UserError
+from launcher.folders import manifest
+from launcher.folders.checkpoint import finished_checkpoints
+from launcher.folders.run import RunDir
+from launcher.run import create, rank_log
+from launcher.run.deadline import Deadline
+from launcher.run.stop import Stopped, StopRequest
 
-Say = Callable[[str], None]
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from transformers import PreTrainedTokenizerBase
+
+    from launcher.checkpoint.save import Saver
+    from launcher.data.build import Loaders
+    from launcher.distributed.process_group import RankInfo
+    from launcher.training.loop import Plan
+    from launcher.training.state import Progress, TrainState
+
+
+@dataclass(frozen=True)
+class Run:
+    """One attempt of a run, on one rank."""
+
+    folder: RunDir
+    config: Config
+    console: TextIOBase  # silent except on rank 0
+    stop: StopRequest
+
+    def log(self, line: str) -> None:
+        """Print `line` on the console of rank 0."""
+        print(line, file=self.console, flush=True)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended."""
+
+    step: int  # the last step
+    reason: str | None  # why it ended before its schedule did; None: it is finished
 
 
 def main() -> None:
-    """Entry of a rank whose run folder stands already."""
+    """Train in an existing run folder, as one rank."""
     if "SHARDWAY_NODES" in os.environ:
-        nodes.spread()
-    _serve(RunDir(Path(sys.argv[1]), int(sys.argv[2])), int(os.environ["RANK"]))
+        rendezvous.set_global_ranks()
+    _train_with_log(RunDir(Path(sys.argv[1]), int(sys.argv[2])))
 
 
-def attend(config: Config, argv: list[str]) -> None:
-    """Entry of a rank under `torchrun … -m launcher.train`: agree on one run folder, then run.
+def train_under_torchrun(config: Config, argv: list[str]) -> None:
+    """Agree on one run folder with the other ranks of `torchrun … -m launcher.train`, then train.
 
-    Rank 0 makes the folder; every rank composed `config` itself.
+    Rank 0 creates the folder. Every rank has composed `config` itself. Raises UserError if they
+    cannot agree.
     """
-    from launcher.distributed import agree, process_group
+    from launcher.distributed import run_folder
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    meeting = process_group.rendezvous()
+    key_value_store = rendezvous.open_store()
 
-    def create() -> RunDir:
-        return run_dir.attempt(config, argv, world_size)[0]
+    def create_folder() -> RunDir:
+        return create.start_attempt(config, argv, world_size)[0]
 
-    try:
-        hashed, shared = store.fingerprint(config), config.launch.shared_disk
-        made = agree.agree_on_run(meeting, rank, world_size, hashed, create, shared)
-        run_folder = made if shared else _on_this_machine(meeting, made, create)
-    except UserError as error:
-        print(error, file=sys.stderr, flush=True)
-        sys.exit(rank_log.REFUSED)
+    fingerprint, shared = store.fingerprint(config), config.launch.shared_disk
+    folder = run_folder.agree_on_run(
+        key_value_store, rank, world_size, fingerprint, create_folder, shared
+    )
+    if not shared:
+        per_node = int(os.environ["LOCAL_WORLD_SIZE"])
+        folder = run_folder.run_folder_of_node(
+            key_value_store,
+            folder,
+            node=rank // per_node,
+            nodes=world_size // per_node,
+            create=create_folder if os.environ["LOCAL_RANK"] == "0" else None,
+        )
     if rank == 0:
-        print(f"run folder: {run_folder.path}", flush=True)
-    _serve(run_folder, rank, meeting)
+        print(f"run folder: {folder.path}", flush=True)
+    _train_with_log(folder, key_value_store)
 
 
-def _on_this_machine(meeting: Any, made: RunDir, create: Callable[[], RunDir]) -> RunDir:
-    from launcher.distributed import agree
-
-    here = int(os.environ["LOCAL_WORLD_SIZE"])
-    nodes, node = int(os.environ["WORLD_SIZE"]) // here, int(os.environ["RANK"]) // here
-    first = os.environ["LOCAL_RANK"] == "0"
-    return agree.folder_of_machine(meeting, made, node, nodes, create if first else None)
-
-
-def _serve(run_folder: RunDir, rank: int, meeting: Any = None) -> None:
-    """Run with a log of its own, and leave the reason behind if it fails."""
-    newer = RunDir(run_folder.path, run_folder.attempt + 1).logs
-    stop = Stop(run_folder.stop, newer, Deadline.of(run_folder.job))
+def _train_with_log(folder: RunDir, key_value_store: dist.Store | None = None) -> None:
+    """Train with output to this rank's log; if it fails, write the reason to a file."""
+    rank = int(os.environ["RANK"])
+    newer_attempt = RunDir(folder.path, folder.attempt + 1).logs
+    stop = StopRequest(folder.stop, newer_attempt, Deadline.from_job_file(folder.job))
     stop.listen()
-    console = rank_log.open_log(run_folder, rank)
-    with rank_log.last_words(run_folder, rank), console:
-        run(run_folder, store.load(run_folder.config), console, stop, meeting)
+    console = rank_log.open_log(folder, rank)
+    with rank_log.report_failure(folder, rank), console:
+        prepare_and_train(Run(folder, store.load(folder.config), console, stop), key_value_store)
 
 
-def run(
-    run_folder: RunDir, config: Config, console: TextIOBase, stop: Stop, meeting: Any = None
-) -> None:
-    """Build the parts and train. Data before the process group: a rank that waits for the
-    tokeniser is not in a collective."""
+def prepare_and_train(run: Run, key_value_store: dist.Store | None = None) -> None:
+    """Prepare the data, start the process group, and train.
+
+    The data comes first, so that ranks which wait for the tokenized data are not in a collective.
+    """
     import torch.distributed as dist
 
     from launcher.distributed import process_group
-    from launcher.distributed.together import any_rank, first_known
-    from launcher.model.folder import model_folder
+    from launcher.distributed.collectives import any_rank, first_not_none
+    from launcher.folders.model import model_folder
     from launcher.model.tokenizer import load_tokenizer
 
-    say = partial(print, file=console, flush=True)
-    place, source = process_group.place(), config.model
-    folder = model_folder(source.name_or_path, source.revision, source.trust_remote_code)
+    config, model = run.config, run.config.model
+    rank_info = process_group.read_rank_info()
+    folder = model_folder(model.name_or_path, model.revision, model.trust_remote_code)
     chat = config.data.format != "text"
-    tokenizer = load_tokenizer(folder, source.trust_remote_code, chat, config.data.template)
-    meeting = meeting or process_group.rendezvous()  # others look for it while rows are tokenised
-    loaders: Any = None
+    tokenizer = load_tokenizer(folder, model.trust_remote_code, chat, config.data.template)
+    # Opened before the rows are tokenized, because other ranks already try to connect to it.
+    key_value_store = key_value_store or rendezvous.open_store()
+    loaders: Loaders | None = None
     with suppress(Stopped):
-        loaders = _loaders(config.data, config.training, place, tokenizer, say, stop)
-    process_group.start(place, meeting)
-    ended: tuple[int, str | None]
-    if any_rank(stop.requested()):
-        saved = layout.finished(run_folder.checkpoints)
-        ended = saved[0].step if saved else 0, first_known(stop.reason())
+        loaders = _build_loaders(run, tokenizer, rank_info)
+    process_group.init_process_group(rank_info, key_value_store)
+    if any_rank(run.stop.requested()) or loaders is None:
+        saved = finished_checkpoints(run.folder.checkpoints)
+        outcome = Outcome(saved[0].step if saved else 0, first_not_none(run.stop.reason()))
     else:
-        ended = _train(run_folder, config, folder, tokenizer, loaders, place, console, stop)
-    _leave_status(run_folder, place.is_main, *ended, say)
+        outcome = _train(run, folder, tokenizer, loaders, rank_info)
+    if rank_info.is_main:
+        _write_status(run, outcome)
     dist.destroy_process_group()
 
 
+def _build_loaders(run: Run, tokenizer: PreTrainedTokenizerBase, rank_info: RankInfo) -> Loaders:
+    """The batches for training and evaluation. Raises Stopped if a stop is requested meanwhile."""
+    from launcher.data.build import build_loaders
+
+    return build_loaders(
+        run.config.data,
+        run.config.training,
+        tokenizer,
+        rank_info.rank,
+        rank_info.world_size,
+        run.log,
+        run.stop.raise_if_requested,
+    )
+
+
 def _train(
-    run_folder: RunDir,
-    config: Config,
-    folder: Path,
-    tokenizer: Any,
-    loaders: Any,
-    place: Any,
-    console: TextIOBase,
-    stop: Stop,
-) -> tuple[int, str | None]:
-    """Begin or go on; the last step done, and why it is not the schedule's last (None if it is)."""
-    from launcher.assembly import build_learner
+    run: Run,
+    model_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    loaders: Loaders,
+    rank_info: RankInfo,
+) -> Outcome:
+    """Build the train state, resume if there is a checkpoint, and train to the planned end or a
+    stop."""
     from launcher.checkpoint import load
     from launcher.checkpoint.save import Saver
-    from launcher.data.ahead import Ahead
-    from launcher.distributed.together import first_known
-    from launcher.faster import keep_faster
-    from launcher.loop import fit
-    from launcher.meter import Meter
-    from launcher.model.packed import check_apart
-    from launcher.precision import precision_of
-    from launcher.tracking import build_observers
+    from launcher.distributed.collectives import first_not_none
+    from launcher.training.build import build_train_state
+    from launcher.training.compile_auto import choose_compile
+    from launcher.training.packing_check import check_document_masking
+    from launcher.training.state import Progress
 
-    say = partial(print, file=console, flush=True)
-    chosen = load.choose(config, run_folder.checkpoints, place, say)
+    config, device = run.config, rank_info.device
+    checkpoint = load.choose_checkpoint(config, run.folder.checkpoints, rank_info, run.log)
     plan = _plan(config, loaders.training.steps_per_epoch)
-    learner = build_learner(config, folder, place, loaders.fingerprint, plan.total_steps, say)
+    state = build_train_state(
+        config, model_folder, rank_info, loaders.fingerprint, plan.total_steps, run.log
+    )
     if config.data.template is not None:
-        learner = replace(learner, tokenizer=tokenizer)
+        state.tokenizer = tokenizer
     if config.data.packing:
-        embedding: Any = learner.model.get_input_embeddings()  # type: ignore[operator]
-        words = embedding.num_embeddings
-        check_apart(learner.strategy.model, place.device, words)
-    saver = Saver(learner, run_folder, config.checkpoint, config.launch.shared_disk)
+        check_document_masking(state.strategy.model, device, state.vocabulary_size)
+    saver = Saver(state, run.folder, config.checkpoint, config.launch.shared_disk)
     saver.check_space()
-    done = load.Progress()
-    if chosen is not None:
-        done = load.restore(chosen, learner, config.resume_force)
-        say(f"resumed from {chosen.path.name}: {done.step} steps, {done.tokens:,} tokens")
-    observers = build_observers(config.tracking, run_folder, console) if place.is_main else ()
-    compute, stated = precision_of(config.precision).compute, config.tracking.peak_tflops
-    meter = Meter.of(place.device, learner.flops, compute, stated, place.world_size, say)
+    done = Progress()
+    if checkpoint is not None:
+        done = load.restore(checkpoint, state, config.resume_force)
+        run.log(f"resumed from {checkpoint.path.name}: {done.step} steps, {done.tokens:,} tokens")
     if config.training.compile == "auto":
-        (batch, *_) = loaders.training.window(done.step).micro_batches
-        say(f"compile: {keep_faster(learner.strategy, batch, place.device)}")
-    stop.training_begins()
+        (batch, *_) = loaders.training.step_batch(done.step).micro_batches
+        run.log(f"compile: {choose_compile(state.strategy, batch, device)}")
+    last = _fit(run, state, loaders, plan, saver, done)
+    if last < plan.end_step:
+        return Outcome(last, state.early_stopping.reason() or first_not_none(run.stop.reason()))
+    return Outcome(last, _planned_end(config, plan))
+
+
+def _fit(
+    run: Run, state: TrainState, loaders: Loaders, plan: Plan, saver: Saver, done: Progress
+) -> int:
+    """Run the training loop from `done`; return the last step."""
+    from launcher.data.prefetch import Prefetcher
+    from launcher.strategy.precision import precision_of
+    from launcher.tracking import build_observers
+    from launcher.training.loop import StepLoaders, fit
+    from launcher.training.throughput import ThroughputMeter
+
+    config, rank_info = run.config, state.rank_info
+    device = rank_info.device
+    compute, stated_peak = precision_of(config.precision).compute, config.tracking.peak_tflops
+    run.stop.on_train_begin()
     gc.collect()
-    gc.freeze()  # what is here stays: a collection in a step need not walk through it
+    gc.freeze()  # the objects that exist now stay; later collections skip them
     try:
-        last = fit(
-            learner.strategy,
-            learner.scheduler,
-            Ahead(loaders.training, pin_memory=place.device.type == "cuda"),
-            loaders.evaluation,
+        return fit(
+            state,
+            StepLoaders(
+                Prefetcher(loaders.training, pin_memory=device.type == "cuda"), loaders.evaluation
+            ),
             plan,
-            list(observers),
+            build_observers(config.tracking, run.folder, run.console) if rank_info.is_main else [],
             saver,
-            place.device,
-            halt=stop.requested,
-            done_steps=done.step,
-            tokens=done.tokens,
-            watch=learner.watch,
-            meter=meter,
+            run.stop.requested,
+            done,
+            ThroughputMeter.create(
+                device, state.flops, compute, stated_peak, rank_info.world_size, run.log
+            ),
         )
-    except UserError:  # on all ranks alike; what was learnt before it is not lost
+    except UserError:  # raised on all ranks; earlier saves in the background are completed
         saver.finish()
         raise
-    if last < plan.end_step:
-        return last, learner.watch.reason() or first_known(stop.reason())
-    return last, _planned_end(config, plan)
 
 
-def _planned_end(config: Config, plan: Any) -> str | None:
-    """Why training ends before its schedule does, by configuration."""
+def _planned_end(config: Config, plan: Plan) -> str | None:
+    """The setting that ends training before its schedule does, None if none does."""
     if plan.end_step == plan.total_steps:
         return None
     return f"training.stop_after_steps={config.training.stop_after_steps}"
 
 
-def _leave_status(
-    run_folder: RunDir, is_main: bool, step: int, reason: str | None, say: Say
-) -> None:
-    """Say how this attempt ended in a file: exit statuses are lost on the way through torchrun."""
-    if not is_main:
-        return
+def _write_status(run: Run, outcome: Outcome) -> None:
+    """Write how this attempt ended to a file, because torchrun does not pass on exit statuses."""
+    reason = outcome.reason
     planned = reason is None or reason.startswith("training.")
     status = {
         "state": "finished" if reason is None else "stopped",
         "reason": reason,
-        "step": step,
-        "exit_code": 0 if planned else rank_log.STOPPED,
+        "step": outcome.step,
+        "exit_code": 0 if planned else STOPPED,
     }
-    manifest.write_json(run_folder.status, status)
-    run_folder.stop.unlink(missing_ok=True)
+    manifest.write_json(run.folder.status, status)
+    run.folder.stop.unlink(missing_ok=True)
     if reason is not None:
-        further = f" {reason.partition('=')[0]}=null" if planned else ""
-        say(
-            f"stopped after step {step} ({reason}); go on: shardway train --config-path "
-            f"{run_folder.path} --config-name config resume=auto{further}"
+        without_limit = f" {reason.partition('=')[0]}=null" if planned else ""
+        run.log(
+            f"stopped after step {outcome.step} ({reason}); resume: shardway train --config-path "
+            f"{run.folder.path} --config-name config resume=auto{without_limit}"
         )
 
 
-def _loaders(
-    data: DataConfig, training: TrainingConfig, place: Any, tokenizer: Any, say: Say, stop: Stop
-) -> Any:
-    """The batches to learn from and those to evaluate on. Raises Stopped."""
-    from launcher.data.build import build_loaders
-    from launcher.data.loader import Loader
+def _plan(config: Config, steps_per_epoch: int) -> Plan:
+    """The steps at which training ends, evaluates, saves and logs.
 
-    deal = partial(
-        Loader,
-        rank=place.rank,
-        world_size=place.world_size,
-        micro_batch_size=training.micro_batch_size,
-        global_batch_size=training.global_batch_size,
-    )
-    return build_loaders(data, tokenizer, training.seed, deal, say, stop.raise_if_requested)
-
-
-def _plan(config: Config, steps_per_epoch: int) -> Any:
-    from launcher.loop import Plan
+    Raises UserError if the warm-up is longer than training.epochs.
+    """
+    from launcher.training.loop import Plan
 
     training = config.training
     total_steps = training.max_steps or (training.epochs or 0) * steps_per_epoch
@@ -251,7 +284,7 @@ def _plan(config: Config, steps_per_epoch: int) -> Any:
         total_steps=total_steps,
         end_step=min(total_steps, training.stop_after_steps or total_steps),
         max_grad_norm=training.max_grad_norm,
-        patience=training.skipped_steps,
+        max_nonfinite_steps=training.skipped_steps,
         eval_steps=training.eval_steps,
         save_steps=config.checkpoint.save_steps,
         log_steps=training.log_steps,

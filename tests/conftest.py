@@ -41,7 +41,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache of the test session's own; the demo model is linked in when it was fetched."""
-    from launcher import paths
+    from launcher.folders import paths
 
     users = paths.cache()
     folder = tmp_path_factory.mktemp("cache")
@@ -56,7 +56,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def tiny(cache: Path) -> Path:
     """The tiny model with tied embeddings."""
-    from launcher.model.fetch import fetch
+    from launcher.commands.fetch import fetch
 
     return fetch("tiny")
 
@@ -68,6 +68,14 @@ def tiny_untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "untied"
     make_tiny(folder, tie=False, seed=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PEFT adapter that names the tiny model as its base."""
+    from tests.helpers.exports import make_adapter
+
+    return make_adapter(tiny, tmp_path_factory.mktemp("adapter") / "mine")
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +98,7 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[object]:
-    """Four gloo ranks that stay for the session."""
+    """Four gloo ranks that stay for the session, or until one of them fails: then four others."""
     from tests.helpers.pool import RankPool
 
     pool = RankPool(4)

@@ -18,14 +18,14 @@ from pathlib import Path
 
 import bench_parts
 import torch.distributed as dist
-from bench_parts import MB, config_of, learner, say
+from bench_parts import MB, config_of, say, train_state
 
 from launcher.checkpoint.save import Saver
-from launcher.config.training import CheckpointConfig
-from launcher.distributed.process_group import Place
+from launcher.commands.fetch import MODELS, fetch
+from launcher.config.schema.training import CheckpointConfig
+from launcher.distributed.process_group import RankInfo
 from launcher.distributed.shards import Shard, shard_of
-from launcher.model.fetch import MODELS, fetch
-from launcher.run_dir import RunDir
+from launcher.folders.run import RunDir
 
 
 def main() -> None:
@@ -37,9 +37,9 @@ def main() -> None:
             bench_parts.spawn(bench, arguments.ranks, arguments.rounds, folder, Path(scratch))
 
 
-def gathering(place: Place, rounds: int, folder: Path, scratch: Path) -> None:
+def gathering(rank_info: RankInfo, rounds: int, folder: Path, scratch: Path) -> None:
     """Seconds and bytes of one gather to rank 0."""
-    strategy = learner(place, config_of(folder, "fsdp", "lora")).strategy
+    strategy = train_state(rank_info, config_of(folder, "fsdp", "lora")).strategy
     whole = {name: shard_of(p) for name, p in strategy.model.named_parameters()}
     arms: dict[str, dict[str, Shard]] = {"adapter": strategy.weights(), "whole model": whole}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
@@ -48,16 +48,16 @@ def gathering(place: Place, rounds: int, folder: Path, scratch: Path) -> None:
             seconds[name].append(_timed(lambda s=shards: strategy.gather(s)))  # type: ignore[misc]
     for name, shards in arms.items():
         size = sum(shard.nbytes for shard in shards.values()) / MB
-        say(place, f"  gather {name}: {size:,.1f} MB in {_median(seconds[name]):.3f} s\n")
+        say(rank_info, f"  gather {name}: {size:,.1f} MB in {_median(seconds[name]):.3f} s\n")
 
 
-def saving(place: Place, rounds: int, folder: Path, scratch: Path) -> None:
+def saving(rank_info: RankInfo, rounds: int, folder: Path, scratch: Path) -> None:
     """Seconds that training stands still for a checkpoint of method=full."""
-    trained = learner(place, config_of(folder, "fsdp", "full"))
+    trained = train_state(rank_info, config_of(folder, "fsdp", "full"))
     savers = {}
     for name, later in (("foreground", False), ("background", True)):
         run = RunDir(scratch / name)
-        if place.is_main:
+        if rank_info.is_main:
             run.checkpoints.mkdir(parents=True)
             run.config.write_text("{}\n")
         dist.barrier()
@@ -68,7 +68,7 @@ def saving(place: Place, rounds: int, folder: Path, scratch: Path) -> None:
             stalls[name].append(_timed(lambda s=saver, n=step: s.save(n, 0, None)))  # type: ignore[misc]
             saver.finish()
     for name, times in stalls.items():
-        say(place, f"  save in the {name}: training waits {_median(times):.3f} s\n")
+        say(rank_info, f"  save in the {name}: training waits {_median(times):.3f} s\n")
 
 
 def _timed(action: Callable[[], object]) -> float:

@@ -32,8 +32,8 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from launcher.distributed.process_group import Place
-from launcher.export.result.sink import Sink
+from launcher.distributed.process_group import RankInfo
+from launcher.export.writing.direct_writer import Sink
 
 LAYERS = 28  # at size 1: Qwen2.5-1.5B's shape, 1.54 B parameters
 RANK = 16
@@ -46,7 +46,7 @@ def tell():
         file.write(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 atexit.register(tell)
 """
-OURS = "from launcher.export.cli import main; main()"
+OURS = "from launcher.commands.consolidate import main; main()"
 PEFT = """
 import sys, torch
 from peft import PeftModel
@@ -128,7 +128,7 @@ def _sharded(what: str, peer: str, name: str, scratch: Path, arguments: argparse
     )
 
 
-def save_zero(place: Place, scratch: Path) -> None:
+def save_zero(rank_info: RankInfo, scratch: Path) -> None:
     """A real ZeRO-3 checkpoint, never stepped: bf16 with fp32 masters, SGD to spare the moments."""
     import deepspeed
     from transformers import AutoModelForCausalLM
@@ -145,11 +145,11 @@ def save_zero(place: Place, scratch: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     engine.save_checkpoint(scratch / "source")
-    if place.is_main:
+    if rank_info.is_main:
         _note(scratch, config)
 
 
-def save_dcp(place: Place, scratch: Path) -> None:
+def save_dcp(rank_info: RankInfo, scratch: Path) -> None:
     """FSDP2's sharded weights in fp32 under `model`."""
     import torch.distributed.checkpoint as saver
     from torch.distributed.fsdp import fully_shard
@@ -163,7 +163,7 @@ def save_dcp(place: Place, scratch: Path) -> None:
     fully_shard(model)
     tensors = dict(model.named_parameters())
     saver.save({"model": tensors}, checkpoint_id=scratch / "source")
-    if place.is_main:
+    if rank_info.is_main:
         _note(scratch, config)
 
 
@@ -272,8 +272,8 @@ def _floor(out: Path, nbytes: int) -> Taken:
     while left:
         with Sink(out / str(number)) as sink:
             for _ in range(min(10**9, left) // block):
-                sink.room(block)
-            sink.room(min(10**9, left) % block)
+                sink.reserve(block)
+            sink.reserve(min(10**9, left) % block)
             sink.finish()
         left -= min(10**9, left)
         number += 1

@@ -1,4 +1,4 @@
-"""Rows per second and memory of tokenising and packing a large data set.
+"""Rows per second and memory of tokenizing and packing a large data set.
 
     python tools/bench_data.py                      a million rows like alpaca's, every core
     python tools/bench_data.py --rows 50000 --workers 1
@@ -27,12 +27,12 @@ from typing import Any
 import numpy as np
 import psutil
 
-from launcher.config.data import DataConfig
+from launcher.commands.fetch import MODELS, fetch
+from launcher.config.schema.data import DataConfig
 from launcher.data import source
-from launcher.data.build import Tally, sequence_lengths
+from launcher.data.build import TokenizationProgress, sequence_lengths
 from launcher.data.dataset import load_data
 from launcher.data.packing import pack
-from launcher.model.fetch import MODELS, fetch
 from launcher.model.tokenizer import load_tokenizer
 
 WORDS = ("the", "of", "model", "data", "loss", "is", "a", "to", "train", "rank", "token", "batch")
@@ -50,19 +50,19 @@ def main() -> None:
         )
         memory = Memory()
         began = time.perf_counter()
-        data = load_data(config, tokenizer, Tally(print, lambda: None))
-        tokenised = time.perf_counter()
+        data = load_data(config, tokenizer, TokenizationProgress(print, lambda: None))
+        tokenized = time.perf_counter()
         numbers = np.arange(len(data.rows))
         sequences = pack(numbers, data.rows.lengths, config.max_length)
         packed = time.perf_counter()
         full = sequence_lengths(data.rows, sequences).sum() / (len(sequences) * config.max_length)
         peak = memory.stop()
         print(f"{data.describe()}\nof {path.stat().st_size / 1e6:,.0f} MB of JSON lines")
-    seconds = tokenised - began
+    seconds = tokenized - began
     print(
-        f"tokenised in {seconds:,.0f} s: {arguments.rows / seconds:,.0f} rows/s on "
+        f"tokenized in {seconds:,.0f} s: {arguments.rows / seconds:,.0f} rows/s on "
         f"{len(os.sched_getaffinity(0))} cores\n"
-        f"packed in {packed - tokenised:.1f} s: {len(sequences):,} sequences, {full:.2%} full\n"
+        f"packed in {packed - tokenized:.1f} s: {len(sequences):,} sequences, {full:.2%} full\n"
         f"peak memory: {peak['main'] / 1e9:.2f} GB, with workers {peak['all'] / 1e9:.2f} GB"
     )
 
@@ -114,7 +114,7 @@ def _made_up() -> Iterator[dict[str, str]]:
 
 
 def _given(data: Path) -> Iterator[dict[str, Any]]:
-    rows = [row for _, row in source.rows_of(DataConfig(path=str(data)), by_line=False)]
+    rows = [row for _, row in source.iter_rows(DataConfig(path=str(data)), by_line=False)]
     return (dict(row) for row in cycle(rows))
 
 

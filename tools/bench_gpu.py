@@ -105,8 +105,8 @@ def cells(row: Row, folder: Path, length: int, arguments: argparse.Namespace) ->
     """Run a row; its line of the table."""
     head = f"| {row.name} | {' '.join(said(row.changes))} |"
     for key in row.changes:
-        if "." in key and key not in store.settings(key.partition(".")[0]):
-            return f"{head} not run: {store.unknown(key)} | | | |"
+        if "." in key and key not in store.setting_names(key.partition(".")[0]):
+            return f"{head} not run: {store.describe_unknown(key)} | | | |"
     (run := folder / row.name).mkdir()
     seen = train(row, folder, run, length, arguments)
     timed = seen.records[arguments.warm_up - 1 :]

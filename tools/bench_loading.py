@@ -17,14 +17,14 @@ from pathlib import Path
 
 import bench_parts
 import torch
-from bench_parts import MB, config_of, learner
+from bench_parts import MB, config_of, train_state
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM
 
-from launcher.config.method import METHODS
-from launcher.config.strategy import STRATEGIES
-from launcher.distributed.process_group import Place
-from launcher.model.fetch import MODELS, fetch
+from launcher.commands.fetch import MODELS, fetch
+from launcher.config.schema.method import METHODS
+from launcher.config.schema.strategy import STRATEGIES
+from launcher.distributed.process_group import RankInfo
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -41,29 +41,31 @@ def main() -> None:
             bench_parts.spawn(loading, arguments.ranks, *words)
 
 
-def loading(place: Place, folder: Path, strategy: str, method: str, precision: str) -> None:
+def loading(rank_info: RankInfo, folder: Path, strategy: str, method: str, precision: str) -> None:
     """A row: each rank reads and keeps its own part."""
     said: list[str] = []
-    with bench_parts.memory(place) as used:
-        learner(place, config_of(folder, strategy, method, precision), said.append)
+    with bench_parts.memory(rank_info) as used:
+        train_state(rank_info, config_of(folder, strategy, method, precision), said.append)
     found = next(match for line in said if (match := re.search(r"has read ([\d,.]+) MB", line)))
     read = torch.tensor(float(found[1].replace(",", "")))
     dist.all_reduce(read, dist.ReduceOp.MAX)
-    _row(place, f"`method={method} strategy={strategy}`", read.item(), used)
+    _row(rank_info, f"`method={method} strategy={strategy}`", read.item(), used)
 
 
-def loading_all(place: Place, folder: Path, precision: str) -> None:
+def loading_all(rank_info: RankInfo, folder: Path, precision: str) -> None:
     """A row: every rank loads everything."""
-    with bench_parts.memory(place) as used:
+    with bench_parts.memory(rank_info) as used:
         dtype = DTYPES[precision]
-        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(place.device)
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(rank_info.device)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    _row(place, "`from_pretrained` on every rank", size / MB, used)
+    _row(rank_info, "`from_pretrained` on every rank", size / MB, used)
 
 
-def _row(place: Place, name: str, read: float, used: bench_parts.Memory) -> None:
+def _row(rank_info: RankInfo, name: str, read: float, used: bench_parts.Memory) -> None:
     peak = (used.gpu or used.host) / MB
-    bench_parts.say(place, f"| {name} | {read:,.1f} MB | {peak:,.0f} MB | {used.seconds:.1f} |\n")
+    bench_parts.say(
+        rank_info, f"| {name} | {read:,.1f} MB | {peak:,.0f} MB | {used.seconds:.1f} |\n"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,16 +14,16 @@ from __future__ import annotations
 import argparse
 
 import bench_parts
-from bench_parts import MB, config_of, learner
+from bench_parts import MB, config_of, train_state
 
-from launcher import plan
+from launcher.commands import plan
+from launcher.commands.fetch import MODELS, fetch
+from launcher.commands.plan import PlannedRun
 from launcher.config import Config
-from launcher.config.strategy import STRATEGIES
-from launcher.distributed.process_group import Place
-from launcher.loop import train_step
-from launcher.memory.trial import STEPS, full_window
-from launcher.model.fetch import MODELS, fetch
-from launcher.plan import Planned
+from launcher.config.schema.strategy import STRATEGIES
+from launcher.distributed.process_group import RankInfo
+from launcher.memory.dry_run import STEPS, longest_step_batch
+from launcher.training.loop import train_step
 
 
 def main() -> None:
@@ -42,22 +42,24 @@ def main() -> None:
                 training={"global_batch_size": ranks, "micro_batch_size": 1},
                 cluster={"name": "local", "nproc_per_node": ranks},
             )
-            planned = plan.plan(config)
+            planned = plan.plan_run(config)
             bench_parts.spawn(training, ranks, config, planned)
         print()
 
 
-def training(place: Place, config: Config, planned: Planned) -> None:
+def training(rank_info: RankInfo, config: Config, planned: PlannedRun) -> None:
     """Say the peak in MB, and how far the plan was off: a cell of the table."""
-    with bench_parts.memory(place) as used:
-        parts = learner(place, config)
-        window, training = full_window(config, place.world_size), config.training
-        targets = int(window.target_tokens) * place.world_size
+    with bench_parts.memory(rank_info) as used:
+        parts = train_state(rank_info, config)
+        step_batch, training = longest_step_batch(config, rank_info.world_size), config.training
+        targets = int(step_batch.target_tokens) * rank_info.world_size
         for _ in range(STEPS):
-            train_step(parts.strategy, window, targets, training.max_grad_norm, place.device)
+            train_step(
+                parts.strategy, step_batch, targets, training.max_grad_norm, rank_info.device
+            )
     seen = used.gpu or used.host
     expected = planned.peak + (0 if used.gpu else planned.host)  # a CPU has one memory
-    bench_parts.say(place, f" {seen / MB:,.0f} ({expected / seen - 1:+.0%}) |")
+    bench_parts.say(rank_info, f" {seen / MB:,.0f} ({expected / seen - 1:+.0%}) |")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from launcher.assembly import build_learner
-from launcher.checkpoint.learner import Learner
 from launcher.config import Config, store
-from launcher.distributed.process_group import Place, start
+from launcher.distributed.process_group import RankInfo, init_process_group
+from launcher.training.build import build_train_state
+from launcher.training.state import TrainState
 
 MB = 1e6
 _console = 1
@@ -29,8 +29,8 @@ def spawn(bench: Callable[..., None], ranks: int, *words: Any) -> None:
     """Run `bench(place, *words)` in `ranks` new processes, on GPUs where there are enough."""
     # Freed memory goes back at once: what is seen at the peak was in use.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)
-    meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    multiprocessing.spawn(_rank, args=(bench, ranks, meeting.port, *words), nprocs=ranks)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    multiprocessing.spawn(_rank, args=(bench, ranks, store.port, *words), nprocs=ranks)
 
 
 def _rank(rank: int, bench: Callable[..., None], ranks: int, port: int, *words: Any) -> None:
@@ -41,9 +41,9 @@ def _rank(rank: int, bench: Callable[..., None], ranks: int, port: int, *words: 
     cuda = torch.cuda.device_count() >= ranks
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
-    place = Place(rank, rank, ranks, ranks, device)
-    start(place, dist.TCPStore("127.0.0.1", port))
-    bench(place, *words)
+    rank_info = RankInfo(rank, rank, ranks, ranks, device)
+    init_process_group(rank_info, dist.TCPStore("127.0.0.1", port))
+    bench(rank_info, *words)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -68,12 +68,12 @@ def config_of(
     return config
 
 
-def learner(
-    place: Place, config: Config, say: Callable[[str], None] = lambda text: None
-) -> Learner:
+def train_state(
+    rank_info: RankInfo, config: Config, say: Callable[[str], None] = lambda text: None
+) -> TrainState:
     """The parts of a run, as the worker puts them together. `say` hears its log."""
     folder = Path(config.model.name_or_path)
-    made: Learner = build_learner(config, folder, place, "none", 100, say)
+    made: TrainState = build_train_state(config, folder, rank_info, "none", 100, say)
     return made
 
 
@@ -91,7 +91,7 @@ class Memory:
 
 
 @contextmanager
-def memory(place: Place) -> Iterator[Memory]:
+def memory(rank_info: RankInfo) -> Iterator[Memory]:
     """What the work inside needs at its peak. Collective.
 
     On the host that is RssAnon: pages of mapped files belong to the system and can be dropped.
@@ -113,15 +113,15 @@ def memory(place: Place) -> Iterator[Memory]:
         used.seconds = time.perf_counter() - began
         done.set()
         watcher.join()
-    gpu = torch.cuda.max_memory_allocated() if place.device.type == "cuda" else 0
+    gpu = torch.cuda.max_memory_allocated() if rank_info.device.type == "cuda" else 0
     most = torch.tensor([max(peak, _own_bytes()) - before, gpu])
     dist.all_reduce(most, dist.ReduceOp.MAX)
     used.host, used.gpu = most.tolist()
 
 
-def say(place: Place, text: str) -> None:
+def say(rank_info: RankInfo, text: str) -> None:
     """Rank 0 alone, on the console as it was."""
-    if place.is_main:
+    if rank_info.is_main:
         os.write(_console, text.encode())
 
 

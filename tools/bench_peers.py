@@ -4,7 +4,7 @@
     python tools/bench_peers.py run --peers ~/peers --output results
     python tools/bench_peers.py run --peers ~/peers --output results --data my_alpaca.json
 
-SmolLM2-135M, LoRA rank 8 on all linear layers, bf16, AdamW at 1e-4, answers alone are learnt. Every
+SmolLM2-135M, LoRA rank 8 on all linear layers, bf16, AdamW at 1e-4, only answers are learned. Every
 arm is at its system's defaults or at its best (tools/peers/arms.py); they take turns, round by
 round, each in processes of its own. Writes table.md, results.json and losses.png.
 """
@@ -29,8 +29,8 @@ from peers.arms import ARMS, SYSTEMS, Arm
 from peers.job import SEED, Job
 from peers.process import CHECKOUT, Run
 
+from launcher.commands.fetch import MODELS, fetch
 from launcher.errors import UserError
-from launcher.model.fetch import MODELS, fetch
 
 WARM_UP = 2  # steps that are not timed
 

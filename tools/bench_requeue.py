@@ -23,7 +23,8 @@ from typing import Any
 
 from launcher.cluster import slurm
 from launcher.errors import UserError
-from launcher.run_dir import RunDir
+from launcher.folders.run import RunDir
+from launcher.run.status import slurm_job_id
 
 PARTS = (
     "signal → checkpoint is whole",
@@ -45,13 +46,13 @@ def main() -> None:
         endless = ["training.epochs=null", "training.max_steps=1000000", "training.log_steps=1"]
         command = ["train", "cluster=slurm", f"run_dir={run.path}", *endless, *overrides]
         subprocess.run([sys.executable, "-m", "launcher.cli", *command], check=True)
-        job = slurm.job_of(run)
+        job = slurm_job_id(run)
         assert job is not None
         try:
             seconds = [round_of(run.path, job, number) for number in range(arguments.rounds)]
         finally:
             slurm.cancel(job)
-            _until(lambda: job not in slurm.queue([job]), "the job ends")
+            _until(lambda: job not in slurm.query_queue([job]), "the job ends")
     print(f"\n{arguments.rounds} rounds, seconds: median (least – most)")
     for name, values in zip(PARTS, zip(*seconds, strict=True), strict=True):
         print(
@@ -63,18 +64,18 @@ def round_of(path: Path, job: str, number: int) -> tuple[float, ...]:
     """The seconds of each of PARTS."""
     before, after = RunDir(path, number + 1), RunDir(path, number + 2)
     _until(lambda: _steps_since(before) >= WARM_UP_STEPS, f"attempt {before.attempt} trains")
-    signalled = time.time()
+    signaled = time.time()
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
     _until(before.status.is_file, "it saves and stops")
     saved = json.loads(before.status.read_text())["step"]
     whole = (before.checkpoints / f"step-{saved:06d}" / "manifest.json").stat().st_mtime
-    _until(lambda: slurm.queue([job])[job].state != "RUNNING", "it goes back into the queue")
+    _until(lambda: slurm.query_queue([job])[job].state != "RUNNING", "it goes back into the queue")
     queued = time.time()
     _until(after.job.is_file, f"attempt {after.attempt} begins")
     begun = after.job.stat().st_mtime
     _until(lambda: _steps_since(after) > 0, "it trains")
     first = next(_records_since(after))["time"]
-    times = (signalled, whole, queued, begun, first)
+    times = (signaled, whole, queued, begun, first)
     return tuple(b - a for a, b in itertools.pairwise(times))
 
 

@@ -14,100 +14,83 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from bench_parts import config_of, train_state
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from launcher import paths
-from launcher.config.data import DataConfig
-from launcher.config.method import LoraConfig
-from launcher.config.model import ModelConfig
-from launcher.config.optimizer import AdamwConfig
-from launcher.config.scheduler import CosineConfig
-from launcher.config.strategy import SingleConfig
-from launcher.config.training import TrainingConfig
-from launcher.data.batch import IGNORED, MicroBatch
-from launcher.data.dataset import load_data
+from launcher.commands.fetch import MODELS, fetch
+from launcher.config import Config
+from launcher.config.schema.method import LoraConfig
+from launcher.data.build import build_loaders
+from launcher.data.collate import IGNORED, MicroBatch
 from launcher.data.loader import Loader
-from launcher.data.order import Shuffled
-from launcher.data.packing import one_each
-from launcher.distributed.process_group import Place, start
-from launcher.loop import train_step
-from launcher.method.fused import fuse_adapters
-from launcher.method.lora import Lora
-from launcher.model.fetch import MODELS, fetch
-from launcher.model.head import chunk_loss
-from launcher.model.load import build_model
+from launcher.distributed.process_group import RankInfo, init_process_group
+from launcher.folders import paths
+from launcher.method import build_method
 from launcher.model.tokenizer import load_tokenizer
-from launcher.optimizer import build_optimizer
-from launcher.precision import PRECISIONS
-from launcher.scheduler import build_scheduler
-from launcher.strategy import build_strategy
+from launcher.strategy.precision import PRECISIONS, precision_of
+from launcher.training.loop import train_step
+from launcher.training.scheduler import build_scheduler
 
 Step = Callable[[int], float]  # step number → loss
-SEED = 42
-METHOD = LoraConfig(name="lora", rank=16)
-OPTIMIZER = AdamwConfig(learning_rate=1e-4)
-SCHEDULER = CosineConfig(name="cosine")
+RANK = 16  # of LoRA
+STEPS = 100  # of the schedule
 
 
 def main() -> None:
     arguments = _parser().parse_args()
     folder = fetch(arguments.model)
-    place = _alone()
-    loader = _loader(folder, arguments.batch, arguments.micro_batch)
+    rank_info = _alone()
+    config = _config(folder, arguments)
+    loader = _loader(config)
     arms = {
-        "shardway": shardway_arm(folder, loader, place, arguments),
-        "plain": plain_arm(folder, loader, place, arguments),
+        "shardway": shardway_arm(config, loader, rank_info),
+        "plain": plain_arm(config, loader, rank_info),
     }
-    seconds, losses = interleave(arms, arguments.rounds, place.device)
-    report(seconds, losses, loader, arguments, place)
+    seconds, losses = interleave(arms, arguments.rounds, rank_info.device)
+    report(seconds, losses, loader, arguments, rank_info)
     dist.destroy_process_group()
 
 
-def shardway_arm(folder: Path, loader: Loader, place: Place, arguments: argparse.Namespace) -> Step:
+def shardway_arm(config: Config, loader: Loader, rank_info: RankInfo) -> Step:
     """The product's own parts, as the worker puts them together."""
-    model, weights = build_model(
-        ModelConfig(name_or_path=str(folder)), folder, SEED, PRECISIONS[arguments.precision].compute
-    )
-    model = Lora(METHOD).prepare(model, SEED)
-    fuse_adapters(model)
-    chunk_loss(model, "chunked")
-    precision = PRECISIONS[arguments.precision]
-    single, training = SingleConfig(name="single"), TrainingConfig()
-    strategy = build_strategy(single, training, place, precision)
-    strategy.setup(model, weights, lambda trained: build_optimizer(OPTIMIZER, trained))
-    scheduler = build_scheduler(SCHEDULER, strategy.optimizer, 10_000)
+    state = train_state(rank_info, config)
+    strategy, max_grad_norm = state.strategy, config.training.max_grad_norm
     strategy.model.train()
 
     def step(number: int) -> float:
-        window = loader.window(number)
-        targets = int(strategy.sum(window.target_tokens))
-        stats = train_step(strategy, window, targets, 1.0, place.device)
-        scheduler.step()
+        step_batch = loader.step_batch(number)
+        targets = int(strategy.sum(step_batch.target_tokens))
+        stats = train_step(strategy, step_batch, targets, max_grad_norm, rank_info.device)
+        state.scheduler.step()
         return stats.loss.item()
 
     return step
 
 
-def plain_arm(folder: Path, loader: Loader, place: Place, arguments: argparse.Namespace) -> Step:
+def plain_arm(config: Config, loader: Loader, rank_info: RankInfo) -> Step:
     """What one would write by hand: from_pretrained, PEFT, AdamW, backward, clip, step."""
-    dtype = PRECISIONS[arguments.precision].compute
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(place.device)
-    model = Lora(METHOD).prepare(model, SEED).to(place.device).train()
+    dtype = precision_of(config.precision).compute
+    model = AutoModelForCausalLM.from_pretrained(config.model.name_or_path, dtype=dtype)
+    method = build_method(config.method)
+    model = method.prepare(model.to(rank_info.device), config.training.seed)
+    model = model.to(rank_info.device).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=OPTIMIZER.learning_rate, weight_decay=0.0, fused=True)
-    scheduler = build_scheduler(SCHEDULER, optimizer, 10_000)
+    rate, decay = config.optimizer.learning_rate, config.optimizer.weight_decay
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=decay, fused=True)
+    scheduler = build_scheduler(config.scheduler, optimizer, STEPS)
 
     def step(number: int) -> float:
-        window = loader.window(number)
+        step_batch = loader.step_batch(number)
         total = 0.0
-        for batch in window.micro_batches:
-            batch = batch.to(place.device)
-            with torch.autocast(place.device.type, dtype, enabled=dtype != torch.float32):
+        for batch in step_batch.micro_batches:
+            batch = batch.to(rank_info.device)
+            with torch.autocast(rank_info.device.type, dtype, enabled=dtype != torch.float32):
                 logits = model(input_ids=batch.input_ids, use_cache=False).logits
             loss = cross_entropy(
                 logits.flatten(0, 1).float(),
@@ -115,10 +98,10 @@ def plain_arm(folder: Path, loader: Loader, place: Place, arguments: argparse.Na
                 ignore_index=IGNORED,
                 reduction="sum",
             )
-            loss = loss / int(window.target_tokens)
+            loss = loss / int(step_batch.target_tokens)
             loss.backward()
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, config.training.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
@@ -131,7 +114,7 @@ def _labels(batch: MicroBatch) -> torch.Tensor:
     """The token to predict at each place [rows, length], or IGNORED."""
     real = batch.target_ids != IGNORED
     labels = torch.full_like(batch.input_ids, IGNORED)
-    labels.view(-1)[batch.target_at[real]] = batch.target_ids[real]
+    labels.view(-1)[batch.target_positions[real]] = batch.target_ids[real]
     return labels
 
 
@@ -160,9 +143,9 @@ def report(
     losses: dict[str, list[float]],
     loader: Loader,
     arguments: argparse.Namespace,
-    place: Place,
+    rank_info: RankInfo,
 ) -> None:
-    tokens = [int(loader.window(number + 2).tokens) for number in range(arguments.rounds)]
+    tokens = [int(loader.step_batch(number + 2).tokens) for number in range(arguments.rounds)]
     rates = {
         name: [count / taken for count, taken in zip(tokens, times, strict=True)]
         for name, times in seconds.items()
@@ -173,9 +156,9 @@ def report(
         for ours, plain in zip(losses["shardway"], losses["plain"], strict=True)
     )
     print(
-        f"{arguments.model}, LoRA rank {METHOD.rank}, {arguments.precision}, "
+        f"{arguments.model}, LoRA rank {RANK}, {arguments.precision}, "
         f"{arguments.batch} rows a step in micro-batches of {arguments.micro_batch}, "
-        f"{place.device.type}, {torch.get_num_threads()} threads, {arguments.rounds} rounds"
+        f"{rank_info.device.type}, {torch.get_num_threads()} threads, {arguments.rounds} rounds"
     )
     for name, values in rates.items():
         print(f"  {name:<9} {_three(values, 1)} tokens/s")
@@ -193,30 +176,40 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _alone() -> Place:
+def _alone() -> RankInfo:
     """A process group of one."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     cuda = torch.cuda.is_available()
-    place = Place(0, 0, 1, 1, torch.device("cuda", 0) if cuda else torch.device("cpu"))
-    start(place, dist.HashStore())
-    return place
+    rank_info = RankInfo(0, 0, 1, 1, torch.device("cuda", 0) if cuda else torch.device("cpu"))
+    init_process_group(rank_info, dist.HashStore())
+    return rank_info
 
 
-def _loader(folder: Path, batch: int, micro_batch: int) -> Loader:
-    tokenizer = load_tokenizer(folder, trust_remote_code=False)
-    config = DataConfig(path=str(paths.bundled("demo/train.jsonl")), max_length=128)
-    rows = load_data(config, tokenizer).rows
-    return Loader(
-        rows,
-        one_each(range(len(rows))),
-        Shuffled(SEED, len(rows)),
-        rank=0,
-        world_size=1,
-        micro_batch_size=micro_batch,
-        global_batch_size=batch,
-        pad_to_multiple_of=128,  # one shape: what is compared is the loop, not oneDNN's cache
-        pad_token_id=tokenizer.pad_token_id,
+def _config(folder: Path, arguments: argparse.Namespace) -> Config:
+    config = config_of(
+        *(folder, "single", "lora", arguments.precision),
+        data={
+            "path": str(paths.bundled("demo/train.jsonl")),
+            "max_length": 128,
+            "pad_to_multiple_of": 128,  # one shape: the loop is compared, not oneDNN's cache
+        },
+        training={
+            "global_batch_size": arguments.batch,
+            "micro_batch_size": arguments.micro_batch,
+            "max_steps": STEPS,
+        },
     )
+    assert isinstance(config.method, LoraConfig)
+    return replace(config, method=replace(config.method, rank=RANK))
+
+
+def _loader(config: Config) -> Loader:
+    tokenizer = load_tokenizer(Path(config.model.name_or_path), trust_remote_code=False)
+    return build_loaders(
+        *(config.data, config.training, tokenizer, 0, 1),
+        say=lambda line: None,
+        check=lambda: None,
+    ).training
 
 
 def _parser() -> argparse.ArgumentParser:

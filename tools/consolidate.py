@@ -1,6 +1,9 @@
-"""Merge and re-shard a run into a folder that serves: the same as `shardway consolidate`."""
+"""Merge and re-shard a run into a folder that servers load: the same as `shardway consolidate`."""
 
-from launcher.export.cli import main
+import sys
+
+from launcher.cli import main
 
 if __name__ == "__main__":
+    sys.argv.insert(1, "consolidate")
     main()

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launcher import paths
 from launcher.cluster.devices import visible_gpus
+from launcher.folders import paths
 
 ROWS_PER_STEP = 16
 
@@ -43,7 +43,7 @@ def main() -> None:
     after = shardway("chat", export, "--question", question, "--max-new-tokens", "48")
     print(f"\n{question}\n  before: {before}\n  after:  {after}\n")
     if lacks := [part for part in expected if part.lower() not in after.lower()]:
-        sys.exit(f"the answer should have {', '.join(lacks)} in it: the model has not learnt")
+        sys.exit(f"the answer should have {', '.join(lacks)} in it: the model has not learned")
     print(f"loss curve: {run / 'loss.png'}\ntalk to it: shardway chat {export}")
 
 

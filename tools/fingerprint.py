@@ -1,7 +1,7 @@
 """Prove that a refactor changes no number: record what training and export compute, compare later.
 
     python tools/fingerprint.py record before.json      # at the commit before the change
-    python tools/fingerprint.py compare before.json     # after it: exit status 1 where a bit differs
+    python tools/fingerprint.py compare before.json     # after it: exit status 1 if a bit differs
     python tools/fingerprint.py compare before.json --only 'lora-zero3'
 
 Everything goes through the `shardway` command, so that the same script runs against any commit
@@ -219,10 +219,29 @@ def export(work: Work, name: str, options: list[str]) -> dict[str, str]:
     work.shardway("consolidate", str(work.run_dir(name)), "--output", str(output), *options)
     files = sorted(path for path in output.rglob("*") if path.is_file())
     return {
-        str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest()
+        str(path.relative_to(output)): checksum(path, str(work.folder))
         for path in files
         if "manifest" not in path.name
     }
+
+
+def checksum(path: Path, folder: str) -> str:
+    """SHA-256 of a file; of JSON without the path of `folder` and the order of names, which PEFT
+    keeps in sets."""
+    content = path.read_bytes()
+    if path.suffix == ".json":
+        content = json.dumps(sorted_names(json.loads(content)), sort_keys=True).encode()
+        content = content.replace(folder.encode(), b"")
+    return hashlib.sha256(content).hexdigest()
+
+
+def sorted_names(value: Any) -> Any:
+    """`value` with every list of strings in order."""
+    if isinstance(value, dict):
+        return {key: sorted_names(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return sorted(value) if all(isinstance(each, str) for each in value) else value
+    return value
 
 
 def write_rows(path: Path) -> None:

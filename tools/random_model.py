@@ -1,8 +1,8 @@
-"""A model folder of a given shape with random weights: for benchmarks that cannot download one.
+"""Write a model folder with random weights, for benchmarks that cannot download a model.
 
     python tools/random_model.py 8b ~/random-8b        Llama-3-8B's shape, 16 GB of bf16
 
-Its tokenizer has a token a byte, and the vocabulary is the shape's all the same.
+The tokenizer has one token for each byte. The vocabulary size is still that of the shape.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 SHARD_BYTES = 5_000_000_000
-PATTERN = 1 << 24  # so many values are drawn; weights repeat them, which costs seconds, not minutes
+PATTERN_VALUES = 1 << 24  # random values; weights repeat them, which takes seconds, not minutes
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def config_of(shape: str) -> LlamaConfig:
-    """Untied, as Llama-3-8B is."""
+    """The config of a shape, with untied embeddings, as in Llama-3-8B."""
     return LlamaConfig(
         **SHAPES[shape],
         rms_norm_eps=1e-5,
@@ -70,8 +70,10 @@ def config_of(shape: str) -> LlamaConfig:
 
 
 def make(shape: str, folder: Path, shard_bytes: int = SHARD_BYTES, seed: int = 0) -> None:
-    """Write config.json, tokenizer and bf16 shards of at most `shard_bytes`, an index last. Holds a
-    shard in memory. Raises UserError where `folder` holds something else already."""
+    """Write config.json, tokenizer, bf16 shards of at most `shard_bytes`, and finally an index.
+
+    One shard is in memory at a time. Raises UserError if `folder` is not empty.
+    """
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,11 +86,11 @@ def make(shape: str, folder: Path, shard_bytes: int = SHARD_BYTES, seed: int = 0
     sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
     shards = split(sizes, shard_bytes)
     torch.manual_seed(seed)
-    drawn = torch.randn(PATTERN).mul_(0.02).bfloat16()
+    pattern = torch.randn(PATTERN_VALUES).mul_(0.02).bfloat16()
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _weight(name, sizes[name], drawn) for name in names}
+        tensors = {name: _weight(name, sizes[name], pattern) for name in names}
         save_file(tensors, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     total = sum(2 * math.prod(shape) for shape in sizes.values())
@@ -97,23 +99,23 @@ def make(shape: str, folder: Path, shard_bytes: int = SHARD_BYTES, seed: int = 0
 
 
 def split(sizes: dict[str, torch.Size], shard_bytes: int) -> list[list[str]]:
-    """The names of each shard, in order; a tensor that is larger than a shard has one alone."""
+    """The names of each shard, in order. A tensor larger than a shard gets its own shard."""
     shards: list[list[str]] = [[]]
-    room = shard_bytes
+    remaining = shard_bytes
     for name, shape in sizes.items():
-        if shards[-1] and 2 * math.prod(shape) > room:
+        if shards[-1] and 2 * math.prod(shape) > remaining:
             shards.append([])
-            room = shard_bytes
+            remaining = shard_bytes
         shards[-1].append(name)
-        room -= 2 * math.prod(shape)
+        remaining -= 2 * math.prod(shape)
     return shards
 
 
-def _weight(name: str, shape: torch.Size, drawn: torch.Tensor) -> torch.Tensor:
+def _weight(name: str, shape: torch.Size, pattern: torch.Tensor) -> torch.Tensor:
     if name.endswith("norm.weight"):
         return torch.ones(shape, dtype=torch.bfloat16)
     count = math.prod(shape)
-    return drawn.repeat(-(-count // len(drawn)))[:count].reshape(shape).clone()
+    return pattern.repeat(-(-count // len(pattern)))[:count].reshape(shape).clone()
 
 
 if __name__ == "__main__":

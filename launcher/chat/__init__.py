@@ -1,1 +1,1 @@
-"""Talk to a model: an export, any model folder, an adapter on its base."""
+"""Chat with a model: an export, any model folder, or an adapter on its base model."""

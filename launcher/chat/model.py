@@ -1,4 +1,4 @@
-"""A loaded model that answers, piece by piece."""
+"""A loaded model that streams its answers."""
 
 from __future__ import annotations
 
@@ -13,66 +13,67 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BatchEncoding,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
 from transformers.utils import logging
 
-from launcher.chat.options import Conversation, Options, check
-from launcher.chat.subject import Subject
+from launcher.chat.options import Conversation, Options, check_conversation
+from launcher.chat.target import ChatTarget
 from launcher.errors import UserError
 
 GREEDY = Options()
-AFTER_MODULE = r"\.(lora_|token_adapter\.|base_layer\.|weight$|bias$).*"
+PARAMETER_SUFFIX = r"\.(lora_|token_adapter\.|base_layer\.|weight$|bias$).*"  # after a module name
 
 
-class Talk:
-    """The model of a subject on the first GPU in its own dtype, or on the CPU in fp32."""
+class ChatModel:
+    """The model of a target, on the first GPU in its own dtype or on the CPU in fp32."""
 
-    def __init__(self, subject: Subject) -> None:
-        """Raises UserError when the model cannot be loaded, or has no chat template."""
+    def __init__(self, target: ChatTarget) -> None:
+        """Raises UserError if the model cannot be loaded or has no chat template."""
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-        self.subject = subject
-        self.tokens = 0  # of the last answer
-        self.tokenizer = _tokenizer(subject.tokenizer)
+        self.target = target
+        self.tokens = 0  # number of tokens of the last answer
+        self.tokenizer = _load_tokenizer(target.tokenizer)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         # A CPU without bf16 arithmetic is several times faster in fp32; the weights are the same.
-        self.model = _load(subject, "auto" if device == "cuda" else torch.float32, device)
+        self.model = _load_model(target, "auto" if device == "cuda" else torch.float32, device)
 
     def stream(
         self,
         conversation: Conversation,
         options: Options = GREEDY,
-        stopped: Callable[[], bool] = lambda: False,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[str]:
-        """The answer in pieces as they come; it ends early once `stopped()`, or with the iterator.
+        """Yield pieces of the answer as they are generated.
 
-        Raises UserError for a conversation that is none, or does not fit, and what generating
-        raised.
+        The answer ends early once `should_stop()` is true or the iterator is closed. Raises
+        UserError for a conversation that is invalid or too long, and any error of generation.
         """
-        prompt = self._prompt(conversation)
-        length = prompt["input_ids"].shape[1]
-        left = self._room_for(length)
+        prompt = self._encode(conversation)
+        prompt_length = prompt["input_ids"].shape[1]
+        remaining = self._remaining_positions(prompt_length)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        gone, failure, self.tokens = threading.Event(), [], 0
+        closed, failures, self.tokens = threading.Event(), [], 0
 
-        def ended(tokens: int) -> bool:
-            self.tokens = tokens - length
-            return gone.is_set() or stopped()
+        def is_done(total_tokens: int) -> bool:
+            self.tokens = total_tokens - prompt_length
+            return closed.is_set() or should_stop()
 
         def generate() -> None:
             try:
                 torch.manual_seed(secrets.randbits(63) if options.seed is None else options.seed)
                 self.model.generate(
                     **prompt,
-                    **self._sampling(options, left),
+                    **self._generation_arguments(options, remaining),
                     streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([_Ended(ended)]),
+                    stopping_criteria=StoppingCriteriaList([_CallbackCriteria(is_done)]),
                 )
-            except BaseException as error:  # crosses to the caller, who waits for pieces
-                failure.append(error)
+            except BaseException as error:  # re-raised in the caller, which waits for pieces
+                failures.append(error)
                 streamer.on_finalized_text("", stream_end=True)
 
         thread = threading.Thread(target=generate, name="generate", daemon=True)
@@ -80,134 +81,139 @@ class Talk:
         try:
             yield from filter(None, streamer)
         finally:
-            gone.set()
+            closed.set()
             thread.join()
-        if failure:
-            raise _readable(failure[0])
+        if failures:
+            raise _as_user_error(failures[0])
 
     def answer(self, conversation: Conversation, options: Options = GREEDY) -> str:
-        """The whole answer."""
+        """The complete answer. Raises the same errors as `stream`."""
         return "".join(self.stream(conversation, options)).strip()
 
-    def _prompt(self, conversation: Conversation) -> Any:
-        """input_ids and attention_mask [1, tokens]."""
-        check(conversation)
+    def _encode(self, conversation: Conversation) -> BatchEncoding:
+        """input_ids and attention_mask, [1, tokens] int64, on the model's device."""
+        check_conversation(conversation)
         try:
             prompt = self.tokenizer.apply_chat_template(
                 conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
-        except Exception as error:  # a template is a program: it raises what its author chose
+        except Exception as error:  # a template is a program and can raise any error
             raise UserError(
-                f"the chat template of {self.subject.tokenizer} cannot write this conversation: "
+                f"the chat template of {self.target.tokenizer} cannot render this conversation: "
                 f"{error}"
             ) from error
         return prompt.to(self.model.device)
 
-    def _room_for(self, length: int) -> int | None:
-        """How many tokens may follow `length`; None: as many as one likes."""
-        settings = self.model.config.get_text_config()
-        positions = getattr(settings, "max_position_embeddings", None)
+    def _remaining_positions(self, prompt_length: int) -> int | None:
+        """How many tokens fit after the prompt; None if the model has no limit."""
+        config = self.model.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None)
         if positions is None:
             return None
-        if length >= positions:
+        if prompt_length >= positions:
             raise UserError(
-                f"the conversation has {length} tokens and the model {positions} positions; "
-                "shorten it, or begin a new one"
+                f"the conversation has {prompt_length} tokens and the model {positions} positions; "
+                "shorten it, or start a new one"
             )
-        return int(positions) - length
+        return int(positions) - prompt_length
 
-    def _sampling(self, options: Options, left: int | None) -> dict[str, Any]:
-        """What else the folder's generation_config.json says (top_k, penalties) holds."""
+    def _generation_arguments(self, options: Options, remaining: int | None) -> dict[str, Any]:
+        """Other settings of the folder's generation_config.json (top_k, penalties) still apply."""
         tokens = options.max_new_tokens
-        given: dict[str, Any] = {
-            "max_new_tokens": tokens if left is None else min(tokens, left),
+        arguments: dict[str, Any] = {
+            "max_new_tokens": tokens if remaining is None else min(tokens, remaining),
             "do_sample": options.temperature > 0,
-            "eos_token_id": self._ends(),
+            "eos_token_id": self._end_token_ids(),
             "pad_token_id": self.tokenizer.pad_token_id,
         }
         if options.temperature > 0:
-            given |= {"temperature": options.temperature, "top_p": options.top_p}
-        return given
+            arguments |= {"temperature": options.temperature, "top_p": options.top_p}
+        return arguments
 
-    def _ends(self) -> list[int] | None:
-        """The model's end tokens and the tokenizer's: data.template may have taught another."""
-        known = self.model.generation_config.eos_token_id
-        ends = known if isinstance(known, list) else [known]
-        found = dict.fromkeys([*ends, self.tokenizer.eos_token_id])
-        return [token for token in found if token is not None] or None
+    def _end_token_ids(self) -> list[int] | None:
+        """The end tokens of the model and of the tokenizer: data.template may train another one."""
+        model_ids = self.model.generation_config.eos_token_id
+        model_ids = model_ids if isinstance(model_ids, list) else [model_ids]
+        unique = dict.fromkeys([*model_ids, self.tokenizer.eos_token_id])
+        return [token for token in unique if token is not None] or None
 
 
-class _Ended(StoppingCriteria):
-    """Asked after every token, with how many there are."""
+class _CallbackCriteria(StoppingCriteria):
+    """Calls `is_done` with the number of tokens after each new token."""
 
-    def __init__(self, ended: Callable[[int], bool]) -> None:
-        self.ended = ended
+    def __init__(self, is_done: Callable[[int], bool]) -> None:
+        self.is_done = is_done
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        ended = self.ended(input_ids.shape[1])
-        return torch.full((input_ids.shape[0],), ended, device=input_ids.device)
+        done = self.is_done(input_ids.shape[1])
+        return torch.full((input_ids.shape[0],), done, device=input_ids.device)
 
 
-def _tokenizer(folder: Path) -> Any:
+def _load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
-    except Exception as error:  # each tokenizer class has its own
-        raise UserError(f"the tokenizer in {folder} cannot be loaded: {_line(error)}") from error
+    except Exception as error:  # each tokenizer class raises its own errors
+        message = _one_line(error)
+        raise UserError(f"the tokenizer in {folder} cannot be loaded: {message}") from error
     if not tokenizer.chat_template:
         raise UserError(
-            f"the tokenizer of {folder} has no chat template; put a chat_template.jinja beside it"
+            f"the tokenizer of {folder} has no chat template; add a chat_template.jinja to the "
+            "folder"
         )
     return tokenizer
 
 
-def _load(subject: Subject, dtype: Any, device: str) -> Any:
+def _load_model(target: ChatTarget, dtype: str | torch.dtype, device: str) -> Any:
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            subject.model,
+        model, info = AutoModelForCausalLM.from_pretrained(
+            target.model,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
         )
-        if lost := sorted(found["missing_keys"]):  # else they would be random numbers
-            raise UserError(f"{subject.model} lacks {', '.join(lost[:3])} ({len(lost)} tensors)")
-        if subject.adapter is not None:
-            model = _with_adapter(model, subject.adapter)
+        if missing := sorted(info["missing_keys"]):  # they would be initialized at random
+            raise UserError(
+                f"{target.model} lacks {', '.join(missing[:3])} ({len(missing)} tensors)"
+            )
+        if target.adapter is not None:
+            model = _merge_adapter(model, target.adapter)
         return model.to(device).eval()
     except UserError:
         raise
-    except Exception as error:  # a damaged folder fails in a dozen ways; each means: not this one
-        raise UserError(f"{subject.describe()} cannot be loaded: {_line(error)}") from error
+    except Exception as error:  # a damaged folder raises many kinds of errors
+        raise UserError(f"{target.describe()} cannot be loaded: {_one_line(error)}") from error
 
 
-def _with_adapter(model: Any, folder: Path) -> Any:
-    """With the adapter added to its weights. Raises UserError for what consolidate refuses, too."""
-    from launcher.export.merge.adapter import PREFIX, read_adapter
-    from launcher.export.merge.settings import check as check_settings
-    from launcher.model.peft import PeftModel  # a model without an adapter needs none of it
+def _merge_adapter(model: Any, folder: Path) -> Any:
+    """Add the adapter to the model's weights. Raises UserError for what consolidate refuses."""
+    from launcher.io.adapter import PREFIX, read_adapter
+    from launcher.io.adapter_config import check_mergeable
+    from launcher.model.peft import PeftModel  # only adapters need it
 
     adapter = read_adapter(folder)
-    check_settings(adapter)
-    known = {name for name, _ in model.named_modules()}
-    adapted = {re.sub(AFTER_MODULE, "", name.removeprefix(PREFIX)) for name in adapter.tensors}
-    if strange := sorted(adapted - known):  # PEFT would leave them out in silence
+    check_mergeable(adapter)
+    modules = {name for name, _ in model.named_modules()}
+    adapted = {re.sub(PARAMETER_SUFFIX, "", name.removeprefix(PREFIX)) for name in adapter.tensors}
+    if unknown := sorted(adapted - modules):  # PEFT would ignore them without a message
         raise UserError(
-            f"{folder} adapts {strange[0]}, which its base has not: it belongs to another model; "
-            "name that with --base DIR"
+            f"{folder} adapts {unknown[0]}, which its base lacks: the adapter belongs to another "
+            "model; name that model with --base DIR"
         )
     return PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
 
 
-def _readable(error: BaseException) -> BaseException:
-    """Out of memory as a sentence; anything else as it is."""
+def _as_user_error(error: BaseException) -> BaseException:
+    """A UserError if memory ran out; any other error unchanged."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return UserError(f"there is not enough memory for this answer: {_line(error)}")
+        return UserError(f"there is not enough memory for this answer: {_one_line(error)}")
     return error
 
 
-def _line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
+    """The first 400 characters of an error's message, without line breaks."""
     text = str(error).strip()
     return " ".join(text.split())[:400] or type(error).__name__

@@ -1,9 +1,9 @@
-"""`python -m launcher.chat.process`: a process that owns a model and answers over its pipes.
+"""`python -m launcher.chat.process`: a process that owns a model and answers through pipes.
 
-One JSON object a line. In: {"load": {"path", "base"}} first, then {"ask": {"conversation",
-"options"}} and {"stop": true}. Out: {"ready": {"description", "notes"}}, {"piece": text},
-{"end": {"tokens", "seconds", "stopped"}}, {"error": sentence}. The end of stdin ends the process
-at once. `launcher.chat.remote` speaks to it.
+Each line is one JSON object. Input: {"load": {"path", "base"}} first, then {"ask": {"conversation",
+"options"}} and {"stop": true}. Output: {"ready": {"description", "notes"}}, {"piece": text},
+{"end": {"tokens", "seconds", "stopped"}}, {"error": message}. The process exits as soon as its
+stdin ends. `launcher.chat.remote` is the other side.
 """
 
 from __future__ import annotations
@@ -17,111 +17,121 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from launcher.chat.options import options_of
-from launcher.chat.subject import find
+from launcher.chat.options import options_from_json
+from launcher.chat.target import find_target
 from launcher.errors import UserError
 
-Say = Callable[[dict[str, Any]], None]
-UNUSABLE = 2  # the exit status when the model cannot be loaded
+if TYPE_CHECKING:
+    from launcher.chat.model import ChatModel
+
+Message = dict[str, Any]  # one line of a pipe
+Send = Callable[[Message], None]
+LOAD_FAILED = 2  # exit status if the model cannot be loaded
 
 
 @dataclass
 class Request:
-    """A line of stdin, and whether its answer is to end early."""
+    """A line of stdin, and whether its answer should end early."""
 
-    what: dict[str, Any]
+    message: Message
     stopped: threading.Event = field(default_factory=threading.Event)
 
 
 def main() -> None:
-    say = speaker(private_stdout())
+    """Load the model that the first line names, then answer until stdin ends."""
+    send = message_sender(take_stdout())
     requests: queue.Queue[Request] = queue.Queue()
-    listener = threading.Thread(target=listen, args=(sys.stdin, requests, say), daemon=True)
-    listener.start()
+    reader = threading.Thread(target=read_requests, args=(sys.stdin, requests, send), daemon=True)
+    reader.start()
     try:
-        talk = load(requests.get().what, say)
+        model = load_model(requests.get().message, send)
     except Exception as error:
-        say({"error": sentence(error)})
-        sys.exit(UNUSABLE)
+        send({"error": error_message(error)})
+        sys.exit(LOAD_FAILED)
     while True:
         request = requests.get()
         try:
-            answer(talk, request, say)
+            answer(model, request, send)
         except Exception as error:
-            say({"error": sentence(error)})
+            send({"error": error_message(error)})
 
 
-def private_stdout() -> IO[str]:
-    """The stdout of this process for its own use; what libraries print goes to stderr."""
-    own = os.fdopen(os.dup(1), "w", encoding="utf-8")
+def take_stdout() -> IO[str]:
+    """The original stdout. Everything else that this process prints goes to stderr from now on."""
+    stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    return own
+    return stdout
 
 
-def speaker(out: IO[str]) -> Say:
-    """Writes one line; two threads never mix theirs."""
+def message_sender(out: IO[str]) -> Send:
+    """A function that writes one message as a line. Threads may share it."""
     lock = threading.Lock()
 
-    def say(what: dict[str, Any]) -> None:
+    def send(message: Message) -> None:
         with lock:
-            out.write(json.dumps(what) + "\n")
+            out.write(json.dumps(message) + "\n")
             out.flush()
 
-    return say
+    return send
 
 
-def listen(lines: Iterable[str], requests: queue.Queue[Request], say: Say) -> None:
-    """Queue what is asked; a stop is meant for what was asked last. Ends the process with stdin."""
-    last = Request({})
+def read_requests(lines: Iterable[str], requests: queue.Queue[Request], send: Send) -> None:
+    """Put each request into the queue. A stop applies to the newest request.
+
+    Exits the process when the lines end.
+    """
+    newest = Request({})
     try:
         for line in lines:
             try:
-                what = _object(line)
+                message = _parse_line(line)
             except UserError as error:
-                say({"error": str(error)})
+                send({"error": str(error)})
                 continue
-            if "stop" in what:
-                last.stopped.set()
+            if "stop" in message:
+                newest.stopped.set()
             else:
-                last = Request(what)
-                requests.put(last)
+                newest = Request(message)
+                requests.put(newest)
     finally:
-        os._exit(0)  # the page is gone, and an answer under way may take minutes
+        os._exit(0)  # the page has ended, and the current answer may take minutes
 
 
-def load(what: dict[str, Any], say: Say) -> Any:
-    """The model that the first line names. Raises UserError."""
-    wanted = what.get("load")
-    if not isinstance(wanted, dict) or not isinstance(wanted.get("path"), str):
-        raise UserError('the first line names a model: {"load": {"path": DIR, "base": null}}')
-    base = wanted.get("base")
-    subject = find(Path(wanted["path"]), Path(base) if isinstance(base, str) else None)
+def load_model(message: Message, send: Send) -> ChatModel:
+    """Load the model named in the first message and send "ready". Raises UserError."""
+    load = message.get("load")
+    if not isinstance(load, dict) or not isinstance(load.get("path"), str):
+        raise UserError('the first line must name a model: {"load": {"path": DIR, "base": null}}')
+    base = load.get("base")
+    target = find_target(Path(load["path"]), Path(base) if isinstance(base, str) else None)
 
-    from launcher.chat.model import Talk  # after the folder was found to be one
+    from launcher.chat.model import ChatModel  # slow; only once the folder is known to be a model
 
-    talk = Talk(subject)
-    say({"ready": {"description": subject.describe(), "notes": list(subject.notes)}})
-    return talk
-
-
-def answer(talk: Any, request: Request, say: Say) -> None:
-    """Say the pieces of one answer and its end. Raises UserError for what is no question."""
-    asked = request.what.get("ask")
-    if not isinstance(asked, dict):
-        raise UserError(f"{', '.join(request.what) or 'nothing'} is asked; there are ask and stop")
-    options = options_of(asked.get("options", {}))
-    began = time.monotonic()
-    for piece in talk.stream(asked.get("conversation"), options, request.stopped.is_set):
-        say({"piece": piece})
-    seconds = round(time.monotonic() - began, 3)
-    ended = {"tokens": talk.tokens, "seconds": seconds, "stopped": request.stopped.is_set()}
-    say({"end": ended})
+    model = ChatModel(target)
+    send({"ready": {"description": target.describe(), "notes": list(target.notes)}})
+    return model
 
 
-def sentence(error: Exception) -> str:
-    """What a person is told; the traceback of the unexpected goes to stderr."""
+def answer(model: ChatModel, request: Request, send: Send) -> None:
+    """Send the pieces of one answer, then "end". Raises UserError for an invalid request."""
+    ask = request.message.get("ask")
+    if not isinstance(ask, dict):
+        keys = ", ".join(request.message) or "an empty object"
+        raise UserError(f"{keys} is not a request; the requests are ask and stop")
+    options = options_from_json(ask.get("options", {}))
+    conversation: Any = ask.get("conversation")  # the model checks it
+    start = time.monotonic()
+    for piece in model.stream(conversation, options, request.stopped.is_set):
+        send({"piece": piece})
+    seconds = round(time.monotonic() - start, 3)
+    stopped = request.stopped.is_set()
+    send({"end": {"tokens": model.tokens, "seconds": seconds, "stopped": stopped}})
+
+
+def error_message(error: Exception) -> str:
+    """The message for the user. The traceback of an unexpected error goes to stderr."""
     if isinstance(error, UserError):
         return str(error)
     import traceback
@@ -130,14 +140,14 @@ def sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _object(line: str) -> dict[str, Any]:
+def _parse_line(line: str) -> Message:
     try:
-        what = json.loads(line)
+        message = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"a line is no JSON: {error}") from error
-    if not isinstance(what, dict):
-        raise UserError(f"a line is a JSON {type(what).__name__}, expected an object")
-    return what
+        raise UserError(f"a line is not JSON: {error}") from error
+    if not isinstance(message, dict):
+        raise UserError(f"a line is a JSON {type(message).__name__}, expected an object")
+    return message
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A model in a process of its own, as the web page uses it. Imports neither torch nor transformers.
+"""A model in a separate process, as the web page uses it. Imports neither torch nor transformers.
 
-remote = Remote(Path("runs/first"))
+remote = RemoteModel(Path("runs/first"))
 remote.wait()
 for piece in remote.stream([{"role": "user", "content": "hi"}], Options()):
     ...
@@ -28,12 +28,14 @@ from launcher.errors import UserError
 
 LOADING, READY, ANSWERING, FAILED, CLOSED = "loading", "ready", "answering", "failed", "closed"
 COMMAND = (sys.executable, "-m", "launcher.chat.process")
-PATIENCE = 5.0  # seconds for the process to end by itself
-TAIL = 2000  # bytes of its stderr that are looked at
+EXIT_TIMEOUT = 5.0  # seconds that the process has to exit by itself
+STDERR_TAIL_BYTES = 2000  # of its stderr, read after an unexpected exit
+
+Message = dict[str, Any]  # one line of a pipe; launcher/chat/process.py lists the keys
 
 
 @dataclass(frozen=True)
-class Ended:
+class AnswerStats:
     """How the last answer ended."""
 
     tokens: int
@@ -41,21 +43,21 @@ class Ended:
     stopped: bool
 
 
-class Remote:
-    """Any thread may call any of it; one answer is made at a time.
+class RemoteModel:
+    """A model in a separate process. Thread-safe; it generates one answer at a time.
 
-    `state` is loading, ready, answering, failed or closed; `sentence` says why it failed.
+    `state` is loading, ready, answering, failed or closed; `error` says why it failed.
     """
 
     def __init__(self, path: Path, base: Path | None = None) -> None:
         self.state = LOADING
         self.description = ""
         self.notes: tuple[str, ...] = ()
-        self.sentence = ""
-        self.ended: Ended | None = None
+        self.error = ""
+        self.last_answer: AnswerStats | None = None
         self._changed = threading.Condition()
         self._sending = threading.Lock()
-        self._replies: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._replies: queue.Queue[Message] = queue.Queue()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         self._child = subprocess.Popen(
             COMMAND,
@@ -63,62 +65,63 @@ class Remote:
             stdout=subprocess.PIPE,
             stderr=self._log,
             encoding="utf-8",
-            start_new_session=True,  # Ctrl-C in the page's terminal is the page's
+            start_new_session=True,  # Ctrl-C in the page's terminal must not reach it
         )
-        threading.Thread(target=self._listen, name="remote", daemon=True).start()
-        named = {"path": str(path.absolute()), "base": str(base.absolute()) if base else None}
-        self._send({"load": named})
+        threading.Thread(target=self._read_messages, name="remote", daemon=True).start()
+        paths = {"path": str(path.absolute()), "base": str(base.absolute()) if base else None}
+        self._send({"load": paths})
 
     @property
     def pid(self) -> int:
+        """The ID of the process."""
         return self._child.pid
 
-    def wait(self, seconds: float | None = None) -> str:
-        """The state once it is no longer loading, or after so many seconds."""
+    def wait(self, timeout: float | None = None) -> str:
+        """Wait until loading has ended, or for `timeout` seconds, and return the state."""
         with self._changed:
-            self._changed.wait_for(lambda: self.state != LOADING, seconds)
+            self._changed.wait_for(lambda: self.state != LOADING, timeout)
             return self.state
 
     def stream(self, conversation: Conversation, options: Options) -> Iterator[str]:
-        """The answer in pieces as they come.
+        """An iterator over pieces of the answer, as they are generated.
 
-        Raises UserError at once when the model is not ready, and later when no answer comes of it.
+        Raises UserError at once if the model is not ready, and while iterating if the answer fails.
         """
         with self._changed:
             if self.state != READY:
-                raise UserError(self._why_not())
-            self.state, self.ended = ANSWERING, None
+                raise UserError(self._not_ready_message())
+            self.state, self.last_answer = ANSWERING, None
             replies = self._replies = queue.Queue()
-        asked = {"conversation": conversation, "options": dataclasses.asdict(options)}
-        self._send({"ask": asked})
+        self._send({"ask": {"conversation": conversation, "options": dataclasses.asdict(options)}})
         return self._pieces(replies)
 
     def stop(self) -> None:
-        """End the answer under way early; what was said so far stays."""
+        """End the current answer early. The pieces generated so far are still delivered."""
         with self._changed:
             answering = self.state == ANSWERING
         if answering:
             self._send({"stop": True})
 
     def close(self) -> None:
-        """End the process, and an answer under way with it."""
+        """End the process, and with it the current answer."""
         with self._changed:
             if self.state == CLOSED:
                 return
             self.state = CLOSED
             self._changed.notify_all()
-        if self._sending.acquire(timeout=PATIENCE):  # else a process that hangs reads nothing
+        # A process that hangs does not read its stdin, so another thread may hold this lock.
+        if self._sending.acquire(timeout=EXIT_TIMEOUT):
             with contextlib.suppress(OSError):
                 assert self._child.stdin is not None
                 self._child.stdin.close()
             self._sending.release()
         try:
-            self._child.wait(PATIENCE)
+            self._child.wait(EXIT_TIMEOUT)
         except subprocess.TimeoutExpired:
             self._child.kill()
             self._child.wait()
 
-    def _pieces(self, replies: queue.Queue[dict[str, Any]]) -> Iterator[str]:
+    def _pieces(self, replies: queue.Queue[Message]) -> Iterator[str]:
         try:
             while True:
                 reply = replies.get()
@@ -128,62 +131,63 @@ class Remote:
                     raise UserError(reply["error"])
                 else:
                     return
-        except GeneratorExit:  # nobody listens to the rest
+        except GeneratorExit:  # the caller does not want the rest
             if replies is self._replies:
                 self.stop()
             raise
 
-    def _listen(self) -> None:
-        """In a thread: what the process says, until it has ended."""
+    def _read_messages(self) -> None:
+        """In a thread: handle the messages of the process until it ends."""
         assert self._child.stdout is not None
         for line in self._child.stdout:
             with contextlib.suppress(ValueError):
-                self._hear(json.loads(line))
+                self._handle(json.loads(line))
         status = self._child.wait()
         with self._changed:
             if self.state != CLOSED:
-                self.sentence = self.sentence or self._epitaph(status)
+                self.error = self.error or self._exit_message(status)
                 self.state = FAILED
             self._changed.notify_all()
-        self._replies.put({"error": self.sentence or "the model was closed"})
+        self._replies.put({"error": self.error or "the model was closed"})
         self._log.close()
 
-    def _hear(self, said: dict[str, Any]) -> None:
+    def _handle(self, message: Message) -> None:
         with self._changed:
             if self.state == CLOSED:
                 return
-            if "ready" in said:
-                self.description = said["ready"]["description"]
-                self.notes = tuple(said["ready"]["notes"])
+            if "ready" in message:
+                self.description = message["ready"]["description"]
+                self.notes = tuple(message["ready"]["notes"])
                 self.state = READY
             elif self.state == LOADING:
-                self.sentence, self.state = said["error"], FAILED
-            elif "piece" not in said:
-                self.ended = Ended(**said["end"]) if "end" in said else None
+                self.error, self.state = message["error"], FAILED
+            elif "piece" not in message:
+                self.last_answer = AnswerStats(**message["end"]) if "end" in message else None
                 self.state = READY
-            self._replies.put(said)  # before the next answer has a queue of its own
+            self._replies.put(message)  # under the lock: the next answer gets a new queue
             self._changed.notify_all()
 
-    def _epitaph(self, status: int) -> str:
+    def _exit_message(self, status: int) -> str:
         if status < 0:
             name = signal.Signals(-status).name
-            why = "; often the machine ran out of memory" if -status == signal.SIGKILL else ""
-            return f"the model's process was ended by signal {name}{why}"
-        self._log.seek(max(0, self._log.seek(0, 2) - TAIL))
+            hint = "; often the machine ran out of memory" if -status == signal.SIGKILL else ""
+            return f"the model's process was ended by signal {name}{hint}"
+        self._log.seek(max(0, self._log.seek(0, 2) - STDERR_TAIL_BYTES))
         lines = self._log.read().decode(errors="replace").strip().splitlines()
-        return f"the model's process ended with status {status}: {lines[-1] if lines else 'silent'}"
+        last_line = lines[-1] if lines else "no output"
+        return f"the model's process ended with status {status}: {last_line}"
 
-    def _why_not(self) -> str:
+    def _not_ready_message(self) -> str:
         return {
             LOADING: "the model is still being loaded",
-            ANSWERING: "the model is answering; stop that first, or wait for it",
-            FAILED: self.sentence,
+            ANSWERING: "the model is answering; stop the answer first, or wait for its end",
+            FAILED: self.error,
             CLOSED: "the model was closed; load one again",
         }[self.state]
 
-    def _send(self, what: dict[str, Any]) -> None:
-        """To a process that has ended nothing is sent; the listener says why it did."""
+    def _send(self, message: Message) -> None:
+        """Does nothing if the process has ended; the reader thread reports why it did."""
         with self._sending, contextlib.suppress(OSError, ValueError):
             assert self._child.stdin is not None
-            self._child.stdin.write(json.dumps(what) + "\n")
+            self._child.stdin.write(json.dumps(message) + "\n")
             self._child.stdin.flush()

@@ -1,1 +1,1 @@
-"""What a run leaves behind. `layout` imports no torch."""
+"""Save and load the training state."""

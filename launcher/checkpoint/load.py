@@ -1,10 +1,9 @@
-"""Going on from a checkpoint: which one, and how its content comes back. Collective throughout."""
+"""Resume from a checkpoint: choose it, and restore its content. Every function is collective."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,129 +12,150 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from launcher import manifest
-from launcher.checkpoint import resume, retention, rng, sharded
-from launcher.checkpoint.layout import MANIFEST, MODEL, Checkpoint
-from launcher.checkpoint.learner import Learner
+from launcher.checkpoint import dcp
 from launcher.config import Config
-from launcher.distributed.mirror import Mirror
-from launcher.distributed.process_group import Place
+from launcher.distributed.collectives import on_all_ranks
+from launcher.distributed.file_sync import FileSync
+from launcher.distributed.process_group import RankInfo
 from launcher.distributed.shards import Shard
-from launcher.distributed.together import together
 from launcher.errors import UserError
+from launcher.folders import manifest
+from launcher.folders.checkpoint import MANIFEST, MODEL, Checkpoint
+from launcher.run import resume, retention
+from launcher.training import rng
+from launcher.training.state import Progress, TrainState
 
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far training has come."""
-
-    step: int = 0
-    tokens: int = 0
+Log = Callable[[str], None]
 
 
-def choose(config: Config, checkpoints: Path, place: Place, say: Say) -> Checkpoint | None:
-    """The checkpoint to go on from, None to begin; its files are what was written, and are on every
-    machine.
+def choose_checkpoint(
+    config: Config, checkpoints: Path, rank_info: RankInfo, log: Log
+) -> Checkpoint | None:
+    """The checkpoint to resume from, or None to start from scratch. Its files match its manifest
+    and are on every machine.
 
-    Broken ones of this run are named, set aside and passed over; one that was asked for by its path
-    is refused. Raises UserError when the configuration has changed in what is learnt.
+    Broken checkpoints of this run are reported, renamed and skipped. Raises UserError if the one
+    that `resume=PATH` names is broken, or if the configuration has changed in a setting that
+    changes the training.
     """
-    mirror = Mirror(place, config.launch.shared_disk)
-    clears = place.is_main or mirror.leads
-    together(lambda: retention.clear_leftovers(checkpoints) if clears else None)
-    found: list[Any] = [resume.candidates(config.resume, checkpoints) if place.is_main else None]
-    dist.broadcast_object_list(found)
-    for original in found[0]:
-        # Another machine's copy.
-        checkpoint = Checkpoint(checkpoints / original.path.name) if mirror.away else original
-        together(partial(mirror.deliver, checkpoint.path, MANIFEST))
-        wrong = _problems(checkpoint, place)
-        refuse = partial(_refuse, original, config, checkpoints, wrong)
-        together(lambda refuse=refuse: refuse() if place.is_main else None)  # type: ignore[misc]
-        if not wrong:
+    file_sync = FileSync(rank_info, config.launch.shared_disk)
+    cleans = rank_info.is_main or file_sync.is_node_leader
+    on_all_ranks(partial(retention.delete_leftovers, checkpoints) if cleans else _nothing)
+    broadcast: list[list[Checkpoint] | None] = [None]
+    if rank_info.is_main:
+        broadcast = [resume.candidates(config.resume, checkpoints)]
+    dist.broadcast_object_list(broadcast)
+    for original in broadcast[0] or []:
+        # On another machine, this machine's copy.
+        checkpoint = (
+            Checkpoint(checkpoints / original.path.name) if file_sync.is_remote else original
+        )
+        on_all_ranks(partial(file_sync.broadcast, checkpoint.path, MANIFEST))
+        problems = _find_damage(checkpoint, rank_info)
+        _on_main(partial(_refuse, original, config, checkpoints, problems), rank_info)
+        if not problems:
             return checkpoint
-        say(f"{checkpoint.path.name} is broken and passed over: {'; '.join(wrong)}")
-        together(lambda c=original: resume.set_aside(c) if place.is_main else None)  # type: ignore[misc]
+        log(f"{checkpoint.path.name} is broken and skipped: {'; '.join(problems)}")
+        _on_main(partial(resume.rename_broken, original), rank_info)
     return None
 
 
-def _refuse(checkpoint: Checkpoint, config: Config, checkpoints: Path, wrong: list[str]) -> None:
-    """Raise UserError where nothing else may be gone on from."""
-    if not wrong:
-        if refusals := resume.problems(checkpoint, config):
+def _on_main(action: Callable[[], None], rank_info: RankInfo) -> None:
+    """Call `action` on rank 0; all ranks raise UserError if it raises."""
+    on_all_ranks(action if rank_info.is_main else _nothing)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _refuse(checkpoint: Checkpoint, config: Config, checkpoints: Path, problems: list[str]) -> None:
+    """Raise UserError if the run must not continue with this checkpoint or an older one."""
+    if not problems:
+        if refusals := resume.find_problems(checkpoint, config):
             raise UserError("; ".join(refusals))
     elif checkpoint.path.parent != checkpoints:
-        raise UserError(f"resume={config.resume} is broken: {'; '.join(wrong)}")
+        raise UserError(f"resume={config.resume} is broken: {'; '.join(problems)}")
 
 
-def restore(checkpoint: Checkpoint, learner: Learner, force: bool) -> Progress:
-    """Bring back weights, optimizer, schedule and random states. Collective. Raises UserError for a
-    checkpoint of other data, unless `force`."""
+def restore(checkpoint: Checkpoint, train_state: TrainState, force: bool) -> Progress:
+    """Restore weights, optimizer, learning-rate schedule and random states. Collective.
+
+    Raises UserError for a checkpoint of other training rows, unless `force`, and for one whose
+    optimizer state does not fit.
+    """
     trainer = json.loads(checkpoint.trainer.read_text())
-    if "evaluations" not in trainer:
+    _refuse_other_training(checkpoint, trainer, train_state, force)
+    state = train_state.strategy.state()
+    if state.has_blockwise_moments and trainer["shards"] != state.num_shards:
         raise UserError(
-            f"{checkpoint.path} is of an older Shardway, which kept less of the schedule; go on "
-            "with that version, or begin anew from its weights"
-        )
-    if trainer["data"] != learner.about["data"] and not force:
-        raise UserError(
-            f"the rows are not those of {checkpoint.path}: the data file, the tokenizer or its "
-            "chat template has changed; bring it back, or begin anew without resume "
-            "(resume_force=true trains on regardless)"
-        )
-    state = learner.strategy.state()
-    if state.blockwise and trainer["shards"] != state.shards:
-        raise UserError(
-            f"the 8-bit optimizer state of {checkpoint.path} is quantised in blocks of the "
-            f"{trainer['shards']} runs that a tensor was cut into, and there are {state.shards} "
-            "now; go on with as many ranks under the same strategy (single and ddp cut nothing)"
+            f"the 8-bit optimizer state of {checkpoint.path} is quantized in blocks of "
+            f"{trainer['shards']} shards per tensor, and this run has {state.num_shards}; resume "
+            "with as many ranks and the same strategy (single and ddp do not shard)"
         )
     if checkpoint.adapter is not None:
-        _fill(state.weights, learner.method.read(learner.model, checkpoint.adapter))
+        _fill(state.weights, train_state.method.read(train_state.model, checkpoint.adapter))
         moments = {f"{m}/{n}": s for m, each in state.moments.items() for n, s in each.items()}
         _fill(moments, load_file(checkpoint.moments))
     else:
         model_tree = {"model": {**state.weights, **state.buffers}}
-        sharded.read(model_tree, checkpoint.path / MODEL, learner.group)
-        sharded.read(state.moments, checkpoint.optimizer, learner.group)
-    for name, counts in state.counts.items():
+        dcp.read(model_tree, checkpoint.path / MODEL, train_state.group)
+        dcp.read(state.moments, checkpoint.optimizer, train_state.group)
+    for name, counts in state.step_counts.items():
         for key, value in counts.items():
             value.fill_(trainer["counts"][name][key])
-    if learner.strategy.loss_scale is not None:
-        learner.strategy.loss_scale.load(trainer["loss_scale"])
-    learner.strategy.refresh()
-    learner.scheduler.go_on_from(trainer["schedule"])
-    learner.watch.go_on_from(trainer["evaluations"])
-    place = learner.place
-    if trainer["ranks"] == place.world_size:
-        rng.restore(load_file(checkpoint.rng(place.rank)), place.device)
-    else:  # no rank's random states fit: begin new streams
-        torch.manual_seed(trainer["step"] * place.world_size + place.rank)
+    if train_state.strategy.loss_scale is not None:
+        train_state.strategy.loss_scale.load_state(trainer["loss_scale"])
+    train_state.strategy.sync_working_copies()
+    train_state.scheduler.load_state(trainer["schedule"])
+    train_state.early_stopping.load_state(trainer["evaluations"])
+    rank_info = train_state.rank_info
+    if trainer["ranks"] == rank_info.world_size:
+        rng.restore(load_file(checkpoint.rng(rank_info.rank)), rank_info.device)
+    else:  # the saved random states belong to other ranks: start new streams
+        torch.manual_seed(trainer["step"] * rank_info.world_size + rank_info.rank)
     return Progress(trainer["step"], trainer["tokens"])
 
 
-def _problems(checkpoint: Checkpoint, place: Place) -> list[str]:
-    """What is wrong with a checkpoint's files; every rank reads its share of them."""
+def _refuse_other_training(
+    checkpoint: Checkpoint, trainer: dict[str, Any], train_state: TrainState, force: bool
+) -> None:
+    """Raise UserError if `trainer` (trainer.json) is too old, or is of other training rows."""
+    if "evaluations" not in trainer:
+        raise UserError(
+            f"{checkpoint.path} was written by an older version of Shardway, which saved less of "
+            "the schedule; resume with that version, or start from scratch with its weights"
+        )
+    if trainer["data"] != train_state.origin["data"] and not force:
+        raise UserError(
+            f"the rows are not those of {checkpoint.path}: the data file, the tokenizer or its "
+            "chat template has changed; restore it, or start from scratch without resume "
+            "(resume_force=true continues anyway)"
+        )
 
-    def look() -> list[str]:
+
+def _find_damage(checkpoint: Checkpoint, rank_info: RankInfo) -> list[str]:
+    """The files of a checkpoint that do not match its manifest; each rank reads its share."""
+
+    def check_share() -> list[str]:
         try:
-            return manifest.problems(checkpoint.manifest, place.rank, place.world_size)
+            return manifest.problems(checkpoint.manifest, rank_info.rank, rank_info.world_size)
         except UserError as error:
             return [str(error)]
 
-    found: list[list[str]] = [[]] * place.world_size
-    dist.all_gather_object(found, together(look))
-    return sorted({problem for each in found for problem in each})
+    by_rank: list[list[str]] = [[]] * rank_info.world_size
+    dist.all_gather_object(by_rank, on_all_ranks(check_share))
+    return sorted({problem for problems in by_rank for problem in problems})
 
 
 @torch.no_grad()
-def _fill(shards: dict[str, Shard], whole: dict[str, torch.Tensor]) -> None:
-    """Write this rank's run of each whole tensor."""
-    if apart := sorted(shards.keys() ^ whole.keys()):
-        raise UserError(f"the checkpoint holds other tensors: {apart[0]} ({len(apart)})")
+def _fill(shards: dict[str, Shard], full: dict[str, torch.Tensor]) -> None:
+    """Copy this rank's range of each full tensor into its shard."""
+    if differing := sorted(shards.keys() ^ full.keys()):
+        raise UserError(
+            f"the checkpoint contains other tensors: {differing[0]} ({len(differing)} differ)"
+        )
     for name, shard in shards.items():
-        if tuple(whole[name].shape) != tuple(shard.shape):
-            raise UserError(f"the checkpoint holds {name} as {tuple(whole[name].shape)}")
-        shard.local.copy_(shard.of(whole[name]))
+        if tuple(full[name].shape) != tuple(shard.shape):
+            raise UserError(f"the checkpoint contains {name} with shape {tuple(full[name].shape)}")
+        shard.local.copy_(shard.slice_of(full[name]))

@@ -1,1 +1,1 @@
-"""Where ranks run. Imports no torch."""
+"""Start the ranks, on this machine or in a Slurm job. Imports no torch."""

@@ -1,4 +1,4 @@
-"""The one torchrun command line."""
+"""The torchrun command line and its environment."""
 
 from __future__ import annotations
 
@@ -7,26 +7,30 @@ import sys
 from pathlib import Path
 
 
-def torchrun(run_dir: Path, attempt: int, nproc_per_node: int, deaf: bool = False) -> list[str]:
-    """One agent on this machine. `--standalone` binds a free port; a dead rank ends the run.
-    `deaf`: the agent takes no signal but SIGINT."""
+def torchrun_command(
+    run_dir: Path, attempt: int, nproc_per_node: int, ignore_signals: bool = False
+) -> list[str]:
+    """One agent on this machine. `--standalone` binds a free port; a rank that dies ends the run.
+
+    `ignore_signals`: the agent handles no signal except SIGINT.
+    """
     return [
         *(sys.executable, "-m", "torch.distributed.run"),
         "--standalone",
         f"--nproc-per-node={nproc_per_node}",
         "--max-restarts=0",
-        *(["--signals-to-handle=SIGINT"] if deaf else []),
+        *(["--signals-to-handle=SIGINT"] if ignore_signals else []),
         *("-m", "launcher.worker", str(run_dir), str(attempt)),
     ]
 
 
-def environment(nproc_per_node: int, gpus: int) -> dict[str, str]:
-    """This process's environment with the threads of a CPU run shared out among the ranks.
+def rank_environment(nproc_per_node: int, gpus: int) -> dict[str, str]:
+    """The environment of the ranks: this process's own, with the cores divided among CPU ranks.
 
-    torchrun would give each of several ranks one thread, whatever the machine has.
+    torchrun would give one thread to each of several ranks, however many cores there are.
     """
     values = dict(os.environ)
-    values["SHARDWAY_GPUS"] = str(gpus)  # a rank that sees none where there are some refuses
+    values["SHARDWAY_GPUS"] = str(gpus)  # a rank that finds none of these GPUs refuses to run
     cores = len(os.sched_getaffinity(0))
     values.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc_per_node) if not gpus else 1))
     if gpus:

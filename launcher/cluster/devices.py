@@ -1,4 +1,4 @@
-"""What this machine has to compute with, asked without importing torch."""
+"""The hardware and software of this machine, found without importing torch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from importlib import metadata
 
 
 def visible_gpus() -> int:
-    """`CUDA_VISIBLE_DEVICES` if set, else what the NVIDIA driver counts; 0 without a driver."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        devices = [device.strip() for device in chosen.split(",")]
+    """The number of GPUs in `CUDA_VISIBLE_DEVICES` if set, otherwise of the NVIDIA driver; 0
+    without a driver."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        devices = [device.strip() for device in listed.split(",")]
         return len([device for device in devices if device and device != "-1"])
-    import pynvml  # slow to load where there is a driver; not needed when the list is given
+    import pynvml  # slow to load with a driver; not needed if the variable is set
 
     try:
         pynvml.nvmlInit()
@@ -29,7 +30,7 @@ def visible_gpus() -> int:
 
 
 def gpu_memory() -> int | None:
-    """Bytes of this machine's first GPU; None where none is visible or it does not say."""
+    """Memory of this machine's first visible GPU in bytes; None without one or if it is unknown."""
     if not visible_gpus():
         return None
     import pynvml
@@ -47,8 +48,10 @@ def gpu_memory() -> int | None:
 
 
 def has_flash_attention() -> bool:
-    """Whether the package is installed under the name that transformers looks for. (Version 4 is
-    another package with the same modules.)"""
+    """Whether FlashAttention is installed under the package name that transformers checks.
+
+    Version 4 is another package with the same modules.
+    """
     try:
         metadata.version("flash-attn")
     except metadata.PackageNotFoundError:
@@ -57,34 +60,34 @@ def has_flash_attention() -> bool:
 
 
 def missing_packages(names: list[str]) -> tuple[str, ...]:
-    """Those of `names` that are not installed. Imports none."""
+    """The packages of `names` that are not installed. Imports none of them."""
     return tuple(name for name in names if importlib.util.find_spec(name) is None)
 
 
 def has_libaio() -> bool:
-    """Whether a program can be built against it, as DeepSpeed does to have parameters on disk."""
+    """Whether a program can be built with libaio. DeepSpeed needs it for parameters on disk."""
     compiler = shutil.which(os.environ["CXX"] if "CXX" in os.environ else "c++")
     if compiler is None:
         return False
     with tempfile.TemporaryDirectory(prefix="shardway-") as scratch:
-        built = subprocess.run(
+        result = subprocess.run(
             [compiler, "-x", "c++", "-", "-laio", "-o", f"{scratch}/program"],
             input=b"#include <libaio.h>\nint main() {}\n",
             capture_output=True,
         )
-    return built.returncode == 0
+    return result.returncode == 0
 
 
 def has_compiler() -> bool:
-    """Whether there is the C++ compiler that torch compiles with on CPU."""
+    """Whether the C++ compiler that torch.compile uses on CPU is installed."""
     return shutil.which(os.environ["CXX"] if "CXX" in os.environ else "g++") is not None
 
 
 def has_liger() -> bool:
-    """Whether Liger's kernels can be imported: not every torch brings the Triton that they need."""
+    """Whether Liger's kernels can be imported. They need Triton, which not every torch installs."""
     return not missing_packages(["liger_kernel", "triton"])
 
 
 def interprets_triton() -> bool:
-    """Whether Triton runs its kernels in Python, for which a CPU will do."""
+    """Whether Triton runs its kernels in its Python interpreter, which works on CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"

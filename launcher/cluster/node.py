@@ -1,10 +1,10 @@
-"""What srun starts once on each node of a job: this process becomes the node's torchrun.
+"""The program that srun starts once on each node of a job. It becomes the node's torchrun.
 
     srun … python -m launcher.cluster.node RUN/logs/attempt-N
 
-Each node's torchrun knows its own ranks only; they make themselves ranks of the whole job and meet
-through a file in the attempt's folder (launcher/distributed/nodes.py). So no port is agreed on
-beforehand, and no node waits for another's agent. Imports no torch.
+Each node's torchrun knows only its own ranks. The ranks compute their global ranks and find each
+other through a file in the attempt's folder (launcher/distributed/rendezvous.py), so no port has to
+be chosen in advance, and no node waits for another node's agent. Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,31 +17,33 @@ from pathlib import Path
 from launcher.cluster import command
 from launcher.cluster.devices import visible_gpus
 from launcher.config import store
-from launcher.config.rule import World
-from launcher.run_dir import RunDir
+from launcher.config.rules.rule import Machine, World
+from launcher.folders.run import RunDir
 
 
 def main() -> None:
-    run = RunDir.of_logs(Path(sys.argv[1]))
+    run = RunDir.from_logs(Path(sys.argv[1]))
     gpus = visible_gpus()
-    world = World.of(store.load(run.config), gpus)
+    world = World.from_config(store.load(run.config), Machine(gpus=gpus))
     node = int(os.environ["SLURM_NODEID"])
-    # As many as were asked for: ranks that see none of them refuse, instead of using the CPU.
-    values = command.environment(world.nproc_per_node, max(gpus, world.gpus))
-    values |= {
+    # At least the GPUs that were requested: a rank that finds none refuses to run on the CPU.
+    environment = command.rank_environment(world.nproc_per_node, max(gpus, world.gpus))
+    environment |= {
         "SHARDWAY_NODE": str(node),
         "SHARDWAY_NODES": os.environ["SLURM_NNODES"],
-        "SHARDWAY_MEETING": str(run.meeting),
+        "SHARDWAY_RENDEZVOUS": str(run.rendezvous),
     }
-    # Slurm signals every process of the step. The ranks save and end; their agent, which would end
-    # them at once, does not hear it: what is ignored stays ignored in the program that follows.
+    # Slurm signals every process of the step. The ranks then save and end. Their agent would end
+    # them at once, so it ignores these signals: an ignored signal stays ignored after exec.
     for number in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    os.listdir(run.logs.parent)  # NFS may remember that this attempt was not there yet
+    os.listdir(run.logs.parent)  # NFS may have cached that this attempt did not exist
     log = os.open(run.agent_log(node), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(log, 2)
-    words = command.torchrun(run.path, run.attempt, world.nproc_per_node, deaf=True)
-    os.execve(words[0], words, values)
+    torchrun = command.torchrun_command(
+        run.path, run.attempt, world.nproc_per_node, ignore_signals=True
+    )
+    os.execve(torchrun[0], torchrun, environment)
 
 
 if __name__ == "__main__":

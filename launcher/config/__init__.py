@@ -1,24 +1,24 @@
-"""What can be configured, and the gate that every run passes. Imports no torch."""
+"""The configuration: its sections and their schemas. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.config.cluster import CLUSTERS, ClusterConfig
-from launcher.config.data import DataConfig
-from launcher.config.method import METHODS, MethodConfig
-from launcher.config.model import ModelConfig
-from launcher.config.optimizer import OPTIMIZERS, OptimizerConfig
-from launcher.config.precision import PRECISIONS, PrecisionConfig
-from launcher.config.scheduler import SCHEDULERS, SchedulerConfig
-from launcher.config.strategy import STRATEGIES, StrategyConfig
-from launcher.config.tracking import TrackingConfig
-from launcher.config.training import CheckpointConfig, LaunchConfig, TrainingConfig
+from launcher.config.schema.cluster import CLUSTERS, ClusterConfig
+from launcher.config.schema.data import DataConfig
+from launcher.config.schema.method import METHODS, MethodConfig
+from launcher.config.schema.model import ModelConfig
+from launcher.config.schema.optimizer import OPTIMIZERS, OptimizerConfig
+from launcher.config.schema.precision import PRECISIONS, PrecisionConfig
+from launcher.config.schema.scheduler import SCHEDULERS, SchedulerConfig
+from launcher.config.schema.strategy import STRATEGIES, StrategyConfig
+from launcher.config.schema.tracking import TrackingConfig
+from launcher.config.schema.training import CheckpointConfig, LaunchConfig, TrainingConfig
 
 
 @dataclass(kw_only=True, slots=True)
 class Config:
-    """A checked configuration. Built by `store.build` alone; parts receive sections, never this."""
+    """A checked configuration, built only by `store.build`. Parts of a run receive its sections."""
 
     model: ModelConfig
     data: DataConfig
@@ -37,10 +37,10 @@ class Config:
     resume_force: bool
 
 
-# Settings that stand in no section.
+# Settings outside the sections.
 TOP_LEVEL = ("run_dir", "resume", "resume_force")
 
-# A section with several schemas chooses by its `name`.
+# A section with several schemas selects one of them by its `name`.
 SECTIONS: dict[str, type | dict[str, type]] = {
     "model": ModelConfig,
     "data": DataConfig,

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON, generated from the one configuration. Imports no torch, no deepspeed.
+"""Generate the DeepSpeed JSON from the configuration. Imports no torch and no deepspeed.
 
 Keys: https://www.deepspeed.ai/docs/config-json/
 """
@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from launcher.config import store
-from launcher.config.precision import Fp16Config, PrecisionConfig
-from launcher.config.strategy import Zero2Config, Zero3Config, ZeroConfig
-from launcher.config.training import TrainingConfig
+from launcher.config.schema.precision import Fp16Config, PrecisionConfig
+from launcher.config.schema.strategy import Zero2Config, Zero3Config, ZeroConfig
+from launcher.config.schema.training import TrainingConfig
 
-# Sections of DeepSpeed's that another setting of ours stands for.
-OURS = {
+# Sections of DeepSpeed's configuration → the setting of Shardway that controls them.
+MANAGED_SECTIONS = {
     "optimizer": "optimizer=",
     "scheduler": "scheduler=",
     "amp": "precision=",
@@ -26,38 +26,43 @@ OURS = {
 def engine_config(
     strategy: ZeroConfig, training: TrainingConfig, precision: PrecisionConfig, world_size: int
 ) -> dict[str, Any]:
-    """What DeepSpeed is told. `strategy.extra` is merged in; it must not contradict (see below)."""
+    """The configuration for DeepSpeed, with `strategy.extra` merged in.
+
+    `contradictions` must have found nothing in `strategy.extra`.
+    """
     return _merge(_generated(strategy, training, precision, world_size), strategy.extra)
 
 
 def contradictions(
     strategy: ZeroConfig, training: TrainingConfig, precision: PrecisionConfig, world_size: int
 ) -> list[str]:
-    """One sentence for each key of `strategy.extra` that says otherwise than the configuration."""
+    """One message for each key of `strategy.extra` that contradicts the configuration."""
     generated = dict(store.leaves_of(_generated(strategy, training, precision, world_size)))
     problems = [
-        f"strategy.extra.{key} is not DeepSpeed's to decide; say {OURS[key]}…"
+        f"strategy.extra.{key} is managed by Shardway; set {MANAGED_SECTIONS[key]}…"
         for key in strategy.extra
-        if key in OURS
+        if key in MANAGED_SECTIONS
     ]
     for key, value in store.leaves_of(strategy.extra):
         if key in generated and generated[key] != value:
             problems.append(f"strategy.extra.{key}={value} contradicts {key}={generated[key]}")
         elif any(known.startswith(f"{key}.") for known in generated):
-            problems.append(f"strategy.extra.{key}={value} replaces a section; name keys in it")
+            problems.append(
+                f"strategy.extra.{key}={value} replaces a section; set single keys in it"
+            )
     return problems
 
 
 def _generated(
     strategy: ZeroConfig, training: TrainingConfig, precision: PrecisionConfig, world_size: int
 ) -> dict[str, Any]:
-    per_round = training.micro_batch_size * world_size
+    micro_batch_rows = training.micro_batch_size * world_size
     zero: dict[str, Any] = {
         "stage": strategy.stage,
         "contiguous_gradients": True,
         "overlap_comm": isinstance(strategy, Zero2Config) and strategy.overlap_comm,
         "reduce_bucket_size": strategy.reduce_bucket_size,
-        # Under round robin DeepSpeed's own map of parameters to partitions is wrong.
+        # With round robin DeepSpeed's own map from parameters to partitions is wrong.
         "round_robin_gradients": False,
         "offload_optimizer": {"device": "cpu" if strategy.steps_on_cpu else "none"},
     }
@@ -68,26 +73,29 @@ def _generated(
             "stage3_param_persistence_threshold": strategy.persistence_threshold,
         }
         if strategy.on_disk:
-            zero |= _swapping(strategy)
+            zero |= _nvme_keys(strategy)
     return {
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
-        "gradient_accumulation_steps": training.global_batch_size // per_round,
-        # The loop says when a step ends: the last one of an epoch may take fewer micro-batches.
+        "gradient_accumulation_steps": training.global_batch_size // micro_batch_rows,
+        # The training loop ends a step: the last one of an epoch may have fewer micro-batches.
         "managed_gradient_accumulation": False,
         "gradient_clipping": training.max_grad_norm,
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,  # tests/distributed/test_optimizers.py tests them
-        # torch's AdamW steps on the CPU as fast as DeepSpeed's, which is compiled first.
+        # torch's AdamW is as fast on the CPU as DeepSpeed's, which would have to be compiled.
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
-        **_arithmetic(precision),
+        **_precision_keys(precision),
     }
 
 
-def _swapping(strategy: Zero3Config) -> dict[str, Any]:
-    """Parameters on disk. A tensor that is in use holds one of five buffers, so it is freed at
-    once; DeepSpeed's reading ahead asks for a buffer that the tensor has already."""
+def _nvme_keys(strategy: Zero3Config) -> dict[str, Any]:
+    """Keys for parameters on an NVMe disk.
+
+    A tensor in use occupies one of five buffers, so it is freed immediately after use. Prefetching
+    is off: DeepSpeed would request a buffer for a tensor that already has one.
+    """
     return {
         "offload_param": {
             "device": "nvme",
@@ -101,8 +109,9 @@ def _swapping(strategy: Zero3Config) -> dict[str, Any]:
     }
 
 
-def _arithmetic(precision: PrecisionConfig) -> dict[str, Any]:
-    """Sums of gradients in fp32 but under pure_bf16, as under every strategy."""
+def _precision_keys(precision: PrecisionConfig) -> dict[str, Any]:
+    """Keys for the dtypes. As under every strategy, gradients are summed in fp32 except under
+    pure_bf16."""
     sections: dict[str, Any] = {"fp16": {"enabled": False}, "bf16": {"enabled": False}}
     if isinstance(precision, Fp16Config):
         sections["fp16"] = {
@@ -129,10 +138,11 @@ def _arithmetic(precision: PrecisionConfig) -> dict[str, Any]:
     return sections
 
 
-def _merge(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `extra`, at any depth."""
     merged = dict(base)
-    for key, value in more.items():
-        below = merged[key] if key in merged else None
-        both = isinstance(below, Mapping) and isinstance(value, Mapping)
-        merged[key] = _merge(below, value) if both else value  # type: ignore[arg-type]
+    for key, value in extra.items():
+        current = merged[key] if key in merged else None
+        nested = isinstance(current, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merge(current, value) if nested else value  # type: ignore[arg-type]
     return merged

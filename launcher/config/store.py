@@ -1,4 +1,4 @@
-"""From a composed mapping to a checked `Config`, and to the frozen file and back."""
+"""Build a checked `Config` from a composed mapping; write and read the frozen file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launcher.config import SECTIONS, TOP_LEVEL, Config
-from launcher.config.setting import broken_limits
+from launcher.config.schema.setting import broken_limits
 from launcher.errors import UserError
 
 
 class ConfigError(UserError):
-    """Everything that is wrong with a configuration, one sentence an entry."""
+    """All problems of a configuration. `problems` has one message each."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
@@ -36,12 +36,14 @@ def build(raw: Mapping[str, Any]) -> Config:
 
     Raises ConfigError with every unknown key, wrong type and broken limit at once.
     """
-    problems = [unknown(str(key)) for key in raw if key not in (*SECTIONS, *TOP_LEVEL)]
+    problems = [describe_unknown(str(key)) for key in raw if key not in (*SECTIONS, *TOP_LEVEL)]
     sections: dict[str, Any] = {}
     for section, schema in SECTIONS.items():
         values = raw[section] if section in raw else {}
         if not isinstance(values, Mapping):
-            problems.append(f"{section}={values} is not a section; choose one of conf/{section}/")
+            problems.append(
+                f"{section}={values} is not a section; choose a file of conf/{section}/"
+            )
             continue
         if isinstance(schema, dict):
             name = values["name"] if "name" in values else None
@@ -65,7 +67,7 @@ def build(raw: Mapping[str, Any]) -> Config:
 
 
 def _section(section: str, schema: type, values: Mapping[Any, Any], problems: list[str]) -> Any:
-    """Build one section; append what is wrong to `problems` and then return None."""
+    """Build one section. If something is wrong, append messages to `problems` and return None."""
     before = len(problems)
     fields = {field.name: field for field in dataclasses.fields(schema)}
     converted: dict[str, Any] = {}
@@ -74,7 +76,7 @@ def _section(section: str, schema: type, values: Mapping[Any, Any], problems: li
     for key, value in values.items():
         if key not in fields:
             known = [f"{section}.{name}" for name in fields]
-            problems.append(unknown(f"{section}.{key}", known))
+            problems.append(describe_unknown(f"{section}.{key}", known))
             continue
         try:
             node = OmegaConf.merge(typed, {key: value})
@@ -84,7 +86,7 @@ def _section(section: str, schema: type, values: Mapping[Any, Any], problems: li
     for name, field in fields.items():
         required = field.default is field.default_factory is dataclasses.MISSING
         if required and name not in values:
-            problems.append(f"{section}.{name} is not set; it is {field.metadata['help']}")
+            problems.append(f"{section}.{name} is not set; set it to {field.metadata['help']}")
     if len(problems) > before:
         return None
     built = schema(**converted)
@@ -92,71 +94,73 @@ def _section(section: str, schema: type, values: Mapping[Any, Any], problems: li
     return built
 
 
-def settings(section: str) -> list[str]:
+def setting_names(section: str) -> list[str]:
     """The dotted names of a section's settings, over all its schemas."""
-    schema = SECTIONS[section]
-    schemas = list(schema.values()) if isinstance(schema, dict) else [schema]
-    names = [field.name for each in schemas for field in dataclasses.fields(each)]
+    names = [field.name for schema in _schemas(section) for field in dataclasses.fields(schema)]
     return [f"{section}.{name}" for name in dict.fromkeys(names)]
 
 
-def _owners(key: str) -> list[str]:
+def _schemas(section: str) -> list[type]:
+    """The schemas of a section, empty if it does not exist."""
+    schema = SECTIONS[section] if section in SECTIONS else {}
+    return list(schema.values()) if isinstance(schema, dict) else [schema]
+
+
+def _choices_with(key: str) -> list[str]:
     """The choices of a section that have the setting `key`."""
     section, _, name = key.partition(".")
-    schema = SECTIONS[section] if section in SECTIONS else None
-    if not isinstance(schema, dict):
+    schemas = SECTIONS[section] if section in SECTIONS else None
+    if not isinstance(schemas, dict):
         return []
     return [
         choice
-        for choice, each in schema.items()
-        if name in (field.name for field in dataclasses.fields(each))
+        for choice, schema in schemas.items()
+        if name in (field.name for field in dataclasses.fields(schema))
     ]
 
 
-def _mapping(key: str) -> str | None:
-    """The setting that `key` is or lies in, if it holds entries of any name."""
+def _mapping_setting(key: str) -> str | None:
+    """The setting that `key` is or lies in, if that setting is a mapping with free names."""
     section, name = (*key.split("."), "")[:2]
-    schema = SECTIONS[section] if section in SECTIONS else {}
-    fields = [
-        field
-        for each in (schema.values() if isinstance(schema, dict) else [schema])
-        for field in dataclasses.fields(each)
-    ]
-    holds = any(f.name == name and str(f.type).startswith("dict[") for f in fields)
-    return f"{section}.{name}" if holds else None
+    fields = [field for schema in _schemas(section) for field in dataclasses.fields(schema)]
+    is_mapping = any(f.name == name and str(f.type).startswith("dict[") for f in fields)
+    return f"{section}.{name}" if is_mapping else None
 
 
-def unknown(key: str, known: list[str] | None = None) -> str:
-    """`key` is no setting, with the nearest one or, where nothing is near, the choice there is."""
+def describe_unknown(key: str, known: list[str] | None = None) -> str:
+    """The message that `key` is not a setting, with the nearest one or, if none is near, all.
+
+    `known`: the settings to choose from; None: those of the section of `key`.
+    """
     section = key.partition(".")[0]
-    if known is None and (mapping := _mapping(key)):
-        return f"{key}: entries are added with a plus sign, +{mapping}.NAME=VALUE"
-    if owners := _owners(key):
+    if known is None and (mapping := _mapping_setting(key)):
+        return f"{key}: add entries with a plus sign, +{mapping}.NAME=VALUE"
+    if choices := _choices_with(key):
         return (
-            f"{key} is a setting of {section}={', '.join(owners)} and not of the one chosen; "
-            f"leave it out (~{key} where a file sets it), or choose {section}={owners[0]}"
+            f"{key} is a setting of {section}={', '.join(choices)} and not of the selected "
+            f"{section}; remove it (~{key} if a file sets it), or choose {section}={choices[0]}"
         )
     if known is None and section in SECTIONS:
-        known = settings(section)
+        known = setting_names(section)
     elif known is None:
         key, known = section, [*SECTIONS, *TOP_LEVEL]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-    return f"{key} is no setting; {hint}"
+    hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}"
+    return f"{key} is not a setting; {hint}"
 
 
 def dump(config: Config) -> str:
-    """The frozen form: plain YAML, no tags and no interpolation."""
+    """The frozen form: plain YAML without tags and interpolation."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def leaves(config: Config) -> dict[str, Any]:
-    """Every setting's value by its override, `optimizer.learning_rate`."""
+    """The value of every setting by its dotted name, such as `optimizer.learning_rate`."""
     return dict(leaves_of(dataclasses.asdict(config)))
 
 
 def leaves_of(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each value of nested mappings by its dotted key."""
+    """The dotted key and the value of each leaf of nested mappings."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from leaves_of(value, f"{prefix}{key}.")
@@ -165,16 +169,19 @@ def leaves_of(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def load(path: Path) -> Config:
-    """Read a frozen configuration through the same gate."""
+    """Read a frozen configuration and check it in the same way.
+
+    Raises UserError if it cannot be read, ConfigError if the schema refuses it.
+    """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is no frozen configuration: {error}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not a frozen configuration: {error}") from error
     if not isinstance(raw, dict):
-        raise UserError(f"{path} is no frozen configuration: it holds no sections")
+        raise UserError(f"{path} is not a frozen configuration: it has no sections")
     return build(raw)
 
 
 def fingerprint(config: Config) -> str:
-    """Equal for two ranks that composed the same run. The run folder's name does not count."""
+    """A hash that is equal on ranks that composed the same run. It does not depend on `run_dir`."""
     return xxhash.xxh3_128_hexdigest(dump(dataclasses.replace(config, run_dir=None)).encode())

@@ -1,8 +1,8 @@
-"""Tokenised rows, made once and kept by content.
+"""Tokenized rows, built once and cached by content.
 
-A source has two files in the cache: Arrow record batches of its rows' ids and masks, which are
-memory-mapped (ranks of one machine share the pages, and no rank holds them all), and a summary in
-JSON, written last.
+Each source has two files in the cache: Arrow record batches with the token ids and loss masks of
+its rows, and a JSON summary, which is written last. The record batches are memory-mapped: the ranks
+of a machine share the pages, and no rank holds all rows in memory.
 """
 
 from __future__ import annotations
@@ -19,213 +19,236 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from launcher import paths
-from launcher.config.data import DataConfig
+from launcher.config.schema.data import DataConfig
 from launcher.data import source
-from launcher.data.tokenise import Batch, Tokeniser, batches
+from launcher.data.tokenize import RowTokenizer, TokenBatch, tokenize_source
 from launcher.errors import UserError
+from launcher.folders import paths
 
-FORMAT = "3"  # part of the key: raise it when tokenising changes
+FORMAT = "3"  # part of the cache key: increase it when tokenization changes
+# The names on disk; `trained` is the loss mask.
 SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.uint8()))])
-SHOWN_BAD = 20  # sentences kept of rows that were skipped
+MAX_ERRORS = 20  # error messages of skipped rows that a summary keeps
 
-Row = tuple[NDArray[np.int32], NDArray[np.bool_]]  # ids [n], trained [n]
-OnRows = Callable[[int], None]
+Row = tuple[NDArray[np.int32], NDArray[np.bool_]]  # token ids [n], loss mask [n]
+OnProgress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of the rows of a source."""
+    """What happened to the rows of a source."""
 
     rows: int = 0
     tokens: int = 0
-    learnt: int = 0
-    dropped: int = 0  # nothing to learn was left of them within max_length
-    truncated: int = 0  # cut at max_length
-    skipped: int = 0  # could not be read
-    bad: tuple[str, ...] = ()  # why, of the first of these
-    nbytes: int = 0  # of the file of record batches
+    loss_tokens: int = 0  # tokens in the loss mask
+    dropped: int = 0  # rows without a token in the loss within max_length
+    truncated: int = 0  # rows cut at max_length
+    skipped: int = 0  # rows that could not be read
+    errors: tuple[str, ...] = ()  # the messages of the first skipped rows
+    nbytes: int = 0  # size of the file of record batches
 
-    def plus(self, batch: Batch) -> Summary:
+    def add(self, batch: TokenBatch) -> Summary:
         return Summary(
             self.rows + len(batch.lengths),
             self.tokens + len(batch.ids),
-            self.learnt + int(batch.trained.sum()),
+            self.loss_tokens + int(batch.loss_mask.sum()),
             self.dropped + batch.dropped,
             self.truncated + batch.truncated,
-            self.skipped + len(batch.bad),
-            (*self.bad, *batch.bad)[:SHOWN_BAD],
+            self.skipped + len(batch.errors),
+            (*self.errors, *batch.errors)[:MAX_ERRORS],
         )
 
     @classmethod
-    def read(cls, store: Path) -> Summary | None:
-        """That of a store that is whole, or None."""
+    def read(cls, arrow_file: Path) -> Summary | None:
+        """The summary of `arrow_file`, or None if the file is missing or incomplete."""
         try:
-            found = json.loads(store.with_suffix(".json").read_text(encoding="utf-8"))
-            summary = cls(**{**found, "bad": tuple(found["bad"])})
-            return summary if store.stat().st_size == summary.nbytes else None
+            values = {**json.loads(arrow_file.with_suffix(".json").read_text(encoding="utf-8"))}
+            errors, loss_tokens = tuple(values.pop("bad")), values.pop("learned")
+            summary = cls(**values, errors=errors, loss_tokens=loss_tokens)
+            return summary if arrow_file.stat().st_size == summary.nbytes else None
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             return None
 
+    def to_json(self) -> str:
+        values = asdict(self)
+        # The names on disk.
+        values["bad"], values["learned"] = values.pop("errors"), values.pop("loss_tokens")
+        return json.dumps(values)
+
     def describe(self) -> str:
-        text = f"{self.rows:,} rows, {self.tokens:,} tokens, {self.learnt:,} of them learnt"
+        text = (
+            f"{self.rows:,} rows, {self.tokens:,} tokens, {self.loss_tokens:,} of them in the loss"
+        )
         if self.truncated:
             text += f"; {self.truncated:,} rows cut at data.max_length"
         if self.dropped:
             text += f"; {self.dropped:,} rows left out: no answer within data.max_length"
         if self.skipped:
-            text += f"; {self.skipped:,} bad rows skipped, the first: {self.bad[0]}"
+            text += f"; {self.skipped:,} bad rows skipped, the first: {self.errors[0]}"
         return text
 
 
-class Rows:
-    """Rows of token ids in memory-mapped chunks: `len`, `lengths`, and `rows[i]`."""
+class TokenizedRows:
+    """Rows of token ids in memory-mapped chunks, by row number."""
 
-    def __init__(self, stores: Sequence[Path]) -> None:
+    def __init__(self, arrow_files: Sequence[Path]) -> None:
+        # (offsets [rows + 1], token ids [total], loss mask [total]) of each record batch
         self._chunks: list[tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.bool_]]] = []
-        for store in stores:
-            reader = pa.ipc.open_file(pa.memory_map(str(store)))
+        for file in arrow_files:
+            reader = pa.ipc.open_file(pa.memory_map(str(file)))
             for number in range(reader.num_record_batches):
-                ids, trained = reader.get_batch(number).columns
-                values = trained.values.to_numpy().view(np.bool_)
-                self._chunks.append((ids.offsets.to_numpy(), ids.values.to_numpy(), values))
+                ids, loss_mask = reader.get_batch(number).columns
+                mask_values = loss_mask.values.to_numpy().view(np.bool_)
+                self._chunks.append((ids.offsets.to_numpy(), ids.values.to_numpy(), mask_values))
         lengths = [np.diff(offsets) for offsets, _, _ in self._chunks]
-        self._begins = np.cumsum([0, *map(len, lengths)])  # the row that each chunk begins with
+        self._first_rows = np.cumsum([0, *map(len, lengths)])  # number of each chunk's first row
         self.lengths = np.concatenate(lengths) if lengths else np.empty(0, np.int32)  # [rows]
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, row: int) -> Row:
-        chunk = int(np.searchsorted(self._begins, row, side="right")) - 1
-        offsets, ids, trained = self._chunks[chunk]
-        at = row - self._begins[chunk]
-        begin, end = offsets[at], offsets[at + 1]
-        return ids[begin:end], trained[begin:end]
+        chunk = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        offsets, ids, loss_mask = self._chunks[chunk]
+        index = row - self._first_rows[chunk]
+        begin, end = offsets[index], offsets[index + 1]
+        return ids[begin:end], loss_mask[begin:end]
 
     def length(self, row: int) -> int:
         return int(self.lengths[row])
 
 
 @dataclass(frozen=True)
-class DataSet:
-    """The rows of all sources, one source behind the other."""
+class TokenizedDataset:
+    """The rows of all sources, concatenated in the order of the sources."""
 
-    rows: Rows
-    summaries: dict[str, Summary]  # by the name of the source
-    fingerprint: str  # of the content of files, tokenizer and options
+    rows: TokenizedRows
+    summaries: dict[str, Summary]  # by name of the source
+    fingerprint: str  # of the content of the files, the tokenizer and the options
 
     @property
     def sizes(self) -> list[int]:
-        """Rows of each source."""
+        """Number of rows of each source."""
         return [summary.rows for summary in self.summaries.values()]
 
     def describe(self) -> str:
         if len(self.summaries) == 1:
             return next(iter(self.summaries.values())).describe()
-        each = (f"{name}: {summary.describe()}" for name, summary in self.summaries.items())
-        return "\n      ".join([f"{len(self.rows):,} rows of {len(self.sizes)} sources", *each])
+        lines = [f"{name}: {summary.describe()}" for name, summary in self.summaries.items()]
+        total = f"{len(self.rows):,} rows of {len(self.sizes)} sources"
+        return "\n      ".join([total, *lines])
 
 
 def load_data(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, on_rows: OnRows = lambda done: None
-) -> DataSet:
-    """Tokenise what `config` names, or take it from the cache where the same was tokenised before.
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    on_progress: OnProgress = lambda rows_read: None,
+) -> TokenizedDataset:
+    """Tokenize the sources of `config`, or read them from the cache if they were tokenized before.
 
-    The key is the content of file, tokenizer and template and the options, so a changed file is
-    noticed. One process tokenises (and its workers); others on the machine wait for its lock.
-    `on_rows` is called with the rows read so far; what it raises ends the work and nothing is
-    kept. Raises UserError for data of which nothing can be learnt.
+    The cache key depends on the content of the files, the tokenizer, its chat template and the
+    options, so a changed file is noticed. One process of a machine tokenizes (with its worker
+    processes); the others wait for its lock. `on_progress` receives the number of rows read so far;
+    if it raises, the work stops and nothing is cached. Raises UserError if a source has no row to
+    train on.
     """
-    stores, summaries, keys = [], {}, []
-    for name, each in source.sources_of(config).items():
-        tokeniser = Tokeniser(each, config, tokenizer)
-        keys.append(key(tokeniser, source.content(each)))
-        store = paths.cache() / "tokens" / f"{keys[-1]}.arrow"
-        summaries[name] = _stored(store, tokeniser, on_rows)
-        stores.append(store)
-    rows = Rows(stores)
+    arrow_files, summaries, keys = [], {}, []
+    for name, source_config in source.resolve_sources(config).items():
+        row_tokenizer = RowTokenizer(source_config, config, tokenizer)
+        keys.append(cache_key(row_tokenizer, source.iter_content(source_config)))
+        arrow_file = paths.cache() / "tokens" / f"{keys[-1]}.arrow"
+        summaries[name] = _tokenize_once(arrow_file, row_tokenizer, on_progress)
+        arrow_files.append(arrow_file)
+    rows = TokenizedRows(arrow_files)
     for name, summary in summaries.items():
         if not summary.rows:
-            named = f"data.path={config.path}" if len(summaries) == 1 else f"data source {name}"
+            where = f"data.path={config.path}" if len(summaries) == 1 else f"data source {name}"
             raise UserError(
-                f"{named}: every row is bad, the first: {summary.bad[0]}"
-                if summary.bad and not summary.dropped
-                else f"{named}: no answer lies within data.max_length={config.max_length}; raise it"
+                f"{where}: every row is bad, the first: {summary.errors[0]}"
+                if summary.errors and not summary.dropped
+                else f"{where}: no answer lies within data.max_length={config.max_length}; "
+                "increase it"
             )
     fingerprint = keys[0] if len(keys) == 1 else xxhash.xxh3_128_hexdigest("".join(keys).encode())
-    return DataSet(rows, summaries, fingerprint)
+    return TokenizedDataset(rows, summaries, fingerprint)
 
 
 def load_evaluation(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, on_rows: OnRows = lambda done: None
-) -> DataSet:
-    """The rows of `data.eval_path`."""
-    return load_data(source.evaluation_of(config), tokenizer, on_rows)
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    on_progress: OnProgress = lambda rows_read: None,
+) -> TokenizedDataset:
+    """The rows of `data.eval_path`, as `load_data` loads them."""
+    return load_data(source.evaluation_config(config), tokenizer, on_progress)
 
 
-def _stored(store: Path, tokeniser: Tokeniser, on_rows: OnRows) -> Summary:
-    """What is in the store, which is made where it is not whole."""
+def _tokenize_once(
+    arrow_file: Path, row_tokenizer: RowTokenizer, on_progress: OnProgress
+) -> Summary:
+    """The summary of `arrow_file`; the file is built first if it is missing or incomplete."""
     try:
-        summary = Summary.read(store)
+        summary = Summary.read(arrow_file)
         if summary is None:
-            store.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(store.with_suffix(".lock")):
-                # Another rank may have made it meanwhile.
-                summary = Summary.read(store) or _make(store, tokeniser, on_rows)
+            arrow_file.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(arrow_file.with_suffix(".lock")):
+                # Another rank may have built it in the meantime.
+                summary = Summary.read(arrow_file) or _build(arrow_file, row_tokenizer, on_progress)
     except OSError as error:
-        raise unwritable(store.parent, error) from error
-    if summary.skipped and tokeniser.config.on_bad_row == "fail":
-        raise UserError(summary.bad[0])
+        raise cache_error(arrow_file.parent, error) from error
+    if summary.skipped and row_tokenizer.config.on_bad_row == "fail":
+        raise UserError(summary.errors[0])
     return summary
 
 
-def unwritable(folder: Path, error: OSError) -> UserError:
+def cache_error(folder: Path, error: OSError) -> UserError:
+    """The error to raise if the cache `folder` cannot be written."""
     return UserError(
-        f"the token cache {folder} cannot be written: {error.strerror or error}; make room there, "
-        "or set SHARDWAY_CACHE to a folder of yours"
+        f"the token cache {folder} cannot be written: {error.strerror or error}; free disk space, "
+        "or set SHARDWAY_CACHE to a folder that you can write"
     )
 
 
-def _make(store: Path, tokeniser: Tokeniser, on_rows: OnRows) -> Summary:
-    aside, told = store.with_suffix(".partial"), store.with_suffix(".told")
+def _build(arrow_file: Path, row_tokenizer: RowTokenizer, on_progress: OnProgress) -> Summary:
+    partial_arrow = arrow_file.with_suffix(".partial")
+    partial_json = arrow_file.with_suffix(".json.partial")
     try:
         summary = Summary()
-        with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-            for batch in batches(tokeniser, tokeniser.config.workers, on_rows):
-                summary = summary.plus(batch)
+        with pa.OSFile(str(partial_arrow), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+            for batch in tokenize_source(row_tokenizer, row_tokenizer.config.workers, on_progress):
+                summary = summary.add(batch)
                 if len(batch.lengths):
                     writer.write_batch(_record_batch(batch))
-        summary = replace(summary, nbytes=aside.stat().st_size)
-        told.write_text(json.dumps(asdict(summary)), encoding="utf-8")
-        aside.replace(store)
-        told.replace(store.with_suffix(".json"))
-    finally:  # nothing half done stays, least of all on a disk that is full
-        aside.unlink(missing_ok=True)
-        told.unlink(missing_ok=True)
+        summary = replace(summary, nbytes=partial_arrow.stat().st_size)
+        partial_json.write_text(summary.to_json(), encoding="utf-8")
+        partial_arrow.replace(arrow_file)
+        partial_json.replace(arrow_file.with_suffix(".json"))
+    finally:  # an incomplete file must not stay, least of all on a full disk
+        partial_arrow.unlink(missing_ok=True)
+        partial_json.unlink(missing_ok=True)
     return summary
 
 
-def _record_batch(batch: Batch) -> pa.RecordBatch:
+def _record_batch(batch: TokenBatch) -> pa.RecordBatch:
     offsets = pa.array(np.concatenate([[0], np.cumsum(batch.lengths)]).astype(np.int32))
-    values = (pa.array(batch.ids), pa.array(batch.trained.view(np.uint8)))
-    columns = [pa.ListArray.from_arrays(offsets, each) for each in values]
+    values = (pa.array(batch.ids), pa.array(batch.loss_mask.view(np.uint8)))
+    columns = [pa.ListArray.from_arrays(offsets, column) for column in values]
     return pa.record_batch(columns, schema=SCHEMA)
 
 
-def key(tokeniser: Tokeniser, content: Iterable[bytes]) -> str:
-    """Of everything that rows depend on: of the files their `content`."""
-    config, each, tokenizer = tokeniser.config, tokeniser.source, tokeniser.tokenizer
+def cache_key(row_tokenizer: RowTokenizer, content: Iterable[bytes]) -> str:
+    """A hash of everything that tokenized rows depend on; `content` is that of the files."""
+    config, source_config = row_tokenizer.config, row_tokenizer.source
+    tokenizer = row_tokenizer.tokenizer
     backend = repr(tokenizer)
-    if tokenizer.is_fast:  # how it last cut and padded is no part of it
+    if tokenizer.is_fast:  # without the truncation and padding of the tokenizer's last call
         parts = json.loads(tokenizer.backend_tokenizer.to_str())
         backend = json.dumps({**parts, "truncation": None, "padding": None})
-    special = sorted(tokenizer.special_tokens_map.items())  # templates and the mask use them
-    columns, tags = sorted(each.columns.items()), sorted(each.tags.items())
-    options = [FORMAT, each.format, columns, tags, each.max_rows, config.max_length]
-    options += [tokenizer.chat_template, config.train_on, backend, special]
+    special = sorted(tokenizer.special_tokens_map.items())  # templates and loss masks use them
+    columns, tags = sorted(source_config.columns.items()), sorted(source_config.tags.items())
+    options = [FORMAT, source_config.format, columns, tags, source_config.max_rows]
+    options += [config.max_length, tokenizer.chat_template, config.train_on, backend, special]
     digest = xxhash.xxh3_128(repr(options).encode())
-    if each.format == "text":
+    if source_config.format == "text":
         digest.update(f"{config.concatenate}".encode())
     for part in content:
         digest.update(part)

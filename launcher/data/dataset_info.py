@@ -1,6 +1,6 @@
-"""LLaMA-Factory's dataset_info.json, read as it is. No torch.
+"""LLaMA-Factory's dataset_info.json, read without conversion. Imports no torch.
 
-Its format: https://github.com/hiyouga/LLaMA-Factory/blob/main/data/README.md
+The format: https://github.com/hiyouga/LLaMA-Factory/blob/main/data/README.md
 """
 
 from __future__ import annotations
@@ -9,101 +9,115 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launcher.config.data import HUB, SourceConfig
+from launcher.config.schema.data import HUB, SourceConfig
 from launcher.errors import UserError
 
-# Our field of a row: its name for the column.
-ALPACA = {
+# Field of a row in data.columns to the key of LLaMA-Factory's `columns`.
+ALPACA_COLUMNS = {
     "instruction": "prompt",
     "input": "query",
     "output": "response",
     "history": "history",
     "system": "system",
 }
-SHAREGPT = {"conversations": "messages", "system": "system", "tools": "tools"}
-# What it learns by other means than the next token, and what no text is.
-UNREAD = ("ranking", "script_url", "folder")
-UNREAD_COLUMNS = ("images", "videos", "audios", "chosen", "rejected", "kto_tag")
+SHAREGPT_COLUMNS = {"conversations": "messages", "system": "system", "tools": "tools"}
+# Entries for other objectives than the next token, and columns that are not text.
+UNSUPPORTED_KEYS = ("ranking", "script_url", "folder")
+UNSUPPORTED_COLUMNS = ("images", "videos", "audios", "chosen", "rejected", "kto_tag")
 
 
 def read(path: str, names: str, text: bool) -> dict[str, SourceConfig]:
-    """The data sets that `names` (a,b) lists, by name; `text` reads them as raw text.
+    """The data sets that `names` (a,b) lists, by name. `text` reads them as raw text.
 
-    Raises UserError for a name that is not there, or an entry that is not text to learn from.
+    Raises UserError for a name that `path` does not list, or an entry that is not supported.
     """
-    listed = _load(Path(path))
-    found = {}
+    entries = _load(Path(path))
+    sources = {}
     for name in filter(None, (word.strip() for word in names.split(","))):
-        if name not in listed:
+        if name not in entries:
             raise UserError(
-                f"data.name={name} is none of {path}; there are {', '.join(sorted(listed))}"
+                f"data.name={name} is not in {path}; it lists {', '.join(sorted(entries))}"
             )
-        found[name] = _source(Path(path), name, listed[name], text)
-    if not found:
-        raise UserError(f"data.name names no data set of {path}; say data.name=a,b")
-    return found
+        sources[name] = _source_config(Path(path), name, entries[name], text)
+    if not sources:
+        raise UserError(f"data.name names no data set of {path}; set data.name=a,b")
+    return sources
 
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        listed = json.loads(path.read_text(encoding="utf-8-sig"))
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"data.dataset_info={path} cannot be read: {error}") from error
-    if not isinstance(listed, dict):
-        raise UserError(f"data.dataset_info={path} holds no data sets by name")
-    return listed
+    if not isinstance(entries, dict):
+        raise UserError(f"data.dataset_info={path} does not map names to data sets")
+    return entries
 
 
-def _source(info: Path, name: str, entry: Any, text: bool) -> SourceConfig:
-    where = f"data.dataset_info={info}: {name}"
+def _source_config(info: Path, name: str, entry: Any, text: bool) -> SourceConfig:
+    location = f"data.dataset_info={info}: {name}"
     if not isinstance(entry, dict):
-        raise UserError(f"{where} is no entry with file_name or hf_hub_url")
-    named = {**_mapping(where, entry, "columns")}
-    for key in (*(k for k in UNREAD if entry.get(k)), *(c for c in UNREAD_COLUMNS if c in named)):
-        raise UserError(f"{where} has {key}, which is not read here; take it out of data.name")
-    most = entry.get("num_samples")
-    if most is not None and not (isinstance(most, int) and most > 0):
-        raise UserError(f"{where}: num_samples {most!r} is no number of rows")
+        raise UserError(f"{location} is not an object with file_name or hf_hub_url")
+    columns = _read_mapping(location, entry, "columns")
+    unsupported = [key for key in UNSUPPORTED_KEYS if entry.get(key)]
+    unsupported += [column for column in UNSUPPORTED_COLUMNS if column in columns]
+    if unsupported:
+        raise UserError(
+            f"{location} has {unsupported[0]}, which is not supported; remove it from data.name"
+        )
+    max_rows = entry.get("num_samples")
+    if max_rows is not None and not (isinstance(max_rows, int) and max_rows > 0):
+        raise UserError(f"{location}: num_samples {max_rows!r} is not a number of rows")
     formatting = entry.get("formatting", "alpaca")
     if formatting not in ("alpaca", "sharegpt", "openai"):
-        raise UserError(f"{where}: formatting {formatting} is not one of alpaca, sharegpt, openai")
+        raise UserError(
+            f"{location}: formatting {formatting} is not one of alpaca, sharegpt, openai"
+        )
     return SourceConfig(
-        path=_place(info, where, entry),
-        **_layout(formatting, named, _mapping(where, entry, "tags"), text),
-        max_rows=most,
+        path=_data_path(info, location, entry),
+        **_format_settings(formatting, columns, _read_mapping(location, entry, "tags"), text),
+        max_rows=max_rows,
         subset=entry.get("subset"),
         split=entry.get("split", "train"),
     )
 
 
-def _layout(
+def _format_settings(
     formatting: str, columns: dict[str, str], tags: dict[str, str], text: bool
 ) -> dict[str, Any]:
+    """The values of data.format, data.columns and data.tags."""
     if text:
         return {"format": "text", "columns": {"text": columns.get("prompt", "text")}}
     if formatting == "alpaca":
-        taken = {ours: columns[name] for ours, name in ALPACA.items() if name in columns}
-        return {"format": "alpaca", "columns": taken}
-    words = {key.removesuffix("_tag"): word for key, word in tags.items()}
-    if formatting == "openai" and not words:
-        taken = {"messages": columns.get("messages", "messages")}
-        return {"format": "messages", "columns": taken}
+        return {"format": "alpaca", "columns": _rename_keys(columns, ALPACA_COLUMNS)}
+    own_tags = {key.removesuffix("_tag"): value for key, value in tags.items()}
+    if formatting == "openai" and not own_tags:
+        return {
+            "format": "messages",
+            "columns": {"messages": columns.get("messages", "messages")},
+        }
     if formatting == "openai":
-        words = {"role": "role", "content": "content"} | words
-    taken = {ours: columns[name] for ours, name in SHAREGPT.items() if name in columns}
-    return {"format": "sharegpt", "columns": taken, "tags": words}
+        own_tags = {"role": "role", "content": "content"} | own_tags
+    own_columns = _rename_keys(columns, SHAREGPT_COLUMNS)
+    return {"format": "sharegpt", "columns": own_columns, "tags": own_tags}
 
 
-def _place(info: Path, where: str, entry: dict[str, Any]) -> str:
+def _rename_keys(columns: dict[str, str], key_of_field: dict[str, str]) -> dict[str, str]:
+    return {field: columns[key] for field, key in key_of_field.items() if key in columns}
+
+
+def _data_path(info: Path, location: str, entry: dict[str, Any]) -> str:
     if "hf_hub_url" in entry:
         return f"{HUB}{entry['hf_hub_url']}"
     if "file_name" not in entry:
-        raise UserError(f"{where} has neither file_name nor hf_hub_url, which are read here")
+        raise UserError(
+            f"{location} has neither file_name nor hf_hub_url; only these are supported"
+        )
     return str(info.parent / entry["file_name"])
 
 
-def _mapping(where: str, entry: dict[str, Any], key: str) -> dict[str, str]:
-    given = entry.get(key) or {}
-    if not isinstance(given, dict) or not all(isinstance(v, str) for v in given.values()):
-        raise UserError(f"{where}: {key} must give each name a word")
-    return given
+def _read_mapping(location: str, entry: dict[str, Any], key: str) -> dict[str, str]:
+    mapping = entry.get(key) or {}
+    if not isinstance(mapping, dict) or not all(isinstance(v, str) for v in mapping.values()):
+        raise UserError(f"{location}: {key} must map names to strings")
+    return mapping

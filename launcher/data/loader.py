@@ -1,4 +1,5 @@
-"""Which rows a step sees, and their batches. Index-based: any step is reached in O(1)."""
+"""Which rows a step trains on, and their batches. Any step is computed directly, without the steps
+before it."""
 
 from __future__ import annotations
 
@@ -8,14 +9,14 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from launcher.data.batch import IGNORED, MicroBatch, collate, padded
+from launcher.data.collate import IGNORED, MicroBatch, collate, padded_length
 from launcher.data.dataset import Row
-from launcher.data.order import Order
 from launcher.data.packing import Sequences, pack
+from launcher.data.sampler import Sampler
 
 
-class RowSource(Protocol):
-    """Rows by number, stored or made when they are asked for."""
+class IndexedRows(Protocol):
+    """Rows by number, read from the cache or tokenized on access."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, row: int) -> Row: ...
@@ -23,15 +24,15 @@ class RowSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Window:
+class StepBatch:
     """This rank's share of one optimizer step. Counts are 0-d int64 tensors on the CPU."""
 
     micro_batches: list[MicroBatch]
     target_tokens: torch.Tensor
-    tokens: torch.Tensor  # of its rows, without padding
-    rows: torch.Tensor  # without those that are padding alone
+    tokens: torch.Tensor  # without padding
+    rows: torch.Tensor  # without sequences of padding only
     positions: torch.Tensor  # with padding
-    pairs: torch.Tensor  # of a token and one that it attends to, itself included
+    pairs: torch.Tensor  # pairs of a token and a token that it attends to (itself included)
 
     @property
     def counts(self) -> tuple[torch.Tensor, ...]:
@@ -40,11 +41,14 @@ class Window:
 
 @dataclass(frozen=True)
 class Loader:
-    """Deals sequences to ranks. A step's rows depend on the seed and the step, not on the ranks."""
+    """The batches of one rank.
 
-    rows: RowSource
-    sequences: Sequences  # what an epoch goes through
-    order: Order
+    The rows of a step depend on the seed and the step, not on the number of ranks.
+    """
+
+    rows: IndexedRows
+    sequences: Sequences  # of an epoch
+    sampler: Sampler
     rank: int
     world_size: int
     micro_batch_size: int
@@ -52,23 +56,29 @@ class Loader:
     pad_to_multiple_of: int
     pad_token_id: int
     packed: bool = False
-    pack_steps_to: int | None = None  # tokens: the rows of each step are packed when it comes
+    # In tokens: the rows of each step are packed to sequences of this length when it is loaded.
+    step_packing_length: int | None = None
 
     @property
     def steps_per_epoch(self) -> int:
-        """The last step of an epoch takes what is left."""
+        """The last step of an epoch may have fewer sequences."""
         return -(-len(self.sequences) // self.global_batch_size)
 
-    def window(self, step: int) -> Window:
-        """Step `step`, counted from 0 over all epochs.
+    def step_batch(self, step: int) -> StepBatch:
+        """The batch of `step`, which counts from 0 over all epochs.
 
-        Every rank gets equally many micro-batches, for they meet in collectives; where sequences
-        run out, a micro-batch holds one of padding without targets.
+        Every rank gets the same number of micro-batches, because each one needs collectives. A
+        micro-batch without sequences gets one sequence of padding, without targets.
         """
-        dealt = self._deal(self._sequences_of(step))
-        batches = [self._collate(part) for part in dealt]
-        lengths = [self.rows.length(r) for part in dealt for rows in part for r in rows]
-        return Window(
+        micro_batches = self._assign(self._step_sequences(step))
+        batches = [self._collate(sequences) for sequences in micro_batches]
+        lengths = [
+            self.rows.length(row)
+            for sequences in micro_batches
+            for sequence in sequences
+            for row in sequence
+        ]
+        return StepBatch(
             batches,
             target_tokens=torch.stack([(b.target_ids != IGNORED).sum() for b in batches]).sum(),
             tokens=torch.tensor(sum(lengths)),
@@ -77,39 +87,51 @@ class Loader:
             pairs=torch.tensor(sum(length * (length + 1) // 2 for length in lengths)),
         )
 
-    def extent(self, step: int) -> tuple[int, int]:
-        """(tokens, positions) that this rank computes in a step, as `window` lays them out."""
-        dealt = [
-            [self._length(rows) for rows in part] for part in self._deal(self._sequences_of(step))
+    def count_positions(self, step: int) -> tuple[int, int]:
+        """(tokens, positions with padding) of `step_batch(step)`, without loading its rows."""
+        micro_batches = [
+            [self._length(sequence) for sequence in sequences]
+            for sequences in self._assign(self._step_sequences(step))
         ]
-        widths = [padded(max(part, default=1), self.pad_to_multiple_of) for part in dealt]
-        positions = sum(w * max(1, len(part)) for w, part in zip(widths, dealt, strict=True))
-        return sum(map(sum, dealt)), positions
+        widths = [
+            padded_length(max(lengths, default=1), self.pad_to_multiple_of)
+            for lengths in micro_batches
+        ]
+        positions = sum(
+            width * max(1, len(lengths))
+            for width, lengths in zip(widths, micro_batches, strict=True)
+        )
+        return sum(map(sum, micro_batches)), positions
 
-    def _sequences_of(self, step: int) -> list[list[int]]:
-        """The row numbers of each sequence of a step, the longest sequence first."""
+    def _step_sequences(self, step: int) -> list[list[int]]:
+        """The row numbers of each sequence of a step on all ranks, the longest sequence first."""
         epoch, index = divmod(step, self.steps_per_epoch)
         begin = index * self.global_batch_size
         end = min(begin + self.global_batch_size, len(self.sequences))
-        found = [self.sequences[number] for number in self.order(epoch, begin, end)]
-        if self.pack_steps_to is not None:
-            rows = np.asarray([row for sequence in found for row in sequence], np.int64)
+        sequences = [self.sequences[number] for number in self.sampler(epoch, begin, end)]
+        if self.step_packing_length is not None:
+            rows = np.asarray([row for sequence in sequences for row in sequence], np.int64)
             lengths = np.asarray([self.rows.length(row) for row in rows.tolist()])
-            packed = pack(rows, lengths, self.pack_steps_to)
-            found = [packed[number] for number in range(len(packed))]
-        return sorted(found, key=lambda rows: -self._length(rows))
+            packed = pack(rows, lengths, self.step_packing_length)
+            sequences = [packed[number] for number in range(len(packed))]
+        return sorted(sequences, key=lambda rows: -self._length(rows))
 
-    def _deal(self, sequences: list[list[int]]) -> list[list[list[int]]]:
-        """This rank's of each micro-batch. The longest first and dealt like cards: sequences of
-        like length meet in a batch (less padding) and in a round (ranks wait less for each other).
-        The step's sum over rows is the same."""
-        per_round = self.world_size * self.micro_batch_size
-        rounds = (sequences[at : at + per_round] for at in range(0, len(sequences), per_round))
-        return [dealt[self.rank :: self.world_size] for dealt in rounds]
+    def _assign(self, sequences: list[list[int]]) -> list[list[list[int]]]:
+        """The sequences of each of this rank's micro-batches.
+
+        Sequences are sorted by length and assigned to the ranks round-robin. Sequences of similar
+        length so come into the same micro-batch (less padding) and into micro-batches that the
+        ranks compute at the same time (less waiting). The loss of the step is the same.
+        """
+        group_size = self.world_size * self.micro_batch_size
+        groups = (
+            sequences[begin : begin + group_size] for begin in range(0, len(sequences), group_size)
+        )
+        return [group[self.rank :: self.world_size] for group in groups]
 
     def _length(self, rows: list[int]) -> int:
         return sum(self.rows.length(row) for row in rows)
 
     def _collate(self, sequences: list[list[int]]) -> MicroBatch:
-        found = [[self.rows[row] for row in rows] for rows in sequences]
-        return collate(found, self.pad_to_multiple_of, self.pad_token_id, self.packed)
+        rows = [[self.rows[row] for row in sequence] for sequence in sequences]
+        return collate(rows, self.pad_to_multiple_of, self.pad_token_id, self.packed)

@@ -1,1 +1,1 @@
-"""The process group and what travels over it."""
+"""The process group, and the communication between ranks."""

@@ -1,22 +1,20 @@
-"""Who this rank is, and how ranks meet."""
+"""The rank of this process, and the process group."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from launcher.distributed import nodes
 from launcher.errors import UserError
 
 
 @dataclass(frozen=True)
-class Place:
-    """This process among the ranks, as torchrun set it in the environment."""
+class RankInfo:
+    """This process among the ranks, as torchrun describes it in the environment."""
 
     rank: int
     local_rank: int
@@ -26,23 +24,25 @@ class Place:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
 
-def place() -> Place:
-    """Read the environment; on a machine with GPUs each local rank takes its own.
+def read_rank_info() -> RankInfo:
+    """Read the environment. With GPUs, the device is the GPU of the local rank.
 
-    Raises UserError where the launcher counted GPUs and torch finds none: no silent run on CPU.
+    Raises UserError if the launcher found GPUs and torch finds none: a run never falls back to CPU.
     """
     local_rank = int(os.environ["LOCAL_RANK"])
     cuda = torch.cuda.is_available()
-    counted = int(os.environ.get("SHARDWAY_GPUS", "0"))
-    if counted and not cuda:
+    gpus = int(os.environ.get("SHARDWAY_GPUS", "0"))
+    if gpus and not cuda:
         raise UserError(
-            f"{counted} GPU(s) were counted, and torch {torch.__version__} can use none; install a "
-            "CUDA build and a driver for it, or run on CPU with CUDA_VISIBLE_DEVICES="
+            f"the launcher found {gpus} GPU(s), but torch {torch.__version__} cannot use any; "
+            "install a CUDA build of torch and a driver for it, or set CUDA_VISIBLE_DEVICES= to "
+            "run on CPU"
         )
-    return Place(
+    return RankInfo(
         rank=int(os.environ["RANK"]),
         local_rank=local_rank,
         world_size=int(os.environ["WORLD_SIZE"]),
@@ -51,28 +51,21 @@ def place() -> Place:
     )
 
 
-def rendezvous() -> dist.Store:
-    """The key-value store of this launch: the agent's where torchrun shares it, rank 0's where
-    every node has an agent of its own. Call it once."""
-    if "SHARDWAY_MEETING" in os.environ:
-        met: dist.Store = nodes.meet(Path(os.environ["SHARDWAY_MEETING"]))
-        return met
-    store: dist.Store = next(dist.rendezvous("env://"))[0]
-    return store
-
-
-def start(where: Place, store: dist.Store, timeout: timedelta = timedelta(minutes=10)) -> None:
+def init_process_group(
+    rank_info: RankInfo, store: dist.Store, timeout: timedelta = timedelta(minutes=10)
+) -> None:
     """Join the process group: gloo for CPU tensors, NCCL for CUDA tensors.
 
-    Sums over CPU integers (token counts) then never wait for the GPU.
+    Sums of CPU integers (token counts) then never wait for the GPU.
     """
-    if where.device.type == "cuda":
-        torch.cuda.set_device(where.device)
+    on_gpu = rank_info.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(rank_info.device)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if where.device.type == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         store=dist.PrefixStore("shardway", store),
-        rank=where.rank,
-        world_size=where.world_size,
+        rank=rank_info.rank,
+        world_size=rank_info.world_size,
         timeout=timeout,
-        device_id=where.device if where.device.type == "cuda" else None,
+        device_id=rank_info.device if on_gpu else None,
     )

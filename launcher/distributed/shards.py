@@ -1,7 +1,7 @@
-"""What a rank holds of a tensor, whatever spread it: a run of its elements.
+"""The part of a tensor that a rank has, whatever strategy sharded it: a flat range of elements.
 
-FSDP2's row shards, ZeRO's flat partitions and whole copies are all runs of the tensor in row-major
-order. Gathering, saving and loading know nothing else.
+FSDP2's row shards, ZeRO's flat partitions and full copies are all ranges of the tensor in row-major
+order. Gathering, saving and loading use nothing else.
 """
 
 from __future__ import annotations
@@ -13,35 +13,38 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Shard as Split
+from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 @dataclass(frozen=True)
 class Shard:
-    """This rank's run of a tensor's elements."""
+    """This rank's flat range of a tensor."""
 
-    local: torch.Tensor  # 1-d; shares storage with what training uses
-    begin: int  # of the run, in elements of the flattened tensor
-    shape: tuple[int, ...]  # of the whole tensor
+    local: torch.Tensor  # 1-d; shares storage with the tensor that training uses
+    begin: int  # of the range, in elements of the flattened tensor
+    shape: tuple[int, ...]  # of the full tensor
 
     @property
     def nbytes(self) -> int:
-        """Of the whole tensor."""
+        """Bytes of the full tensor."""
         return math.prod(self.shape) * self.local.element_size()
 
-    def of(self, whole: torch.Tensor) -> torch.Tensor:
-        """The same run of another tensor of the same shape."""
-        return whole.flatten()[self.begin : self.begin + self.local.numel()]
+    def slice_of(self, full: torch.Tensor) -> torch.Tensor:
+        """The same range of another tensor of the same shape. 1-d."""
+        return full.flatten()[self.begin : self.begin + self.local.numel()]
 
 
 def shard_of(tensor: torch.Tensor) -> Shard:
-    """This rank's run of a whole tensor, or of a DTensor that is split by rows at most."""
+    """This rank's range of an unsharded tensor, or of a DTensor.
+
+    Raises ValueError for a DTensor that is sharded on another dim than 0.
+    """
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return Shard(tensor.view(-1), 0, tuple(tensor.shape))
-    if any(isinstance(p, Split) and p.dim != 0 for p in tensor.placements):
-        raise ValueError(f"only row shards are runs of elements, got {tensor.placements}")
+    if any(isinstance(p, ShardPlacement) and p.dim != 0 for p in tensor.placements):
+        raise ValueError(f"only row shards are flat ranges, got {tensor.placements}")
     _, offsets = local_box(tensor)
     row = math.prod(tensor.shape[1:])
     begin = offsets[0] * row if offsets else 0
@@ -57,23 +60,23 @@ def local_box(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor, sharded or not."""
+    """This rank's part of a tensor, sharded or not."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_to_main(
     shards: Mapping[str, Shard], group: dist.ProcessGroup | None = None
 ) -> dict[str, torch.Tensor] | None:
-    """Whole copies on the CPU of rank 0, None on the other ranks. Collective.
+    """The full tensors on the CPU of rank 0, None on the other ranks. Collective.
 
-    The runs of all tensors travel as one flat buffer in one gather over `group`, the ranks that
-    together hold one copy (None: all ranks). Each dtype travels alone.
+    The ranges of all tensors travel as one flat buffer in one gather per dtype over `group`, the
+    ranks that share one copy (None: all ranks).
     """
-    whole: dict[str, torch.Tensor] = {}
+    full: dict[str, torch.Tensor] = {}
     for dtype in dict.fromkeys(shard.local.dtype for shard in shards.values()):
-        alike = {name: shard for name, shard in shards.items() if shard.local.dtype == dtype}
-        whole |= _gather(alike, group) or {}
-    return {name: whole[name] for name in shards} if dist.get_rank() == 0 else None
+        same_dtype = {name: shard for name, shard in shards.items() if shard.local.dtype == dtype}
+        full |= _gather(same_dtype, group) or {}
+    return {name: full[name] for name in shards} if dist.get_rank() == 0 else None
 
 
 def _gather(
@@ -82,40 +85,45 @@ def _gather(
     """`gather_to_main` of tensors of one dtype."""
     ranks = dist.get_world_size(group)
     if ranks == 1:
-        whole = {n: s.local.to("cpu", copy=True).view(s.shape) for n, s in shards.items()}
-        return whole if dist.get_rank() == 0 else None
-    # The paged state of an optimizer on a GPU says that it is on the CPU.
+        full = {n: s.local.to("cpu", copy=True).view(s.shape) for n, s in shards.items()}
+        return full if dist.get_rank() == 0 else None
+    # The paged state of an optimizer on a GPU reports that it is on the CPU.
     devices = [shard.local.device for shard in shards.values()]
     device = max(devices, key=lambda each: each.type != "cpu")
     flat = torch.cat([shard.local.to(device) for shard in shards.values()])
-    runs = torch.tensor([(s.begin, s.local.numel()) for s in shards.values()], device=flat.device)
-    runs_of = [torch.empty_like(runs) for _ in range(ranks)]
-    dist.all_gather(runs_of, runs, group=group)
-    longest = max(int(each[:, 1].sum()) for each in runs_of)
+    ranges = torch.tensor([(s.begin, s.local.numel()) for s in shards.values()], device=flat.device)
+    ranges_by_rank = [torch.empty_like(ranges) for _ in range(ranks)]
+    dist.all_gather(ranges_by_rank, ranges, group=group)
+    longest = max(int(each[:, 1].sum()) for each in ranges_by_rank)
     padded = torch.cat([flat, flat.new_zeros(longest - flat.numel())])
-    receiver = dist.get_rank(group) == 0
-    parts = [torch.empty_like(padded) for _ in range(ranks)] if receiver else None
-    dist.gather(padded, parts, group=group, group_dst=0)
-    if parts is None or dist.get_rank() != 0:
+    receives = dist.get_rank(group) == 0
+    buffers = [torch.empty_like(padded) for _ in range(ranks)] if receives else None
+    dist.gather(padded, buffers, group=group, group_dst=0)
+    if buffers is None or dist.get_rank() != 0:
         return None
-    return _joined(shards, [part.cpu() for part in parts], [each.tolist() for each in runs_of])
+    return _assemble(
+        shards, [buffer.cpu() for buffer in buffers], [each.tolist() for each in ranges_by_rank]
+    )
 
 
-def _joined(
-    shards: Mapping[str, Shard], parts: list[torch.Tensor], runs_of: list[list[list[int]]]
+def _assemble(
+    shards: Mapping[str, Shard],
+    buffers: list[torch.Tensor],
+    ranges_by_rank: list[list[list[int]]],
 ) -> dict[str, torch.Tensor]:
-    """Tensors from the flat buffer of each rank and the (begin, count) of its runs."""
-    whole: dict[str, torch.Tensor] = {}
-    at = [0] * len(parts)
+    """The full tensors, from the flat buffer of each rank and the (begin, count) of its ranges."""
+    full: dict[str, torch.Tensor] = {}
+    positions = [0] * len(buffers)
     for number, (name, shard) in enumerate(shards.items()):
-        tensor = torch.empty(math.prod(shard.shape), dtype=parts[0].dtype)
+        tensor = torch.empty(math.prod(shard.shape), dtype=buffers[0].dtype)
         filled = 0
-        for rank, part in enumerate(parts):
-            begin, count = runs_of[rank][number]
-            tensor[begin : begin + count] = part[at[rank] : at[rank] + count]
-            at[rank] += count
+        for rank, buffer in enumerate(buffers):
+            begin, count = ranges_by_rank[rank][number]
+            position = positions[rank]
+            tensor[begin : begin + count] = buffer[position : position + count]
+            positions[rank] += count
             filled += count
         if filled != tensor.numel():
-            raise RuntimeError(f"{name}: ranks hold {filled} of its {tensor.numel()} elements")
-        whole[name] = tensor.view(shard.shape)
-    return whole
+            raise RuntimeError(f"{name}: ranks have {filled} of its {tensor.numel()} elements")
+        full[name] = tensor.view(shard.shape)
+    return full

@@ -1,7 +1,7 @@
-"""Offline consolidation: any result of training in, a folder that serves out.
+"""Offline consolidation: turns any result of training into a folder that a server can load.
 
-Never imports loop, strategy or cluster. The path of a tensor: `source` recognises what there is,
-`readers` describe its tensors, `assemble` names, merges and casts them, `plan` gives each its file,
-`result` streams the bytes, reads them back and puts the folder in its place. No step loads a model:
-a `tensor.Tensor` says where rows come from, and only the rows being written exist.
+The steps: `source` recognizes the input, `io.readers` describe its tensors, `assemble` dequantizes,
+names, merges and casts them, `plan` assigns each tensor to a file, and `writing` writes the files,
+reads them back and renames the folder. No step loads a model: a `Tensor` describes where rows come
+from, and only the rows that are being written are in memory.
 """

@@ -1,8 +1,8 @@
-"""An Ollama Modelfile for an exported folder, its template taken from the chat template.
+"""Writes an Ollama Modelfile whose template comes from the tokenizer's chat template.
 
-Ollama's templates are Go's, chat templates are Jinja; instead of translating code, the chat
-template is asked what it writes around each part of a conversation
-(https://docs.ollama.com/modelfile). Tools and reasoning blocks are not carried over.
+Ollama's templates are written in Go's language, chat templates in Jinja. Instead of translating
+code, this module renders conversations with the chat template and finds the text around each part
+(https://docs.ollama.com/modelfile). Tools and reasoning blocks are not supported.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from typing import Any
 
 from launcher.errors import UserError
 
-SYSTEM, USER, ANSWER, AGAIN = "\u2460sys", "\u2461usr", "\u2462ans", "\u2463agn"  # found verbatim
+# Contents of messages that can be found again in the rendered text.
+SYSTEM, USER, ANSWER, AGAIN = "\u2460sys", "\u2461usr", "\u2462ans", "\u2463agn"
 
 
-def modelfile(folder: Path | None, config: dict[str, Any]) -> str:
-    """The text of the Modelfile of a model whose tokenizer is in `folder`.
+def make_modelfile(folder: Path | None, config: dict[str, Any]) -> str:
+    """The text of the Modelfile for a model whose tokenizer is in `folder`.
 
-    Raises UserError when the chat template cannot be taken apart.
+    Raises UserError if there is no tokenizer, or if its chat template cannot be converted.
     """
-    from transformers import AutoTokenizer  # seconds to import; only this option needs it
+    from transformers import AutoTokenizer  # takes seconds to import; only this option needs it
 
     if folder is None:
         raise UserError("--modelfile: no tokenizer is known, and so no chat template")
@@ -31,8 +32,8 @@ def modelfile(folder: Path | None, config: dict[str, Any]) -> str:
             f"--modelfile: the tokenizer in {folder} cannot be read: {error}"
         ) from error
     if not tokenizer.chat_template:
-        raise UserError(f"--modelfile: {folder} has no chat template to take apart")
-    stop = dict.fromkeys(filter(None, (tokenizer.eos_token, _last_token(tokenizer))))
+        raise UserError(f"--modelfile: the tokenizer in {folder} has no chat template")
+    stop = dict.fromkeys(filter(None, (tokenizer.eos_token, _end_token(tokenizer))))
     lines = ["FROM .", f'TEMPLATE """{_template(tokenizer, folder)}"""']
     lines += [f'PARAMETER stop "{token}"' for token in stop]
     context = config.get("max_position_embeddings") or config.get("n_positions")
@@ -42,14 +43,14 @@ def modelfile(folder: Path | None, config: dict[str, Any]) -> str:
 
 
 def _template(tokenizer: Any, folder: Path) -> str:
-    """Go template of one turn: system, prompt, response."""
-    asked = _render(tokenizer, [("user", USER)], True)
+    """The Go template of one turn: system, prompt, response."""
+    question = _render(tokenizer, [("user", USER)], True)
     answered = _render(tokenizer, [("user", USER), ("assistant", ANSWER)], False)
-    twice = _render(tokenizer, [("user", USER), ("assistant", ANSWER), ("user", AGAIN)], False)
+    two_turns = _render(tokenizer, [("user", USER), ("assistant", ANSWER), ("user", AGAIN)], False)
     try:
-        _, before_answer = asked.split(USER)
+        _, before_answer = question.split(USER)
         _, end = answered.split(ANSWER)
-        between = twice.split(ANSWER)[1].split(AGAIN)[0]
+        between = two_turns.split(ANSWER)[1].split(AGAIN)[0]
         before_user = between.removeprefix(end)
         system = _system_part(tokenizer, before_user)
     except (ValueError, IndexError):
@@ -67,24 +68,24 @@ def _system_part(tokenizer: Any, before_user: str) -> str:
     try:
         text = _render(tokenizer, [("system", SYSTEM), ("user", USER)], False)
     except TemplateError:
-        return ""  # the model knows no system message, and its template says so
+        return ""  # the template refuses system messages
     before, rest = text.split(SYSTEM)
     after = rest.split(USER)[0].removesuffix(before_user)
     if getattr(tokenizer, "add_bos_token", False):
-        before = before.removeprefix(tokenizer.bos_token or "")  # Ollama puts it there itself
+        before = before.removeprefix(tokenizer.bos_token or "")  # Ollama adds it itself
     return f"{{{{ if .System }}}}{before}{{{{ .System }}}}{after}{{{{ end }}}}"
 
 
-def _render(tokenizer: Any, messages: list[tuple[str, str]], ask: bool) -> str:
+def _render(tokenizer: Any, messages: list[tuple[str, str]], add_generation_prompt: bool) -> str:
     conversation = [{"role": role, "content": content} for role, content in messages]
     text: str = tokenizer.apply_chat_template(
-        conversation, tokenize=False, add_generation_prompt=ask
+        conversation, tokenize=False, add_generation_prompt=add_generation_prompt
     )
     return text
 
 
-def _last_token(tokenizer: Any) -> str | None:
-    """The special token that ends an answer, where the template writes another than eos."""
+def _end_token(tokenizer: Any) -> str | None:
+    """The special token that ends an answer. In some templates it differs from the eos token."""
     text = _render(tokenizer, [("user", USER), ("assistant", ANSWER)], False)
     end = text.split(ANSWER)[-1].strip()
     return end if end in tokenizer.all_special_tokens else None

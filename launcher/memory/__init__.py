@@ -1,4 +1,4 @@
-"""How much memory a run needs, found out without a GPU and without weights."""
+"""The memory that a run needs, measured without a GPU and without weights."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bytes:
-    """What the fullest rank needs."""
+class MemoryUsage:
+    """The memory of the rank that needs most, in bytes."""
 
-    weights: int  # between steps: working weights, masters, an engine's buffers
-    optimizer: int  # between steps: the optimizer's state
-    activations: int  # kept for the backward of a micro-batch
-    peak: int  # on the GPU, without what offloading has in host memory
-    phase: str  # in which the peak is: loading, forward, backward or optimizer step
-    host: int  # in host memory by offloading, gradients included
+    weights: int  # between steps: working weights, masters, buffers of an engine
+    optimizer: int  # between steps: the optimizer state
+    activations: int  # saved for the backward of a micro-batch
+    peak: int  # on the GPU, without the tensors that offloading keeps in host memory
+    phase: str  # of the peak: loading, forward, backward or optimizer step
+    host: int  # in host memory because of offloading, including gradients

@@ -1,8 +1,8 @@
-"""Which parameters are trained, and what of them is kept."""
+"""Which parameters are trained, and which of them are saved."""
 
 from __future__ import annotations
 
-from launcher.config.method import MethodConfig
+from launcher.config.schema.method import MethodConfig
 from launcher.method.base import Method
 from launcher.method.freeze import Freeze
 from launcher.method.full import Full
@@ -18,4 +18,5 @@ METHODS: dict[str, type[Method]] = {
 
 
 def build_method(config: MethodConfig) -> Method:
+    """The method that `config` names, before its `prepare`."""
     return METHODS[config.name](config)

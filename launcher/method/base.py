@@ -1,4 +1,4 @@
-"""What a method is to the rest of the house."""
+"""The interface of a training method."""
 
 from __future__ import annotations
 
@@ -6,63 +6,67 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
+from launcher.config.schema.method import MethodConfig
 from launcher.model.load import Weights
 
 CPU = torch.device("cpu")
 
 
 class Method(Protocol):
-    """Chooses the parameters to train and writes the trained part."""
+    """Selects the parameters to train, and writes an adapter if it trains one."""
 
-    adapter: bool  # True: only the trained parameters are kept, as a PEFT adapter folder
-    partial: bool  # True: the shards hold the trained parameters alone, the base has the others
-    scheme: dict[str, Any] | None  # how the base was quantised, as a config.json of transformers
+    is_adapter: bool  # True: checkpoints contain a PEFT adapter folder and no other weights
+    is_partial: bool  # True: shards contain only the trained parameters; the base has the others
+    # How the base was quantized, as in the config.json of transformers; None: not quantized.
+    quantization_scheme: dict[str, Any] | None
 
-    def __init__(self, config: Any) -> None: ...
+    def __init__(self, config: MethodConfig) -> None: ...
 
     def prepare(
         self,
-        model: Any,
+        model: nn.Module,
         seed: int,
         weights: Weights | None = None,
         device: torch.device = CPU,
-    ) -> Any:
-        """Set `requires_grad` everywhere and add what is to be trained.
+    ) -> nn.Module:
+        """Set `requires_grad` of all parameters, and add the parameters that the method trains.
 
-        Parameters of the model may be on meta: `weights` says where they are on disk. What the
-        method adds must be real and the same on every rank: it is drawn from `seed`. `device`
-        trains, and may do heavy work here.
+        Parameters of `model` may be on meta; `weights` then has their places on disk. Added
+        parameters have values, the same ones on every rank: they are drawn from `seed`. `device` is
+        the training device, which may do heavy computations here.
         """
 
     def describe(self) -> str | None:
-        """What `prepare` did to the base, for the start of the log."""
+        """What `prepare` did to the base, for the start of the log; None: nothing."""
 
-    def rate(self, name: str) -> float:
-        """The multiple of the learning rate that the parameter `name` is trained with."""
+    def lr_multiplier(self, name: str) -> float:
+        """The factor on the learning rate of the parameter `name`."""
 
-    def write(self, model: Any, trained: dict[str, torch.Tensor], folder: Path) -> None:
-        """Write the gathered trained parameters (name in `model` → whole fp32 tensor)."""
+    def write(self, model: nn.Module, trained: dict[str, torch.Tensor], folder: Path) -> None:
+        """Write the gathered trained parameters (name in `model` → full fp32 tensor)."""
 
-    def read(self, model: Any, folder: Path) -> dict[str, torch.Tensor]:
-        """What `write` wrote: name in `model` → whole fp32 tensor."""
+    def read(self, model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+        """Read what `write` wrote: name in `model` → full fp32 tensor."""
 
 
-class Sharded:
-    """A method that adds nothing: the strategy writes and reads the shards of what is trained."""
+class NoAdapterMethod:
+    """Base class of methods that add no parameters. Their checkpoints are shards, which the
+    strategy's state provides, and not an adapter folder."""
 
-    adapter = False
-    partial = False
-    scheme: dict[str, Any] | None = None
+    is_adapter = False
+    is_partial = False
+    quantization_scheme: dict[str, Any] | None = None
 
     def describe(self) -> str | None:
         return None
 
-    def rate(self, name: str) -> float:
+    def lr_multiplier(self, name: str) -> float:
         return 1.0
 
-    def write(self, model: Any, trained: dict[str, torch.Tensor], folder: Path) -> None:
-        raise NotImplementedError("the strategy writes the shards of this method")
+    def write(self, model: nn.Module, trained: dict[str, torch.Tensor], folder: Path) -> None:
+        raise NotImplementedError("this method is saved as shards of the strategy's state")
 
-    def read(self, model: Any, folder: Path) -> dict[str, torch.Tensor]:
-        raise NotImplementedError("the strategy reads the shards of this method")
+    def read(self, model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+        raise NotImplementedError("this method is restored from shards of the strategy's state")

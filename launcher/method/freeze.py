@@ -7,17 +7,18 @@ import re
 import torch
 from torch import nn
 
-from launcher.config.method import FreezeConfig
+from launcher.config.schema.method import FreezeConfig
 from launcher.errors import UserError
-from launcher.method.base import CPU, Sharded
+from launcher.method.base import CPU, NoAdapterMethod
 from launcher.model.layers import decoder_layers
 from launcher.model.load import Weights
 
 
-class Freeze(Sharded):
-    """Checkpoints hold the trained weights alone: the others are the base's to the bit."""
+class Freeze(NoAdapterMethod):
+    """Trains the first or last layers, and other modules by name. Checkpoints contain only the
+    trained weights; the others are equal to the base's to the bit."""
 
-    partial = True
+    is_partial = True
 
     def __init__(self, config: FreezeConfig) -> None:
         self.config = config
@@ -29,59 +30,64 @@ class Freeze(Sharded):
         weights: Weights | None = None,
         device: torch.device = CPU,
     ) -> nn.Module:
-        """Raises UserError for a name that no module has, and for more layers than there are."""
+        """Raises UserError for a name that matches no module, and if the model has fewer layers
+        than are to be trained."""
         model.requires_grad_(False)
-        for layer in self._layers(model):
-            for module in self._inside(layer):
+        for layer in self._select_layers(model):
+            for module in self._select_within(layer):
                 module.requires_grad_(True)
-        for module in self._outside(model):
+        for module in self._select_outside_layers(model):
             module.requires_grad_(True)
         return model
 
-    def _layers(self, model: nn.Module) -> list[nn.Module]:
+    def _select_layers(self, model: nn.Module) -> list[nn.Module]:
         count = self.config.layers
         if count == 0:
             return []
-        found = decoder_layers(model)
-        if abs(count) > len(found):
-            raise UserError(f"method.layers={count}, and the model has {len(found)} layers")
-        return found[-count:] if count > 0 else found[:-count]
+        layers = decoder_layers(model)
+        if abs(count) > len(layers):
+            raise UserError(f"method.layers={count}, but the model has {len(layers)} layers")
+        return layers[-count:] if count > 0 else layers[:-count]
 
-    def _inside(self, layer: nn.Module) -> list[nn.Module]:
+    def _select_within(self, layer: nn.Module) -> list[nn.Module]:
         names = self.config.modules
         if names == ["all"]:
             return [layer]
-        return _named(layer, names, "method.modules", "inside a layer")
+        return _find_modules(dict(layer.named_modules()), names, "method.modules", "inside a layer")
 
-    def _outside(self, model: nn.Module) -> list[nn.Module]:
+    def _select_outside_layers(self, model: nn.Module) -> list[nn.Module]:
         inside = {id(m) for layer in decoder_layers(model) for m in layer.modules()}
-        named = [
-            (name, module) for name, module in model.named_modules() if id(module) not in inside
-        ]
-        return _find(named, self.config.extra_modules, "method.extra_modules", "outside the layers")
+        outside = {name: m for name, m in model.named_modules() if id(m) not in inside}
+        names = self.config.extra_modules
+        return _find_modules(outside, names, "method.extra_modules", "outside the layers")
 
 
-def _named(root: nn.Module, names: list[str], key: str, where: str) -> list[nn.Module]:
-    return _find(list(root.named_modules()), names, key, where)
-
-
-def _find(
-    modules: list[tuple[str, nn.Module]], names: list[str], key: str, where: str
+def _find_modules(
+    modules: dict[str, nn.Module], names: list[str], key: str, scope: str
 ) -> list[nn.Module]:
-    """The modules that end in one of `names`; each name must have one, with parameters."""
+    """The modules whose path ends in one of `names`. Raises UserError for a name that matches no
+    module with parameters; `key` and `scope` are for its message."""
     found: list[nn.Module] = []
     for wanted in names:
-        hits = [m for name, m in modules if re.fullmatch(rf"(.*\.)?{re.escape(wanted)}", name)]
-        hits = [module for module in hits if next(module.parameters(), None) is not None]
-        if not hits:
-            leaves = sorted({n.rpartition(".")[2] for n, m in modules if n and _holds(m)})
-            raise UserError(
-                f"{key}: {wanted} is the name of no module {where}; there are {', '.join(leaves)}"
+        matches = [
+            module
+            for name, module in modules.items()
+            if re.fullmatch(rf"(.*\.)?{re.escape(wanted)}", name) and _has_parameters(module)
+        ]
+        if not matches:
+            available = sorted(
+                {
+                    name.rpartition(".")[2]
+                    for name, module in modules.items()
+                    if name and _has_parameters(module) and not isinstance(module, nn.ModuleList)
+                }
             )
-        found += hits
+            raise UserError(
+                f"{key}: no module {scope} is named {wanted}; choose from {', '.join(available)}"
+            )
+        found += matches
     return found
 
 
-def _holds(module: nn.Module) -> bool:
-    """Whether a module has parameters and is no list of modules."""
-    return not isinstance(module, nn.ModuleList) and next(module.parameters(), None) is not None
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None

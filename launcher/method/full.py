@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from launcher.config.method import FullConfig
-from launcher.method.base import CPU, Sharded
+from launcher.config.schema.method import FullConfig
+from launcher.method.base import CPU, NoAdapterMethod
 from launcher.model.load import Weights
 
 
-class Full(Sharded):
+class Full(NoAdapterMethod):
+    """Trains every parameter of the model."""
+
     def __init__(self, config: FullConfig) -> None:
         self.config = config
 

@@ -1,1 +1,1 @@
-"""From a model folder to a module whose parameters wait on meta, and its tokenizer."""
+"""From a model folder to a module with its parameters on the meta device, and its tokenizer."""

@@ -1,14 +1,14 @@
-"""Causal attention that builds no mask, for architectures known to need none.
+"""Causal attention without a mask, for architectures that are known to need none.
 
-Batches are right-padded and causal: no token of a row sees its padding, so no mask is needed.
-transformers' "sdpa" still looks for packed rows in `position_ids` at every forward, which makes the
-host wait for the device. An attention function without a mask function of the same name is handed
-None instead (transformers.masking_utils), and then computes with `is_causal`.
+Batches are padded on the right and causal: no token of a row attends to its padding, so no mask is
+needed. In every forward, transformers' "sdpa" still checks `position_ids` for packed rows, which
+makes the host wait for the device. An attention function without a mask function of the same name
+gets None instead (transformers.masking_utils), and then computes with `is_causal`.
 
-Packed sequences hold several documents, none of which may see another. Their attention is computed
-document by document: on a GPU in half precision by torch's varlen kernel, elsewhere one after the
-other. Architectures that are not known get transformers' own mask for packed rows, of which every
-micro-batch has one of [length, length].
+Packed sequences have several documents, which must not attend to each other. Their attention is
+computed for each document: on a GPU in half precision by torch's varlen kernel, otherwise one after
+the other. Other architectures get transformers' own mask for packed rows, [length, length] for each
+sequence of a micro-batch.
 """
 
 from __future__ import annotations
@@ -23,26 +23,29 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 CAUSAL = "shardway_causal"
 PACKED = "shardway_packed"
 
-# Seen to give the logits of transformers' own "sdpa". Others (attention sinks, biases, masks of
-# their own) keep what transformers chooses.
-KNOWN = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
-WINDOWED = ("full_attention", "sliding_attention")
+# Architectures that are tested to give the logits of transformers' "sdpa". Others (attention sinks,
+# biases, masks of their own) keep the attention that transformers chooses.
+MASKLESS_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+PACKABLE_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
-def attention_for(choice: str, architecture: PreTrainedConfig, packed: bool = False) -> str:
-    """`choice`, or the maskless form of "sdpa" where every layer attends to all earlier tokens.
+def choose_attention(choice: str, architecture: PreTrainedConfig, packed: bool = False) -> str:
+    """`choice`, or the variant of "sdpa" without a mask if the model supports it.
 
-    Sliding windows and the like are masks: such models keep transformers' own, unless rows are
-    packed.
+    A sliding window needs a mask, so models with one keep transformers' own attention, unless rows
+    are packed.
     """
-    text = architecture.get_text_config()
-    if choice != "sdpa" or text.model_type not in KNOWN:
+    config = architecture.get_text_config()
+    if choice != "sdpa" or config.model_type not in MASKLESS_MODEL_TYPES:
         return choice
-    layers = set(getattr(text, "layer_types", None) or ())
+    layer_types = set(getattr(config, "layer_types", None) or ())
     if packed:
-        return PACKED if layers <= set(WINDOWED) else choice
-    full = layers == {"full_attention"} if layers else not getattr(text, "sliding_window", None)
-    return CAUSAL if full else choice
+        return PACKED if layer_types <= set(PACKABLE_LAYER_TYPES) else choice
+    if layer_types:
+        is_full = layer_types == {"full_attention"}
+    else:
+        is_full = not getattr(config, "sliding_window", None)
+    return CAUSAL if is_full else choice
 
 
 def packed_attention(
@@ -59,19 +62,20 @@ def packed_attention(
     max_length_q: int | None = None,
     **arguments: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each document, by the contract of transformers' attention functions.
+    """Causal attention within each document, with the interface of transformers' attention
+    functions.
 
-    query [rows, heads, length, d], key and value [rows, key heads, length, d]; the documents lie
-    end to end over the flattened rows. Returns [rows, length, heads, d]. Without documents the rows
-    are one each.
+    query [rows, heads, length, d], key and value [rows, key heads, length, d]. The documents are
+    contiguous in the flattened rows; without `document_lengths`, each row is one document. Returns
+    [rows, length, heads, d].
     """
     rows, heads, length, size = query.shape
-    flat = [each.transpose(1, 2).flatten(0, 1) for each in (query, key, value)]
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.is_cuda and half and not dropout and cu_seq_lens_q is not None:
+    flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
+    is_half = query.dtype in (torch.float16, torch.bfloat16)
+    if query.is_cuda and is_half and not dropout and cu_seq_lens_q is not None:
         from torch.nn.attention.varlen import varlen_attn
 
-        reach = -1 if sliding_window is None else sliding_window - 1
+        left_window = -1 if sliding_window is None else sliding_window - 1
         assert max_length_q is not None
         out = varlen_attn(
             flat[0],
@@ -82,31 +86,31 @@ def packed_attention(
             max_length_q,
             max_length_q,
             scale=scaling,
-            window_size=(reach, 0),
+            window_size=(left_window, 0),
             enable_gqa=query.shape[1] != key.shape[1],
         )
         assert isinstance(out, torch.Tensor)
     else:
         lengths = document_lengths or (length,) * rows
-        out = _each_document(flat, lengths, scaling, dropout, sliding_window)
+        out = _attend_by_document(flat, lengths, scaling, dropout, sliding_window)
     return out.view(rows, length, heads, size), None
 
 
-def _each_document(
+def _attend_by_document(
     flat: list[torch.Tensor],
     lengths: tuple[int, ...],
     scaling: float | None,
     dropout: float,
     window: int | None,
 ) -> torch.Tensor:
-    """Of query, key and value [total, heads, d]: one document after the other."""
+    """`flat` is query, key and value [total, heads, d]; returns [total, heads, d]."""
     parts = []
-    for query, key, value in zip(*(each.split(lengths) for each in flat), strict=True):
-        q, k, v = (each.transpose(0, 1)[None] for each in (query, key, value))
+    for query, key, value in zip(*(tensor.split(lengths) for tensor in flat), strict=True):
+        q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
         mask = None
         if window is not None and len(query) > window:
-            apart = torch.arange(len(query), device=query.device)
-            distance = apart[:, None] - apart[None, :]
+            positions = torch.arange(len(query), device=query.device)
+            distance = positions[:, None] - positions[None, :]
             mask = (distance >= 0) & (distance < window)
         part = scaled_dot_product_attention(
             *(q, k, v),

@@ -1,4 +1,4 @@
-"""Which blocks of a model are sharded, checkpointed and compiled as units."""
+"""The decoder layers of a model: the units of sharding, activation checkpointing and compiling."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from launcher.errors import UserError
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks, in order: the classes that transformers says must not be split.
+    """The repeated layers in order: the modules whose classes transformers lists in
+    `_no_split_modules`.
 
-    Raises UserError for a model that names none.
+    Raises UserError if the model has no such modules.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
         raise UserError(
-            f"{type(model).__name__} does not say which of its modules are layers "
+            f"{type(model).__name__} does not declare which of its modules are layers "
             "(_no_split_modules), so it cannot be sharded; method=lora strategy=ddp needs no layers"
         )
     return layers

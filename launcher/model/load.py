@@ -1,7 +1,7 @@
 """Build a model without its weights, and read the weights a slice at a time.
 
-No rank ever holds the whole model: parameters are made on meta, sharded there, and each rank then
-reads its own rows from the safetensors files.
+No rank ever holds the complete model: parameters are created on the meta device and sharded there,
+and each rank then reads its own rows from the safetensors files.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from launcher.config.model import ModelConfig
+from launcher.config.schema.model import ModelConfig
 from launcher.errors import UserError
-from launcher.model.attention import attention_for
-from launcher.model.folder import the_safetensors_file
-from launcher.model.stored import InFile, Stored
+from launcher.folders.model import single_weights_file
+from launcher.model.attention import choose_attention
+from launcher.model.lazy_weight import FileWeight, LazyWeight
 
 MB = 1e6
 
@@ -31,21 +31,22 @@ class SafetensorsFolder:
     """The tensors of a model folder by name."""
 
     def __init__(self, folder: Path) -> None:
+        """Raises UserError if the index lists a file that is missing, or if there are several files
+        and no index."""
         self.folder = folder
-        self._tally = [0]
+        self._bytes_read = [0]
         self._open_files: dict[str, safe_open] = {}
         index = folder / "model.safetensors.index.json"
         if index.is_file():
             self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            lost = sorted(f for f in set(self._file_of.values()) if not (folder / f).is_file())
-            if lost:
-                raise UserError(f"{index} lists {', '.join(lost)}, which is not there")
+            files = set(self._file_of.values())
+            missing = sorted(file for file in files if not (folder / file).is_file())
+            if missing:
+                raise UserError(f"{index} lists files that are missing: {', '.join(missing)}")
         else:
-            self._file_of = {
-                name: path.name
-                for path in [the_safetensors_file(folder)]
-                for name in self._open(path.name).keys()  # noqa: SIM118 (no mapping)
-            }
+            file = single_weights_file(folder).name
+            names = self._open(file).keys()
+            self._file_of = dict.fromkeys(names, file)
 
     @property
     def names(self) -> set[str]:
@@ -53,15 +54,16 @@ class SafetensorsFolder:
 
     @property
     def bytes_read(self) -> int:
-        """By this process; what it read twice counts twice."""
-        return self._tally[0]
+        """Bytes that this process has read; bytes that it read twice count twice."""
+        return self._bytes_read[0]
 
     @property
     def nbytes(self) -> int:
+        """Size of the files."""
         return sum((self.folder / file).stat().st_size for file in set(self._file_of.values()))
 
-    def __getitem__(self, name: str) -> InFile:
-        return InFile(self._open(self._file_of[name]), name, self._tally)
+    def __getitem__(self, name: str) -> FileWeight:
+        return FileWeight(self._open(self._file_of[name]), name, self._bytes_read)
 
     def _open(self, file: str) -> safe_open:
         if file not in self._open_files:
@@ -71,15 +73,15 @@ class SafetensorsFolder:
 
 @dataclass
 class Slot:
-    """A parameter and what it is filled with.
+    """A parameter, and the weight that will fill it.
 
-    Parameters are found by the module that holds them, not by name: adapters and `fully_shard`
-    rename and replace parameters, but never the modules of the model.
+    The parameter is found by its module, not by its name: adapters and `fully_shard` rename and
+    replace parameters, but never the modules of the model.
     """
 
     module: nn.Module
     attribute: str
-    stored: Stored
+    source: LazyWeight
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -95,11 +97,11 @@ class Tensors(Protocol):
     @property
     def bytes_read(self) -> int: ...
 
-    def __getitem__(self, name: str) -> Stored: ...
+    def __getitem__(self, name: str) -> LazyWeight: ...
 
 
 class Weights:
-    """Where each parameter of a model on meta comes from."""
+    """The weight that will fill each parameter of a model on the meta device."""
 
     def __init__(self, folder: Tensors, model: nn.Module) -> None:
         self.folder = folder
@@ -109,7 +111,7 @@ class Weights:
             self.slots.append(Slot(model.get_submodule(module_name), attribute, folder[name]))
 
     def describe(self) -> str:
-        """For the log, when all is loaded."""
+        """A log line for the end of loading."""
         folder = self.folder
         return (
             f"this rank has read {folder.bytes_read / MB:,.1f} MB of {folder.nbytes / MB:,.1f} MB"
@@ -123,12 +125,12 @@ class Weights:
 def build_model(
     config: ModelConfig, folder: Path, seed: int, dtype: torch.dtype, packed: bool = False
 ) -> tuple[nn.Module, Weights | None]:
-    """The model of `folder` and where its weights are.
+    """Build the model of `folder` with its parameters on the meta device, and find its weights.
 
-    Parameters are on meta, to be filled from the returned weights. Models whose parameters are not
-    laid out on disk as in memory (fused experts, renamed prefixes) are read whole on every rank,
-    and None is returned for the weights. `dtype` is that of the arithmetic: buffers are made in it.
-    `packed`: sequences will hold several documents.
+    If the names or shapes of parameters differ between the files and memory (fused experts, renamed
+    prefixes), every rank reads the complete model instead, and the weights are None. `dtype` is
+    that of the computation; buffers are created in it. `packed`: sequences will have several
+    documents. Raises UserError for a folder that cannot be read.
     """
     torch.manual_seed(seed)
     model = model_on_meta(config, folder, dtype, packed)
@@ -136,14 +138,17 @@ def build_model(
         files = SafetensorsFolder(folder)
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable(folder, error) from error
-    if _same_layout(model, files):
+    if _has_same_layout(model, files):
         return model, Weights(files, model)
-    print(f"{folder}: stored in another layout than in memory; read whole on every rank")
-    stored = torch.float32 if dtype == torch.float32 else "auto"  # masters lose nothing
-    attention = attention_for(config.attention, model.config, packed)
+    print(
+        f"{folder}: the tensors on disk differ from the parameters in memory; every rank reads the "
+        "whole model"
+    )
+    load_dtype = torch.float32 if dtype == torch.float32 else "auto"  # keeps master weights exact
+    attention = choose_attention(config.attention, model.config, packed)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=stored,
+        dtype=load_dtype,
         attn_implementation=attention,
         trust_remote_code=config.trust_remote_code,
     )
@@ -153,24 +158,27 @@ def build_model(
 def model_on_meta(
     config: ModelConfig, folder: Path, dtype: torch.dtype, packed: bool = False
 ) -> Any:
-    """The model that `folder`/config.json describes, all parameters on meta. Buffers are real:
-    rotary frequencies are in no file. Raises UserError for one that cannot be built."""
+    """The model that `folder`/config.json describes, with all parameters on the meta device.
+
+    Buffers are real, because rotary frequencies are not in the files. Raises UserError for a model
+    that cannot be built.
+    """
     code = config.trust_remote_code
     try:
         architecture = AutoConfig.from_pretrained(folder, trust_remote_code=code)
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable(folder, error) from error
-    attention = attention_for(config.attention, architecture, packed)
+    attention = choose_attention(config.attention, architecture, packed)
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(
                 architecture, dtype=dtype, attn_implementation=attention, trust_remote_code=code
             )
-    except (ImportError, ValueError) as error:  # no causal model, or one without this attention
+    except (ImportError, ValueError) as error:  # not a causal model, or not with this attention
         raise UserError(
             f"{folder} with model.attention={config.attention} cannot be built: {error}"
         ) from error
-    model.tie_weights()  # building on meta loses the tie
+    model.tie_weights()  # building on the meta device loses the tie
     return model
 
 
@@ -178,9 +186,12 @@ def _unreadable(folder: Path, error: Exception) -> UserError:
     return UserError(f"model.name_or_path={folder} cannot be read: {error}")
 
 
-def _same_layout(model: nn.Module, files: SafetensorsFolder) -> bool:
-    """Whether every tensor on disk is a parameter in memory and the other way round. Persistent
-    buffers and tensors that the model does not know (scales, other heads) make it another one."""
+def _has_same_layout(model: nn.Module, files: SafetensorsFolder) -> bool:
+    """Whether the tensors on disk and the parameters in memory are the same.
+
+    With persistent buffers, or tensors that the model does not have (scales, other heads), they are
+    not.
+    """
     parameters = dict(model.named_parameters())
     aliases = model.state_dict().keys() - parameters.keys() - dict(model.named_buffers()).keys()
     persistent = model.state_dict().keys() & dict(model.named_buffers()).keys()

@@ -1,9 +1,9 @@
-"""What is used of PEFT, loaded without bitsandbytes. Everything here takes PEFT from this module.
+"""The parts of PEFT that Shardway uses, imported without bitsandbytes. Import them from here only.
 
-PEFT loads bitsandbytes wherever it is installed, for layers over bitsandbytes' own modules, and
-bitsandbytes loads torch's compiler: a quarter of the time in which a rank's libraries load, and
-45 MB. None of it is used: quantised layers are `launcher.model.quantised`'s, plain `nn.Linear`s to
-PEFT. Where bitsandbytes is loaded already, or PEFT itself, nothing is changed.
+If bitsandbytes is installed, PEFT imports it for its layers over bitsandbytes' own modules, and
+bitsandbytes imports torch's compiler: 45 MB and a quarter of the import time of a rank. None of it
+is used: quantized layers are those of `launcher.model.quantized_linear`, which PEFT treats as plain
+`nn.Linear`. If bitsandbytes or PEFT is already imported, this module changes nothing.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def hidden(package: str) -> Iterator[None]:
-    """Within, `package` is not installed, as far as imports can tell."""
+def hide_package(package: str) -> Iterator[None]:
+    """Make imports of `package` fail inside the context, unless it is already imported."""
     if package in sys.modules:
         yield
         return
@@ -26,7 +26,7 @@ def hidden(package: str) -> Iterator[None]:
         del sys.modules[package]
 
 
-with hidden("bitsandbytes"):
+with hide_package("bitsandbytes"):
     from peft import LoraConfig as PeftConfig
     from peft import PeftModel, get_peft_model, get_peft_model_state_dict
     from peft.import_utils import is_bnb_available
@@ -34,7 +34,7 @@ with hidden("bitsandbytes"):
     from peft.tuners.lora.layer import Linear as PeftLinear
     from peft.utils.other import ModulesToSaveWrapper
 
-    is_bnb_available()  # PEFT keeps the answer, and does not ask again when it makes layers
+    is_bnb_available()  # PEFT caches the result and does not check again when it makes layers
 
 __all__ = [
     "LoraLayer",

@@ -1,4 +1,4 @@
-"""A random Llama that is made in a second: for tests and for trying a set-up."""
+"""A random Llama that is made in a second, for tests and to try a setup."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' "
     "+ message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -17,9 +17,10 @@ CHATML = (
 
 
 def make_tiny(folder: Path, tie: bool = True, layers: int = 2, seed: int = 0) -> None:
-    """Write the model, its byte tokenizer and a ChatML template into `folder`.
+    """Write the model, a byte tokenizer and a ChatML template to `folder`.
 
-    Sizes are uneven on purpose: vocabulary 259, so that no rank count divides every tensor.
+    The sizes are uneven on purpose: with a vocabulary of 259, no number of ranks divides every
+    tensor. `tie`: the output head shares the weight of the input embedding.
     """
     tokenizer = byte_tokenizer()
     torch.manual_seed(seed)
@@ -43,16 +44,16 @@ def make_tiny(folder: Path, tie: bool = True, layers: int = 2, seed: int = 0) ->
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, after the three special ones."""
+    """A tokenizer with one token per byte, after three special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: at for at, token in enumerate([*SPECIAL, *alphabet])}
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
     backend = Tokenizer(models.BPE(vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        bos_token=SPECIAL[1],
-        eos_token=SPECIAL[2],
-        pad_token=SPECIAL[0],
+        bos_token=SPECIAL_TOKENS[1],
+        eos_token=SPECIAL_TOKENS[2],
+        pad_token=SPECIAL_TOKENS[0],
         chat_template=CHATML,
     )

@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder, checked for what training needs."""
+"""The tokenizer of a model folder, with the checks that training needs."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from launcher import paths
 from launcher.errors import UserError
+from launcher.folders import paths
 
-# The marks of turns in a template: <|im_end|>, <start_of_turn>.
-MARKS = re.compile(r"<\|\w+\|>|<\w+_of_turn>")
+# The tokens that mark turns in a template: <|im_end|>, <start_of_turn>.
+TURN_TOKEN = re.compile(r"<\|\w+\|>|<\w+_of_turn>")
 
 
 def load_tokenizer(
     folder: Path, trust_remote_code: bool, chat: bool = True, template: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of `folder`, with another chat template where one is named
-    and `chat`.
+    """The tokenizer of `folder`; with `chat`, it gets the chat template `template` if one is named.
 
-    Raises UserError when the folder holds no tokenizer or, with `chat`, the tokenizer no chat
-    template: of a local folder the rule table has said so before, not of a hub id.
+    `template` is a .jinja file or the name of a bundled template. Raises UserError if the folder
+    has no tokenizer, or with `chat` if there is no chat template. (The rule table has checked the
+    template of a local folder already, but not that of a hub id.)
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.name_or_path={folder} holds no tokenizer: {error}") from error
+        raise UserError(f"model.name_or_path={folder} has no tokenizer: {error}") from error
     if chat and template is not None:
-        _take_template(tokenizer, template)
+        _set_template(tokenizer, template)
     if chat and not tokenizer.chat_template:
         raise UserError(
             f"the tokenizer of {folder} has no chat template; put a chat_template.jinja beside it, "
@@ -37,34 +37,38 @@ def load_tokenizer(
     return tokenizer
 
 
-def _take_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    """A file's text, or a template of ours. The token that ends its answers becomes the end token:
-    a server stops there. Raises UserError for a template that is none."""
-    ours = not template.endswith(".jinja")
-    file = paths.templates()[template] if ours else Path(template)
+def _set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Set the chat template from a file or a bundled template.
+
+    The token that ends its answers becomes the end-of-sequence token, because servers stop there.
+    Raises UserError for a template that cannot be read, does not fit the tokenizer, or fails.
+    """
+    is_bundled = not template.endswith(".jinja")
+    file = paths.templates()[template] if is_bundled else Path(template)
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.template={template} cannot be read: {error}") from error
-    if ours:
-        for mark in sorted(set(MARKS.findall(text))):
-            if not _is_token(tokenizer, mark):
+    if is_bundled:
+        for token in sorted(set(TURN_TOKEN.findall(text))):
+            if not _is_token(tokenizer, token):
                 raise UserError(
-                    f"data.template={template} writes {mark}, which is no token of this tokenizer "
-                    "→ data.template=alpaca, which needs none, or a model with that token"
+                    f"data.template={template} writes {token}, which is not a token of this "
+                    "tokenizer → data.template=alpaca, which needs no special token, or a model "
+                    "with that token"
                 )
     tokenizer.chat_template = text
-    said = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
+    messages = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
     try:
-        rendered = str(tokenizer.apply_chat_template(said, tokenize=False))
-    except Exception as error:  # a template is a program: it raises what its author chose
+        rendered = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # a template is a program and may raise anything
         raise UserError(
             f"data.template={template} cannot write a question and an answer: {error}"
         ) from error
-    behind = MARKS.findall(rendered.rpartition("ANSWER")[2])
-    if behind and _is_token(tokenizer, behind[0]):
-        tokenizer.eos_token = behind[0]
+    after_answer = TURN_TOKEN.findall(rendered.rpartition("ANSWER")[2])
+    if after_answer and _is_token(tokenizer, after_answer[0]):
+        tokenizer.eos_token = after_answer[0]
 
 
-def _is_token(tokenizer: PreTrainedTokenizerBase, mark: str) -> bool:
-    return len(tokenizer(mark, add_special_tokens=False)["input_ids"]) == 1
+def _is_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"]) == 1

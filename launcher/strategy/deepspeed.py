@@ -1,101 +1,125 @@
-"""zero1, zero2 and zero3: DeepSpeed's engine, driven behind the same verbs.
+"""zero1, zero2 and zero3: DeepSpeed's engine behind the `Strategy` interface.
 
-The JSON comes from `launcher.config.deepspeed`. Six things are done here because DeepSpeed would
-do them silently wrong or at the price of the whole model on every rank:
+The engine's JSON comes from `launcher.config.deepspeed`. This module does six things itself,
+because DeepSpeed would do them wrong without an error, or with the full model on every rank:
 
 * Under zero3 each rank reads its own partition of every parameter from the files, and the model is
-  built as everywhere else: `zero.Init` around the building would initialise over loaded embeddings,
-  round rotary frequencies and break adapters.
-* Under zero3 gathered weights are not kept from forward to backward (`launcher.strategy.freed`).
-* Masters begin at the stored value, not at its rounding to the working dtype.
-* After masters were read back the working copies are made from them.
-* A parameter that got no gradient in a step is not stepped by an old one.
-* Under offload a gradient that overflowed is not added to that of the next step.
+  built the same way as under other strategies. Building it inside `zero.Init` would initialize
+  loaded embeddings again, round rotary frequencies and break adapters.
+* Under zero3 gathered weights are not kept from forward to backward
+  (`launcher.strategy.zero3_saved_tensors`).
+* Master weights start at the stored value, not at the value rounded to the working dtype.
+* After master weights are restored from a checkpoint, the working copies are updated from them.
+* A parameter that got no gradient in a step is not stepped with the gradient of an earlier one.
+* Under offload, a gradient that overflowed is not added to the gradient of the next step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero.partition_parameters import Init
 from torch import nn
 
 from launcher.config.deepspeed import engine_config
-from launcher.config.precision import PrecisionConfig
-from launcher.config.strategy import Zero3Config, ZeroConfig
-from launcher.config.training import TrainingConfig
-from launcher.distributed.process_group import Place
+from launcher.config.schema.precision import PrecisionConfig
+from launcher.config.schema.strategy import Zero3Config, ZeroConfig
+from launcher.config.schema.training import TrainingConfig
+from launcher.distributed.process_group import RankInfo
 from launcher.distributed.shards import Shard, gather_to_main
 from launcher.errors import UserError
-from launcher.loss_scale import LossScale
+from launcher.model.lazy_weight import read_flat_range
 from launcher.model.load import Weights
-from launcher.model.stored import Stored, read_run, read_whole
-from launcher.precision import Precision
 from launcher.strategy.base import (
     OptimizerBuilder,
     StepResult,
     TrainedState,
-    moments_of,
-    optimizer_state,
     persistent_buffers,
     share_cores,
-    split_state,
     sum_over_ranks,
 )
-from launcher.strategy.freed import keep_parameters
+from launcher.strategy.loss_scale import LossScale
+from launcher.strategy.optimizer_state import get_or_create_state, optimizer_tensors, split_state
+from launcher.strategy.precision import Precision
+from launcher.strategy.zero_loading import check_nvme_buffer_size, load_weights, partition_of
 
-# Without GPUs gloo does all. DeepSpeed would compile an all-reduce of its own at the first start;
-# a start that is killed while it compiles leaves a lock behind on which every later one waits.
+# Without GPUs gloo does all communication. DeepSpeed would compile its own all-reduce on the first
+# start. If that start is killed while compiling, it leaves a lock on which all later starts wait.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+# Section of the engine's JSON → what it offloads.
 OFFLOADED = {"offload_optimizer": "masters and moments", "offload_param": "parameters"}
 
 
+class FlatRange(NamedTuple):
+    """Where this rank's part of a trained parameter is stored."""
+
+    buffer: int  # index into `_flat_masters`
+    offset: int  # in that buffer
+    start: int  # first element of the flattened parameter
+    numel: int
+
+    @property
+    def in_buffer(self) -> slice:
+        """The part's elements in its buffer."""
+        return slice(self.offset, self.offset + self.numel)
+
+
 class DeepSpeed:
+    """The `Strategy` of zero1, zero2 and zero3."""
+
     model: nn.Module
     optimizer: torch.optim.Optimizer
 
     def __init__(
-        self, config: ZeroConfig, training: TrainingConfig, place: Place, precision: Precision
+        self,
+        config: ZeroConfig,
+        training: TrainingConfig,
+        rank_info: RankInfo,
+        precision: Precision,
     ) -> None:
+        """Raises UserError for fp16 on a device where DeepSpeed does not support it."""
         self.config = config
-        self.place = place
+        self.rank_info = rank_info
         self.precision = precision
-        self.loss_scale = LossScale.of(precision.scaling) if precision.scaling else None
+        self.loss_scale = LossScale.from_config(precision.scaling) if precision.scaling else None
         if self.loss_scale and not get_accelerator().is_fp16_supported():
             raise UserError(
-                f"precision=fp16 with strategy={config.name}: DeepSpeed reports no fp16 on "
-                f"{place.device.type}; choose precision=bf16, or strategy=fsdp"
+                f"precision=fp16 with strategy={config.name}: DeepSpeed does not support fp16 on "
+                f"{rank_info.device.type}; choose precision=bf16, or strategy=fsdp"
             )
         if config.steps_on_cpu:
-            share_cores(place)
+            share_cores(rank_info)
         arithmetic = precision.scaling or PrecisionConfig(name=precision.name)
-        self.engine_config = engine_config(config, training, arithmetic, place.world_size)
+        self.engine_config = engine_config(config, training, arithmetic, rank_info.world_size)
 
     def setup(
         self, model: nn.Module, weights: Weights | None, build_optimizer: OptimizerBuilder
     ) -> None:
         self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._shapes = {name: parameter.shape for name, parameter in self._trained.items()}
-        stored = {i: slot.stored for i, slot in weights.by_parameter().items()} if weights else {}
-        # The working dtype cannot hold what adapters begin with.
+        slots = weights.by_parameter() if weights else {}
+        sources = {key: slot.source for key, slot in slots.items()}
+        # The working dtype cannot represent the initial values of adapters exactly.
         exact = {n: p.detach().clone() for n, p in self._trained.items() if not p.is_meta}
-        deepspeed.init_distributed()  # takes over the process group that stands
-        self._load(model, stored)
+        deepspeed.init_distributed()  # uses the existing process group
+        if isinstance(self.config, Zero3Config):
+            check_nvme_buffer_size(self.config, model, self.rank_info)
+        zero3 = self.engine_config if self.config.stage == 3 else None
+        load_weights(model, sources, self.rank_info, self.precision.compute, zero3)
         self.optimizer = build_optimizer(
             (name, parameter, self._shapes[name]) for name, parameter in self._trained.items()
         )
         self._group_of = {
-            id(parameter): number
-            for number, group in enumerate(self.optimizer.param_groups)
+            id(parameter): index
+            for index, group in enumerate(self.optimizer.param_groups)
             for parameter in group["params"]
         }
-        self._bare = model
+        self._unwrapped_model = model
         self.model, self._zero, _, _ = deepspeed.initialize(
             model=model,
             optimizer=self.optimizer,
@@ -103,31 +127,32 @@ class DeepSpeed:
             dist_init_required=False,
         )
         if self.loss_scale:
-            # Ours decides, after the step: a scale that grew in it would unscale its gradients too.
+            # `self.loss_scale` decides, after the step: if DeepSpeed increased the scale during the
+            # step, it would also unscale the gradients of that step by the new value.
             self._zero.loss_scaler.update_scale = lambda has_overflow: None
         for name, shard in self.weights().items():
             if name in exact:
-                shard.local.copy_(shard.of(exact[name]))
+                shard.local.copy_(shard.slice_of(exact[name]))
                 continue
-            source = stored[id(self._trained[name])]
+            source = sources[id(self._trained[name])]
             if source.dtype.itemsize > self.precision.compute.itemsize:
-                shard.local.copy_(read_run(source, shard.begin, shard.local.numel()))
+                shard.local.copy_(read_flat_range(source, shard.begin, shard.local.numel()))
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         return sum_over_ranks(values)
 
-    def accumulate(self, last: bool) -> None:
-        """Nothing to do: `step` ends the accumulation, however many micro-batches there were."""
+    def set_last_micro_batch(self, last: bool) -> None:
+        """Nothing to do: `step` ends the accumulation after any number of micro-batches."""
 
     def backward(self, loss: torch.Tensor) -> None:
         # DeepSpeed averages gradients over all ranks; undo it.
-        self.model.backward(loss * self.place.world_size, scale_wrt_gas=False)  # type: ignore[operator]
+        self.model.backward(loss * self.rank_info.world_size, scale_wrt_gas=False)  # type: ignore[operator]
 
-    def forget(self) -> None:
-        raise RuntimeError("DeepSpeed keeps them in buffers of its own")
+    def zero_grad(self) -> None:
+        raise RuntimeError("DeepSpeed keeps gradients in its own buffers")
 
     def step(self, max_norm: float) -> StepResult:
-        self._clear_old_gradients()
+        self._clear_stale_gradients()
         self._zero.clip_grad = max_norm
         scale = self.loss_scale.scale if self.loss_scale else None
         self.model.step()  # type: ignore[operator]
@@ -138,175 +163,135 @@ class DeepSpeed:
         if self.loss_scale:
             self.loss_scale.update(not applied)
             self._zero.loss_scaler.cur_scale = self.loss_scale.scale
-        norm = torch.as_tensor(norm, dtype=torch.float32, device=self.place.device)
+        norm = torch.as_tensor(norm, dtype=torch.float32, device=self.rank_info.device)
         return StepResult(norm, applied, loss_scale=scale)
 
     def weights(self) -> dict[str, Shard]:
         shards = {}
         for name, parameter in self._trained.items():
-            flat, at, begin, count = self._run(parameter)
-            local = self._flats[flat].detach()[at : at + count]
-            shards[name] = Shard(local, begin, tuple(self._shapes[name]))
+            part = self._flat_range(parameter)
+            local = self._flat_masters[part.buffer].detach()[part.in_buffer]
+            shards[name] = Shard(local, part.start, tuple(self._shapes[name]))
         return shards
 
     def state(self) -> TrainedState:
-        states = self._optimizer_states()
-        weights, parts = self.weights(), []
+        buffer_states = self._buffer_states()
+        weights, states = self.weights(), []
         for parameter in self._trained.values():
-            flat, at, _, count = self._run(parameter)
-            parts.append(
+            part = self._flat_range(parameter)
+            states.append(
                 {
-                    key: value[at : at + count] if torch.is_tensor(value) and value.ndim else value
-                    for key, value in states[flat].items()
+                    key: value[part.in_buffer] if torch.is_tensor(value) and value.ndim else value
+                    for key, value in buffer_states[part.buffer].items()
                 }
             )
-        shards = self.place.world_size
-        moments, counts = split_state(weights, parts, shards)
-        return TrainedState(weights, moments, counts, persistent_buffers(self._bare), shards)
+        num_shards = self.rank_info.world_size
+        moments, step_counts = split_state(weights, states, num_shards)
+        buffers = persistent_buffers(self._unwrapped_model)
+        return TrainedState(weights, moments, step_counts, buffers, num_shards)
 
-    def refresh(self) -> None:
+    def sync_working_copies(self) -> None:
         if self.loss_scale:
             self._zero.loss_scaler.cur_scale = self.loss_scale.scale
         if self.config.stage < 3:
             self._zero.update_lp_params()
             return
-        copies = self._zero.fp16_partitioned_groups_flat
-        for number, (flat, working) in enumerate(zip(self._flats, copies, strict=True)):
-            if working is None:  # on disk
-                self._zero._partitioned_params_swap_out(number)
+        working_copies = self._zero.fp16_partitioned_groups_flat
+        pairs = zip(self._flat_masters, working_copies, strict=True)
+        for index, (master, working_copy) in enumerate(pairs):
+            if working_copy is None:  # on disk
+                self._zero._partitioned_params_swap_out(index)
             else:
-                working.copy_(flat.detach())
-        if kept_whole := self._zero.persistent_parameters:
-            kept_whole[0].partition(kept_whole)
-            kept_whole[0].all_gather(kept_whole)
+                working_copy.copy_(master.detach())
+        # Small parameters stay gathered on every rank.
+        if persistent := self._zero.persistent_parameters:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
 
     def gather(self, shards: dict[str, Shard]) -> dict[str, torch.Tensor] | None:
         return gather_to_main(shards)
 
-    def on_host(self) -> Iterator[torch.Tensor]:
+    def host_tensors(self) -> Iterator[torch.Tensor]:
         if self.config.parameters_on_cpu:
-            bare: list[Any] = list(self._bare.parameters())
-            yield from (parameter.ds_tensor for parameter in bare)
+            partitioned: list[Any] = list(self._unwrapped_model.parameters())
+            yield from (parameter.ds_tensor for parameter in partitioned)
         if not self.config.steps_on_cpu:
             return
-        yield from (each for flat in self._flats for each in (flat, flat.grad) if each is not None)
-        yield from moments_of(self.optimizer)
+        for master in self._flat_masters:
+            yield master
+            if master.grad is not None:
+                yield master.grad
+        yield from optimizer_tensors(self.optimizer)
+        # Gradient buffers of stage 2 and of stage 3.
         for name in ("temp_grad_buffer_for_cpu_offload", "grad_partitions_flat_buffer"):
-            if hasattr(self._zero, name):  # of stage 2, of stage 3
+            if hasattr(self._zero, name):
                 yield getattr(self._zero, name)
 
     def describe(self) -> str:
         sharded = ["optimizer state", "gradients", "parameters"][: self.config.stage]
         zero = self.engine_config["zero_optimization"]
-        kept = "".join(
-            f", {what} on {zero[section]['device']}"
-            for section, what in OFFLOADED.items()
+        offload = "".join(
+            f", {tensors} on {zero[section]['device']}"
+            for section, tensors in OFFLOADED.items()
             if section in zero and zero[section]["device"] != "none"
         )
         return (
             f"{self.config.name}: DeepSpeed, {', '.join(sharded)} sharded over "
-            f"{self.place.world_size} rank(s) on {self.place.device.type}{kept}"
+            f"{self.rank_info.world_size} rank(s) on {self.rank_info.device.type}{offload}"
         )
 
-    def _clear_old_gradients(self) -> None:
-        """Of parameters that got none in this step: they lie in buffers that the engine keeps."""
+    def _clear_stale_gradients(self) -> None:
+        """Zero the gradients of parameters that got none in this step: the engine keeps its
+        gradient buffers from one step to the next."""
+        buffers: Sequence[Any]
         if self.config.steps_on_cpu:
-            buffers = [flat.grad for flat in self._flats]
+            buffers = [master.grad for master in self._flat_masters]
         elif self.config.stage == 3:
-            sizes = [flat.numel() for flat in self._flats]
+            sizes = [master.numel() for master in self._flat_masters]
             buffers = self._zero.grad_partitions_flat_buffer.split(sizes)
         else:
             return
-        zero, zero3 = self._zero, self.config.stage == 3
-        got = zero._offload_boundary_param_ids if zero3 else zero._offload_accumulated_param_ids
+        zero, is_zero3 = self._zero, self.config.stage == 3
+        with_gradient = (
+            zero._offload_boundary_param_ids if is_zero3 else zero._offload_accumulated_param_ids
+        )
         for parameter in self._trained.values():
-            if zero.get_param_id(parameter) not in got:
-                flat, at, _, count = self._run(parameter)
-                buffers[flat][at : at + count].zero_()
-
-    def _load(self, model: nn.Module, stored: dict[int, Stored]) -> None:
-        """Give every parameter its values in the working dtype; under zero3 each rank reads and
-        keeps its own partition."""
-        self._refuse_small_buffers(model)
-        init = None
-        if self.config.stage == 3:
-            init = Init(config_dict_or_path=self.engine_config)
-            keep_parameters(model)
-        for parameter in model.parameters():
-            floating = parameter.is_floating_point()  # quantised ones stay as they are
-            dtype = self.precision.compute if floating else parameter.dtype
-            if not parameter.is_meta:
-                whole = parameter.detach()
-            elif init is None:
-                whole = read_whole(stored[id(parameter)])
-            else:
-                whole = self._own_part(parameter, stored[id(parameter)], dtype)
-            # In place, so that tied modules see it.
-            whole = whole.to(self.place.device, dtype)
-            torch.utils.swap_tensors(
-                parameter, nn.Parameter(whole, requires_grad=parameter.requires_grad)
-            )
-            if init is not None:
-                init._convert_to_deepspeed_param(parameter)
-                parameter.partition()  # type: ignore[attr-defined]
-
-    def _refuse_small_buffers(self, model: nn.Module) -> None:
-        if not isinstance(self.config, Zero3Config) or not self.config.on_disk:
-            return
-        size = self.config.nvme_buffer_size
-        parts = {name: self._partition(p.numel())[1] for name, p in model.named_parameters()}
-        largest = max(parts, key=lambda name: parts[name])
-        if parts[largest] > size:
-            raise UserError(
-                f"strategy.nvme_buffer_size={size} is less than a rank's part of {largest}; "
-                f"strategy.nvme_buffer_size={parts[largest]}, or more ranks"
-            )
-
-    def _own_part(
-        self, parameter: nn.Parameter, stored: Stored, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """The parameter, of which only this rank's partition holds values: no other is kept."""
-        whole = torch.empty(parameter.shape, dtype=dtype)
-        begin, count = self._partition(parameter.numel())
-        whole.view(-1)[begin : begin + count] = read_run(stored, begin, count)
-        return whole
-
-    def _partition(self, numel: int) -> tuple[int, int]:
-        """(begin, count) of this rank's partition of a tensor under zero3: ⌈numel / ranks⌉ each."""
-        k = -(-numel // self.place.world_size)
-        begin = min(self.place.rank * k, numel)
-        return begin, min(k, numel - begin)
+            if zero.get_param_id(parameter) not in with_gradient:
+                part = self._flat_range(parameter)
+                buffers[part.buffer][part.in_buffer].zero_()
 
     @property
-    def _flats(self) -> list[Any]:
-        """The flat master weights that the optimizer steps."""
+    def _flat_masters(self) -> list[torch.Tensor]:
+        """The flat buffers of master weights that the optimizer steps."""
         if self.config.stage == 3:
             return list(self._zero.fp32_partitioned_groups_flat)
         return [group["params"][0] for group in self.optimizer.param_groups]
 
-    def _run(self, parameter: Any) -> tuple[int, int, int, int]:
-        """Where this rank's part of a trained parameter is: (number of the flat tensor, offset in
-        it, first element of the parameter, count)."""
+    def _flat_range(self, parameter: Any) -> FlatRange:
         if self.config.stage == 3:
-            flat, at, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
-            return (flat, at, *self._partition(parameter.ds_numel))
+            buffer, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+            return FlatRange(buffer, offset, *partition_of(parameter.ds_numel, self.rank_info))
         mapping = parameter._hp_mapping
-        if mapping is None:  # it lies in other ranks' partitions
-            return self._group_of[id(parameter)], 0, 0, 0
-        run = mapping.lp_fragment_address
-        flat = mapping.param_group_index
-        return flat, mapping.get_hp_fragment_address().start, run.start, run.numel
+        if mapping is None:  # the parameter is in the partitions of other ranks
+            return FlatRange(self._group_of[id(parameter)], 0, 0, 0)
+        address = mapping.lp_fragment_address
+        offset = mapping.get_hp_fragment_address().start
+        return FlatRange(mapping.param_group_index, offset, address.start, address.numel)
 
-    def _optimizer_states(self) -> list[dict[str, Any]]:
-        """The optimizer's state of each flat tensor. Under zero3 the engine shows the optimizer one
-        flat tensor at a time, and none in between."""
+    def _buffer_states(self) -> list[dict[str, Any]]:
+        """The optimizer's state of each flat buffer. Under zero3, the engine shows one buffer at a
+        time to the optimizer during a step, and none between steps."""
         if self.config.stage < 3:
-            return list(optimizer_state(self.optimizer, self._flats))
-        shown = [group["params"] for group in self.optimizer.param_groups]
-        groups = self._zero.sub_group_to_group_id
-        for number, group in enumerate(self.optimizer.param_groups):
-            group["params"] = [f for at, f in enumerate(self._flats) if groups[at] == number]
-        states = list(optimizer_state(self.optimizer, self._flats))
-        for group, before in zip(self.optimizer.param_groups, shown, strict=True):
-            group["params"] = before
+            return get_or_create_state(self.optimizer, self._flat_masters)
+        params_before = [group["params"] for group in self.optimizer.param_groups]
+        group_of_buffer = self._zero.sub_group_to_group_id
+        for index, group in enumerate(self.optimizer.param_groups):
+            group["params"] = [
+                master
+                for buffer, master in enumerate(self._flat_masters)
+                if group_of_buffer[buffer] == index
+            ]
+        states = get_or_create_state(self.optimizer, self._flat_masters)
+        for group, params in zip(self.optimizer.param_groups, params_before, strict=True):
+            group["params"] = params
         return states

@@ -2,12 +2,12 @@
 
     single   1 × 1      ddp   N × 1      fsdp   1 × N      hsdp   N/S × S
 
-A mesh with a shard axis of size 1 shards nothing: it is data parallelism with fp32 masters and a
-compute copy, in the same code and the same arithmetic. Under single and ddp frozen weights are left
-out of `fully_shard`: they need neither a gather nor a second copy.
+A shard axis of size 1 shards nothing. The result is data parallelism with fp32 master weights and a
+working copy in the compute dtype, by the same code and with the same arithmetic. Under single and
+ddp, frozen weights are excluded from `fully_shard`: they need neither a gather nor a second copy.
 
-With `strategy.offload` what this rank keeps is on the CPU, gradients, norms and the optimizer's
-step included; a layer is copied to the GPU where it is gathered, on one rank as on several.
+With `strategy.offload`, this rank's shards stay on the CPU, including gradients, gradient norms and
+the optimizer step. A layer is copied to the GPU when it is gathered, also on a single rank.
 """
 
 from __future__ import annotations
@@ -21,45 +21,51 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from launcher.config.strategy import FsdpConfig, HsdpConfig, StrategyConfig
-from launcher.config.training import TrainingConfig
+from launcher.config.schema.strategy import FsdpConfig, HsdpConfig, StrategyConfig
+from launcher.config.schema.training import TrainingConfig
 from launcher.distributed.mesh import build_mesh
-from launcher.distributed.process_group import Place
+from launcher.distributed.process_group import RankInfo
 from launcher.distributed.shards import Shard, gather_to_main, local_box, local_part, shard_of
-from launcher.loss_scale import LossScale
 from launcher.model.layers import decoder_layers
 from launcher.model.load import Weights
-from launcher.precision import Precision
 from launcher.strategy.base import (
     OptimizerBuilder,
     StepResult,
     TrainedState,
-    moments_of,
-    optimizer_state,
     persistent_buffers,
     share_cores,
-    split_state,
     sum_over_ranks,
 )
+from launcher.strategy.loss_scale import LossScale
+from launcher.strategy.optimizer_state import get_or_create_state, optimizer_tensors, split_state
+from launcher.strategy.precision import Precision
 
 
 class Fsdp:
+    """The `Strategy` of single, ddp, fsdp and hsdp."""
+
     model: nn.Module
     optimizer: torch.optim.Optimizer
 
     def __init__(
-        self, config: StrategyConfig, training: TrainingConfig, place: Place, precision: Precision
+        self,
+        config: StrategyConfig,
+        training: TrainingConfig,
+        rank_info: RankInfo,
+        precision: Precision,
     ) -> None:
         self.config = config
-        self.place = place
+        self.rank_info = rank_info
         self.precision = precision
-        self.loss_scale = LossScale.of(precision.scaling) if precision.scaling else None
-        self.mesh = build_mesh(place.device.type, place.world_size, shard_size(config, place))
-        self._shard_group = self.mesh["shard"].get_group()  # slicing a mesh in a step costs a wait
-        self._shards = self.mesh["shard"].size() > 1
-        self._offloads = config.steps_on_cpu
-        if self._offloads:
-            share_cores(place)
+        self.loss_scale = LossScale.from_config(precision.scaling) if precision.scaling else None
+        self.mesh = build_mesh(
+            rank_info.device.type, rank_info.world_size, shard_size(config, rank_info)
+        )
+        self._shard_group = self.mesh["shard"].get_group()  # slicing the mesh in a step is slow
+        self._is_sharded = self.mesh["shard"].size() > 1
+        self._is_offloaded = config.steps_on_cpu
+        if self._is_offloaded:
+            share_cores(rank_info)
 
     def setup(
         self, model: nn.Module, weights: Weights | None, build_optimizer: OptimizerBuilder
@@ -68,43 +74,42 @@ class Fsdp:
         self._cast()
         self._shard()
         if weights is not None:
-            self._fill(weights)
+            self._load_weights(weights)
         self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self._defer_sync = self._defers_sync()
-        # The optimizer sees this rank's shards as plain parameters that share their storage:
-        # DTensor's dispatch of list operations costs seconds in the first step (it grows with the
-        # square of the list) and milliseconds in each.
-        self._shards_trained = [
-            nn.Parameter(local_part(p.detach())) for p in self._trained.values()
-        ]
-        self._bound = False
+        self._defer_sync = self._should_defer_sync()
+        # The optimizer receives this rank's shards as plain parameters that share their storage.
+        # With DTensors, the dispatch of list operations takes seconds in the first step (it grows
+        # with the square of the list) and milliseconds in every later one.
+        self._local_shards = [nn.Parameter(local_part(p.detach())) for p in self._trained.values()]
+        self._shares_storage = False
         shapes = [parameter.shape for parameter in self._trained.values()]
-        named = zip(self._trained, self._shards_trained, shapes, strict=True)
-        self.optimizer = build_optimizer(named)
+        self.optimizer = build_optimizer(
+            zip(self._trained, self._local_shards, shapes, strict=True)
+        )
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         return sum_over_ranks(values)
 
-    def accumulate(self, last: bool) -> None:
+    def set_last_micro_batch(self, last: bool) -> None:
         if self._defer_sync:
             self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
 
     def backward(self, loss: torch.Tensor) -> None:
         # FSDP2 averages gradients over all ranks; undo it.
         scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
-        (loss * (self.place.world_size * scale)).backward()
+        (loss * (self.rank_info.world_size * scale)).backward()
 
     def step(self, max_norm: float) -> StepResult:
-        self._lend_gradients()
-        result = self._unscale(self.loss_scale) if self.loss_scale else self._guarded()
+        self._assign_local_gradients()
+        result = self._unscale(self.loss_scale) if self.loss_scale else self._check_gradient()
         if result.applied:
-            torch.nn.utils.clip_grads_with_norm_(self._shards_trained, max_norm, result.grad_norm)
+            torch.nn.utils.clip_grads_with_norm_(self._local_shards, max_norm, result.grad_norm)
             self.optimizer.step()
-        self.forget()
+        self.zero_grad()
         return result
 
-    def forget(self) -> None:
-        for parameter in (*self._trained.values(), *self._shards_trained):
+    def zero_grad(self) -> None:
+        for parameter in (*self._trained.values(), *self._local_shards):
             parameter.grad = None
 
     def weights(self) -> dict[str, Shard]:
@@ -112,55 +117,56 @@ class Fsdp:
 
     def state(self) -> TrainedState:
         weights = self.weights()
-        states = optimizer_state(self.optimizer, self._shards_trained)
-        shards = self.mesh["shard"].size()
-        moments, counts = split_state(weights, states, shards)
-        return TrainedState(weights, moments, counts, persistent_buffers(self.model), shards)
+        states = get_or_create_state(self.optimizer, self._local_shards)
+        num_shards = self.mesh["shard"].size()
+        moments, step_counts = split_state(weights, states, num_shards)
+        buffers = persistent_buffers(self.model)
+        return TrainedState(weights, moments, step_counts, buffers, num_shards)
 
-    def refresh(self) -> None:
-        """Nothing to do: FSDP2 makes the working copies anew at every gather."""
+    def sync_working_copies(self) -> None:
+        """Nothing to do: FSDP2 makes new working copies in every gather."""
 
     def gather(self, shards: dict[str, Shard]) -> dict[str, torch.Tensor] | None:
         return gather_to_main(shards, self._shard_group)
 
-    def on_host(self) -> Iterator[torch.Tensor]:
-        if self._offloads:
+    def host_tensors(self) -> Iterator[torch.Tensor]:
+        if self._is_offloaded:
             yield from map(local_part, self.model.parameters())
             yield from (local_part(p.grad) for p in self._trained.values() if p.grad is not None)
-            yield from moments_of(self.optimizer)
+            yield from optimizer_tensors(self.optimizer)
 
     def describe(self) -> str:
         replicas, shards = self.mesh.shape
         sync = "once a step" if self._defer_sync else "every micro-batch"
-        kept = ", kept and stepped in host memory" if self._offloads else ""
+        offload = ", kept and stepped in host memory" if self._is_offloaded else ""
         return (
             f"{self.config.name}: {replicas} replica(s) × {shards} shard(s) on "
-            f"{self.place.device.type}{kept}, gradients reduced {sync}"
+            f"{self.rank_info.device.type}{offload}, gradients reduced {sync}"
         )
 
     @torch.no_grad()
-    def _lend_gradients(self) -> None:
-        """Show the optimizer this rank's part of every gradient."""
-        for shard, parameter in zip(self._shards_trained, self._trained.values(), strict=True):
-            if not self._bound:  # FSDP pads uneven shards in the first forward: new storage
+    def _assign_local_gradients(self) -> None:
+        """Give the optimizer this rank's part of every gradient."""
+        for shard, parameter in zip(self._local_shards, self._trained.values(), strict=True):
+            if not self._shares_storage:  # the first forward pads uneven shards into new storage
                 shard.data = local_part(parameter)
             shard.grad = None if parameter.grad is None else local_part(parameter.grad)
-        self._bound = True
+        self._shares_storage = True
 
-    def _guarded(self) -> StepResult:
-        """Have the optimizer skip a step whose gradient is not finite. torch's own need not wait to
-        know whether it is; others are not asked to step, which all ranks wait for."""
+    def _check_gradient(self) -> StepResult:
+        """Make the optimizer skip a step whose gradient is not finite. torch's fused optimizers
+        check this on the device. For the others, all ranks wait for the norm."""
         norm = self._gradient_norm()
         if not getattr(self.optimizer, "_step_supports_amp_scaling", False):
             return StepResult(norm, applied=bool(norm.isfinite()))
         self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-        return StepResult(norm, guarded=True)
+        return StepResult(norm, skip_if_nonfinite=True)
 
     def _unscale(self, loss_scale: LossScale) -> StepResult:
-        """Take the loss scale out of the gradients. They are reduced, so that what overflowed on
-        one rank is infinite in the norm of all; all ranks wait for that norm."""
+        """Divide the gradients by the loss scale. They are reduced already, so an overflow on one
+        rank makes the norm infinite on all ranks, which wait for it."""
         scale = loss_scale.scale
-        gradients = [shard.grad for shard in self._shards_trained if shard.grad is not None]
+        gradients = [shard.grad for shard in self._local_shards if shard.grad is not None]
         torch._foreach_mul_(gradients, 1 / scale)
         norm = self._gradient_norm()
         applied = bool(norm.isfinite())
@@ -168,19 +174,19 @@ class Fsdp:
         return StepResult(norm, applied, loss_scale=scale)
 
     def _gradient_norm(self) -> torch.Tensor:
-        """The L2 norm of the whole gradient, the same on every rank. Nobody waits for it."""
+        """The L2 norm of the full gradient, the same on every rank. The host does not wait."""
         norm = torch.nn.utils.get_total_norm(
-            [shard.grad for shard in self._shards_trained if shard.grad is not None]
+            [shard.grad for shard in self._local_shards if shard.grad is not None]
         )
-        if not self._shards:
+        if not self._is_sharded:
             return norm
         square = norm.square()
         dist.all_reduce(square, group=self._shard_group)
         return square.sqrt()
 
     def _cast(self) -> None:
-        """Frozen parameters to the compute dtype, trained ones to the master dtype; quantised ones
-        stay as they are."""
+        """Cast frozen parameters to the compute dtype and trained ones to the master dtype.
+        Quantized parameters keep their dtype."""
         for parameter in filter(torch.is_floating_point, self.model.parameters()):
             dtype = self.precision.master if parameter.requires_grad else self.precision.compute
             parameter.data = parameter.data.to(dtype)
@@ -193,26 +199,27 @@ class Fsdp:
                 param_dtype=self.precision.compute, reduce_dtype=self.precision.reduce
             ),
         }
-        frees = self._shards or self._offloads  # layers, after their use
-        if self._offloads:
-            pinned = self.place.device.type == "cuda"
-            options |= {"offload_policy": CPUOffloadPolicy(pin_memory=pinned)}
-        if not frees:
+        frees_layers = self._is_sharded or self._is_offloaded  # after their use
+        if self._is_offloaded:
+            pin_memory = self.rank_info.device.type == "cuda"
+            options |= {"offload_policy": CPUOffloadPolicy(pin_memory=pin_memory)}
+        if not frees_layers:
             options |= {"reshard_after_forward": False, "ignored_params": frozen or None}
         elif isinstance(self.config, FsdpConfig):
             options |= {"reshard_after_forward": self.config.reshard_after_forward}
         # Adapters without their frozen weights are small: one group, one message a step.
-        if frees or not frozen:
+        if frees_layers or not frozen:
             for layer in decoder_layers(self.model):
                 fully_shard(layer, **options)
-        fully_shard(self.model, **options)  # moves what it manages, and all buffers, to the device
+        # Moves the parameters that it manages, and all buffers, to the device.
+        fully_shard(self.model, **options)
         for parameter in options.get("ignored_params") or ():
             if not parameter.is_meta:
-                parameter.data = parameter.data.to(self.place.device)
+                parameter.data = parameter.data.to(self.rank_info.device)
 
-    def _fill(self, weights: Weights) -> None:
-        """Give every parameter that is still on meta this rank's slice of the stored tensor."""
-        device = torch.device("cpu") if self._offloads else self.place.device
+    def _load_weights(self, weights: Weights) -> None:
+        """Read this rank's slice of the stored tensor into every parameter that is on meta."""
+        device = torch.device("cpu") if self._is_offloaded else self.rank_info.device
         for slot in weights.slots:
             parameter = slot.parameter
             if not parameter.is_meta:
@@ -221,34 +228,34 @@ class Fsdp:
                 shape, offsets = local_box(parameter)
             else:
                 shape, offsets = tuple(parameter.shape), (0,) * parameter.ndim
-            local = slot.stored.read(offsets, shape)
-            # A copy in any case: what the reader gives may be the mapped file.
+            local = slot.source.read(offsets, shape)
+            # Copy in any case: the reader may return memory of the mapped file.
             local = local.to(device, parameter.dtype, copy=True)
-            filled = local
+            loaded = local
             if isinstance(parameter, DTensor):
-                # Not from_local, which moves to the mesh's device what is offloaded.
-                filled = DTensor(local, parameter._spec, requires_grad=False)
-            # In place, so that tied modules and FSDP's own references see it.
+                # DTensor.from_local would move offloaded shards to the device of the mesh.
+                loaded = DTensor(local, parameter._spec, requires_grad=False)
+            # In place, so that tied modules and FSDP's own references see the new tensor.
             torch.utils.swap_tensors(
-                parameter, nn.Parameter(filled, requires_grad=parameter.requires_grad)
+                parameter, nn.Parameter(loaded, requires_grad=parameter.requires_grad)
             )
 
-    def _defers_sync(self) -> bool:
-        """Whether whole gradients may wait for the last micro-batch of a step.
+    def _should_defer_sync(self) -> bool:
+        """Whether gradients are reduced only after the last micro-batch of a step.
 
-        Deferring saves traffic and holds the unsharded gradient meanwhile: nothing for adapters,
-        four bytes a parameter for full training.
+        This saves communication, but keeps the unsharded gradient until then. That is little memory
+        for adapters and four bytes per parameter for full training.
         """
         if not isinstance(self.config, FsdpConfig):
-            return True  # nothing is sharded: the gradient is whole anyway
+            return True  # nothing is sharded, so the gradient is always complete
         if self.config.gradient_sync == "auto":
             trained = sum(parameter.numel() for parameter in self._trained.values())
             return 10 * trained < sum(parameter.numel() for parameter in self.model.parameters())
         return self.config.gradient_sync == "last"
 
 
-def shard_size(config: StrategyConfig, place: Place) -> int:
-    """Ranks that share one copy of the state."""
+def shard_size(config: StrategyConfig, rank_info: RankInfo) -> int:
+    """The number of ranks that share one copy of the state."""
     if isinstance(config, HsdpConfig):
-        return config.shard_size or place.local_world_size
-    return place.world_size if isinstance(config, FsdpConfig) else 1
+        return config.shard_size or rank_info.local_world_size
+    return rank_info.world_size if isinstance(config, FsdpConfig) else 1

@@ -1,29 +1,27 @@
-"""Those who watch a run: metrics.jsonl, the console, the plot, trackers. All on rank 0."""
+"""The observers of a run: metrics.jsonl, the console, the plot and trackers. All on rank 0."""
 
 from __future__ import annotations
 
 from io import TextIOBase
-from typing import TYPE_CHECKING
 
-from launcher.config.tracking import TrackingConfig
-from launcher.run_dir import RunDir
-from launcher.tracking.console import Progress
+from launcher.config.schema.tracking import TrackingConfig
+from launcher.folders.run import RunDir
+from launcher.tracking.base import Observer
+from launcher.tracking.console import ConsoleProgress
 from launcher.tracking.jsonl import MetricsFile
 from launcher.tracking.plot import LossPlot
 
-if TYPE_CHECKING:
-    from launcher.loop import Observer
-
 
 def build_observers(config: TrackingConfig, run: RunDir, console: TextIOBase) -> list[Observer]:
+    """The observers that `config` asks for; metrics.jsonl is always written."""
     metrics = MetricsFile(run.metrics, run.logs / "lost-metrics.jsonl", run.steps)
     observers: list[Observer] = [metrics]
     if config.progress:
-        observers.append(Progress(console))
+        observers.append(ConsoleProgress(console))
     if config.plot:
         observers.append(LossPlot(run.metrics, run.plot))
     if config.trackers:
-        from launcher.tracking.trackers import Tracker  # a second of imports
+        from launcher.tracking.trackers import Tracker  # takes a second to import
 
         for name in config.trackers:
             observers.append(Tracker(name, config.project, run, console))

@@ -8,24 +8,24 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from launcher.metrics import Record
+from launcher.tracking.base import Record
 
 SECONDS_BETWEEN_LINES = 5.0
-WAITS = 0.1  # share of the time from which on waiting for data is worth a word
+DATA_WAIT_SHOWN = 0.1  # the share of the time from which waiting for data is shown
 
 
-class Progress:
-    """Step, time left, loss, learning rate, tokens/s, where it is known MFU."""
+class ConsoleProgress:
+    """Shows step, loss, learning rate, tokens/s, time left, and MFU if it is known."""
 
     def __init__(self, console: TextIOBase) -> None:
         self.console = console
         self.bar: tqdm[NoReturn] | None = None
-        self._done = self._total = 0
-        self._began = self._last_line = 0.0
+        self._done_steps = self._total_steps = 0
+        self._start_time = self._last_line_time = 0.0
 
     def start(self, done_steps: int, total_steps: int) -> None:
-        self._done, self._total = done_steps, total_steps
-        self._began = self._last_line = time.monotonic()
+        self._done_steps, self._total_steps = done_steps, total_steps
+        self._start_time = self._last_line_time = time.monotonic()
         if self.console.isatty():
             self.bar = tqdm(
                 total=total_steps,
@@ -38,49 +38,52 @@ class Progress:
     def log(self, records: list[Record]) -> None:
         for record in records:
             if "eval_loss" in record:
-                self._say(f"step {record['step']}: eval_loss {record['eval_loss']:.4f}")
+                self._print(f"step {record['step']}: eval_loss {record['eval_loss']:.4f}")
         steps = [record for record in records if "loss" in record]
         if not steps:
             return
-        newest = steps[-1]
+        last = steps[-1]
         if self.bar is not None:
-            self.bar.set_postfix_str(_figures(newest), refresh=False)
-            self.bar.update(newest["step"] - self.bar.n)
-        elif self._line_is_due(newest["step"]):
-            self._say(
-                f"step {newest['step']}/{self._total}  {_figures(newest)}  {self._left(newest)}"
+            self.bar.set_postfix_str(_format_metrics(last), refresh=False)
+            self.bar.update(last["step"] - self.bar.n)
+        elif self._is_line_due(last["step"]):
+            self._print(
+                f"step {last['step']}/{self._total_steps}  {_format_metrics(last)}  "
+                f"{self._format_time_left(last)}"
             )
 
     def finish(self) -> None:
         if self.bar is not None:
             self.bar.close()
 
-    def _line_is_due(self, step: int) -> bool:
+    def _is_line_due(self, step: int) -> bool:
         now = time.monotonic()
-        if step != self._total and now - self._last_line < SECONDS_BETWEEN_LINES:
+        if step != self._total_steps and now - self._last_line_time < SECONDS_BETWEEN_LINES:
             return False
-        self._last_line = now
+        self._last_line_time = now
         return True
 
-    def _left(self, record: Record) -> str:
-        per_step = (time.monotonic() - self._began) / (record["step"] - self._done)
-        return f"{per_step * (self._total - record['step']):.0f} s left"
+    def _format_time_left(self, record: Record) -> str:
+        seconds_per_step = (time.monotonic() - self._start_time) / (
+            record["step"] - self._done_steps
+        )
+        return f"{seconds_per_step * (self._total_steps - record['step']):.0f} s left"
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         if self.bar is not None:
             self.bar.write(line, file=self.console)
         else:
             print(line, file=self.console, flush=True)
 
 
-def _figures(record: Record) -> str:
-    figures = [
+def _format_metrics(record: Record) -> str:
+    metrics = [
         f"loss {record['loss']:.4f}",
         f"rate {record['learning_rate']:.2e}",
         f"{record['tokens_per_second']:.0f} tokens/s",
     ]
     if "mfu" in record:
-        figures.append(f"MFU {record['mfu']:.1%}")
-    if record["data_wait"] > WAITS:
-        figures.append(f"waits for data {record['data_wait']:.0%}")
-    return "  ".join(figures)
+        metrics.append(f"MFU {record['mfu']:.1%}")
+    if record["data_wait"] > DATA_WAIT_SHOWN:
+        metrics.append(f"waits for data {record['data_wait']:.0%}")
+    return "  ".join(metrics)

@@ -10,27 +10,28 @@ from io import TextIOBase
 from typing import Any
 
 from accelerate.state import PartialState
-from accelerate.tracking import MLflowTracker, TensorBoardTracker, WandBTracker
+from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, WandBTracker
 
-from launcher import manifest
 from launcher.config import store
-from launcher.metrics import Record
-from launcher.run_dir import RunDir
+from launcher.folders import manifest
+from launcher.folders.run import RunDir
+from launcher.tracking.base import Record
 
-# Rank 0 talks to a server while the other ranks wait, and the server may be gone.
-PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
+# The other ranks wait while rank 0 sends to a server, which may be unreachable.
+MLFLOW_LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
 
 
 class Tracker:
-    """Hands every number of every record to one tracker, under the names of metrics.jsonl.
+    """Sends all numbers of all records to one tracker, under their names in metrics.jsonl.
 
-    An error of a tracker does not end the training: it is said once, and the tracker gets nothing
-    more in this attempt. What it misses stands in metrics.jsonl.
+    An error of a tracker does not end training: it is reported once, and the tracker receives
+    nothing more in this attempt. metrics.jsonl has the missing records.
     """
 
     def __init__(self, name: str, project: str, run: RunDir, console: TextIOBase) -> None:
         self.name, self.project, self.run, self.console = name, project, run, console
-        self._seen = _told_before(run)  # before metrics.jsonl is cut back to the checkpoint
+        # Read before metrics.jsonl is cut back to the checkpoint.
+        self._logged = _logged_before(run)
         self._alive = True
 
     def start(self, done_steps: int, total_steps: int) -> None:
@@ -43,79 +44,88 @@ class Tracker:
         self._try(lambda: self._tracker.finish())
 
     def _open(self, done_steps: int) -> None:
-        PartialState()  # accelerate asks it who is rank 0; it joins the process group that stands
-        known = _ids(self.run)
-        self._tracker = OPEN[self.name](self, known.get(self.name), done_steps)
+        PartialState()  # by which accelerate finds rank 0; uses the existing process group
+        run_ids = _read_run_ids(self.run)
+        run_id = run_ids.get(self.name)
+        self._tracker: GeneralTracker = OPENERS[self.name](self, run_id, done_steps)
         self._tracker.start()
-        if self.name not in known:
+        if run_id is None:
             settings = store.leaves(store.load(self.run.config))
-            self._tracker.store_init_configuration({k: _plain(v) for k, v in settings.items()})
-            manifest.write_json(self.run.trackers, {**known, self.name: self._id()})
+            self._tracker.store_init_configuration({k: _to_scalar(v) for k, v in settings.items()})
+            manifest.write_json(self.run.trackers, {**run_ids, self.name: self._run_id()})
 
     def _log(self, records: list[Record]) -> None:
         for record in records:
-            if _key(record) not in self._seen:
-                figures = {k: v for k, v in record.items() if k not in ("step", "time")}
-                self._tracker.log(figures, step=record["step"])
+            if _key(record) not in self._logged:
+                metrics = {k: v for k, v in record.items() if k not in ("step", "time")}
+                self._tracker.log(metrics, step=record["step"])
 
-    def _id(self) -> str:
-        """By which the library finds this run again."""
+    def _run_id(self) -> str:
+        """The id by which the library finds this run again."""
         if self.name == "tensorboard":
             return "tensorboard"  # its folder
-        tracked: Any = self._tracker.tracker
-        return str(tracked.id if self.name == "wandb" else tracked.info.run_id)
+        library_run: Any = self._tracker.tracker
+        return str(library_run.id if self.name == "wandb" else library_run.info.run_id)
 
     def _try(self, call: Callable[..., None], *args: Any) -> None:
         if not self._alive:
             return
         try:
             call(*args)
-        except Exception as error:  # of any library, in any place
+        except Exception as error:  # the libraries raise errors of many types
             self._alive = False
-            sentence = (
-                f"tracking.trackers: {self.name} failed and gets nothing more in this attempt "
-                f"({type(error).__name__}: {error}); metrics.jsonl has it all"
+            message = (
+                f"tracking.trackers: {self.name} failed and receives nothing more in this attempt "
+                f"({type(error).__name__}: {error}); metrics.jsonl has all records"
             )
-            print(sentence, file=sys.stderr, flush=True)  # the log of rank 0
-            print(sentence, file=self.console, flush=True)
+            print(message, file=sys.stderr, flush=True)  # the log of rank 0
+            print(message, file=self.console, flush=True)
 
-    def tensorboard(self, id: str | None, done_steps: int) -> TensorBoardTracker:
-        # What an attempt wrote after the step that is gone on from is no longer shown.
-        self._seen = set()
+    def open_tensorboard(self, run_id: str | None, done_steps: int) -> TensorBoardTracker:
+        """Steps that an earlier attempt wrote after `done_steps` are no longer shown."""
+        self._logged = set()
         return TensorBoardTracker("tensorboard", self.run.path, purge_step=done_steps + 1)
 
-    def wandb(self, id: str | None, done_steps: int) -> WandBTracker:
-        place = {} if "WANDB_DIR" in os.environ else {"dir": str(self.run.path)}
-        again = {} if id is None else {"id": id}
+    def open_wandb(self, run_id: str | None, done_steps: int) -> WandBTracker:
+        """Resumes the run `run_id` if there is one."""
+        folder = {} if "WANDB_DIR" in os.environ else {"dir": str(self.run.path)}
+        existing = {} if run_id is None else {"id": run_id}
         name = self.run.path.name
-        return WandBTracker(self.project, name=name, resume="allow", **place, **again)
+        return WandBTracker(self.project, name=name, resume="allow", **folder, **existing)
 
-    def mlflow(self, id: str | None, done_steps: int) -> MLflowTracker:
-        for key, value in PATIENCE.items():
+    def open_mlflow(self, run_id: str | None, done_steps: int) -> MLflowTracker:
+        """Resumes the run `run_id` if there is one. Without a server, MLflow writes to the run
+        folder."""
+        for key, value in MLFLOW_LIMITS.items():
             os.environ.setdefault(key, value)
-        artifacts = None  # where the user's server puts them
+        artifacts = None  # the user's server has its own place for them
         if "MLFLOW_TRACKING_URI" not in os.environ:
             folder = self.run.path / "mlruns"
             folder.mkdir(exist_ok=True)
-            # Not plain files, which MLflow refuses since version 3.
+            # MLflow 3 no longer accepts plain files.
             os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
             artifacts = (folder / "artifacts").as_uri()
-        return MLflowTracker(self.project, artifacts, id, run_name=self.run.path.name)
+        return MLflowTracker(self.project, artifacts, run_id, run_name=self.run.path.name)
 
 
-OPEN = {"tensorboard": Tracker.tensorboard, "wandb": Tracker.wandb, "mlflow": Tracker.mlflow}
+OPENERS: dict[str, Callable[[Tracker, str | None, int], GeneralTracker]] = {
+    "tensorboard": Tracker.open_tensorboard,
+    "wandb": Tracker.open_wandb,
+    "mlflow": Tracker.open_mlflow,
+}
 
 
-def _ids(run: RunDir) -> dict[str, str]:
-    """Tracker → the id of its run, of those that earlier attempts have begun."""
+def _read_run_ids(run: RunDir) -> dict[str, str]:
+    """Tracker → the id of its run, for the trackers that earlier attempts started."""
     if not run.trackers.is_file():
         return {}
-    found: dict[str, str] = json.loads(run.trackers.read_text(encoding="utf-8"))
-    return found
+    run_ids: dict[str, str] = json.loads(run.trackers.read_text(encoding="utf-8"))
+    return run_ids
 
 
-def _told_before(run: RunDir) -> set[tuple[int, bool]]:
-    """What earlier attempts have logged; wandb and mlflow keep it though its steps are repeated."""
+def _logged_before(run: RunDir) -> set[tuple[int, bool]]:
+    """The records of earlier attempts. wandb and mlflow keep them, although their steps may be
+    repeated."""
     files = [run.metrics, *run.path.glob("logs/*/lost-metrics.jsonl")]
     lines = [line for file in files if file.is_file() for line in file.open(encoding="utf-8")]
     return {_key(json.loads(line)) for line in lines if line.endswith("}\n")}
@@ -125,6 +135,6 @@ def _key(record: Record) -> tuple[int, bool]:
     return record["step"], "eval_loss" in record
 
 
-def _plain(value: Any) -> Any:
-    """A setting as trackers take it."""
+def _to_scalar(value: Any) -> Any:
+    """A setting in a type that all trackers accept."""
     return value if isinstance(value, (bool, int, float, str)) else json.dumps(value)

@@ -1,1 +1,1 @@
-"""The web page: train, look after runs, chat, export. It views folders; others do the work."""
+"""The web page: train, watch runs, chat, export. It shows folders; other processes do the work."""

@@ -1,4 +1,4 @@
-"""What was typed into the page as a Hydra experiment file, and back. Imports no torch."""
+"""Saves the page's settings as a Hydra experiment file, and loads them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,118 +7,124 @@ from typing import Any
 
 import yaml
 
-from launcher import paths
 from launcher.config import store
 from launcher.errors import UserError
-from launcher.ui import form, grammar
-from launcher.ui.form import CHOSEN, Look, Values
-from launcher.ui.places import NAME, Places
+from launcher.folders import paths
+from launcher.ui import form, override_syntax
+from launcher.ui.form import HYDRA_GROUPS, FormCheck, Values
+from launcher.ui.roots import NAME_PATTERN, Roots
 
-FOLDER = "experiments"  # in the first root; Hydra looks for the group in it
-HEAD = "# @package _global_\n# shardway train --config-dir {folder} experiment={name}\n"
-
-
-def names(places: Places) -> list[str]:
-    """Of the files in the first root, and of those that ship with Shardway."""
-    found = [*_folder(places).glob("*.yaml"), *_shipped().glob("*.yaml")]
-    return sorted({path.stem for path in found})
+FOLDER = "experiments"  # in the first root; Hydra expects the group's folder in it
+HEADER = "# @package _global_\n# shardway train --config-dir {folder} experiment={name}\n"
 
 
-def save(places: Places, name: str, look: Look) -> Path:
+def names(roots: Roots) -> list[str]:
+    """Names of the experiment files in the first root and of those that come with Shardway."""
+    files = [*_user_folder(roots).glob("*.yaml"), *_bundled_folder().glob("*.yaml")]
+    return sorted({path.stem for path in files})
+
+
+def save(roots: Roots, name: str, check: FormCheck) -> Path:
     """Write the settings that differ from those of the chosen files of conf/.
 
-    Raises UserError for what cannot be a name, for one that is taken, and while nothing can be
-    composed from what was typed.
+    Raises UserError if the name is invalid or already used, or if the settings cannot be composed.
     """
-    if not NAME.fullmatch(name):
-        raise UserError(f"{name!r} is no name of an experiment → letters, digits, '.', '_' and '-'")
-    if look.config is None:
-        raise UserError("what cannot be composed cannot be saved → mend what is said to be wrong")
-    path = places.to_write(_folder(places) / f"{name}.yaml")
+    if not NAME_PATTERN.fullmatch(name):
+        raise UserError(
+            f"{name!r} is not a valid name of an experiment → letters, digits, '.', '_' and '-'"
+        )
+    if check.config is None:
+        raise UserError(
+            "the settings cannot be saved because they cannot be composed → fix the problems first"
+        )
+    path = roots.to_write(_user_folder(roots) / f"{name}.yaml")
     if path.exists():
         raise UserError(f"{path} exists → another name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_text(name, look), encoding="utf-8")
+    path.write_text(_to_yaml(name, check), encoding="utf-8")
     return path
 
 
-def _text(name: str, look: Look) -> str:
-    assert look.config is not None
-    files = form.defaults() | dict(
-        pair for word in look.overrides if (pair := word.split("=", 1))[0] in CHOSEN
+def _to_yaml(name: str, check: FormCheck) -> str:
+    assert check.config is not None
+    files = form.default_files() | dict(
+        pair for override in check.overrides if (pair := override.split("=", 1))[0] in HYDRA_GROUPS
     )
-    chosen = {group: files[group] for group in CHOSEN}
-    before = form.leaves_with(chosen)
+    chosen = {group: files[group] for group in HYDRA_GROUPS}
+    unchanged = form.leaves_with(chosen)
     changed: dict[str, Any] = {}
-    for key, value in store.leaves(look.config).items():
-        if (key not in before or before[key] != value) and "." in key:
-            _put(changed, key.split("."), value)
-    listed = [
+    for key, value in store.leaves(check.config).items():
+        if (key not in unchanged or unchanged[key] != value) and "." in key:
+            _set_nested(changed, key.split("."), value)
+    defaults = [
         {f"override /{group}": file}
         for group, file in chosen.items()
-        if file != form.defaults()[group]
+        if file != form.default_files()[group]
     ]
-    body = {"defaults": [*listed, "_self_"], **changed}
-    return HEAD.format(folder=FOLDER, name=name) + yaml.safe_dump(
+    body = {"defaults": [*defaults, "_self_"], **changed}
+    return HEADER.format(folder=FOLDER, name=name) + yaml.safe_dump(
         body, sort_keys=False, allow_unicode=True
     )
 
 
-def _put(tree: dict[str, Any], words: list[str], value: Any) -> None:
-    for word in words[:-1]:
-        tree = tree.setdefault(word, {})
-    tree[words[-1]] = value
+def _set_nested(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[keys[-1]] = value
 
 
-def load(places: Places, name: str) -> tuple[Values, str]:
-    """The page's values, and the lines of further overrides, that an experiment file gives.
+def load(roots: Roots, name: str) -> tuple[Values, str]:
+    """The page's values and the lines of additional overrides from an experiment file.
 
-    Raises UserError for a file that is none.
+    Raises UserError if the file does not exist or is not an experiment file.
     """
-    own, shipped = _folder(places) / f"{name}.yaml", _shipped() / f"{name}.yaml"
-    if not NAME.fullmatch(name) or not (own.is_file() or shipped.is_file()):
-        raise UserError(f"experiment {name} is not there; there are {', '.join(names(places))}")
-    path = places.to_read(own) if own.is_file() else shipped
+    own, bundled = _user_folder(roots) / f"{name}.yaml", _bundled_folder() / f"{name}.yaml"
+    if not NAME_PATTERN.fullmatch(name) or not (own.is_file() or bundled.is_file()):
+        raise UserError(
+            f"experiment {name} does not exist; the experiments are {', '.join(names(roots))}"
+        )
+    path = roots.to_read(own) if own.is_file() else bundled
     try:
         tree = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-        listed = tree.pop("defaults", [])
-        pairs = [pair for each in listed if isinstance(each, dict) for pair in each.items()]
-        words = [f"{key.removeprefix('override /')}={file}" for key, file in pairs]
-        words += [
-            f"{_sign(key)}{key}={grammar.text_of(value)}" for key, value in store.leaves_of(tree)
+        defaults = tree.pop("defaults", [])
+        pairs = [pair for entry in defaults if isinstance(entry, dict) for pair in entry.items()]
+        overrides = [f"{key.removeprefix('override /')}={file}" for key, file in pairs]
+        overrides += [
+            f"{_prefix(key)}{key}={override_syntax.format_value(value)}"
+            for key, value in store.leaves_of(tree)
         ]
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is no experiment file: {error}") from error
-    values, more = form.apply(form.begun(), "", words)
-    return _accumulated(values, more, places)
+        raise UserError(f"{path} is not an experiment file: {error}") from error
+    values, more = form.apply_overrides(form.initial_values(), "", overrides)
+    return _with_accumulation(values, more, roots)
 
 
-def _sign(key: str) -> str:
-    """A plus before an entry of a setting that holds entries of any name."""
+def _prefix(key: str) -> str:
+    """Hydra needs a plus to add an entry to a setting that is a dict with arbitrary keys."""
     *parents, _ = key.split(".")
-    return "+" if grammar.kind_of(".".join(parents[:2])).startswith("dict[") else ""
+    return "+" if override_syntax.type_of(".".join(parents[:2])).startswith("dict[") else ""
 
 
-def _accumulated(values: Values, more: str, places: Places) -> tuple[Values, str]:
-    """The global batch as forwards a step, where it is a whole number of them."""
+def _with_accumulation(values: Values, more: str, roots: Roots) -> tuple[Values, str]:
+    """Replace a typed global batch size by accumulation steps if they are a whole number."""
     key = "training.global_batch_size="
     sizes = [line.removeprefix(key) for line in more.splitlines() if line.startswith(key)]
-    found = form.look(values, more, places)
-    if not found.config or not found.world:
+    check = form.check_form(values, more, roots)
+    if not check.config or not check.world:
         return values, more
-    training = found.config.training
-    forwards, rest = divmod(
-        training.global_batch_size, found.world.size * training.micro_batch_size
+    training = check.config.training
+    forwards, remainder = divmod(
+        training.global_batch_size, check.world.size * training.micro_batch_size
     )
-    if rest or not sizes:
+    if remainder or not sizes:
         return values, more
     lines = [line for line in more.splitlines() if not line.startswith(key)]
     return {**values, form.ACCUMULATION: str(forwards)}, "\n".join(lines)
 
 
-def _folder(places: Places) -> Path:
-    return places.home / FOLDER / "experiment"
+def _user_folder(roots: Roots) -> Path:
+    return roots.home / FOLDER / "experiment"
 
 
-def _shipped() -> Path:
-    return paths.beside("conf") / "experiment"
+def _bundled_folder() -> Path:
+    return paths.resource("conf") / "experiment"

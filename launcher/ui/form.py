@@ -1,5 +1,7 @@
-"""The train tab as settings: what is shown, what it begins with, and the overrides of what was
-typed. Knows no widgets and imports no torch."""
+"""The settings on the Train tab: their order, initial values, overrides and problems.
+
+Uses no widgets and imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +19,20 @@ import yaml
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from launcher import paths, rules, train
+from launcher.cluster import preflight
 from launcher.config import SECTIONS, Config, store
-from launcher.config.data import HUB, DataConfig
-from launcher.config.rule import World
-from launcher.data import files, source
+from launcher.config.compose import compose, hydra_message, overrides_in
+from launcher.config.rules.rule import World
+from launcher.config.schema.data import HUB, DataConfig
+from launcher.data import file_rows, source
 from launcher.errors import UserError
-from launcher.ui import grammar
-from launcher.ui.places import Places
+from launcher.folders import paths
+from launcher.ui import override_syntax
+from launcher.ui.roots import Roots
 
-Values = dict[str, Any]  # setting, or group of conf/ → what the page has: text, or a tick
+Values = dict[str, Any]  # setting, or group of conf/ → text, or bool for a checkbox
 
-# What stands on the page, in its order; the rest of docs/configuration.md is typed as overrides.
+# The fields of the page, in order. Other settings of docs/configuration.md are typed as overrides.
 GROUPS: dict[str, tuple[str, ...]] = {
     "Model and data": (
         *("model", "model.name_or_path", "data", "data.path", "data.dataset_info", "data.name"),
@@ -62,76 +66,79 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
 }
 FIELDS = tuple(key for keys in GROUPS.values() for key in keys)
-CHOSEN = tuple(key for key in FIELDS if key in SECTIONS)  # files of conf/, such as method=lora
-ACCUMULATION = "accumulation"  # no setting: global_batch_size follows from it and the ranks
-OURS = ("model.name_or_path", "data.path")  # empty: as the chosen file of conf/ says
-# What would run a command or another's code stands in a site's files, not on a page.
-FROM_FILES = (
+HYDRA_GROUPS = tuple(key for key in FIELDS if key in SECTIONS)  # each selects a file: method=lora
+ACCUMULATION = "accumulation"  # not a setting; with the ranks it determines global_batch_size
+PATH_FIELDS = ("model.name_or_path", "data.path")  # empty: the path in the chosen file of conf/
+# Settings that run commands or other people's code must come from files of the site.
+FILE_ONLY_KEYS = (
     *("cluster.setup", "cluster.extra_flags", "cluster.environment", "cluster.container"),
     *("cluster.container_python", "model.trust_remote_code", "strategy.extra", "resume_force"),
     *("run_dir", "launch", "hydra", "experiment"),
 )
 OVERRIDE = re.compile(r"(\+\+|\+|~)?([a-z][\w.]*)(=(.*))?", re.ASCII | re.DOTALL)
-_HYDRA = threading.Lock()  # it composes by a global
-_LOOKED_AT: dict[Any, list[str]] = {}  # the newest data section and its files → what is wrong
+_HYDRA_LOCK = threading.Lock()  # Hydra composes through a global singleton
+# The latest data section with the state of its files → its problems. One entry at most.
+_DATA_PROBLEMS: dict[tuple[str, tuple[tuple[str, int, int], ...]], list[str]] = {}
 
 
 @dataclass(frozen=True)
-class Look:
-    """What is known of the values on the page."""
+class FormCheck:
+    """The result of checking the values on the page."""
 
     overrides: list[str]
-    config: Config | None = None
+    config: Config | None = None  # None if the overrides cannot be composed
     world: World | None = None
     problems: list[str] = field(default_factory=list)
 
     def command(self, run: str | None) -> str:
-        """The line that does in a terminal what Start does."""
+        """The terminal command that does the same as Start."""
         words = self.overrides + ([f"run_dir=runs/{run}"] if run else [])
         return shlex.join(["shardway", "train", *words])
 
 
 def choices(group: str) -> list[str]:
     """The files of a group of conf/."""
-    found = sorted(path.stem for path in (paths.beside("conf") / group).glob("*.yaml"))
-    return [name for name in found if name != "base"]
+    names = sorted(path.stem for path in (paths.resource("conf") / group).glob("*.yaml"))
+    return [name for name in names if name != "base"]
 
 
 @functools.cache
-def defaults() -> dict[str, str]:
-    """The file of each group that is composed unless another is named."""
-    listed = yaml.safe_load((paths.beside("conf") / "config.yaml").read_text())["defaults"]
-    return {g: name for each in listed if isinstance(each, dict) for g, name in each.items()}
+def default_files() -> dict[str, str]:
+    """The file of each group that Hydra composes by default."""
+    entries = yaml.safe_load((paths.resource("conf") / "config.yaml").read_text())["defaults"]
+    return {g: name for entry in entries if isinstance(entry, dict) for g, name in entry.items()}
 
 
 @functools.lru_cache(maxsize=256)
-def _leaves(chosen: tuple[str, ...]) -> dict[str, Any]:
-    with _HYDRA:
-        return store.leaves(rules.compose(list(chosen)))
+def _leaves(group_overrides: tuple[str, ...]) -> dict[str, Any]:
+    with _HYDRA_LOCK:
+        return store.leaves(compose(list(group_overrides)))
 
 
 def leaves_with(chosen: Mapping[str, str]) -> dict[str, Any]:
-    """Every setting by its override, with these files of conf/ and nothing typed."""
+    """All settings by their key, composed from these files of conf/ without other overrides."""
     return _leaves(tuple(f"{group}={name}" for group, name in chosen.items()))
 
 
-def begun(chosen: Mapping[str, str] | None = None) -> Values:
-    """The values that files of conf/ give, one of each group that `chosen` does not name as the
-    defaults have it. Settings that the chosen ones do not have are left out."""
-    files = {group: defaults()[group] for group in CHOSEN} | dict(chosen or {})
+def initial_values(chosen: Mapping[str, str] | None = None) -> Values:
+    """The values from files of conf/: those in `chosen`, and the default files of other groups.
+
+    Leaves out settings that the files do not have.
+    """
+    files = {group: default_files()[group] for group in HYDRA_GROUPS} | dict(chosen or {})
     leaves = leaves_with(files)
-    values: Values = {key: shown(leaves[key]) for key in FIELDS if key in leaves}
-    values |= {key: "" for key in OURS if _is_ours(str(leaves[key]))}
+    values: Values = {key: to_field(leaves[key]) for key in FIELDS if key in leaves}
+    values |= {key: "" for key in PATH_FIELDS if _is_bundled(str(leaves[key]))}
     return {**files, **values, ACCUMULATION: "8"}
 
 
-def _is_ours(path: str) -> bool:
-    """Whether a file of conf/ names what is fetched or ships with Shardway: nobody types that."""
+def _is_bundled(path: str) -> bool:
+    """Whether a path is in the cache or in the package. The page shows no such path."""
     return any(Path(path).is_relative_to(folder) for folder in (paths.cache(), paths.PACKAGE))
 
 
-def shown(value: Any) -> Any:
-    """A setting's value as the page has it."""
+def to_field(value: Any) -> bool | str:
+    """A setting's value as a field of the page shows it."""
     if isinstance(value, bool):
         return value
     if isinstance(value, list):
@@ -140,37 +147,37 @@ def shown(value: Any) -> Any:
 
 
 def overrides_of(values: Values, more: str = "") -> list[str]:
-    """What must be typed for `values`: the files that are not the default ones, and what differs
-    from what they say. `more` holds further overrides, one a line.
+    """The overrides for `values`: files other than the default ones, and settings that differ from
+    the chosen files. `more` contains additional overrides, one per line.
 
-    Raises UserError for what the page does not take.
+    Raises UserError for an override that the page does not accept.
     """
-    chosen = {group: str(values[group]) for group in CHOSEN}
+    chosen = {group: str(values[group]) for group in HYDRA_GROUPS}
     for group, name in chosen.items():
         if name not in choices(group):
-            raise UserError(f"{group}={name} is no file of conf/{group}/")
-    start = begun(chosen)
-    words = [f"{group}={name}" for group, name in chosen.items() if name != defaults()[group]]
-    for key, begins in start.items():
-        value = values[key] if key in values else begins
+            raise UserError(f"{group}={name} is not a file of conf/{group}/")
+    initial = initial_values(chosen)
+    words = [f"{group}={name}" for group, name in chosen.items() if name != default_files()[group]]
+    for key, initial_value in initial.items():
+        value = values[key] if key in values else initial_value
         value = value.strip() if isinstance(value, str) else value
-        if key not in CHOSEN and key != ACCUMULATION and value != begins:
-            words.append(f"{key}={grammar.written(key, value)}")
+        if key not in HYDRA_GROUPS and key != ACCUMULATION and value != initial_value:
+            words.append(f"{key}={override_syntax.format_field(key, value)}")
     for word in words:
         _refuse_interpolation(word)
-    return words + [_taken(line.strip()) for line in more.splitlines() if line.strip()]
+    return words + [_check_override(line.strip()) for line in more.splitlines() if line.strip()]
 
 
-def _taken(line: str) -> str:
-    """An override that was typed as such."""
+def _check_override(line: str) -> str:
+    """Returns the override unchanged. Raises UserError if the page does not accept it."""
     _refuse_interpolation(line)
     match = OVERRIDE.fullmatch(line)
     if match is None:
-        raise UserError(f"{line} is no override → setting=value, one a line")
+        raise UserError(f"{line} is not an override → setting=value, one per line")
     key, value = match[2], match[4]
-    if any(key == name or key.startswith(f"{name}.") for name in FROM_FILES):
+    if any(key == name or key.startswith(f"{name}.") for name in FILE_ONLY_KEYS):
         raise UserError(
-            f"{key} is not taken from a page → a file of conf/, or shardway train in a terminal"
+            f"{key} cannot be set on the page → a file of conf/, or shardway train in a terminal"
         )
     if "." not in key and not re.fullmatch(r"[\w-]+", value or "", re.ASCII):
         raise UserError(f"{line}: {key} names a file of conf/{key}/, as in {key}=NAME")
@@ -178,67 +185,75 @@ def _taken(line: str) -> str:
 
 
 def _refuse_interpolation(word: str) -> None:
-    if "$" in word:  # ${oc.env:NAME} reads the server's environment, and Hydra unescapes $\{, too
-        raise UserError(f"{word} holds $, which a page does not take → write the value itself")
+    # ${oc.env:NAME} reads the server's environment, and Hydra also unescapes $\{.
+    if "$" in word:
+        raise UserError(f"{word} contains $, which the page does not accept → the plain value")
 
 
-def look(values: Values, more: str, places: Places) -> Look:
-    """Compose what was typed and hold it against schema, roots and rules. Nothing is run."""
+def check_form(values: Values, more: str, roots: Roots) -> FormCheck:
+    """Compose the overrides and check them against the schema, the roots and the rules.
+
+    Starts nothing and raises nothing: errors become problems of the result.
+    """
     try:
         overrides = overrides_of(values, more)
     except UserError as error:
-        return Look([], problems=[str(error)])
+        return FormCheck([], problems=[str(error)])
     try:
-        with _HYDRA:
-            config = rules.compose(overrides)
-        world = train.world_of(config)
+        with _HYDRA_LOCK:
+            config = compose(overrides)
+        world = preflight.get_world(config)
         if size := _global_batch(values, config, world, more):
             training = dataclasses.replace(config.training, global_batch_size=size)
             config = dataclasses.replace(config, training=training)
             overrides.append(f"training.global_batch_size={size}")
-        if refused := list(places.refusals(config)) or list(places.refusals_within(config)):
-            return Look(overrides, None, world, refused)
-        problems = [*train.rule_problems(config, world), *_data_problems(config.data)]
-        return Look(overrides, config, world, problems)
+        if refusals := list(roots.refusals(config)) or list(roots.refusals_within(config)):
+            return FormCheck(overrides, None, world, refusals)
+        problems = [
+            *preflight.find_problems_without_data(config, world),
+            *_data_problems(config.data),
+        ]
+        return FormCheck(overrides, config, world, problems)
     except store.ConfigError as error:
-        return Look(overrides, problems=error.problems)
+        return FormCheck(overrides, problems=error.problems)
     except UserError as error:
-        return Look(overrides, problems=[str(error)])
+        return FormCheck(overrides, problems=[str(error)])
     except (HydraException, OmegaConfBaseException) as error:
-        return Look(overrides, problems=[train.hydra_sentence(error)])
+        return FormCheck(overrides, problems=[hydra_message(error)])
 
 
 def _data_problems(data: DataConfig) -> list[str]:
-    """What a look into the files says; the same files are read once, not at every key."""
+    """The problems of the data files. Unchanged files are not read again at every keystroke."""
     try:
-        named = [each.path for each in source.sources_of(data).values()]
-        paths = [p for p in (*named, data.eval_path) if p and not p.startswith(HUB)]
-        found = [file for path in paths for file in files.find(path, text=True)]
-        found += [Path(data.dataset_info)] if data.dataset_info else []
-        looks = tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in found)
-    except (UserError, OSError):  # quickly said, and in the same words
-        return source.problems(data)
-    key = (yaml.safe_dump(dataclasses.asdict(data)), looks)
-    if (problems := _LOOKED_AT.get(key)) is None:
-        problems = source.problems(data)
-        _LOOKED_AT.clear()
-        _LOOKED_AT[key] = problems
+        source_paths = [each.path for each in source.resolve_sources(data).values()]
+        local = [p for p in (*source_paths, data.eval_path) if p and not p.startswith(HUB)]
+        files = [file for path in local for file in file_rows.find(path, text=True)]
+        files += [Path(data.dataset_info)] if data.dataset_info else []
+        stats = tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files)
+    except (UserError, OSError):  # source.find_problems is fast then, and reports the same error
+        return source.find_problems(data)
+    key = (yaml.safe_dump(dataclasses.asdict(data)), stats)
+    if (problems := _DATA_PROBLEMS.get(key)) is None:
+        problems = source.find_problems(data)
+        _DATA_PROBLEMS.clear()
+        _DATA_PROBLEMS[key] = problems
     return problems
 
 
 def _global_batch(values: Values, config: Config, world: World, more: str) -> int | None:
-    """Rows a step by accumulation and ranks; None where they are typed as such, or the file's."""
+    """Rows per step, from accumulation and ranks. None if it is typed as an override or equal to
+    the one in the config. Raises UserError for an invalid accumulation."""
     text = str(values[ACCUMULATION]).strip()
     if "training.global_batch_size=" in more:
         return None
     if not re.fullmatch(r"[1-9]\d{0,8}", text):
-        raise UserError(f"accumulation={text}: forwards a step are a number from 1 on")
+        raise UserError(f"accumulation={text}: forwards per step must be an integer of at least 1")
     size = int(text) * world.size * config.training.micro_batch_size
     return size if size != config.training.global_batch_size else None
 
 
 def group_of(problem: str) -> str | None:
-    """The group of the page beside which a sentence belongs: that of the first setting in it."""
+    """The group of the page that shows a problem: the group of the first setting in its text."""
     for key in re.findall(r"[a-z]+(?:\.\w+)*(?==)", problem):
         for group, keys in GROUPS.items():
             if key in keys:
@@ -252,37 +267,38 @@ def group_of(problem: str) -> str | None:
 
 
 def fixes(problems: list[str]) -> list[str]:
-    """The overrides that the sentences say would mend them."""
-    found = [re.search(r" → (.*) \[[\w-]+\]$", problem, re.DOTALL) for problem in problems]
-    return [word for match in found if match for word in rules.overrides_of(match[1])]
+    """The overrides that the problems suggest as their fix."""
+    matches = [re.search(r" → (.*) \[[\w-]+\]$", problem, re.DOTALL) for problem in problems]
+    return [word for match in matches if match for word in overrides_in(match[1])]
 
 
-def apply(values: Values, more: str, overrides: list[str]) -> tuple[Values, str]:
-    """`values` and `more` with `overrides`: into a field where there is one, else as a line."""
+def apply_overrides(values: Values, more: str, overrides: list[str]) -> tuple[Values, str]:
+    """`values` and `more` after `overrides`: each sets its field, or becomes a line of `more`."""
     changed, lines = dict(values), [line for line in more.splitlines() if line.strip()]
     pairs = [word.partition("=")[::2] for word in overrides]
-    for group, name in pairs:  # first: a file brings its own values
-        if group in CHOSEN and name in choices(group):
-            changed = _chosen(changed, group, name)
-    for sign_and_key, text in pairs:
-        key = sign_and_key.lstrip("+~")
-        if key in CHOSEN:
+    for group, name in pairs:  # groups first, because a file brings its own values
+        if group in HYDRA_GROUPS and name in choices(group):
+            changed = _with_file(changed, group, name)
+    for prefixed_key, text in pairs:
+        key = prefixed_key.lstrip("+~")
+        if key in HYDRA_GROUPS:
             continue
         if key in FIELDS and key != ACCUMULATION and "{" not in text:
-            changed[key] = grammar.typed(key, text)
+            changed[key] = override_syntax.parse_field(key, text)
         else:
             lines = [line for line in lines if line.partition("=")[0].lstrip("+~") != key]
-            lines.append(f"{sign_and_key}={text}")
+            lines.append(f"{prefixed_key}={text}")
     return changed, "\n".join(lines)
 
 
-def _chosen(values: Values, group: str, name: str) -> Values:
-    """`values` with another file of a group, which brings its values along."""
+def _with_file(values: Values, group: str, name: str) -> Values:
+    """`values` after choosing the file `name` of `group`, with the file's own values."""
     others = {key: value for key, value in values.items() if key.partition(".")[0] != group}
-    start = begun({each: str(values[each]) for each in CHOSEN} | {group: name})
-    return {**others, **{key: value for key, value in start.items() if key.startswith(group)}}
+    files = {each: str(values[each]) for each in HYDRA_GROUPS} | {group: name}
+    initial = initial_values(files)
+    return {**others, **{key: value for key, value in initial.items() if key.startswith(group)}}
 
 
-def switched(values: Values, group: str) -> Values:
-    """What the fields of a group's settings become when another file of it is chosen."""
-    return _chosen(values, group, str(values[group]))
+def switch_file(values: Values, group: str) -> Values:
+    """`values` after the user chose another file of `group`: its settings get the file's values."""
+    return _with_file(values, group, str(values[group]))

@@ -2,77 +2,56 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import gradio as gr
 
-from launcher import paths
-from launcher.ui import chat_tab, export_tab, runs_tab, train_tab
-from launcher.ui.models import Models
-from launcher.ui.places import Places
-from launcher.ui.processes import Processes
-from launcher.ui.viewer import Viewer
-from launcher.ui.words import Words
+from launcher.folders import paths
+from launcher.ui.context import PageContext, TabLinks
+from launcher.ui.i18n import Translations
+from launcher.ui.tabs.chat import ChatTab
+from launcher.ui.tabs.export import ExportTab
+from launcher.ui.tabs.runs import RunsTab
+from launcher.ui.tabs.train import TrainTab
 
 STYLE = paths.bundled("ui/page.css")
 
 
-class House:
-    """What all windows of the page share."""
-
-    def __init__(self, places: Places) -> None:
-        self.places = places
-        self.processes = Processes(places)
-        self.viewer = Viewer(places, self.processes)
-        self.models = Models(places)
-
-
-@dataclass(frozen=True)
-class Links:
-    """Widgets through which one tab leads to another."""
-
-    tabs: gr.Tabs
-    run: gr.Dropdown  # of the runs tab
-    export: gr.Dropdown  # what is exported
-    chat: gr.Dropdown  # whom one talks to
-
-
-def theme() -> Any:
-    """Gradio's own with the fonts of the machine: nothing is fetched from elsewhere."""
+def theme() -> gr.themes.Base:
+    """Gradio's default theme with system fonts: the page fetches nothing from other servers."""
     return gr.themes.Default(
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )
 
 
-def build(house: House, words: Words) -> gr.Blocks:
+def build(context: PageContext, translate: Translations) -> gr.Blocks:
     """The page in one language."""
     page: gr.Blocks
     with gr.Blocks(title="Shardway", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(
-            f'<div style="text-align:right"><a href="{words.other}">{words.other_name}</a></div>'
+            f'<div style="text-align:right">'
+            f'<a href="{translate.other_path}">{translate.other_name}</a></div>'
         )
-        opened: dict[str, gr.Tab] = {}
+        containers: dict[str, gr.Tab] = {}
         with gr.Tabs() as tabs:
-            with gr.Tab(words("Train"), id="train") as opened["train"]:
-                trains = train_tab.Tab(house, words)
-            with gr.Tab(words("Runs"), id="runs") as opened["runs"]:
-                runs = runs_tab.Tab(house, words)
-            with gr.Tab(words("Chat"), id="chat") as opened["chat"]:
-                chats = chat_tab.Tab(house, words)
-            with gr.Tab(words("Export"), id="export") as opened["export"]:
-                exports = export_tab.Tab(house, words)
-        clocks = {"runs": runs.clock, "chat": chats.clock, "export": exports.clock}
-        for name, seen in opened.items():  # a tab that nobody sees does not look
-            ticking = partial(_ticking, name, tuple(clocks))
-            seen.select(ticking, None, [*clocks.values()], show_progress="hidden")
-        links = Links(tabs, runs.run, exports.source, chats.sides[0].subject)
-        for tab in (trains, runs, chats, exports):
+            with gr.Tab(translate("Train"), id="train") as containers["train"]:
+                train_tab = TrainTab(context, translate)
+            with gr.Tab(translate("Runs"), id="runs") as containers["runs"]:
+                runs_tab = RunsTab(context, translate)
+            with gr.Tab(translate("Chat"), id="chat") as containers["chat"]:
+                chat_tab = ChatTab(context, translate)
+            with gr.Tab(translate("Export"), id="export") as containers["export"]:
+                export_tab = ExportTab(context, translate)
+        timers = {"runs": runs_tab.timer, "chat": chat_tab.timer, "export": export_tab.timer}
+        for name, container in containers.items():  # only the visible tab polls
+            activate = partial(_activate_timer, name, tuple(timers))
+            container.select(activate, None, [*timers.values()], show_progress="hidden")
+        links = TabLinks(tabs, runs_tab.run, export_tab.source, chat_tab.sides[0].model)
+        for tab in (train_tab, runs_tab, chat_tab, export_tab):
             tab.connect(page, links)
     return page
 
 
-def _ticking(seen: str, clocks: tuple[str, ...]) -> list[Any]:
-    """Each tab's clock, running where the tab is seen."""
-    return [gr.Timer(active=each == seen) for each in clocks]
+def _activate_timer(visible_tab: str, timer_tabs: tuple[str, ...]) -> list[gr.Timer]:
+    """The timers of all tabs; only the one of the visible tab is active."""
+    return [gr.Timer(active=tab == visible_tab) for tab in timer_tabs]

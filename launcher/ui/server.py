@@ -1,12 +1,12 @@
-"""`shardway ui`: the web page, on this machine alone unless it is told otherwise.
+"""`shardway ui`: the web page. By default only this machine can reach it.
 
     shardway ui                              http://127.0.0.1:7860
     shardway ui --port 8000 --root . --root /data
-    shardway ui --token                      asks for a token, on a machine with other users
-    shardway ui --host 0.0.0.0               reachable from elsewhere, with a token only
+    shardway ui --token                      requires a token, for a machine with other users
+    shardway ui --host 0.0.0.0               reachable from other machines, only with a token
 
-Runs, exports and models work in processes of their own: neither a closed browser nor the end of
-this server ends a run. Ctrl-C ends the server. What is on the page: docs/ui.md
+Runs, exports and models are separate processes: neither closing the browser nor the end of this
+server ends a run. Ctrl-C ends the server. The page is described in docs/ui.md.
 """
 
 from __future__ import annotations
@@ -15,60 +15,61 @@ import argparse
 import os
 import secrets
 import socket
-import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from launcher.chat.address import is_loopback
 from launcher.errors import UserError
-from launcher.serve import is_loopback
-from launcher.ui.gate import Gate
-from launcher.ui.places import Places
+from launcher.ui.auth import AuthMiddleware
+from launcher.ui.roots import Roots
 
-NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
 
 def main() -> None:
-    """The command line. Exits with 2 where the page cannot be served."""
-    asked = _parser().parse_args()
-    try:
-        places = Places.of(asked.root or [Path.cwd()])
-        alone = is_loopback(asked.host)
-        token = secrets.token_urlsafe(32) if asked.token or not alone else None
-        listening = _listen(asked.host, asked.port)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    port = listening.getsockname()[1]
-    host = f"[{asked.host}]" if ":" in asked.host else asked.host
-    where = f"http://{host}:{port}/"
-    os.chdir(places.home)  # runs/ is here, as for a command that is typed here
-    app = application(places, token, NAMES | {host} if alone else None, port)
-    print(f"shardway ui: {where}{f'?token={token}' if token else ''}", flush=True)
-    print(f"roots: {', '.join(map(str, places.roots))}; Ctrl-C ends the page, not the runs")
-    if not alone:
+    """The command line. Raises UserError if the page cannot be served."""
+    arguments = _parser().parse_args()
+    roots = Roots.of(arguments.root or [Path.cwd()])
+    local_only = is_loopback(arguments.host)
+    token = secrets.token_urlsafe(32) if arguments.token or not local_only else None
+    listener = _listen(arguments.host, arguments.port)
+    port = listener.getsockname()[1]
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    url = f"http://{host}:{port}/"
+    os.chdir(roots.home)  # commands run here, so runs/ is here
+    app = create_app(roots, token, LOOPBACK_NAMES | {host} if local_only else None, port)
+    print(f"shardway ui: {url}{f'?token={token}' if token else ''}", flush=True)
+    print(f"roots: {', '.join(map(str, roots.roots))}; Ctrl-C ends the page, not the runs")
+    if not local_only:
         print(
-            "what passes between browser and page is not encrypted; safer is\n"
+            "the connection between browser and page is not encrypted; a safer way is\n"
             f"    ssh -L {port}:127.0.0.1:{port} THIS_MACHINE   with shardway ui on 127.0.0.1",
             flush=True,
         )
-    _serve(app, listening)
+    _serve(app, listener)
 
 
-def application(places: Places, token: str | None, hosts: frozenset[str] | None, port: int) -> Gate:
-    """The page in both languages, behind its gate."""
+def create_app(
+    roots: Roots, token: str | None, hosts: frozenset[str] | None, port: int
+) -> AuthMiddleware:
+    """The page in both languages, behind access control. `hosts` None accepts any host name."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio
     from fastapi import FastAPI
 
-    from launcher.ui.page import STYLE, House, build, theme
-    from launcher.ui.words import ENGLISH, chinese
+    from launcher.ui.context import PageContext
+    from launcher.ui.i18n import ENGLISH, chinese
+    from launcher.ui.page import STYLE, build, theme
 
-    house = House(places)
+    context = PageContext(roots)
     app: Any = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    for path, words in (("/zh", chinese()), ("/", ENGLISH)):  # "/" takes all that is left
+    for path, translate in (("/zh", chinese()), ("/", ENGLISH)):  # "/" last: it matches every path
         app = gradio.mount_gradio_app(
             app,
-            build(house, words),
+            build(context, translate),
             path,
             show_error=False,
             allowed_paths=[],
@@ -82,32 +83,32 @@ def application(places: Places, token: str | None, hosts: frozenset[str] | None,
             pwa=False,
             mcp_server=False,
         )
-    return Gate(app, token, hosts, port)
+    return AuthMiddleware(app, token, hosts, port)
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket on `host` and `port`. Raises UserError where it cannot be had."""
+    """A socket that listens on `host` and `port`. Raises UserError if that is not possible."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        made.bind((host, port))
-        made.listen(128)
+        listener.bind((host, port))
+        listener.listen(128)
     except (OSError, OverflowError) as error:
-        made.close()
-        why = getattr(error, "strerror", None) or error
+        listener.close()
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"--host {host} --port {port} cannot be listened on: {why} → another --port, or "
-            "--port 0 for any that is free"
+            f"cannot listen on --host {host} --port {port}: {reason} → another --port, or "
+            "--port 0 for any free port"
         ) from error
-    return made
+    return listener
 
 
-def _serve(app: Any, listening: socket.socket) -> None:
+def _serve(app: ASGIApp, listener: socket.socket) -> None:
     import uvicorn
 
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
-    uvicorn.Server(config).run(sockets=[listening])
+    uvicorn.Server(config).run(sockets=[listener])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,19 +118,15 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--host", default="127.0.0.1", help="where to listen (default %(default)s)")
-    add("--port", type=int, default=7860, help="0: any that is free (default %(default)s)")
+    add("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    add("--port", type=int, default=7860, help="0: any free port (default %(default)s)")
     add(
         "--root",
         type=Path,
         action="append",
         metavar="DIR",
-        help="what the page may read and write; again for more. Runs are in runs/ of the first "
-        "(default: this folder)",
+        help="a folder that the page may read and write; repeat for more. Runs are in runs/ of the "
+        "first one (default: the current folder)",
     )
-    add("--token", action="store_true", help="ask for a token on loopback, too")
+    add("--token", action="store_true", help="require a token on loopback too")
     return parser
-
-
-if __name__ == "__main__":
-    main()

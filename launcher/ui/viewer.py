@@ -1,4 +1,4 @@
-"""What run folders say, as the page shows it: state, progress, curves, logs. Imports no torch."""
+"""Reads run folders for the page: state, progress, charts, logs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,76 +12,81 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from launcher import overview, report
 from launcher.cluster import slurm
 from launcher.config import store
 from launcher.errors import UserError
-from launcher.run_dir import RunDir
-from launcher.ui import facts
-from launcher.ui.facts import Records
-from launcher.ui.places import Places
-from launcher.ui.processes import Processes, tail
-from launcher.ui.words import Words
+from launcher.folders.run import RunDir
+from launcher.run import status
+from launcher.run.status import QueuedJob, find_runs, local_attempts, slurm_job_id
+from launcher.tracking import report
+from launcher.ui import run_html
+from launcher.ui.i18n import Translations
+from launcher.ui.jobs import Jobs, tail
+from launcher.ui.roots import Roots
+from launcher.ui.run_html import Records
 
-SECONDS_OF_A_LOOK = 1.0  # at this machine's processes; several windows ask
-SECONDS_OF_THE_QUEUE = 5.0
-SHOWN_LINES = 300  # of a log
+PROCESSES_SECONDS = 1.0  # minimum time between scans of this machine's processes
+QUEUE_SECONDS = 5.0  # minimum time between queries of Slurm's queue
+MAX_LOG_LINES = 300
 log = logging.getLogger("shardway.ui")
-
 
 T = TypeVar("T")
 
 
 @dataclass
-class Recalled(Generic[T]):
-    """A value that is asked for anew after some seconds, in a thread of its own: nobody waits for
-    it but the first, and that one no longer than `patience`. None while it is not known."""
+class CachedValue(Generic[T]):
+    """A value that a background thread refreshes once it is older than `seconds`.
 
-    ask: Callable[[], T]
+    Only a caller that finds no value yet waits for it, at most `patience` seconds.
+    """
+
+    fetch: Callable[[], T]
     seconds: float
     patience: float = 1.0
     _value: T | None = None
-    _until: float = 0.0
-    _asking: threading.Thread | None = None
+    _expires: float = 0.0
+    _thread: threading.Thread | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def get(self) -> T | None:
+        """The latest value, which may be out of date; None if there is no value yet."""
         with self._lock:
-            if time.monotonic() > self._until and not (self._asking and self._asking.is_alive()):
-                self._asking = threading.Thread(target=self._renew, daemon=True)
-                self._asking.start()
-            asking = self._asking
-        if self._value is None and asking:
-            asking.join(self.patience)
+            is_refreshing = self._thread is not None and self._thread.is_alive()
+            if time.monotonic() > self._expires and not is_refreshing:
+                self._thread = threading.Thread(target=self._refresh, daemon=True)
+                self._thread.start()
+            thread = self._thread
+        if self._value is None and thread:
+            thread.join(self.patience)
         return self._value
 
-    def _renew(self) -> None:
-        value = self.ask()
-        self._value, self._until = value, time.monotonic() + self.seconds
+    def _refresh(self) -> None:
+        value = self.fetch()
+        self._value, self._expires = value, time.monotonic() + self.seconds
 
 
 @dataclass
-class Metrics:
-    """The records of a run, of which only new lines are read. A new attempt writes a new file."""
+class MetricsReader:
+    """Reads only the new lines of metrics.jsonl. A new attempt replaces the file."""
 
     path: Path
     records: Records = field(default_factory=list)
     _inode: int = 0
-    _at: int = 0
+    _offset: int = 0
 
     def read(self) -> Records:
-        """All of them, without lines that are none."""
+        """All records so far. Skips lines that are not valid records."""
         try:
             with self.path.open("rb") as file:
                 if (inode := self.path.stat().st_ino) != self._inode:
-                    self.records, self._inode, self._at = [], inode, 0
-                file.seek(self._at)
+                    self.records, self._inode, self._offset = [], inode, 0
+                file.seek(self._offset)
                 new = file.read()
         except OSError:
             return self.records
-        whole = new[: new.rfind(b"\n") + 1]
-        self._at += len(whole)
-        for line in whole.splitlines():
+        complete_lines = new[: new.rfind(b"\n") + 1]
+        self._offset += len(complete_lines)
+        for line in complete_lines.splitlines():
             try:
                 record = json.loads(line)
                 int(record["step"])
@@ -92,154 +97,167 @@ class Metrics:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Charts of a run that had so many records, not drawn anew before `until`."""
+class CachedCharts:
+    """The charts of a run. They are not drawn again before `expires`."""
 
-    count: int
+    record_count: int
     html: str
-    until: float
+    expires: float
 
 
 @dataclass
-class Shown:
-    """One run, as far as the page shows it."""
+class RunView:
+    """What the page shows of a run."""
 
     name: str
     state: str
-    html: str  # state, bar and facts
+    html: str  # state, progress bar and facts
     records: Records
 
     @property
-    def lives(self) -> bool:
-        """Whether it runs, is about to, or waits in a queue: one may stop it."""
-        return self.state not in facts.ENDED
+    def can_stop(self) -> bool:
+        """Whether the run is running, starting or waiting in a queue."""
+        return self.state not in run_html.ENDED
 
 
 class Viewer:
-    """Looks at the runs of the first root. What costs more than a few milliseconds is recalled."""
+    """Reads the runs in the first root. Caches what takes more than a few milliseconds."""
 
-    def __init__(self, places: Places, processes: Processes) -> None:
-        self.places, self.processes = places, processes
-        self._here = Recalled(overview.here, SECONDS_OF_A_LOOK)
-        self._queue = Recalled(self._ask_queue, SECONDS_OF_THE_QUEUE)
-        self._metrics: dict[Path, Metrics] = {}
-        self._drawn: dict[Path, Drawn] = {}
+    def __init__(self, roots: Roots, jobs: Jobs) -> None:
+        self.roots, self.jobs = roots, jobs
+        self._local_attempts = CachedValue(local_attempts, PROCESSES_SECONDS)
+        self._queue = CachedValue(self._query_queue, QUEUE_SECONDS)
+        self._metrics: dict[Path, MetricsReader] = {}
+        self._charts: dict[Path, CachedCharts] = {}
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
-        """Of all runs, the newest first. One that a link puts outside the roots is none."""
-        return list(reversed(self._found()))
+        """The names of all runs, newest first. Leaves out links to folders outside the roots."""
+        return list(reversed(self._runs()))
 
-    def _found(self) -> dict[str, RunDir]:
-        if not self.places.runs.is_dir():
+    def _runs(self) -> dict[str, RunDir]:
+        """Runs by name, oldest first."""
+        if not self.roots.runs.is_dir():
             return {}
-        found = {}
-        for run in overview.runs_in(self.places.runs):
+        runs = {}
+        for run in find_runs(self.roots.runs):
             with suppress(UserError):
-                self.places.to_write(run.path)
-                found[str(run.path.relative_to(self.places.runs))] = run
-        return found
+                self.roots.to_write(run.path)
+                runs[str(run.path.relative_to(self.roots.runs))] = run
+        return runs
 
     def run(self, name: str) -> RunDir:
-        """The newest attempt of a run. Raises UserError where there is none of that name."""
-        if name not in (found := self._found()):
-            raise UserError(f"runs/{name} is no run")
-        return found[name].newest()
+        """The newest attempt of a run. Raises UserError if there is no run with this name."""
+        if name not in (runs := self._runs()):
+            raise UserError(f"runs/{name} is not a run")
+        return runs[name].newest_attempt()
 
     def state(self, run: RunDir) -> str:
-        """As `shardway runs` has it; `starting` until ranks are there, `unknown` while Slurm does
-        not answer."""
-        number = slurm.job_of(run)
-        queue = self._queue.get() if number else {}
-        if number and queue and number in queue:
-            return queue[number].state.lower()
-        if (str(run.path), run.attempt) in (self._here.get() or ()):
+        """The state that `shardway runs` shows.
+
+        In addition "starting" until there are ranks, and "unknown" while Slurm does not answer.
+        """
+        job_id = slurm_job_id(run)
+        queue = self._queue.get() if job_id else {}
+        if job_id and queue and job_id in queue:
+            return queue[job_id].state.lower()
+        if (str(run.path), run.attempt) in (self._local_attempts.get() or ()):
             return "running"
-        job = self.processes.job(str(run.path.relative_to(self.places.runs)))
-        if job.lives:  # an attempt that has ended keeps its command for a moment
-            over = run.status.is_file() and _is_newer(run.status, job.facts)
-            return "running" if over else "starting"
+        job = self.jobs.job(str(run.path.relative_to(self.roots.runs)))
+        if job.is_running:  # the command of an attempt outlives its ranks for a moment
+            has_ended = run.status.is_file() and _is_newer(run.status, job.record)
+            return "running" if has_ended else "starting"
         if not run.status.is_file() and queue is None:
             return "unknown"
-        return overview.state(run, None)
+        return status.run_state(run, None)
 
-    def show(self, name: str, words: Words) -> Shown:
-        """A run by its name; one that is only just being started, too. What cannot be read of it is
-        said in its place: one odd folder keeps nobody from the others."""
+    def view(self, name: str, translate: Translations) -> RunView:
+        """What the page shows of a run, also of one that is only starting.
+
+        An error while reading the run is shown in its place: one broken folder must not hide the
+        other runs.
+        """
         try:
             run = self.run(name)
         except UserError as error:
-            job = self.processes.job(name)
-            lives = job.facts.is_file() and job.lives
-            told = {} if job.facts.is_file() else {"error": str(error)}
-            state = "starting" if lives else "failed"
-            return Shown(name, state, facts.facts(name, state, told, None, words), [])
+            job = self.jobs.job(name)
+            state = "starting" if job.is_running else "failed"
+            values = {} if job.record.is_file() else {"error": str(error)}
+            return RunView(name, state, run_html.run_card(name, state, values, None, translate), [])
         try:
             state, records = self.state(run), self.records(run)
             config = store.load(run.config)
-            told, share = facts.told(run, config, records), facts.share(run, config, records)
+            values = run_html.facts(run, config, records)
+            progress = run_html.progress(run, config, records)
         except Exception as error:
             log.info("%s cannot be shown", run.path, exc_info=True)
-            said = {"error": f"{type(error).__name__}: {error}"}
-            return Shown(name, "failed", facts.facts(name, "failed", said, None, words), [])
-        return Shown(name, state, facts.facts(name, state, told, share, words), records)
+            values = {"error": f"{type(error).__name__}: {error}"}
+            card = run_html.run_card(name, "failed", values, None, translate)
+            return RunView(name, "failed", card, [])
+        card = run_html.run_card(name, state, values, progress, translate)
+        return RunView(name, state, card, records)
 
-    def curves(self, shown: Shown) -> str:
-        """The charts of a run, as HTML: drawn once for all windows, those of long runs seldom."""
-        path, count = self.places.runs / shown.name, len(shown.records)
-        drawn = self._drawn.get(path)
-        rests = drawn and time.monotonic() < drawn.until and shown.lives
-        if drawn is None or (drawn.count != count and not rests):
-            began = time.monotonic()
-            drawn_now = facts.curves(shown.records)
-            now = time.monotonic()
-            drawn = self._drawn[path] = Drawn(count, drawn_now, now + 20 * (now - began))
-        return drawn.html
+    def charts(self, view: RunView) -> str:
+        """The charts of a run, as HTML. All windows share them.
+
+        After a drawing that took t seconds, a live run's charts are not drawn again for 20·t.
+        """
+        path, count = self.roots.runs / view.name, len(view.records)
+        cached = self._charts.get(path)
+        is_fresh = cached and time.monotonic() < cached.expires and view.can_stop
+        if cached is None or (cached.record_count != count and not is_fresh):
+            start = time.monotonic()
+            charts = run_html.charts(view.records)
+            end = time.monotonic()
+            cached = self._charts[path] = CachedCharts(count, charts, end + 20 * (end - start))
+        return cached.html
 
     def records(self, run: RunDir) -> Records:
+        """The records of metrics.jsonl."""
         with self._lock:
-            return self._metrics.setdefault(run.path, Metrics(run.metrics)).read()
+            return self._metrics.setdefault(run.path, MetricsReader(run.metrics)).read()
 
     def logs(self, name: str) -> dict[str, Path]:
-        """What can be read of a run: its console, and the log of every rank."""
-        found = {"console": self.processes.job(name).log}
-        if run := self._found().get(name):
-            run, path = run.newest(), run.path
+        """The log files of a run by label: its console, and the log of every rank."""
+        files = {"console": self.jobs.job(name).log}
+        if run := self._runs().get(name):
+            run, path = run.newest_attempt(), run.path
             consoles = sorted(path.glob("logs/slurm-*.out"), key=lambda f: f.stat().st_mtime)
             if consoles:
-                found["slurm"] = consoles[-1]
-            found |= {_label(file): file for file in sorted(run.logs.glob("*.log"))}
-        return {label: file for label, file in found.items() if file.is_file()}
+                files["slurm"] = consoles[-1]
+            files |= {_log_label(file): file for file in sorted(run.logs.glob("*.log"))}
+        return {label: file for label, file in files.items() if file.is_file()}
 
     def log(self, name: str, label: str) -> str:
-        """The end of one of them; of the first where there is none of that label."""
-        found = self.logs(name)
-        file = found.get(label) or next(iter(found.values()), None)
+        """The end of the log with this label, or of the first log if there is no such label."""
+        files = self.logs(name)
+        file = files.get(label) or next(iter(files.values()), None)
         lines = tail(file).split("\n") if file else []
-        # A bar writes itself anew over its line: the last of it counts.
-        return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines[-SHOWN_LINES:])
+        # A progress bar overwrites its line after each \r: keep the last state.
+        return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines[-MAX_LOG_LINES:])
 
     def compare(self, names: list[str]) -> str:
-        """Curves and differing settings of several runs, as `shardway report` has them."""
-        return report.body(report.read([self.run(name).path for name in names]))
+        """Charts of several runs and the settings that differ, like `shardway report`."""
+        return report.render_body(report.read_runs([self.run(name).path for name in names]))
 
-    def _ask_queue(self) -> dict[str, slurm.Queued] | None:
-        """None where Slurm does not answer."""
-        jobs = []
-        for run in self._found().values():
-            with suppress(ValueError, KeyError, TypeError, OSError):  # an odd slurm.json
-                jobs += [job] if (job := slurm.job_of(run)) else []
+    def _query_queue(self) -> dict[str, QueuedJob] | None:
+        """The jobs of all runs in Slurm's queue; None if Slurm does not answer."""
+        job_ids = []
+        for run in self._runs().values():
+            with suppress(ValueError, KeyError, TypeError, OSError):  # an invalid slurm.json
+                job_ids += [job_id] if (job_id := slurm_job_id(run)) else []
         try:
-            return slurm.queue(jobs)
+            return slurm.query_queue(job_ids)
         except UserError:
-            log.info("the queue cannot be asked", exc_info=True)
+            log.info("Slurm's queue cannot be read", exc_info=True)
             return None
 
 
-def _is_newer(file: Path, than: Path) -> bool:
-    return file.stat().st_mtime > than.stat().st_mtime
+def _is_newer(file: Path, other: Path) -> bool:
+    return file.stat().st_mtime > other.stat().st_mtime
 
 
-def _label(file: Path) -> str:
+def _log_label(file: Path) -> str:
+    """`rank 3` for rank-3.log."""
     kind, _, number = file.stem.partition("-")
     return f"{kind} {int(number)}" if number.isdecimal() else file.stem

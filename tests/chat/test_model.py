@@ -5,15 +5,16 @@ from __future__ import annotations
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from launcher.chat.model import Talk
+from launcher.chat.model import ChatModel
 from launcher.chat.options import Options
-from launcher.chat.subject import find
+from launcher.chat.target import find_target
 from launcher.errors import UserError
-from tests.chat.conftest import edit
+from tests.helpers.chat import edit
 from tests.helpers.exports import consolidate, make_adapter
 
 HI = [{"role": "user", "content": "hi"}]
@@ -21,18 +22,18 @@ SHORT = Options(max_new_tokens=24)
 
 
 @pytest.fixture(scope="module")
-def talk(tiny: Path) -> Talk:
-    return Talk(find(tiny))
+def talk(tiny: Path) -> ChatModel:
+    return ChatModel(find_target(tiny))
 
 
-def logits(talk: Talk) -> torch.Tensor:
+def logits(talk: ChatModel) -> torch.Tensor:
     with torch.no_grad():
-        return talk.model(**talk._prompt(HI)).logits
+        return talk.model(**talk._encode(HI)).logits
 
 
-def test_the_pieces_are_the_greedy_answer(talk: Talk) -> None:
+def test_the_pieces_are_the_greedy_answer(talk: ChatModel) -> None:
     pieces = list(talk.stream(HI, SHORT))
-    prompt = talk._prompt(HI)
+    prompt = talk._encode(HI)
     expected = talk.model.generate(**prompt, max_new_tokens=24, do_sample=False)
     new = expected[0, prompt["input_ids"].shape[1] :]
     assert "".join(pieces) == talk.tokenizer.decode(new, skip_special_tokens=True)
@@ -42,7 +43,7 @@ def test_the_pieces_are_the_greedy_answer(talk: Talk) -> None:
 
 @pytest.mark.parametrize("where", ["adapter", "run", "base"])
 def test_an_adapter_answers_as_its_merged_export(
-    where: str, adapter: Path, run: Path, talk: Talk, tiny_untied: Path, tmp_path: Path
+    where: str, adapter: Path, run: Path, talk: ChatModel, tiny_untied: Path, tmp_path: Path
 ) -> None:
     """In fp32: an export in bf16 has rounded the sum once more."""
     source, base = {
@@ -52,13 +53,13 @@ def test_an_adapter_answers_as_its_merged_export(
     }[where]
     out, named = tmp_path / "export", ("--base", base) if base else ()
     consolidate(source, *named, "--output", out, "--dtype", "fp32")
-    mine, merged = Talk(find(source, base)), Talk(find(out))
+    mine, merged = ChatModel(find_target(source, base)), ChatModel(find_target(out))
     assert mine.answer(HI, SHORT) == merged.answer(HI, SHORT)
     torch.testing.assert_close(logits(mine), logits(merged), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(logits(mine), logits(talk), rtol=1e-2)
 
 
-def test_a_seed_repeats_what_is_drawn(talk: Talk) -> None:
+def test_a_seed_repeats_what_is_drawn(talk: ChatModel) -> None:
     drawn = Options(max_new_tokens=24, temperature=1.5, top_p=0.95, seed=5)
     first = talk.answer(HI, drawn)
     assert first == talk.answer(HI, drawn)
@@ -67,7 +68,26 @@ def test_a_seed_repeats_what_is_drawn(talk: Talk) -> None:
     assert talk.answer(HI, free) != talk.answer(HI, free)
 
 
-def test_stopping_ends_an_answer_early(talk: Talk) -> None:
+def test_generate_receives_the_options(talk: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    received: dict[str, Any] = {}
+
+    def generate(**arguments: Any) -> None:
+        received.update(arguments, seed=torch.initial_seed())
+        arguments["streamer"].end()
+
+    monkeypatch.setattr(talk.model, "generate", generate)
+    sampled: dict[str, Any] = {"max_new_tokens": 7, "temperature": 0.3, "top_p": 0.4, "seed": 11}
+    assert list(talk.stream(HI, Options(**sampled))) == []
+    assert received["do_sample"] is True
+    assert {name: received[name] for name in sampled} == sampled
+    assert received["input_ids"].tolist() == talk._encode(HI)["input_ids"].tolist()
+    received.clear()
+    assert list(talk.stream(HI, Options(max_new_tokens=7, top_p=0.4, seed=0))) == []
+    assert (received["max_new_tokens"], received["do_sample"], received["seed"]) == (7, False, 0)
+    assert not received.keys() & {"temperature", "top_p"}, "transformers would warn"
+
+
+def test_stopping_ends_an_answer_early(talk: ChatModel) -> None:
     asked: list[int] = []
 
     def stopped() -> bool:
@@ -78,7 +98,7 @@ def test_stopping_ends_an_answer_early(talk: Talk) -> None:
     assert talk.tokens == 5
 
 
-def test_leaving_the_iterator_ends_the_thread(talk: Talk) -> None:
+def test_leaving_the_iterator_ends_the_thread(talk: ChatModel) -> None:
     pieces = talk.stream(HI, Options(max_new_tokens=400))
     next(pieces)
     pieces.close()
@@ -87,7 +107,7 @@ def test_leaving_the_iterator_ends_the_thread(talk: Talk) -> None:
 
 
 def test_an_exception_of_the_thread_reaches_the_caller(
-    talk: Talk, monkeypatch: pytest.MonkeyPatch
+    talk: ChatModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(**_: object) -> None:
         raise ZeroDivisionError("by the model")
@@ -104,7 +124,7 @@ def test_an_exception_of_the_thread_reaches_the_caller(
         list(talk.stream(HI))
 
 
-def test_an_answer_ends_where_the_positions_do(talk: Talk) -> None:
+def test_an_answer_ends_where_the_positions_do(talk: ChatModel) -> None:
     with pytest.raises(UserError, match=r"has \d+ tokens and the model 512 positions"):
         talk.answer([{"role": "user", "content": "x" * 600}])
     list(talk.stream([{"role": "user", "content": "x" * 450}], Options(max_new_tokens=10**6)))
@@ -115,37 +135,37 @@ def test_a_template_that_refuses_is_a_sentence(tiny: Path, tmp_path: Path) -> No
     folder = Path(shutil.copytree(tiny, tmp_path / "model"))
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no system here') }}")
     with pytest.raises(UserError, match="no system here"):
-        Talk(find(folder)).answer(HI)
+        ChatModel(find_target(folder)).answer(HI)
     (folder / "chat_template.jinja").unlink()
     edit(folder / "tokenizer_config.json", chat_template=None)
     with pytest.raises(UserError, match="has no chat template"):
-        Talk(find(folder))
+        ChatModel(find_target(folder))
 
 
 def test_the_end_token_that_training_taught_ends_an_answer(tiny: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny, tmp_path / "model"))
     edit(folder / "tokenizer_config.json", eos_token="<|endoftext|>")
-    assert Talk(find(folder))._ends() == [2, 0]
+    assert ChatModel(find_target(folder))._end_token_ids() == [2, 0]
 
 
 def test_models_that_are_not_whole_are_refused(tiny: Path, adapter: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny, tmp_path / "model"))
     edit(folder / "config.json", num_hidden_layers=3)
     with pytest.raises(UserError, match=r"lacks model\.layers\.2"):
-        Talk(find(folder))
+        ChatModel(find_target(folder))
     edit(folder / "config.json", num_hidden_layers=1)
     with pytest.raises(UserError, match="belongs to another model"):
-        Talk(find(adapter, folder))
+        ChatModel(find_target(adapter, folder))
     edit(folder / "config.json", num_hidden_layers=2, model_type="unheard_of")
     with pytest.raises(UserError, match="cannot be loaded"):
-        Talk(find(folder))
+        ChatModel(find_target(folder))
     (folder / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0garbage!")
     edit(folder / "config.json", model_type="llama")
     with pytest.raises(UserError, match="cannot be loaded"):
-        Talk(find(folder))
+        ChatModel(find_target(folder))
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="tokenizer"):
-        Talk(find(folder))
+        ChatModel(find_target(folder))
 
 
 def test_the_code_of_a_model_is_not_run(tiny: Path, tmp_path: Path) -> None:
@@ -155,5 +175,5 @@ def test_the_code_of_a_model_is_not_run(tiny: Path, tmp_path: Path) -> None:
     })  # fmt: skip
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(UserError):
-        Talk(find(folder))
+        ChatModel(find_target(folder))
     assert not (tmp_path / "ran").exists()

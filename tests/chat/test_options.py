@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from launcher.chat.lines import Entry, read
-from launcher.chat.options import Options, check, options_of
+from launcher.chat.line_reader import Entry, read_entry
+from launcher.chat.options import Options, check_conversation, options_from_json
 from launcher.errors import UserError
+from tests.helpers.chat import typed
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ from launcher.errors import UserError
 )
 def test_options_out_of_range_are_refused_by_name(given: Any) -> None:
     with pytest.raises(UserError, match="|".join(given or ["options"])):
-        options_of(given)
+        options_from_json(given)
 
 
 def test_options_are_read_from_what_is_typed() -> None:
@@ -64,18 +64,7 @@ def test_options_are_read_from_what_is_typed() -> None:
 )
 def test_what_is_no_conversation_is_refused(conversation: Any) -> None:
     with pytest.raises(UserError):
-        check(conversation)
-
-
-def typed(*lines: str) -> Callable[[str], str]:
-    left = list(lines)
-
-    def line(prompt: str) -> str:
-        if not left:
-            raise EOFError
-        return left.pop(0)
-
-    return line
+        check_conversation(conversation)
 
 
 @pytest.mark.parametrize(
@@ -91,12 +80,12 @@ def typed(*lines: str) -> Callable[[str], str]:
     ],
 )
 def test_lines_and_blocks(lines: list[str], text: str) -> None:
-    assert read(typed(*lines)) == Entry(text)
+    assert read_entry(typed(*lines)) == Entry(text)
 
 
 def test_commands_are_one_line_and_an_open_block_is_said() -> None:
-    assert read(typed("/set seed 3 ")) == Entry("/set seed 3", command=True)
+    assert read_entry(typed("/set seed 3 ")) == Entry("/set seed 3", command=True)
     with pytest.raises(EOFError):
-        read(typed())
+        read_entry(typed())
     with pytest.raises(UserError, match="inside a block"):
-        read(typed('"""a', "b"))
+        read_entry(typed('"""a', "b"))

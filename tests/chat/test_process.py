@@ -16,8 +16,9 @@ import pytest
 
 from launcher.chat import remote
 from launcher.chat.options import Options
-from launcher.chat.remote import Remote
+from launcher.chat.remote import RemoteModel
 from launcher.errors import UserError
+from tests.helpers.commands import PATIENCE_SECONDS
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -28,9 +29,9 @@ from types import SimpleNamespace
 from launcher.chat import process
 from launcher.errors import UserError
 
-class Talk:
+class ChatModel:
     tokens = 0
-    def stream(self, conversation, options, stopped):
+    def stream(self, conversation, options, should_stop):
         question = conversation[-1]["content"]
         print("printed by a library"); os.write(1, b"written by a library\\n")
         if question == "break":
@@ -41,34 +42,36 @@ class Talk:
             print("the last words", file=sys.stderr); os._exit(7)
         for self.tokens in range(1, 3 if question == "hi" else 10**6):
             yield f"{self.tokens} \\u00fc\\n"
-            if stopped():
+            if should_stop():
                 return
             time.sleep(0.001)
 
-def load(what, say):
+def load_model(message, send):
     print("loading")
-    path = what["load"]["path"]
+    path = message["load"]["path"]
     if path.endswith("gone"):
         raise UserError("there is no such model")
     if path.endswith("slow"):
         time.sleep(600)
-    say({"ready": {"description": path, "notes": ["a note"]}})
-    return Talk()
+    send({"ready": {"description": path, "notes": ["a note"]}})
+    return ChatModel()
 
-process.load = load
+process.load_model = load_model
 process.main()
 """
 
 
 @pytest.fixture
-def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Remote]]:
+def opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str], RemoteModel]]:
     """Makes remotes whose model is the one above, and closes them."""
     (tmp_path / "child.py").write_text(CHILD)
     monkeypatch.setattr(remote, "COMMAND", (sys.executable, str(tmp_path / "child.py")))
-    made: list[Remote] = []
+    made: list[RemoteModel] = []
 
-    def open_one(name: str = "model") -> Remote:
-        made.append(Remote(tmp_path / name))
+    def open_one(name: str = "model") -> RemoteModel:
+        made.append(RemoteModel(tmp_path / name))
         return made[-1]
 
     yield open_one
@@ -77,28 +80,28 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE_SECONDS
     while not condition():
-        assert time.monotonic() < end, "waited for a minute"
+        assert time.monotonic() < end, f"waited for {PATIENCE_SECONDS} s"
         time.sleep(0.01)
 
 
-def ready(one: Remote) -> Remote:
-    assert one.wait(60) == "ready", one.sentence
+def ready(one: RemoteModel) -> RemoteModel:
+    assert one.wait(PATIENCE_SECONDS) == "ready", one.error
     return one
 
 
 def test_what_libraries_print_does_not_break_the_protocol(
-    opened: Callable[..., Remote], tmp_path: Path
+    opened: Callable[..., RemoteModel], tmp_path: Path
 ) -> None:
     one = ready(opened())
     assert (one.description, one.notes) == (str(tmp_path / "model"), ("a note",))
     assert list(one.stream(HI, Options())) == ["1 ü\n", "2 ü\n"]
-    assert one.ended is not None
-    assert (one.ended.tokens, one.ended.stopped, one.state) == (2, False, "ready")
+    assert one.last_answer is not None
+    assert (one.last_answer.tokens, one.last_answer.stopped, one.state) == (2, False, "ready")
 
 
-def test_one_answer_at_a_time_and_stop_ends_it(opened: Callable[..., Remote]) -> None:
+def test_one_answer_at_a_time_and_stop_ends_it(opened: Callable[..., RemoteModel]) -> None:
     one = ready(opened())
     pieces = one.stream([{"role": "user", "content": "count"}], Options())
     next(pieces)
@@ -106,13 +109,13 @@ def test_one_answer_at_a_time_and_stop_ends_it(opened: Callable[..., Remote]) ->
         one.stream(HI, Options())
     one.stop()
     list(pieces)
-    assert one.ended is not None
-    assert one.ended.stopped
+    assert one.last_answer is not None
+    assert one.last_answer.stopped
     one.stop()  # of nothing: it is not meant for the next answer
     assert len(list(one.stream(HI, Options()))) == 2
 
 
-def test_an_answer_that_nobody_reads_on_is_stopped(opened: Callable[..., Remote]) -> None:
+def test_an_answer_that_nobody_reads_on_is_stopped(opened: Callable[..., RemoteModel]) -> None:
     one = ready(opened())
     pieces = one.stream([{"role": "user", "content": "count"}], Options())
     next(pieces)
@@ -125,7 +128,7 @@ def test_an_answer_that_nobody_reads_on_is_stopped(opened: Callable[..., Remote]
     ("question", "sentence"), [("break", "ZeroDivisionError: by the model"), ("refuse", "too long")]
 )
 def test_errors_cross_the_process_and_it_lives_on(
-    opened: Callable[..., Remote], question: str, sentence: str
+    opened: Callable[..., RemoteModel], question: str, sentence: str
 ) -> None:
     one = ready(opened())
     with pytest.raises(UserError, match=sentence):
@@ -133,7 +136,7 @@ def test_errors_cross_the_process_and_it_lives_on(
     assert len(list(one.stream(HI, Options()))) == 2
 
 
-def test_a_killed_process_gives_the_sentence(opened: Callable[..., Remote]) -> None:
+def test_a_killed_process_gives_the_sentence(opened: Callable[..., RemoteModel]) -> None:
     one = ready(opened())
     pieces = one.stream([{"role": "user", "content": "count"}], Options())
     next(pieces)
@@ -145,19 +148,19 @@ def test_a_killed_process_gives_the_sentence(opened: Callable[..., Remote]) -> N
         one.stream(HI, Options())
 
 
-def test_a_process_that_ends_itself_says_its_last_words(opened: Callable[..., Remote]) -> None:
+def test_a_process_that_ends_itself_says_its_last_words(opened: Callable[..., RemoteModel]) -> None:
     one = ready(opened())
     with pytest.raises(UserError, match="status 7: the last words"):
         list(one.stream([{"role": "user", "content": "die"}], Options()))
 
 
-def test_a_model_that_cannot_be_loaded_fails(opened: Callable[..., Remote]) -> None:
+def test_a_model_that_cannot_be_loaded_fails(opened: Callable[..., RemoteModel]) -> None:
     one = opened("gone")
-    assert one.wait(60) == "failed"
-    assert one.sentence == "there is no such model"
+    assert one.wait(PATIENCE_SECONDS) == "failed"
+    assert one.error == "there is no such model"
 
 
-def test_closing_while_loading_ends_the_process(opened: Callable[..., Remote]) -> None:
+def test_closing_while_loading_ends_the_process(opened: Callable[..., RemoteModel]) -> None:
     one = opened("slow")
     with pytest.raises(UserError, match="still being loaded"):
         one.stream(HI, Options())
@@ -170,9 +173,9 @@ def test_closing_while_loading_ends_the_process(opened: Callable[..., Remote]) -
 
 
 def test_a_process_that_hangs_is_killed(
-    opened: Callable[..., Remote], monkeypatch: pytest.MonkeyPatch
+    opened: Callable[..., RemoteModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "PATIENCE", 0.2)
+    monkeypatch.setattr(remote, "EXIT_TIMEOUT", 0.2)
     one = ready(opened())
     os.kill(one.pid, signal.SIGSTOP)
     wait_until(lambda: psutil.Process(one.pid).status() == psutil.STATUS_STOPPED)
@@ -180,7 +183,7 @@ def test_a_process_that_hangs_is_killed(
     assert one._child.returncode == -signal.SIGKILL
 
 
-def test_closing_during_an_answer_ends_it(opened: Callable[..., Remote]) -> None:
+def test_closing_during_an_answer_ends_it(opened: Callable[..., RemoteModel]) -> None:
     one = ready(opened())
     pieces = one.stream([{"role": "user", "content": "count"}], Options())
     next(pieces)
@@ -211,26 +214,28 @@ def test_hostile_lines_get_sentences(tmp_path: Path) -> None:
         said = [json.loads(child.stdout.readline()) for _ in range(7)]
         errors = [each["error"] for each in said if "error" in each]
         assert len(errors) == 6
-        assert any("top_k is no option" in each for each in errors)
+        assert any("unknown options: top_k" in each for each in errors)
         count = {"conversation": [{"role": "user", "content": "count"}], "options": {}}
         child.stdin.write(json.dumps({"ask": count}) + "\n")
         child.stdin.flush()
         assert "piece" in json.loads(child.stdout.readline())
         child.stdin.close()
         child.stdout.read()
-        assert child.wait(60) == 0
+        assert child.wait(PATIENCE_SECONDS) == 0
 
 
 def test_a_real_model_in_its_process(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from launcher.chat.model import Talk
-    from launcher.chat.subject import find
+    from launcher.chat.model import ChatModel
+    from launcher.chat.target import find_target
 
     short = Options(max_new_tokens=12)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # spinning threads slow busy cores down
-    one = Remote(adapter)
+    one = RemoteModel(adapter)
     try:
-        assert one.wait(300) == "ready", one.sentence
-        assert "".join(one.stream(HI, short)).strip() == Talk(find(adapter)).answer(HI, short)
+        assert one.wait(PATIENCE_SECONDS) == "ready", one.error
+        assert "".join(one.stream(HI, short)).strip() == ChatModel(find_target(adapter)).answer(
+            HI, short
+        )
         with pytest.raises(UserError, match="512 positions"):
             list(one.stream([{"role": "user", "content": "x" * 600}], short))
     finally:

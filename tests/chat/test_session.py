@@ -10,9 +10,9 @@ import pytest
 
 from launcher.chat.options import Conversation, Options
 from launcher.chat.session import Session
-from launcher.config.data import DataConfig
+from launcher.config.schema.data import DataConfig
 from launcher.errors import UserError
-from tests.chat.test_options import typed
+from tests.helpers.chat import typed
 
 
 class Echo:
@@ -76,10 +76,10 @@ def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
-        ("/quit", "/quit is no command"),
-        ("/", "/ is no command"),
-        ("/set heat 9", "heat is no option"),
-        ("/set temperature", "temperature='' is no number"),
+        ("/quit", "/quit is not a command"),
+        ("/", "/ is not a command"),
+        ("/set heat 9", "heat is not an option"),
+        ("/set temperature", "temperature='' is not a number"),
         ("/save", "needs the name of a new file"),
         ("/save x.jsonl", "nothing was answered yet"),
     ],
@@ -102,7 +102,7 @@ def test_a_saved_conversation_can_be_trained_on(
     file = tmp_path / "talk.jsonl"
     session = Session([Echo()], Options(), "be brief")
     session.converse(typed("one ünd", '"""a', 'b"""', f"/save {file}", f"/save {file}"))
-    assert f"{file} exists and is not written over" in capsys.readouterr().err
+    assert f"{file} exists and is not overwritten" in capsys.readouterr().err
     (line,) = file.read_text().splitlines()
     assert len(json.loads(line)["messages"]) == 5
     config = DataConfig(path=str(file), format="messages", max_length=512)

@@ -2,47 +2,35 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
 
-from launcher import paths
 from launcher.config import SECTIONS, reference, store
-from launcher.config.method import LoraConfig
+from launcher.config.schema.method import LoraConfig
+from launcher.folders import paths
+from tests.helpers.compose import composed_raw
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-def composed(**changes: dict[str, Any]) -> dict[str, Any]:
-    """A valid mapping with some sections changed."""
-    raw: dict[str, Any] = {
-        "model": {"name_or_path": "m"},
-        "data": {"path": "d.jsonl"},
-        "method": {"name": "lora"},
-        "strategy": {"name": "fsdp"},
-        "precision": {"name": "fp32"},
-        "optimizer": {"name": "adamw"},
-        "scheduler": {"name": "cosine"},
-        "cluster": {"name": "local"},
-    }
-    for section, values in changes.items():
-        raw[section] = {**raw.get(section, {}), **values}
-    return raw
-
-
 def problems(**changes: dict[str, Any]) -> list[str]:
     with pytest.raises(store.ConfigError) as refused:
-        store.build(composed(**changes))
+        store.build(composed_raw(**changes))
     return refused.value.problems
 
 
 def test_defaults_fill_what_is_left_out() -> None:
-    config = store.build(composed(training={"max_steps": "7"}))
+    config = store.build(composed_raw(training={"max_steps": "7"}))
     assert isinstance(config.method, LoraConfig)
     assert (config.method.rank, config.method.resolved_alpha()) == (8, 16)
     assert config.training.max_steps == 7, "text from a command line becomes a number"
@@ -57,7 +45,7 @@ def test_everything_wrong_is_named_at_once() -> None:
     )
     assert len(found) == 4
     text = "\n".join(found)
-    assert "method.rnk is no setting; did you mean method.rank?" in text
+    assert "method.rnk is not a setting; did you mean method.rank?" in text
     assert "optimizer.learning_rate=fast" in text
     assert "data.format=csv must be one of auto, alpaca, sharegpt," in text
     assert "training.micro_batch_size=0 must be ≥ 1" in text
@@ -68,7 +56,7 @@ def test_everything_wrong_is_named_at_once() -> None:
     [
         ({"method": {"name": "lorra"}}, "method.name=lorra is not one of full, freeze, lora"),
         ({"model": {"name_or_path": "???"}}, "model.name_or_path is not set"),
-        ({"trainnig": {"epochs": 1}}, "trainnig is no setting; did you mean training?"),
+        ({"trainnig": {"epochs": 1}}, "trainnig is not a setting; did you mean training?"),
         ({"optimizer": {"betas": [0.9, -1.5]}}, "optimizer.betas=-1.5 must be ≥ 0"),
         ({"optimizer": {"learning_rate": 0}}, "optimizer.learning_rate=0.0 must be > 0"),
     ],
@@ -81,19 +69,21 @@ def test_a_setting_of_another_choice_says_whose_it_is() -> None:
     (found,) = problems(scheduler={"name": "constant", "warmup_ratio": 0.1})
     assert found == (
         "scheduler.warmup_ratio is a setting of scheduler=linear, cosine, cosine_with_restarts, "
-        "polynomial, constant_with_warmup, inverse_sqrt and not of the one chosen; leave it out "
-        "(~scheduler.warmup_ratio where a file sets it), or choose scheduler=linear"
+        "polynomial, constant_with_warmup, inverse_sqrt and not of the selected scheduler; remove "
+        "it (~scheduler.warmup_ratio if a file sets it), or choose scheduler=linear"
     )
 
 
 def test_entries_of_a_mapping_are_added_with_a_plus_sign() -> None:
     for key in ("method.rank_pattern", "method.rank_pattern.q_proj"):
-        assert store.unknown(key).endswith("with a plus sign, +method.rank_pattern.NAME=VALUE")
+        assert store.describe_unknown(key).endswith(
+            "with a plus sign, +method.rank_pattern.NAME=VALUE"
+        )
     assert "must be ≥ 1" in "\n".join(problems(method={"rank_pattern": {"q_proj": 0}}))
 
 
 def test_freezing_and_loading_keep_every_value(tmp_path: Path) -> None:
-    config = store.build(composed(method={"rank": 3, "target_modules": ["q_proj"]}))
+    config = store.build(composed_raw(method={"rank": 3, "target_modules": ["q_proj"]}))
     text = store.dump(config)
     assert "!!" not in text
     assert "${" not in text
@@ -102,14 +92,14 @@ def test_freezing_and_loading_keep_every_value(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_sees_values_and_not_the_folder() -> None:
-    config = store.build(composed())
+    config = store.build(composed_raw())
     assert store.fingerprint(config) == store.fingerprint(dataclasses.replace(config, run_dir="x"))
-    other = store.build(composed(method={"rank": 9}))
+    other = store.build(composed_raw(method={"rank": 9}))
     assert store.fingerprint(config) != store.fingerprint(other)
 
 
 def conf_files() -> list[Path]:
-    return sorted(paths.beside("conf").glob("*/*.yaml"))
+    return sorted(paths.resource("conf").glob("*/*.yaml"))
 
 
 @pytest.mark.parametrize("path", conf_files(), ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -145,7 +135,7 @@ def test_every_conf_file_lists_all_settings_with_the_schema_s_defaults(path: Pat
 
 
 def test_the_primary_file_lists_all_settings_of_its_sections() -> None:
-    values = yaml.safe_load((paths.beside("conf") / "config.yaml").read_text())
+    values = yaml.safe_load((paths.resource("conf") / "config.yaml").read_text())
     for section in ("training", "checkpoint", "launch"):
         assert values[section].keys() == {f.name for f in dataclasses.fields(SECTIONS[section])}
 
@@ -162,15 +152,84 @@ def test_composing_and_checking_import_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_the_loop_data_and_methods_name_no_distribution() -> None:
-    """Not in imports and not in words: strategies own distribution."""
+# What only strategies may use, and the interface by which the loop uses them.
+DISTRIBUTION = (
+    "torch.distributed", "torch.nn.parallel", "deepspeed", "launcher.distributed",
+    "launcher.strategy",
+)  # fmt: skip
+INTERFACE = {"launcher.strategy.Strategy"}
+
+
+def names_used(code: str) -> set[str]:
+    """Dotted names that code imports or reads from a module, and strings that are such a name."""
+    tree = ast.parse(code)
+    bound: dict[str, str] = {}  # a name in the code → what it was imported as
+    used = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            used |= {each.name for each in node.names}
+            for each in node.names:
+                root = each.name.partition(".")[0]
+                bound[each.asname or root] = each.name if each.asname else root
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            for each in node.names:
+                bound[each.asname or each.name] = f"{node.module}.{each.name}"
+                used |= {f"{node.module}.{each.name}"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            first, dot, rest = ast.unparse(node).partition(".")
+            used |= {bound[first] + dot + rest} if first in bound else set()
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            used |= {node.value} if re.fullmatch(r"[\w.]+", node.value) else set()
+    return used
+
+
+def origin(name: str) -> str:
+    """Where what is imported from a module of ours comes from: it may have been imported there."""
+    module, _, attribute = name.rpartition(".")
+    if not (paths.PACKAGE.parent / f"{module.replace('.', '/')}.py").is_file():
+        return name
+    value = getattr(importlib.import_module(module), attribute, None)
+    if isinstance(value, ModuleType):
+        return value.__name__
+    return f"{getattr(value, '__module__', module)}.{attribute}"
+
+
+def distribution_in(code: str) -> set[str]:
+    used = {name for name in names_used(code) if name not in INTERFACE}
+    return {name for name in used if is_distribution(name) or is_distribution(origin(name))}
+
+
+def is_distribution(name: str) -> bool:
+    return any(f"{name}.".startswith(f"{each}.") for each in DISTRIBUTION)
+
+
+def test_the_loop_data_and_methods_import_no_distribution() -> None:
+    """Neither directly, by another name, nor through a module of ours: strategies own it."""
     package = paths.PACKAGE
     files = [
-        package / "loop.py",
+        package / "training/loop.py",
         *(package / "data").glob("*.py"),
         *(package / "method").glob("*.py"),
     ]
+    assert len(files) > 20
     for path in files:
-        text = path.read_text()
-        assert "torch.distributed" not in text, path
-        assert "fsdp" not in text.lower().replace("fully_shard", ""), path
+        assert distribution_in(path.read_text()) == set(), path
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torch.distributed as dist",
+        "from torch import distributed",
+        "import torch as t\ndef f():\n    return t.distributed.get_rank()",
+        "from launcher.strategy.base import dist",
+        "from launcher.checkpoint.dcp import dist",
+        "from launcher.checkpoint.load import FileSync",
+        "import importlib\nimportlib.import_module('torch.distributed')",
+        "def f():\n    import deepspeed",
+    ],
+)
+def test_every_way_to_import_distribution_is_noticed(code: str) -> None:
+    assert distribution_in(code)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.config.data import DataConfig
+from launcher.config.schema.data import DataConfig
 from launcher.data import source
 from launcher.data.source import TextPart
 
@@ -75,39 +75,39 @@ def info(tmp_path: Path) -> Path:
 
 def test_its_sets_are_read_by_name(info: Path) -> None:
     config = DataConfig(dataset_info=str(info), name="identity, mapped,tools,openai,openai2")
-    sources = source.sources_of(config)
+    sources = source.resolve_sources(config)
     assert list(sources) == ["identity", "mapped", "tools", "openai", "openai2"]
-    assert source.problems(config) == []
+    assert source.find_problems(config) == []
     for each in sources.values():
-        rows = [source.read_row(each, place, row) for place, row in source.rows_of(each, False)]
+        rows = [source.parse_row(each, place, row) for place, row in source.iter_rows(each, False)]
         assert [row.messages for row in rows] == [PAIR], "num_samples is one"
 
 
 def test_raw_text_and_the_hub(info: Path) -> None:
     config = DataConfig(dataset_info=str(info), name="c4", format="text")
-    (each,) = source.sources_of(config).values()
-    assert [source.read_row(each, p, r) for p, r in source.rows_of(each, False)] == [
+    (each,) = source.resolve_sources(config).values()
+    assert [source.parse_row(each, p, r) for p, r in source.iter_rows(each, False)] == [
         TextPart("a text")
     ]
-    (online,) = source.sources_of(DataConfig(dataset_info=str(info), name="online")).values()
+    (online,) = source.resolve_sources(DataConfig(dataset_info=str(info), name="online")).values()
     assert (online.path, online.subset, online.split) == ("hub:owner/name", "en", "test")
 
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("identty", "data.name=identty is none of"),
+        ("identty", "data.name=identty is not in"),
         ("", "data.name names no data set"),
-        ("dpo", "dpo has ranking, which is not read here"),
+        ("dpo", "dpo has ranking, which is not supported"),
         ("seen", "seen has images"),
         ("other", "formatting xml is not one of"),
-        ("few", "num_samples '5' is no number"),
-        ("part", "part has folder, which is not read here"),
+        ("few", "num_samples '5' is not a number"),
+        ("part", "part has folder, which is not supported"),
         ("nowhere", "has neither file_name nor hf_hub_url"),
     ],
 )
 def test_what_cannot_be_read_is_said(info: Path, name: str, sentence: str) -> None:
-    (found,) = source.problems(DataConfig(dataset_info=str(info), name=name))
+    (found,) = source.find_problems(DataConfig(dataset_info=str(info), name=name))
     assert sentence in found
     assert str(info) in found
 
@@ -117,5 +117,5 @@ def test_a_bad_file_is_named(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "dataset_info.json"
     if content is not None:
         path.write_text(content)
-    (found,) = source.problems(DataConfig(dataset_info=str(path), name="a"))
+    (found,) = source.find_problems(DataConfig(dataset_info=str(path), name="a"))
     assert f"data.dataset_info={path}" in found

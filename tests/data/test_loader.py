@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +10,32 @@ import numpy as np
 import pytest
 import torch
 
-from launcher.config.data import DataConfig
-from launcher.data.ahead import Ahead
-from launcher.data.batch import IGNORED, MicroBatch, collate
-from launcher.data.dataset import Rows, load_data
+from launcher.config.schema.data import DataConfig
+from launcher.data.collate import IGNORED, MicroBatch, collate
+from launcher.data.dataset import TokenizedRows, load_data
 from launcher.data.loader import Loader
-from launcher.data.order import Shuffled, in_order
-from launcher.data.packing import one_each, pack
+from launcher.data.packing import one_row_each, pack
+from launcher.data.prefetch import Prefetcher
+from launcher.data.sampler import RandomSampler, sequential
 from launcher.model.tiny import byte_tokenizer
 
 
 @pytest.fixture
-def rows(rows_file: Path) -> Rows:
+def rows(rows_file: Path) -> TokenizedRows:
     return load_data(DataConfig(path=str(rows_file), max_length=96), byte_tokenizer()).rows
 
 
 def deal(
-    rows: Rows, rank: int = 0, world_size: int = 1, micro: int = 2, batch: int = 6, **options: Any
+    rows: TokenizedRows,
+    rank: int = 0,
+    world_size: int = 1,
+    micro: int = 2,
+    batch: int = 6,
+    **options: Any,
 ) -> Loader:
     options = {
-        "sequences": one_each(range(len(rows))),
-        "order": Shuffled(5, len(rows)),
+        "sequences": one_row_each(range(len(rows))),
+        "sampler": RandomSampler(5, len(rows)),
         "pad_to_multiple_of": 8,
         **options,
     }
@@ -43,7 +49,7 @@ def targets(loader: Any, step: int) -> list[list[int]]:
     """The target tokens of a step, sequence by sequence, without padding."""
     return [
         row[row != IGNORED].tolist()
-        for batch in loader.window(step).micro_batches
+        for batch in loader.step_batch(step).micro_batches
         for row in by_place(batch)
         if (row != IGNORED).any()
     ]
@@ -53,24 +59,26 @@ def by_place(batch: MicroBatch) -> torch.Tensor:
     """The token to predict at each place [sequences, length], or IGNORED."""
     real = batch.target_ids != IGNORED
     places = torch.full_like(batch.input_ids, IGNORED)
-    places.view(-1)[batch.target_at[real]] = batch.target_ids[real]
+    places.view(-1)[batch.target_positions[real]] = batch.target_ids[real]
     return places
 
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 1), (1, 4), (2, 1), (2, 3), (3, 2), (5, 1)])
-def test_a_step_s_rows_do_not_depend_on_the_ranks(rows: Rows, world: int, micro: int) -> None:
+def test_a_step_s_rows_do_not_depend_on_the_ranks(
+    rows: TokenizedRows, world: int, micro: int
+) -> None:
     alone = deal(rows, micro=30, batch=30)
     for step in (0, 1):
         loaders = [deal(rows, rank, world, micro, 30) for rank in range(world)]
         dealt = [row for loader in loaders for row in targets(loader, step)]
         assert sorted(dealt) == sorted(targets(alone, step))
-        counts = {len(loader.window(step).micro_batches) for loader in loaders}
+        counts = {len(loader.step_batch(step).micro_batches) for loader in loaders}
         assert len(counts) == 1, "ranks meet in collectives equally often"
-        total = sum(int(loader.window(step).target_tokens) for loader in loaders)
+        total = sum(int(loader.step_batch(step).target_tokens) for loader in loaders)
         assert total == sum(map(len, targets(alone, step)))
 
 
-def test_the_last_step_of_an_epoch_takes_what_is_left(rows: Rows) -> None:
+def test_the_last_step_of_an_epoch_takes_what_is_left(rows: TokenizedRows) -> None:
     loader = deal(rows)
     assert loader.steps_per_epoch == 3
     assert [len(targets(loader, step)) for step in range(4)] == [6, 6, 1, 6]
@@ -80,12 +88,12 @@ def test_the_last_step_of_an_epoch_takes_what_is_left(rows: Rows) -> None:
     assert epoch != again, "in another order"
 
 
-def test_targets_are_the_next_tokens(rows: Rows) -> None:
-    batch = deal(rows, micro=13, batch=13, order=in_order).window(0).micro_batches[0]
+def test_targets_are_the_next_tokens(rows: TokenizedRows) -> None:
+    batch = deal(rows, micro=13, batch=13, sampler=sequential).step_batch(0).micro_batches[0]
     assert batch.input_ids.shape[1] % 8 == 0
     assert batch.documents is None
-    assert len(batch.target_at) == len(batch.target_ids)
-    assert len(batch.target_at) % 64 == 0, "few shapes"
+    assert len(batch.target_positions) == len(batch.target_ids)
+    assert len(batch.target_positions) % 64 == 0, "few shapes"
     predicted = by_place(batch)
     longest_first = sorted(range(13), key=lambda row: -len(rows[row][0]))
     for row in range(13):
@@ -97,16 +105,21 @@ def test_targets_are_the_next_tokens(rows: Rows) -> None:
                 assert predicted[row, place] == IGNORED
 
 
-def test_rows_of_like_length_meet(rows: Rows) -> None:
+def test_rows_of_like_length_meet(rows: TokenizedRows) -> None:
     """Less padding than in the order they come, and ranks that wait less for each other."""
     loaders = [deal(rows, rank, 2, 2, 12) for rank in range(2)]
     shapes = [
-        [batch.input_ids.shape[1] for batch in loader.window(0).micro_batches] for loader in loaders
+        [batch.input_ids.shape[1] for batch in loader.step_batch(0).micro_batches]
+        for loader in loaders
     ]
     assert all(lengths == sorted(lengths, reverse=True) for lengths in shapes)
+    in_order = targets(deal(rows, micro=12, batch=12), 0)
+    assert len(in_order) == 12
+    for rank, loader in enumerate(loaders):
+        assert targets(loader, 0) == in_order[rank::2], "dealt like cards, the longest first"
     longest = [max(lengths) for lengths in shapes]
     assert longest[0] - longest[1] <= 8
-    chosen = loaders[0].order(0, 0, 12)
+    chosen = loaders[0].sampler(0, 0, 12)
     unsorted_padding = sum(
         2 * max(len(rows[a][0]), len(rows[b][0]))
         for a, b in zip(chosen[::2], chosen[1::2], strict=True)
@@ -114,15 +127,15 @@ def test_rows_of_like_length_meet(rows: Rows) -> None:
     assert sum(2 * length for lengths in shapes for length in lengths) < unsorted_padding
 
 
-def packed(rows: Rows, rank: int = 0, world_size: int = 1, **options: Any) -> Loader:
+def packed(rows: TokenizedRows, rank: int = 0, world_size: int = 1, **options: Any) -> Loader:
     sequences = pack(np.arange(len(rows)), rows.lengths, 96)
-    order = Shuffled(5, len(sequences))
-    options = {"sequences": sequences, "order": order, "packed": True, **options}
+    order = RandomSampler(5, len(sequences))
+    options = {"sequences": sequences, "sampler": order, "packed": True, **options}
     return deal(rows, rank, world_size, micro=2, batch=4, **options)
 
 
-def test_packed_sequences_hold_every_row_once_with_its_own_targets(rows: Rows) -> None:
-    """What is learnt is what unpacked rows are, and no document's end predicts the next one."""
+def test_packed_sequences_hold_every_row_once_with_its_own_targets(rows: TokenizedRows) -> None:
+    """What is learned is what unpacked rows are, and no document's end predicts the next one."""
     loader = packed(rows)
     dealt = [row for step in range(loader.steps_per_epoch) for row in targets(loader, step)]
     alone = targets(deal(rows, micro=13, batch=13), 0)
@@ -133,7 +146,7 @@ def test_packed_sequences_hold_every_row_once_with_its_own_targets(rows: Rows) -
     assert sorted(targets(two[0], 0) + targets(two[1], 0)) == sorted(targets(loader, 0))
 
 
-def test_documents_say_where_rows_lie(rows: Rows) -> None:
+def test_documents_say_where_rows_lie(rows: TokenizedRows) -> None:
     a, b, c = (rows[number] for number in (0, 1, 2))
     batch = collate([[a, b], [c]], multiple=64, pad_token_id=0, packed=True)
     documents = batch.documents
@@ -142,21 +155,27 @@ def test_documents_say_where_rows_lie(rows: Rows) -> None:
     sizes = [len(ids) for ids, _ in (a, b, c)]
     pads = [width - sizes[0] - sizes[1], width - sizes[2]]
     assert documents.lengths == (sizes[0], sizes[1], pads[0], sizes[2], pads[1])
-    assert documents.starts.tolist() == np.cumsum([0, *documents.lengths]).tolist()
+    assert documents.cu_seqlens.tolist() == np.cumsum([0, *documents.lengths]).tolist()
     expected = [place for length in documents.lengths for place in range(length)]
     assert documents.position_ids.flatten().tolist() == expected
     assert batch.input_ids[0, sizes[0] : sizes[0] + sizes[1]].tolist() == b[0].tolist()
     assert by_place(batch)[0, sizes[0] - 1] == IGNORED, "the first token of b is not predicted"
 
 
-def test_a_step_s_own_rows_may_be_packed_when_it_comes(rows: Rows) -> None:
-    """As streaming does: which rows a step learns from is as without packing."""
-    loader = deal(rows, packed=True, pack_steps_to=96)
+def test_packing_the_rows_of_each_step_learns_the_same_tokens_in_fewer_sequences(
+    rows: TokenizedRows,
+) -> None:
+    """As streaming does."""
+    loader = deal(rows, packed=True, step_packing_length=96)
     plain = deal(rows)
     for step in range(3):
-        window = loader.window(step)
-        assert int(window.tokens) == int(plain.window(step).tokens)
-        assert int(window.target_tokens) == int(plain.window(step).target_tokens)
+        step_batch = loader.step_batch(step)
+        assert int(step_batch.tokens) == int(plain.step_batch(step).tokens)
+        assert int(step_batch.target_tokens) == int(plain.step_batch(step).target_tokens)
+        learned, expected = (
+            sorted(chain.from_iterable(targets(each, step))) for each in (loader, plain)
+        )
+        assert learned == expected
     assert len(targets(loader, 0)) < 6
 
 
@@ -169,24 +188,24 @@ def test_a_batch_without_sequences_is_padding() -> None:
     assert batch.documents.lengths == (8,)
 
 
-def test_the_next_step_is_made_meanwhile(rows: Rows) -> None:
-    """The same windows as without, in any order, and each made once where steps follow."""
+def test_the_next_step_is_made_meanwhile(rows: TokenizedRows) -> None:
+    """The same step batches as without, in any order, and each made once where steps follow."""
     loader = deal(rows)
     asked: list[int] = []
 
     class Counted:
         steps_per_epoch = loader.steps_per_epoch
 
-        def window(self, step: int) -> Any:
+        def step_batch(self, step: int) -> Any:
             asked.append(step)
-            return loader.window(step)
+            return loader.step_batch(step)
 
-    ahead = Ahead(Counted(), pin_memory=False)  # type: ignore[arg-type]
+    ahead = Prefetcher(Counted(), pin_memory=False)  # type: ignore[arg-type]
     for step in (4, 5, 6, 2):
-        found, expected = ahead.window(step), loader.window(step)
+        found, expected = ahead.step_batch(step), loader.step_batch(step)
         for ours, theirs in zip(found.micro_batches, expected.micro_batches, strict=True):
             assert torch.equal(ours.input_ids, theirs.input_ids)
             assert torch.equal(ours.target_ids, theirs.target_ids)
-    ahead.window(3)
+    ahead.step_batch(3)
     assert asked[:4] == [4, 5, 6, 7]
     assert asked.count(2) == asked.count(3) == 1

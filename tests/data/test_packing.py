@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from launcher.data.packing import Sequences, one_each, pack
+from launcher.data.packing import Sequences, one_row_each, pack
 
 
 def lengths_of(count: int, seed: int = 0) -> np.ndarray:
@@ -59,6 +59,6 @@ def test_the_edges(lengths: list[int]) -> None:
 
 
 def test_one_each_holds_no_more_than_a_range() -> None:
-    sequences = one_each(range(10**12))
+    sequences = one_row_each(range(10**12))
     assert len(sequences) == 10**12
     assert sequences[10**11] == [10**11]

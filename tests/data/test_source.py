@@ -1,4 +1,4 @@
-"""Rows are read, recognised, and refused with their place."""
+"""Rows are read, recognized, and refused with their place."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 from datasets import Dataset
 from pyarrow import csv, parquet
 
-from launcher import paths
-from launcher.config.data import DataConfig, SourceConfig
-from launcher.data import files, source
-from launcher.data.formats import Conversation, to_conversation
+from launcher.config.schema.data import DataConfig, SourceConfig
+from launcher.data import file_rows, source
+from launcher.data.row_formats import Conversation, to_conversation
 from launcher.errors import UserError
+from launcher.folders import paths
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 ALPACA = [
@@ -25,8 +25,8 @@ ALPACA = [
 
 
 def read(source_: SourceConfig) -> list[Any]:
-    rows = source.rows_of(source_, by_line=False)
-    return [source.read_row(source_, place, row) for place, row in rows]
+    rows = source.iter_rows(source_, by_line=False)
+    return [source.parse_row(source_, place, row) for place, row in rows]
 
 
 def messages(row: dict[str, Any], format: str = "auto", **tags: str) -> list[dict[str, Any]]:
@@ -34,7 +34,7 @@ def messages(row: dict[str, Any], format: str = "auto", **tags: str) -> list[dic
 
 
 def problems(path: Path, **options: Any) -> list[str]:
-    return source.problems(DataConfig(path=str(path), **options))
+    return source.find_problems(DataConfig(path=str(path), **options))
 
 
 def test_alpaca_becomes_messages() -> None:
@@ -131,7 +131,7 @@ def test_every_kind_of_file_reads_alike(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(found) == 6
     expected = [to_conversation("here", row, "alpaca", {}) for row in ALPACA]
     assert all(rows == expected for rows in found.values()), found
-    monkeypatch.setattr(files, "HELD_WHOLE_BYTES", 1)
+    monkeypatch.setattr(file_rows, "MAX_IN_MEMORY_BYTES", 1)
     assert read(SourceConfig(path=str(tmp_path / "a.json"))) == expected, "read row by row"
 
 
@@ -157,7 +157,7 @@ def test_what_a_folder_holds_and_is_not_read_is_said(tmp_path: Path) -> None:
     assert len(read(SourceConfig(path=str(tmp_path)))) == 1
     (tmp_path / "b.jsonl.gz").write_bytes(b"x")
     (found,) = problems(tmp_path)
-    assert "b.jsonl.gz, which is not read; unpack it" in found
+    assert "b.jsonl.gz, which cannot be read; unpack it" in found
 
 
 def test_folders_globs_and_the_first_rows(tmp_path: Path) -> None:
@@ -180,9 +180,9 @@ def test_a_hub_data_set_comes_through_datasets(tmp_path: Path) -> None:
     assert len(read(SourceConfig(path=f"hub:{tmp_path}", split="test"))) == 1
     with pytest.raises(UserError, match="split dev"):
         read(SourceConfig(path=f"hub:{tmp_path}", split="dev"))
-    (before,) = source.content(hub)
+    (before,) = source.iter_content(hub)
     (tmp_path / "train.jsonl").write_text(json.dumps(ALPACA[1]) + "\n")
-    (after,) = source.content(hub)
+    (after,) = source.iter_content(hub)
     assert before != after
 
 
@@ -193,7 +193,7 @@ def test_columns_are_mapped_and_a_wrong_one_is_named(tmp_path: Path) -> None:
     (row,) = read(SourceConfig(path=str(path), format="alpaca", columns=columns))
     assert row.messages == TURNS
     (found,) = problems(path, format="alpaca", columns={**columns, "system": "sytem"})
-    assert "data.columns.system=sytem is no column" in found
+    assert "data.columns.system=sytem is not a column" in found
     assert "antwort, frage" in found
 
 
@@ -204,21 +204,21 @@ def test_columns_are_mapped_and_a_wrong_one_is_named(tmp_path: Path) -> None:
         ({"text": "x"}, "has the fields text; needed are messages, conversations, instruction"),
         ({"instruction": "q", "output": ""}, "output is empty"),
         ({"instruction": "q"}, "output is missing"),
-        ({"instruction": "q", "output": 3}, "output is no text"),
+        ({"instruction": "q", "output": 3}, "output is not a text"),
         ({"instruction": "q", "output": "a", "history": ["x"]}, "history must be pairs"),
         ({"instruction": "q", "output": "a", "history": 5}, "history must be pairs"),
         ({"instruction": "q", "output": "a", "history": [["x", None]]}, "answer is missing"),
         ({"messages": []}, "at least one message"),
-        ({"messages": [{"role": "bot", "content": "x"}]}, "role 'bot' is none of"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "has no answer to learn"),
+        ({"messages": [{"role": "bot", "content": "x"}]}, "role 'bot' is not one of"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "has no answer to train on"),
         ({"messages": ["x"]}, "messages[0] is not an object"),
-        ({"messages": [{"role": "user", "content": [{"image": 1}]}]}, "parts that are no text"),
-        ({"conversations": [{"from": "alien", "value": "x"}]}, "from 'alien' is none of"),
-        ({"conversations": [{"from": ["human"], "value": "x"}]}, "is none of"),
-        ({"instruction": "q", "output": "half \ud83d"}, "output is no Unicode text"),
+        ({"messages": [{"role": "user", "content": [{"image": 1}]}]}, "parts that are not text"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "from 'alien' is not one of"),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, "is not one of"),
+        ({"instruction": "q", "output": "half \ud83d"}, "output is not Unicode text"),
         ({"messages": [{**TURNS[1], "tool_calls": "f"}]}, "tool_calls must be a list"),
         ({"messages": [{**TURNS[1], "tool_calls": [{"name": "f"}]}]}, "a name and arguments"),
-        ({"messages": [{**TURNS[1], "reasoning": {"a": 1}}]}, "reasoning is no text"),
+        ({"messages": [{**TURNS[1], "reasoning": {"a": 1}}]}, "reasoning is not a text"),
         ({"conversations": [{"from": "function_call", "value": "x"}]}, "value is not JSON"),
         ({"conversations": [{"from": "function_call", "value": "{}"}]}, "a name and arguments"),
         ({"conversations": [{"from": "gpt", "value": "x"}], "tools": "{"}, "tools is not JSON"),
@@ -238,15 +238,15 @@ def test_a_bad_row_is_named_with_file_and_line(tmp_path: Path, row: Any, sentenc
     ("name", "content", "sentence"),
     [
         ("none.jsonl", None, "cannot be read: No such file"),
-        ("empty.jsonl", b"", "holds no rows"),
-        ("empty.json", b"[]", "holds no rows"),
+        ("empty.jsonl", b"", "contains no rows"),
+        ("empty.json", b"[]", "contains no rows"),
         ("broken.jsonl", b'{"messages": \n', "broken.jsonl:1 is not JSON"),
         ("broken.json", b"[", "is not JSON"),
-        ("object.json", b"{}", "must hold a list of rows"),
+        ("object.json", b"{}", "must contain a list of rows"),
         ("digits.json", b"[" + b"9" * 5000 + b"]", "is not JSON"),
         ("deep.jsonl", b"[" * 10**5 + b"\n", "is not JSON"),
-        ("rows.xlsx", b"a,b", "is no .json, .jsonl, .csv"),
-        ("rows.csv", b"a,b\n1\n", "rows.csv:2 has not as many fields"),
+        ("rows.xlsx", b"a,b", "is not a .json, .jsonl, .csv"),
+        ("rows.csv", b"a,b\n1\n", "rows.csv:2 does not have as many fields"),
         ("rows.csv", b'a,b\n"1\n', "is not CSV"),
         ("rows.parquet", b"x" * 100, "is not Parquet"),
         ("rows.arrow", b"x" * 100, "is not Arrow"),
@@ -270,7 +270,7 @@ def test_a_large_file_is_only_looked_at_at_submit(
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"messages": TURNS}) + "\nbroken\n")
     monkeypatch.setattr(source, "CHECKED_AT_SUBMIT_BYTES", 10)
-    monkeypatch.setattr(source, "LOOKED_AT_ROWS", 1)
+    monkeypatch.setattr(source, "CHECKED_AT_SUBMIT_ROWS", 1)
     assert problems(path) == []
     with pytest.raises(UserError, match=":2 is not JSON"):
         read(SourceConfig(path=str(path)))

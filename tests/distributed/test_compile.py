@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,48 +9,48 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from launcher import faster
-from launcher.distributed.process_group import Place
-from launcher.faster import keep_faster
-from launcher.model.compiled import compiled_forwards
+from launcher.distributed.process_group import RankInfo
+from launcher.model.compile import compiled_forwards
+from launcher.training import compile_auto
+from launcher.training.compile_auto import choose_compile
 from tests.helpers import parts
 from tests.helpers.parts import CPU, Case
 
 
-def run(place: Place, case: Case, tried: float | None = None) -> dict[str, Any]:
+def run(rank_info: RankInfo, case: Case, tried: float | None = None) -> dict[str, Any]:
     """Train some steps; `tried`: after choosing between both ways, compiled layers taking so many
     seconds on rank 0 and 0.9 on the others, and layers as they are one."""
     torch._dynamo.reset()
     counters.clear()
-    torch.manual_seed(5 + place.rank)
-    strategy, _, loader = parts.set_up(place, case)
+    train_state, loader = parts.set_up(rank_info, case)
+    strategy = train_state.strategy
     found: dict[str, Any] = {"said": None}
     if tried is not None:
-        found["said"] = try_both(place, strategy, loader, tried)
-    strategy.model.train()
-    stats = [parts.train_step(strategy, loader.window(step)) for step in range(case.steps)]
+        found["said"] = try_both(rank_info, strategy, loader, tried)
+    recorder = parts.Recorder()
+    parts.fit(train_state, loader, parts.plan(case.steps), recorder)
     return found | {
-        "losses": [strategy.sum(each.loss).item() for each in stats],
-        "norms": [each.grad_norm.item() for each in stats],
+        "losses": recorder.column("loss"),
+        "norms": recorder.column("grad_norm"),
         "graphs": counters["stats"]["unique_graphs"],
         "breaks": sum(counters["graph_break"].values()),
-        "used": {each.used for each in compiled_forwards(strategy.model)} or {False},
+        "used": {each.enabled for each in compiled_forwards(strategy.model)} or {False},
     }
 
 
-def try_both(place: Place, strategy: Any, loader: Any, seconds: float) -> str:
-    real = faster._seconds
+def try_both(rank_info: RankInfo, strategy: Any, loader: Any, seconds: float) -> str:
+    real = compile_auto._time_pass
 
     def took(*words: Any) -> float:
         real(*words)
-        (used,) = {each.used for each in compiled_forwards(strategy.model)}
+        (used,) = {each.enabled for each in compiled_forwards(strategy.model)}
         if not used:
             return 1.0
-        return seconds if place.rank == 0 else 0.9
+        return seconds if rank_info.rank == 0 else 0.9
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(faster, "_seconds", took)
-        return keep_faster(strategy, loader.window(0).micro_batches[0], CPU)
+        patch.setattr(compile_auto, "_time_pass", took)
+        return choose_compile(strategy, loader.step_batch(0).micro_batches[0], CPU)
 
 
 WHOLE = pytest.mark.whole
@@ -78,11 +77,11 @@ def test_compiled_layers_train_alike(
     """Rows have many lengths: graphs are made for the first and for all others, twice, because the
     first layer's input needs no gradient where the embedding is frozen."""
     case = Case(
-        tiny, rows_file, method=method, strategy=strategy, activation_checkpointing=kept,
-        precision=precision, steps=3,
+        tiny, rows_file, method=method, strategy=strategy, precision=precision,
+        steps=3, scheduler="constant", training_options={"activation_checkpointing": kept},
     )  # fmt: skip
     plain = ranks.run(world, run, case)
-    compiled = ranks.run(world, run, dataclasses.replace(case, compiled=True))
+    compiled = ranks.run(world, run, case.with_training(compile="on"))
     bound = 1e-5 if precision == "fp32" else 2e-3
     for before, found in zip(plain, compiled, strict=True):
         assert found["losses"] == pytest.approx(before["losses"], rel=bound)
@@ -99,15 +98,15 @@ def test_the_faster_is_kept_by_the_slowest_rank_and_nothing_else_changes(
     """With dropout, which draws from the random state; compiled or not, the run is then the same to
     the bit as with on or off."""
     case = Case(
-        tiny, rows_file, strategy="fsdp", method_options=(("dropout", 0.1),), compiled=True,
-        steps=2,
+        tiny, rows_file, strategy="fsdp", method_options={"dropout": 0.1}, steps=2,
+        scheduler="constant",
     )  # fmt: skip
-    chosen = ranks.run(2, run, case, seconds)
-    straight = ranks.run(2, run, dataclasses.replace(case, compiled=used))
+    chosen = ranks.run(2, run, case.with_training(compile="auto"), seconds)
+    straight = ranks.run(2, run, case.with_training(compile="on" if used else "off"))
     for found, expected in zip(chosen, straight, strict=True):
         assert found["used"] == expected["used"] == {used}
         assert found["losses"] == expected["losses"]
         assert found["norms"] == expected["norms"]
         word, took = ("on", "0.9000") if used else ("off", "1.5000")
-        assert found["said"].startswith(f"{word}, for forward and backward of 1 × ")
-        assert f"{took} s compiled and 1.0000 s as they are" in found["said"]
+        assert found["said"].startswith(f"{word}: forward and backward of 1 × ")
+        assert f"{took} s compiled and 1.0000 s not compiled" in found["said"]

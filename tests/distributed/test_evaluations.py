@@ -11,47 +11,26 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from launcher import loop
-from launcher.checkpoint import load
-from launcher.checkpoint.layout import Checkpoint, finished
-from launcher.checkpoint.retention import surplus
-from launcher.config.scheduler import PlateauConfig
-from launcher.distributed.process_group import Place
-from launcher.loop import Plan, fit
-from launcher.scheduler import build_scheduler
-from launcher.watch import Watch
-from tests.helpers import parts
-from tests.helpers.parts import Case
+from launcher.distributed.process_group import RankInfo
+from launcher.folders.checkpoint import finished_checkpoints
+from launcher.run.retention import checkpoints_to_delete
+from launcher.training import loop
+from tests.helpers import checkpoints, parts
+from tests.helpers.parts import Case, Recorder
 
 END = 8
 FACTOR, PATIENCE, THRESHOLD = 0.5, 1, 0.9  # no evaluation improves by nine tenths
-
-
-@dataclass(frozen=True)
-class PlateauCase(Case):
-    def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        config = PlateauConfig(
-            name="reduce_lr_on_plateau", factor=FACTOR, patience=PATIENCE, threshold=THRESHOLD
-        )
-        return build_scheduler(config, optimizer, self.steps)
 
 
 @dataclass
 class Ended:
     """What a rank has seen of a run, or of a part of it."""
 
-    step: int = 0
-    reason: str | None = None
-    rates: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    evaluated: list[tuple[int, float]] = field(default_factory=list)
-
-    def start(self, done_steps: int, total_steps: int) -> None: ...
-    def finish(self) -> None: ...
-    def log(self, records: list[dict[str, Any]]) -> None:
-        self.rates += [record["learning_rate"] for record in records if "loss" in record]
-        self.losses += [record["loss"] for record in records if "loss" in record]
-        self.evaluated += [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
+    step: int
+    reason: str | None
+    rates: list[float]
+    losses: list[float]
+    evaluated: list[tuple[int, float]]
 
     def __add__(self, later: Ended) -> Ended:
         return Ended(
@@ -69,51 +48,53 @@ class Part:
 
     first: int = 0
     stop: int = END
-    halt_at: int = 10**6  # rank 0 halts at this look of its own
+    stop_at_look: int = 10**6  # rank 0 asks to stop at this look of its own
     patience: int | None = None
     threshold: float = 0.0
     plan: dict[str, Any] = field(default_factory=dict)
 
 
 def run_part_with(
-    place: Place, case: Case, folder: Path, part: Part, eval_losses: list[float]
+    rank_info: RankInfo, case: Case, folder: Path, part: Part, eval_losses: list[float]
 ) -> Ended:
     """… with these evaluation losses."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "evaluate", lambda *_: eval_losses.pop(0))
-        return run_part(place, case, folder, part)
+        return run_part(rank_info, case, folder, part)
 
 
-def run_part(place: Place, case: Case, folder: Path, part: Part) -> Ended:
-    torch.manual_seed(7 + place.rank)
-    strategy, method, loader = parts.set_up(place, case)
-    watch = Watch(part.patience, part.threshold)
-    learner = parts.learner(place, case, strategy, method, watch=watch)
-    saver = parts.saver(learner, folder)
-    if part.first:
-        checkpoint = Checkpoint(folder / f"checkpoints/step-{part.first:06d}")
-        load.restore(checkpoint, learner, force=False)
-    plan = {"eval_steps": 2, "save_steps": None, "log_steps": 3, **part.plan}
-    ended, looks = Ended(), iter(range(1, 10**6))
-    ended.step = fit(
-        strategy,
-        learner.scheduler,
-        loader,
-        case.loader(place.rank, place.world_size, 2),
-        Plan(END, part.stop, parts.MAX_NORM, **plan),
-        [ended],
-        saver,
-        place.device,
-        halt=lambda: place.rank == 0 and next(looks) >= part.halt_at,
-        done_steps=part.first,
-        watch=watch,
+def run_part(rank_info: RankInfo, case: Case, folder: Path, part: Part) -> Ended:
+    case = case.with_training(
+        early_stopping_patience=part.patience, early_stopping_threshold=part.threshold
     )
-    ended.reason = watch.reason()
-    return ended
+    train_state, loader = parts.set_up(rank_info, case)
+    saver = checkpoints.saver(train_state, case.config(), folder)
+    recorder, looks = Recorder(), iter(range(1, 10**6))
+    last = parts.fit(
+        train_state,
+        loader,
+        parts.plan(END, **{"end_step": part.stop, "eval_steps": 2, "log_steps": 3, **part.plan}),
+        recorder,
+        saver,
+        evaluation=case.loader(rank_info.rank, rank_info.world_size, micro_batch_size=2),
+        stop_requested=lambda: rank_info.rank == 0 and next(looks) >= part.stop_at_look,
+        done=checkpoints.restore(train_state, folder, part.first) if part.first else None,
+    )
+    return Ended(
+        last,
+        train_state.early_stopping.reason(),
+        recorder.column("learning_rate"),
+        recorder.column("loss"),
+        [(record["step"], record["eval_loss"]) for record in recorder.evaluations],
+    )
 
 
-def case_of(tiny: Path, rows_file: Path, strategy: str) -> PlateauCase:
-    return PlateauCase(tiny, rows_file, strategy=strategy, global_batch_size=12, steps=END)
+def case_of(tiny: Path, rows_file: Path, strategy: str) -> Case:
+    plateau = {"factor": FACTOR, "patience": PATIENCE, "threshold": THRESHOLD}
+    return Case(
+        tiny, rows_file, strategy=strategy, scheduler="reduce_lr_on_plateau",
+        scheduler_options=plateau, global_batch_size=12, steps=END,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -160,13 +141,13 @@ def rates_by_torch(losses: list[float]) -> list[float]:
     return rates
 
 
-def test_an_evaluation_that_a_halt_cut_off_is_made_up_for(
+def test_an_evaluation_that_a_stop_cut_off_is_made_up_for(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     """Rank 0 looks once a step and twice in an evaluation: the eighth look is in that of step 4."""
     case = case_of(tiny, rows_file, "fsdp")
     whole = ranks.run(2, run_part, case, tmp_path / "whole", Part())[0]
-    first = ranks.run(2, run_part, case, tmp_path / "parts", Part(halt_at=8))[0]
+    first = ranks.run(2, run_part, case, tmp_path / "parts", Part(stop_at_look=8))[0]
     assert (first.step, [step for step, _ in first.evaluated]) == (4, [2])
     second = ranks.run(2, run_part, case, tmp_path / "parts", Part(first=4))[0]
     assert first + second == whole
@@ -183,7 +164,7 @@ def test_training_ends_when_the_evaluation_loss_has_stalled(
     assert all(rank == ended[0] for rank in ended)
     assert ended[0].step == 6, "evaluations 2 and 3 are no better than the first, by 1"
     assert "early_stopping_patience=2: eval_loss has not improved in 2 eval" in ended[0].reason
-    (checkpoint,) = finished(tmp_path / "checkpoints")
+    (checkpoint,) = finished_checkpoints(tmp_path / "checkpoints")
     assert checkpoint.summary()["eval_loss"] == ended[0].evaluated[-1][1]
     again = ranks.run(world, run_part, case, tmp_path, dataclasses.replace(impatient, first=6))[0]
     assert (again.step, again.losses, again.reason) == (6, [], ended[0].reason)
@@ -208,6 +189,15 @@ def test_the_best_is_saved_when_it_is_found(
     part = Part(plan={"save_best": True, "save_steps": 6})
     losses = [2.0, 1.0, 1.5, 1.2]
     ranks.run(2, run_part_with, case_of(tiny, rows_file, "fsdp"), tmp_path, part, losses)
-    saved = {each.step: each.summary()["eval_loss"] for each in finished(tmp_path / "checkpoints")}
+    saved = {
+        each.step: each.summary()["eval_loss"]
+        for each in finished_checkpoints(tmp_path / "checkpoints")
+    }
     assert saved == {2: 2.0, 4: 1.0, 6: 1.5, 8: 1.2}
-    assert {each.step for each in surplus(finished(tmp_path / "checkpoints"), 1)} == {2, 6}
+    assert {
+        each.step
+        for each in checkpoints_to_delete(finished_checkpoints(tmp_path / "checkpoints"), 1)
+    } == {
+        2,
+        6,
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -9,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from launcher.checkpoint import load
 from launcher.checkpoint.save import Saver
-from launcher.config import store
-from launcher.distributed.process_group import Place
+from launcher.config import Config
+from launcher.distributed.process_group import RankInfo
 from launcher.errors import UserError
-from tests.config.test_schema import composed
-from tests.distributed.test_resume import case_of
-from tests.helpers import faults, parts
+from launcher.folders import manifest
+from launcher.folders.checkpoint import Checkpoint
+from tests.helpers import checkpoints, faults, parts
+from tests.helpers.checkpoints import six_steps
+from tests.helpers.compose import composed
 from tests.helpers.parts import Case
 from tests.helpers.pool import RankPool
 
@@ -35,40 +37,37 @@ def mortals() -> Iterator[RankPool]:
 
 
 def train_and_save(
-    place: Place,
+    rank_info: RankInfo,
     case: Case,
     folder: Path,
     fault: Fault | None = None,
     **options: Any,
 ) -> list[float]:
     """Losses of three steps, each with a save; `fault` ends a rank."""
-    if fault and fault[0] == place.rank:
+    if fault and fault[0] == rank_info.rank:
         faults.die_at(*fault[1:])
-    torch.manual_seed(7 + place.rank)
-    strategy, method, loader = parts.set_up(place, case)
-    learner = parts.learner(place, case, strategy, method)
-    saver = parts.saver(learner, folder, **options)
-    return [one_step(learner, saver, loader, step) for step in SAVES]
+    train_state, loader = parts.set_up(rank_info, case)
+    saver = checkpoints.saver(train_state, case.config(), folder, **options)
+    return [one_step(train_state, saver, loader, step) for step in SAVES]
 
 
-def one_step(learner: Any, saver: Saver, loader: Any, step: int) -> float:
-    stats = parts.train_step(learner.strategy, loader.window(step - 1))
-    learner.scheduler.step()
+def one_step(train_state: Any, saver: Saver, loader: Any, step: int) -> float:
+    stats = parts.train_step(train_state.strategy, loader.step_batch(step - 1))
+    train_state.scheduler.step()
     saver.save(step, 0, None)
     saver.finish()
-    return learner.strategy.sum(stats.loss).item()
+    return train_state.strategy.sum(stats.loss).item()
 
 
-def go_on(place: Place, case: Case, folder: Path) -> tuple[int, list[float], list[str]]:
+def go_on(rank_info: RankInfo, case: Case, folder: Path) -> tuple[int, list[float], list[str]]:
     """As a new attempt with resume=auto: the step it begins at, its losses, what it said."""
-    config = store.build({**composed(), "resume": "auto"})
-    strategy, method, loader = parts.set_up(place, case)
-    learner = parts.learner(place, case, strategy, method)
-    saver = parts.saver(learner, folder)
+    config = dataclasses.replace(case.config(), resume="auto")
+    train_state, loader = parts.set_up(rank_info, case)
+    saver = checkpoints.saver(train_state, config, folder)
     said: list[str] = []
-    chosen = load.choose(config, folder / "checkpoints", place, said.append)
-    done = load.restore(chosen, learner, force=False).step if chosen else 0
-    return done, [one_step(learner, saver, loader, step) for step in SAVES[done:]], said
+    chosen = load.choose_checkpoint(config, folder / "checkpoints", rank_info, said.append)
+    done = load.restore(chosen, train_state, force=False).step if chosen else 0
+    return done, [one_step(train_state, saver, loader, step) for step in SAVES[done:]], said
 
 
 KILLS = {
@@ -99,7 +98,7 @@ def test_a_save_that_is_killed_costs_one_save(
     async_save: bool,
 ) -> None:  # fmt: skip
     method, fault = KILLS[kill]
-    case = case_of(tiny, rows_file, method, "fsdp")
+    case = six_steps(tiny, rows_file, method, "fsdp")
     options = {"keep_last": 1, "async_save": async_save}
     whole = ranks.run(2, train_and_save, case, tmp_path / "whole", None, **options)[0]
     with pytest.raises(AssertionError, match=f"rank {fault[0]}:\ndied"):
@@ -120,7 +119,7 @@ def flip(path: Path) -> str:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
-    return "has another content"
+    return "has changed since"
 
 
 def remove(path: Path) -> str:
@@ -149,13 +148,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(
     name: str,
     damage: Callable[[Path], str],
 ) -> None:
-    case = case_of(tiny, rows_file, method, "zero2" if method == "full" else "ddp")
+    case = six_steps(tiny, rows_file, method, "zero2" if method == "full" else "ddp")
     whole = ranks.run(2, train_and_save, case, tmp_path)[0]
     reason = damage(tmp_path / "checkpoints/step-000003" / name)
     done, losses, said = ranks.run(2, go_on, case, tmp_path)[0]
     assert (done, losses) == (2, whole[2:])
     (sentence,) = said
-    assert sentence.startswith("step-000003 is broken and passed over: ")
+    assert sentence.startswith("step-000003 is broken and skipped: ")
     assert name in sentence
     assert reason in sentence
 
@@ -164,31 +163,60 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(
 def test_a_folder_without_a_manifest_is_no_checkpoint(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path, content: str | None
 ) -> None:
-    case = case_of(tiny, rows_file, "lora", "single")
+    case = six_steps(tiny, rows_file, "lora", "single")
     whole = ranks.run(1, train_and_save, case, tmp_path)[0]
-    manifest = tmp_path / "checkpoints/step-000003/manifest.json"
-    manifest.unlink()
+    file = tmp_path / "checkpoints/step-000003/manifest.json"
+    file.unlink()
     if content is not None:
-        manifest.write_text(content)
+        file.write_text(content)
     done, losses, said = ranks.run(1, go_on, case, tmp_path)[0]
     assert (done, losses) == (2, whole[2:])
-    assert "manifest.json is no manifest" in said[0]
-    assert json.loads(manifest.read_text())["step"] == 3, "the step was saved anew"
+    assert "manifest.json is not a manifest" in said[0]
+    assert json.loads(file.read_text())["step"] == 3, "the step was saved anew"
     assert (tmp_path / "checkpoints/broken-1-step-000003").is_dir()
 
 
-def fill_the_disk(place: Place, case: Case, disk: Path, check: bool, **options: Any) -> str:
+def choose(rank_info: RankInfo, config: Config, folder: Path) -> str:
+    """What a new run in `folder` resumes from, or why it does not."""
+    try:
+        chosen = load.choose_checkpoint(config, folder / "checkpoints", rank_info, print)
+    except UserError as error:
+        return str(error)
+    return str(chosen and chosen.path)
+
+
+@pytest.mark.parametrize("names_the_run", [True, False])
+def test_a_broken_checkpoint_that_resume_names_is_refused_and_keeps_its_name(
+    ranks: Any, tmp_path: Path, names_the_run: bool
+) -> None:
+    """It belongs to another run; a broken one of this run is renamed and skipped."""
+    broken = Checkpoint(tmp_path / "other/checkpoints/step-000002")
+    broken.path.mkdir(parents=True)
+    (broken.path / "trainer.json").write_text("{}")
+    manifest.write(broken.manifest, {"step": 2})
+    reason = truncate(broken.path / "trainer.json")
+    (tmp_path / "new/checkpoints").mkdir(parents=True)
+    named = tmp_path / "other" if names_the_run else broken.path
+    before = sorted(tmp_path.rglob("*"))
+    said = ranks.run(2, choose, composed(f"resume={named}"), tmp_path / "new")
+    assert said[0] == said[1]
+    assert f"resume={named} is broken: " in said[0]
+    assert "trainer.json" in said[0]
+    assert reason in said[0]
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is renamed, nothing is made"
+
+
+def fill_the_disk(rank_info: RankInfo, case: Case, disk: Path, check: bool, **options: Any) -> str:
     """Save once, fill the disk, save again: the error."""
-    strategy, method, loader = parts.set_up(place, case)
-    learner = parts.learner(place, case, strategy, method)
-    saver = parts.saver(learner, disk / "run", **options)
-    one_step(learner, saver, loader, 1)
-    if place.is_main:
+    train_state, loader = parts.set_up(rank_info, case)
+    saver = checkpoints.saver(train_state, case.config(), disk / "run", **options)
+    one_step(train_state, saver, loader, 1)
+    if rank_info.is_main:
         faults.fill(disk, leave=200_000)
     if not check:  # the disk fills up between the look at it and the writing
         saver._refuse_without_space = lambda nbytes: None  # type: ignore[method-assign]
     try:
-        one_step(learner, saver, loader, 2)
+        one_step(train_state, saver, loader, 2)
     except UserError as error:
         return str(error)
     return "no error"
@@ -201,7 +229,7 @@ def test_a_full_disk_is_the_cause_that_all_ranks_give(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path, strategy: str, check: bool,
     async_save: bool,
 ) -> None:  # fmt: skip
-    case = case_of(tiny, rows_file, "full", strategy)
+    case = six_steps(tiny, rows_file, "full", strategy)
     with faults.small_disk(tmp_path / "disk", "64m") as disk:
         said = ranks.run(2, fill_the_disk, case, disk, check, async_save=async_save)
         assert said[0] == said[1]

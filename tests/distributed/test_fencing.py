@@ -5,24 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from launcher import run_dir
-from launcher.checkpoint import layout
-from launcher.distributed.process_group import Place
+from launcher.distributed.process_group import RankInfo
 from launcher.errors import UserError
-from launcher.run_dir import RunDir
-from tests.helpers import parts
+from launcher.folders.checkpoint import finished_checkpoints
+from launcher.folders.run import RunDir
+from launcher.run import create
+from tests.helpers import checkpoints, parts
 from tests.helpers.parts import Case
 
 
-def save_twice(place: Place, case: Case, folder: Path) -> str:
+def save_twice(rank_info: RankInfo, case: Case, folder: Path) -> str:
     """Save as attempt 1, before and after attempt 2 begins; what the second save says."""
-    strategy, method, loader = parts.set_up(place, case)
-    saver = parts.saver(parts.learner(place, case, strategy, method), folder)
-    parts.train_step(strategy, loader.window(0))
+    train_state, loader = parts.set_up(rank_info, case)
+    saver = checkpoints.saver(train_state, case.config(), folder)
+    parts.train_step(train_state.strategy, loader.step_batch(0))
     saver.save(1, 0, None)
-    if place.is_main:
+    if rank_info.is_main:
         for _ in range(2):
-            run_dir._next_attempt(folder)
+            create._create_attempt(folder)
     try:
         saver.save(2, 0, None)
     except UserError as error:
@@ -35,6 +35,6 @@ def test_the_older_attempt_cannot_commit(
 ) -> None:
     said = ranks.run(2, save_twice, Case(tiny, rows_file), tmp_path)
     assert len(set(said)) == 1, "all ranks end"
-    assert f"attempt 2 of {tmp_path} has begun" in said[0]
-    assert [each.step for each in layout.finished(tmp_path / "checkpoints")] == [1]
-    assert RunDir(tmp_path).newest().attempt == 2
+    assert f"attempt 2 of {tmp_path} has started" in said[0]
+    assert [each.step for each in finished_checkpoints(tmp_path / "checkpoints")] == [1]
+    assert RunDir(tmp_path).newest_attempt().attempt == 2

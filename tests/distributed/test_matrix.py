@@ -20,17 +20,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from launcher.config import Config
-from launcher.config.checks import broken_rules
-from launcher.config.strategy import STRATEGIES
-from launcher.distributed.process_group import Place
+from launcher.config.rules.table import broken_rules
+from launcher.config.schema.strategy import STRATEGIES
+from launcher.distributed.process_group import RankInfo
 from launcher.errors import UserError
-from launcher.precision import precision_of
 from launcher.strategy import build_strategy
-from tests.distributed.test_precision import allow_fp16
-from tests.distributed.test_qlora import round_trip
+from launcher.strategy.precision import precision_of
 from tests.helpers import matrix, parts
 from tests.helpers.matrix import END, METHODS, PRECISIONS, SAVE, Cell, Seen
 from tests.helpers.pairs import cover
+from tests.helpers.precision import allow_fp16
+from tests.helpers.quantized import round_trip
 
 GRID = [
     Cell(*values)
@@ -81,9 +81,7 @@ def fp16(ranks: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(
-    ranks: Any, tiny: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, str], list[float]]:
+def alone(ranks: Any, tiny: Path, rows_file: Path) -> Callable[[str, str], list[float]]:
     """The losses of a method in one process: of a plain PyTorch loop in fp32, of strategy=single in
     other precisions."""
 
@@ -92,14 +90,14 @@ def alone(
         if precision == "fp32":
             return plain_losses(method, rows_file)
         config = Cell(method, "single", precision).config(rows_file)
-        (found,) = ranks.run(1, matrix.losses, config, tmp_path_factory.mktemp("alone"))
+        (found,) = ranks.run(1, matrix.losses, config)
         return found  # type: ignore[no-any-return]
 
     return losses
 
 
 def plain_losses(method: str, data: Path) -> list[float]:
-    """Of a quantised base: beside the weights that it stands for, which bitsandbytes computes."""
+    """Of a quantized base: beside the weights that it stands for, which bitsandbytes computes."""
     unpacked = "lora" if method in PACKED else method
     case = matrix.plain_case(Cell(unpacked, "single", "fp32").config(data))
     model = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32)
@@ -167,11 +165,11 @@ def check_shards(cell: Cell, seen: list[Seen]) -> None:
 
 
 def test_every_two_values_that_can_meet_do_so_in_make_test() -> None:
-    def meeting(cells: Any) -> set[Any]:
+    def store(cells: Any) -> set[Any]:
         axes = range(len(Cell._fields))
         return {(a, cell[a], b, cell[b]) for cell in cells for a in axes for b in range(a)}
 
-    assert meeting(CHOSEN) == meeting(RUNNING)
+    assert store(CHOSEN) == store(RUNNING)
     assert len(CHOSEN) <= len(METHODS) * len(STRATEGIES), "about as few as can be"
 
 
@@ -183,13 +181,15 @@ def test_the_rules_refuse_the_other_cells_with_a_sentence(tiny: Path, rows_file:
         assert all(each and f"strategy={cell.strategy}" in each[1] for each in said), lines
 
 
-def said_without_fp16(place: Place, configs: list[Config]) -> list[str]:
+def said_without_fp16(rank_info: RankInfo, configs: list[Config]) -> list[str]:
     said = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
         for each in configs:
             with pytest.raises(UserError) as refused:
-                build_strategy(each.strategy, each.training, place, precision_of(each.precision))
+                build_strategy(
+                    each.strategy, each.training, rank_info, precision_of(each.precision)
+                )
             said.append(str(refused.value))
     return said
 
@@ -201,7 +201,7 @@ def test_fp16_under_zero_is_refused_where_deepspeed_reports_none(
     configs = [Cell("lora", name, "fp16").config(rows_file) for name in names]
     (said,) = ranks.run(1, said_without_fp16, configs)
     assert said == [
-        f"precision=fp16 with strategy={name}: DeepSpeed reports no fp16 on cpu; "
+        f"precision=fp16 with strategy={name}: DeepSpeed does not support fp16 on cpu; "
         "choose precision=bf16, or strategy=fsdp"
         for name in names
     ]

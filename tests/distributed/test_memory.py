@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from launcher import plan
-from launcher.assembly import new_strategy
+from launcher.commands import plan
 from launcher.config import Config, store
-from launcher.distributed.process_group import Place
-from launcher.memory import Bytes
-from launcher.memory.live import Live
-from launcher.memory.trial import full_window, measure
+from launcher.distributed.process_group import RankInfo
+from launcher.memory import MemoryUsage
+from launcher.memory.dry_run import longest_step_batch, measure
+from launcher.memory.mem_tracker import MemTracker
 from launcher.model.load import build_model
-from launcher.precision import precision_of
-from tests.config.test_schema import composed
+from launcher.strategy.precision import precision_of
+from launcher.training.build import new_strategy
+from tests.helpers.compose import composed_raw
 
 RANKS = 2
 OFFLOADED = {"name": "zero3_offload"}
@@ -42,7 +42,7 @@ def config(folder: Path, cell: tuple[str, dict[str, Any], str, dict[str, Any]]) 
     method, strategy, precision, more = cell
     training = {"micro_batch_size": 2, "global_batch_size": 4 * RANKS}
     return store.build(
-        composed(
+        composed_raw(
             model={"name_or_path": str(folder)},
             data={"max_length": 128, **more.get("data", {})},
             training={**training, **more.get("training", {})},
@@ -55,16 +55,16 @@ def config(folder: Path, cell: tuple[str, dict[str, Any], str, dict[str, Any]]) 
     )
 
 
-def taken(place: Place, config: Config) -> Bytes:
+def taken(rank_info: RankInfo, config: Config) -> MemoryUsage:
     """By a rank that is there."""
-    source, live = config.model, Live()
+    source, tracker = config.model, MemTracker()
     compute = precision_of(config.precision).compute
-    with live.counting():
+    with tracker.track():
         folder, seed = Path(source.name_or_path), config.training.seed
         model, weights = build_model(source, folder, seed, compute, config.data.packing)
         assert weights is not None
-        build = functools.partial(new_strategy, config, place)
-        return measure(config, model, weights, build, place, live)
+        build = functools.partial(new_strategy, config, rank_info)
+        return measure(config, model, weights, build, rank_info, tracker)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_the_plan_is_what_ranks_take(
     cell: tuple[str, dict[str, Any], str, dict[str, Any]], tiny: Path, ranks: Any
 ) -> None:
     asked = config(tiny, cell)
-    planned = plan.plan(asked)
+    planned = plan.plan_run(asked)
     real = ranks.run(RANKS, taken, asked)
     fullest = max(real, key=lambda each: each.peak)
     assert planned.ranks == RANKS
@@ -94,7 +94,7 @@ def test_the_plan_is_what_ranks_take(
 @pytest.mark.parametrize(("on_gpu", "offloaded"), [("fsdp", "fsdp_offload")])
 def test_offloading_leaves_the_gpu_no_state(on_gpu: str, offloaded: str, tiny: Path) -> None:
     plans = [
-        plan.plan(config(tiny, ("full", {"name": name}, "bf16", {})))
+        plan.plan_run(config(tiny, ("full", {"name": name}, "bf16", {})))
         for name in (on_gpu, offloaded)
     ]
     kept, moved = plans
@@ -121,5 +121,7 @@ def test_zero3_frees_what_it_has_gathered(tiny: Path, ranks: Any) -> None:
 
 def test_rows_are_as_long_as_padding_makes_them(tiny: Path) -> None:
     data = {"max_length": 129, "pad_to_multiple_of": 64}
-    window = full_window(config(tiny, ("full", {"name": "ddp"}, "bf16", {"data": data})), RANKS)
-    assert [batch.input_ids.shape for batch in window.micro_batches] == [(2, 192)] * 2
+    step_batch = longest_step_batch(
+        config(tiny, ("full", {"name": "ddp"}, "bf16", {"data": data})), RANKS
+    )
+    assert [batch.input_ids.shape for batch in step_batch.micro_batches] == [(2, 192)] * 2

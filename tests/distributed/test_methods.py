@@ -14,17 +14,16 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from launcher.checkpoint import load
-from launcher.checkpoint.layout import Checkpoint
-from launcher.config.model import ModelConfig
-from launcher.distributed.process_group import Place
-from launcher.method.trained import describe
+from launcher.config.schema.model import ModelConfig
+from launcher.distributed.process_group import RankInfo
+from launcher.folders.checkpoint import Checkpoint
+from launcher.method.summary import describe_parameters
 from launcher.model.load import build_model
-from tests.helpers import parts
+from tests.helpers import checkpoints, parts
+from tests.helpers.checkpoints import QUESTION
 from tests.helpers.exports import consolidate, make_adapter, stored
 from tests.helpers.parts import Case
 
-QUESTION = torch.arange(3, 60).view(1, -1)
 STEPS = 4
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "freeze-last": ("freeze", {"layers": 1}),
@@ -76,7 +75,7 @@ def case(tiny: Path, rows_file: Path, adapters: dict[str, str]) -> Any:
         filled = {key: _filled(value, adapters) for key, value in settings.items()}
         return Case(
             tiny, rows_file, method=method, strategy=strategy,
-            method_options=_Options(filled), steps=STEPS, global_batch_size=12, **options,
+            method_options=filled, steps=STEPS, global_batch_size=12, **options,
         )  # fmt: skip
 
     return make
@@ -88,35 +87,13 @@ def _filled(value: Any, adapters: dict[str, str]) -> Any:
     return adapters[value] if isinstance(value, str) and value in adapters else value
 
 
-class _Options(dict[str, Any]):
-    """Settings with lists and dicts in them, as a case's key."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(str(self))
-
-
 def learn(
-    place: Place, case: Case, folder: Path, first: int = 0, last: int = STEPS
+    rank_info: RankInfo, case: Case, folder: Path, first: int = 0, last: int = STEPS
 ) -> tuple[list[float], torch.Tensor]:
-    """Losses of steps [first, last) and then the logits; goes on from the checkpoint of `first`,
-    saves one at `last`."""
-    torch.manual_seed(7 + place.rank)
-    strategy, method, loader = parts.set_up(place, case)
-    learner = parts.learner(place, case, strategy, method)
-    if first:
-        load.restore(Checkpoint(folder / f"checkpoints/step-{first:06d}"), learner, force=False)
-    strategy.model.train()
-    losses = []
-    for step in range(first, last):
-        stats = parts.train_step(strategy, loader.window(step))
-        learner.scheduler.step()
-        losses.append(strategy.sum(stats.loss).item())
-    saver = parts.saver(learner, folder)
-    saver.save(last, 0, None)
-    saver.finish()
-    strategy.model.eval()
-    with torch.no_grad():
-        return losses, strategy.model(input_ids=QUESTION).logits
+    """Losses of steps `first` + 1 to `last` and then the logits; goes on from the checkpoint of
+    `first`, saves one at `last`."""
+    train_state, losses = checkpoints.train_from(rank_info, case, folder, first, last)
+    return losses, checkpoints.answer(train_state.strategy)
 
 
 @functools.cache
@@ -124,15 +101,11 @@ def plain_losses(case: Case) -> list[float]:
     return parts.plain_losses(case)
 
 
-def train(place: Place, case: Case) -> list[float]:
-    return parts.train(place, case)[2]
-
-
 @pytest.mark.parametrize(("variant", "strategy", "world"), LAYOUTS)
 def test_losses_are_those_of_a_plain_loop(
     ranks: Any, case: Any, variant: str, strategy: str, world: int
 ) -> None:
-    for losses in ranks.run(world, train, case(variant, strategy)):
+    for losses in ranks.run(world, parts.losses, case(variant, strategy)):
         assert losses == pytest.approx(plain_losses(case(variant)), rel=2e-5)
 
 
@@ -185,11 +158,8 @@ def test_frozen_weights_are_exported_as_the_base_has_them(
     assert sum(file.stat().st_size for file in files) < 0.75 * whole, "what is trained alone"
 
 
-def first_logits(place: Place, case: Case) -> torch.Tensor:
-    strategy, _, _ = parts.set_up(place, case)
-    strategy.model.eval()
-    with torch.no_grad():
-        return strategy.model(input_ids=QUESTION).logits
+def first_logits(rank_info: RankInfo, case: Case) -> torch.Tensor:
+    return checkpoints.answer(parts.set_up(rank_info, case)[0].strategy)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +176,7 @@ def test_at_the_start_the_model_answers_as_the_base(
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-6)
 
 
-def held(place: Place, case: Case) -> tuple[set[str], int]:
+def held(rank_info: RankInfo, case: Case) -> tuple[set[str], int]:
     """Devices of the parameters when the method is done with them, and how many are real."""
     model, weights = build_model(
         ModelConfig(name_or_path=str(case.model)), case.model, 0, torch.float32
@@ -224,15 +194,15 @@ def test_no_rank_holds_the_base_while_it_is_prepared(
     assert real < 0.2 * sum(tensor.numel() for tensor in stored(tiny).values())
 
 
-def rates(place: Place, case: Case) -> tuple[list[float], list[float], dict[str, float]]:
-    strategy, _, loader = parts.set_up(place, case)
+def rates(rank_info: RankInfo, case: Case) -> tuple[list[float], list[float], dict[str, float]]:
+    train_state, loader = parts.set_up(rank_info, case)
+    strategy = train_state.strategy
     before = {name: shard.local.clone() for name, shard in strategy.weights().items()}
     groups = strategy.optimizer.param_groups
     given = [group["lr"] for group in groups]
-    scheduler = case.scheduler(strategy.optimizer)
     for step in range(3):
-        parts.train_step(strategy, loader.window(step))
-        scheduler.step()
+        parts.train_step(strategy, loader.step_batch(step))
+        train_state.scheduler.step()
     moved = {
         name: float((shard.local - before[name]).abs().max())
         for name, shard in strategy.weights().items()
@@ -246,7 +216,7 @@ def test_lora_plus_trains_b_faster(
     ranks: Any, tiny: Path, rows_file: Path, strategy: str, world: int
 ) -> None:
     case = Case(
-        tiny, rows_file, strategy=strategy, method_options=(("plus_ratio", 16.0),), weight_decay=0.0
+        tiny, rows_file, strategy=strategy, method_options={"plus_ratio": 16.0}, weight_decay=0.0
     )
     for given, now, moved in ranks.run(world, rates, case):
         assert now[1] == pytest.approx(16 * now[0])
@@ -257,7 +227,9 @@ def test_lora_plus_trains_b_faster(
 
 
 def test_the_table_counts_what_is_trained(case: Any) -> None:
-    text = describe(parts.plain_model(case("freeze-last")), torch.float32, torch.bfloat16)
+    text = describe_parameters(
+        parts.plain_model(case("freeze-last")), torch.float32, torch.bfloat16
+    )
     head, columns, *rows = text.splitlines()
     assert head == "18,528 of 49,536 parameters are trained (37.40 %)"
     assert columns.split() == ["group", "tensors", "parameters", "dtype", "MB"]

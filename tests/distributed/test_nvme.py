@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from launcher import loop
-from launcher.cluster.compiled import disk_access
+from launcher.cluster.build_ops import build_async_io
 from launcher.cluster.devices import has_libaio
-from launcher.distributed.process_group import Place
-from launcher.run_dir import RunDir
+from launcher.distributed.process_group import RankInfo
+from launcher.folders.run import RunDir
 from launcher.strategy import Strategy
-from tests.distributed.test_resume import END, STOP, run_steps
+from launcher.training import loop
 from tests.helpers import parts
+from tests.helpers.checkpoints import END, STOP, run_steps
 from tests.helpers.parts import Case
 from tests.helpers.wide import make_wide
 
@@ -30,7 +30,7 @@ pytestmark = [
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
     run = RunDir(tmp_path_factory.mktemp("run"))
     run.logs.mkdir(parents=True)
-    disk_access(run)
+    build_async_io(run)
 
 
 @pytest.fixture(scope="module")
@@ -48,19 +48,19 @@ def on_disk(strategy: Strategy) -> list[str]:
     ]
 
 
-def learn(place: Place, case: Case) -> tuple[list[float], list[str]]:
+def learn(rank_info: RankInfo, case: Case) -> tuple[list[float], list[str]]:
     """Losses of training, of an evaluation and of one more step; what is on disk then."""
-    strategy, _, losses = parts.train(place, case)
-    loader = case.loader(place.rank, place.world_size, 1)
+    train_state, losses = parts.train(rank_info, case)
+    strategy, loader = train_state.strategy, case.loader(rank_info.rank, rank_info.world_size)
     found = loop.evaluate(strategy, loader, torch.device("cpu"))
     assert found is not None
     losses.append(found)
-    losses.append(strategy.sum(parts.train_step(strategy, loader.window(0)).loss).item())
+    losses.append(strategy.sum(parts.train_step(strategy, loader.step_batch(0)).loss).item())
     return losses, on_disk(strategy)
 
 
 def case_of(wide: Path, rows_file: Path, method: str, **options: Any) -> Case:
-    split = (("persistence_threshold", 0),)
+    split = {"persistence_threshold": 0}
     return Case(
         wide, rows_file, method=method, strategy="zero3", strategy_options=split, precision="bf16",
         learning_rate=1e-4, global_batch_size=12, **options,
@@ -69,8 +69,7 @@ def case_of(wide: Path, rows_file: Path, method: str, **options: Any) -> Case:
 
 def swapping(case: Case, folder: Path, **more: Any) -> Case:
     settings = {"offload_param": "nvme", "nvme_path": str(folder), "nvme_buffer_size": 2_000_000}
-    options = (*case.strategy_options, *settings.items(), *more.items())
-    return dataclasses.replace(case, strategy_options=options)
+    return dataclasses.replace(case, strategy_options={**case.strategy_options, **settings, **more})
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -79,7 +78,8 @@ def test_losses_are_those_without(
     ranks: Any, wide: Path, rows_file: Path, tmp_path: Path, method: str, precision: str
 ) -> None:
     case = case_of(wide, rows_file, method, steps=3)
-    case = dataclasses.replace(case, precision=precision, activation_checkpointing="2")
+    case = dataclasses.replace(case, precision=precision)
+    case = case.with_training(activation_checkpointing="2")
     expected = ranks.run(2, learn, case)
     found = ranks.run(2, learn, swapping(case, tmp_path))
     for (losses, swapped), (without, none) in zip(found, expected, strict=True):

@@ -11,29 +11,23 @@ import pytest
 import torch
 from torch import nn
 
-from launcher.config.precision import PrecisionConfig
-from launcher.config.strategy import STRATEGIES
-from launcher.config.training import TrainingConfig
-from launcher.distributed.process_group import Place
-from launcher.precision import precision_of
+from launcher.config.schema.precision import PrecisionConfig
+from launcher.config.schema.strategy import STRATEGIES
+from launcher.config.schema.training import TrainingConfig
+from launcher.distributed.process_group import RankInfo
 from launcher.strategy import build_strategy
-from tests.distributed import (
-    test_optimizers,
-    test_precision,
-    test_resume,
-    test_strategies,
-)
-from tests.distributed.test_resume import END, STOP, run_steps
-from tests.helpers import parts
+from launcher.strategy.precision import precision_of
+from tests.helpers import optimizers, parts, precision
+from tests.helpers.checkpoints import END, STOP, run_steps, six_steps
 from tests.helpers.layouts import OFFLOADED, Layout, pairwise
 from tests.helpers.parts import Case
 
 LAYOUTS: list[Layout] = [  # that test_matrix.py leaves alone
-    ("fsdp_offload", 1, ()),
-    ("zero2_offload", 1, ()),
-    ("zero3_offload", 3, ()),
-    ("zero3", 2, (("offload_param", "cpu"), ("persistence_threshold", 0))),
-    ("zero3", 2, (("offload_optimizer", "cpu"),)),
+    ("fsdp_offload", 1, {}),
+    ("zero2_offload", 1, {}),
+    ("zero3_offload", 3, {}),
+    ("zero3", 2, {"offload_param": "cpu", "persistence_threshold": 0}),
+    ("zero3", 2, {"offload_optimizer": "cpu"}),
 ]
 
 
@@ -43,11 +37,11 @@ LAYOUTS: list[Layout] = [  # that test_matrix.py leaves alone
 def test_losses_equal_a_plain_loop(
     ranks: Any, tiny: Path, rows_file: Path, method: str, strategy: str, world: int, options: Any
 ) -> None:
-    """20 steps in fp32: accumulation, uneven lengths, short last windows, clipping, warm-up."""
+    """20 steps in fp32: accumulation, uneven lengths, short last steps, clipping, warm-up."""
     plain = Case(tiny, rows_file, method=method, global_batch_size=12)
     case = dataclasses.replace(plain, strategy=strategy, strategy_options=options)
-    expected = test_strategies.expected_losses(plain)
-    for found in ranks.run(world, test_strategies.losses, case):
+    expected = parts.expected_losses(plain)
+    for found in ranks.run(world, parts.losses, case):
         assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -67,8 +61,8 @@ def test_a_run_goes_on_with_offload_and_without(
     before: tuple[str, int],
     after: tuple[str, int],
 ) -> None:
-    case = test_resume.case_of(tiny, rows_file, method, before[0])
-    case = dataclasses.replace(case, method_options=())  # other ranks draw other dropouts
+    case = six_steps(tiny, rows_file, method, before[0])
+    case = dataclasses.replace(case, method_options={})  # other ranks draw other dropouts
     whole = ranks.run(before[1], run_steps, case, tmp_path / "whole", 0, END)[0]
     ranks.run(before[1], run_steps, case, tmp_path / "parts", 0, STOP)
     case = dataclasses.replace(case, strategy=after[0])
@@ -89,28 +83,28 @@ def test_other_optimizers_step_there_too(
     ranks: Any, tiny: Path, rows_file: Path, optimizer: str, layout: Layout
 ) -> None:
     strategy, world, options = layout
-    plain = test_optimizers.case_of(tiny, rows_file, optimizer, method="full", steps=10)
+    plain = optimizers.case_of(tiny, rows_file, optimizer, method="full", steps=10)
     case = dataclasses.replace(plain, strategy=strategy, strategy_options=options)
-    expected = test_optimizers.plain_losses(plain)
-    for found in ranks.run(world, test_optimizers.losses, case):
-        assert found == pytest.approx(expected, rel=test_optimizers.BOUNDS[optimizer])
+    expected = optimizers.expected_losses(plain)
+    for found in ranks.run(world, parts.losses, case):
+        assert found == pytest.approx(expected, rel=optimizers.BOUNDS[optimizer])
 
 
 @pytest.fixture
 def fp16(ranks: Any) -> None:
-    ranks.run(4, test_precision.allow_fp16)
+    ranks.run(4, precision.allow_fp16)
 
 
 @pytest.mark.whole
 @pytest.mark.usefixtures("fp16")
 def test_fp16_scales_follow_the_sequence_of_ddp(ranks: Any, tiny: Path, rows_file: Path) -> None:
-    layouts = [("ddp", 2, ()), *((strategy, 2, options) for strategy, _, options in OFFLOADED)]
+    layouts = [("ddp", 2, {}), *((strategy, 2, options) for strategy, _, options in OFFLOADED)]
     found = []
     for layout in layouts:
-        case = test_precision.case_of(
-            tiny, rows_file, layout, "fp16", precision_options=test_precision.HUGE, steps=24
+        case = precision.case_of(
+            tiny, rows_file, layout, "fp16", precision_options=precision.HUGE, steps=24
         )
-        answers = ranks.run(2, test_precision.scales_and_losses, case)
+        answers = ranks.run(2, precision.scales_and_losses, case)
         assert all(answer == answers[0] for answer in answers), "all ranks agree"
         found.append(answers[0])
     (scales, losses), *others = found
@@ -125,30 +119,31 @@ def test_fp16_scales_follow_the_sequence_of_ddp(ranks: Any, tiny: Path, rows_fil
 def test_an_overflow_on_one_rank_makes_all_skip_the_step(
     ranks: Any, tiny: Path, rows_file: Path, layout: Layout
 ) -> None:
-    options = (("initial_scale_power", 8), ("hysteresis", 1))
-    case = test_precision.case_of(tiny, rows_file, layout, "fp16", precision_options=options)
-    for answer in ranks.run(layout[1], test_precision.overflow_on_one_rank, case):
+    options = {"initial_scale_power": 8, "hysteresis": 1}
+    case = precision.case_of(tiny, rows_file, layout, "fp16", precision_options=options)
+    for answer in ranks.run(layout[1], precision.overflow_on_one_rank, case):
         assert answer == (False, [False, True], 2.0**7)
 
 
-def poisoned(place: Place, case: Case) -> tuple[bool, bool, bool]:
+def poisoned(rank_info: RankInfo, case: Case) -> tuple[bool, bool, bool]:
     """Whether weights moved in a step whose gradient is nan on one rank; whether its norm was
     finite; whether they moved in the next."""
-    strategy, _, loader = parts.set_up(place, case)
-    before = test_precision.copies(strategy)
-    factor = math.nan if place.rank == 0 else 1.0
-    stats = test_precision.with_factor(strategy, factor, loader.window(0))
-    moved = test_precision.has_moved(strategy, before)
-    parts.train_step(strategy, loader.window(1))
-    return moved, bool(stats.grad_norm.isfinite()), test_precision.has_moved(strategy, before)
+    train_state, loader = parts.set_up(rank_info, case)
+    strategy = train_state.strategy
+    before = precision.copies(strategy)
+    factor = math.nan if rank_info.rank == 0 else 1.0
+    stats = precision.with_factor(strategy, factor, loader.step_batch(0))
+    moved = precision.has_moved(strategy, before)
+    parts.train_step(strategy, loader.step_batch(1))
+    return moved, bool(stats.grad_norm.isfinite()), precision.has_moved(strategy, before)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", OFFLOADED, ids=lambda layout: layout[0])
 def test_a_gradient_that_is_not_finite_changes_no_weight(
-    ranks: Any, tiny: Path, rows_file: Path, layout: Layout, precision: str
+    ranks: Any, tiny: Path, rows_file: Path, layout: Layout, dtype: str
 ) -> None:
-    case = test_precision.case_of(tiny, rows_file, layout, precision, method="full")
+    case = precision.case_of(tiny, rows_file, layout, dtype, method="full")
     assert ranks.run(layout[1], poisoned, case) == [(False, False, True)] * layout[1]
 
 
@@ -173,16 +168,16 @@ def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.0)
 
 
-def branching(place: Place, name: str) -> list[dict[str, torch.Tensor]] | None:
+def branching(rank_info: RankInfo, name: str) -> list[dict[str, torch.Tensor]] | None:
     """The weights after each step of two micro-batches."""
-    training = TrainingConfig(global_batch_size=2 * place.world_size, micro_batch_size=1)
-    precision = precision_of(PrecisionConfig(name="fp32"))
-    strategy = build_strategy(STRATEGIES[name](name=name), training, place, precision)
+    training = TrainingConfig(global_batch_size=2 * rank_info.world_size, micro_batch_size=1)
+    fp32 = precision_of(PrecisionConfig(name="fp32"))
+    strategy = build_strategy(STRATEGIES[name](name=name), training, rank_info, fp32)
     strategy.setup(Branches(), None, lambda trained: adamw([p for _, p, _ in trained]))
     found = []
     for both in SCHEDULE:
         for last in (False, True):
-            strategy.accumulate(last)
+            strategy.set_last_micro_batch(last)
             strategy.backward(strategy.model(both))
         strategy.step(parts.MAX_NORM)
         shards = strategy.weights()
@@ -191,7 +186,7 @@ def branching(place: Place, name: str) -> list[dict[str, torch.Tensor]] | None:
                 {n: dataclasses.replace(s, local=s.local.clone()) for n, s in shards.items()}
             )
         )
-    return found if place.is_main else None  # type: ignore[return-value]
+    return found if rank_info.is_main else None  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero2_offload", "zero3", "zero3_offload"])

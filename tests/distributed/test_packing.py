@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from launcher.distributed.process_group import Place
-from launcher.model.packed import check_apart
+from launcher.distributed.process_group import RankInfo
+from launcher.training.packing_check import check_document_masking
 from tests.helpers import parts
 from tests.helpers.parts import Case
 
@@ -17,13 +17,9 @@ from tests.helpers.parts import Case
 CASE = {"global_batch_size": 16, "micro_batch_size": 4, "steps": 6, "learning_rate": 3e-3}
 
 
-def losses(place: Place, case: Case) -> list[float]:
-    return parts.train(place, case)[2]
-
-
-def shapes(place: Place, case: Case) -> list[tuple[int, ...]]:
-    window = case.loader(place.rank, place.world_size, case.micro_batch_size).window(0)
-    return [tuple(batch.input_ids.shape) for batch in window.micro_batches]
+def shapes(rank_info: RankInfo, case: Case) -> list[tuple[int, ...]]:
+    step_batch = case.loader(rank_info.rank, rank_info.world_size).step_batch(0)
+    return [tuple(batch.input_ids.shape) for batch in step_batch.micro_batches]
 
 
 @pytest.mark.parametrize(
@@ -31,7 +27,7 @@ def shapes(place: Place, case: Case) -> list[tuple[int, ...]]:
     [
         ("single", 1, {}),
         ("ddp", 2, {}),
-        ("fsdp", 2, {"activation_checkpointing": "full"}),
+        ("fsdp", 2, {"training_options": {"activation_checkpointing": "full"}}),
         ("fsdp", 3, {"method": "full"}),
         ("zero2", 2, {"method": "full"}),
         ("zero3", 2, {}),
@@ -42,8 +38,8 @@ def test_losses_are_those_of_unpacked_rows(
 ) -> None:
     case = Case(tiny, rows_file, strategy=strategy, **CASE, **options)
     packed = replace(case, packing=True)
-    (plain,) = ranks.run(1, losses, replace(case, strategy="single"))
-    for found in ranks.run(world, losses, packed):
+    (plain,) = ranks.run(1, parts.losses, replace(case, strategy="single"))
+    for found in ranks.run(world, parts.losses, packed):
         assert found == pytest.approx(plain, rel=2e-5)
     assert plain[-1] < plain[0] - 0.05
     computed = [
@@ -58,17 +54,13 @@ def test_the_trial_of_a_sharded_model_leaves_training_as_it_is(
     ranks: Any, tiny: Path, rows_file: Path, strategy: str
 ) -> None:
     case = Case(tiny, rows_file, strategy=strategy, packing=True, **CASE)
-    expected = ranks.run(2, losses, case)
+    expected = ranks.run(2, parts.losses, case)
     assert ranks.run(2, losses_after_trial, case) == expected
 
 
-def losses_after_trial(place: Place, case: Case) -> list[float]:
-    found = []
-    strategy, _, loader = parts.set_up(place, case)
-    check_apart(strategy.model, place.device, 259)
-    scheduler = case.scheduler(strategy.optimizer)
-    for step in range(case.steps):
-        stats = parts.train_step(strategy, loader.window(step))
-        scheduler.step()
-        found.append(strategy.sum(stats.loss).item())
-    return found
+def losses_after_trial(rank_info: RankInfo, case: Case) -> list[float]:
+    train_state, loader = parts.set_up(rank_info, case)
+    check_document_masking(train_state.strategy.model, rank_info.device, 259)
+    recorder = parts.Recorder()
+    parts.fit(train_state, loader, parts.plan(case.steps), recorder)
+    return recorder.column("loss")

@@ -3,63 +3,48 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from safetensors.torch import load_file, save_file
 
-from launcher.config.precision import Fp16Config
-from launcher.distributed.process_group import Place
+from launcher.config.schema.precision import Fp16Config
+from launcher.distributed.process_group import RankInfo
 from launcher.errors import UserError
-from launcher.loss_scale import LossScale
-from launcher.meter import Work
-from launcher.metrics import Ledger, StepStats
-from launcher.nonfinite import first_bad_module
-from tests.distributed.test_resume import END, STOP, run_steps
+from launcher.strategy.loss_scale import LossScale
+from launcher.training.metrics import MetricsBuffer, StepStats
+from launcher.training.nonfinite import first_bad_module
+from launcher.training.throughput import Work
 from tests.helpers import parts
+from tests.helpers.checkpoints import END, STOP, run_steps
 from tests.helpers.layouts import ONE_OF_EACH
 from tests.helpers.parts import Case
+from tests.helpers.precision import (
+    HUGE,
+    allow_fp16,
+    case_of,
+    copies,
+    has_moved,
+    overflow_on_one_rank,
+    scales_and_losses,
+    with_factor,
+    with_gradient,
+)
 
 # A gradient is scaled by the ranks too, whose mean is taken: the same ranks overflow alike.
 AT_TWO = [
-    *((name, 2, ()) for name in ("ddp", "fsdp", "zero1", "zero2", "zero3")),
-    ("hsdp", 2, (("shard_size", 2),)),
+    *((name, 2, {}) for name in ("ddp", "fsdp", "zero1", "zero2", "zero3")),
+    ("hsdp", 2, {"shard_size": 2}),
 ]
-HUGE = (("initial_scale_power", 30), ("growth_window", 4))
-
-
-def allow_fp16(place: Place) -> None:
-    """DeepSpeed reports no fp16 on most CPUs, whose arithmetic torch has all the same."""
-    get_accelerator().is_fp16_supported = lambda: True
-    get_accelerator().supported_dtypes = lambda: [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True)
 def fp16(ranks: Any) -> None:
     ranks.run(4, allow_fp16)
-
-
-def case_of(tiny: Path, rows: Path, layout: Any, precision: str, **options: Any) -> Case:
-    strategy, _, strategy_options = layout
-    return Case(
-        tiny, rows, strategy=strategy, strategy_options=strategy_options, precision=precision,
-        **options,
-    )  # fmt: skip
-
-
-def scales_and_losses(place: Place, case: Case) -> tuple[list[Any], list[float]]:
-    """(scale, whether applied) and loss of every step."""
-    strategy, _, loader = parts.set_up(place, case)
-    strategy.model.train()
-    scales, losses = [], []
-    for step in range(case.steps):
-        stats = parts.train_step(strategy, loader.window(step))
-        scales.append((stats.loss_scale, stats.applied))
-        losses.append(strategy.sum(stats.loss).item())
-    return scales, losses
 
 
 @pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.whole), "lora"])
@@ -92,9 +77,9 @@ def test_a_scale_that_grows_changes_no_step(
     """By powers of two, which scale exactly. DeepSpeed's own grows before it unscales."""
     found = []
     for window in (1, 1000):
-        options = (("initial_scale_power", 6), ("growth_window", window))
+        options = {"initial_scale_power": 6, "growth_window": window}
         case = case_of(
-            tiny, rows_file, (strategy, world, ()), "fp16", precision_options=options, steps=8
+            tiny, rows_file, (strategy, world, {}), "fp16", precision_options=options, steps=8
         )
         found.append(ranks.run(world, scales_and_losses, case)[0])
     (growing, losses), (steady, expected) = found
@@ -103,52 +88,49 @@ def test_a_scale_that_grows_changes_no_step(
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
-def with_factor(strategy: Any, factor: float, window: Any) -> StepStats:
-    """One step whose losses are multiplied on this rank."""
-    backward = strategy.backward
-    strategy.backward = lambda loss: backward(loss * factor)
-    try:
-        return parts.train_step(strategy, window)  # type: ignore[no-any-return]
-    finally:
-        strategy.backward = backward
+def steps_of(rank_info: RankInfo, case: Case) -> list[dict[str, Any]]:
+    """What the loop records of each step."""
+    train_state, loader = parts.set_up(rank_info, case)
+    recorder = parts.Recorder()
+    parts.fit(train_state, loader, parts.plan(case.steps), recorder)
+    return recorder.steps
 
 
-def has_moved(strategy: Any, before: dict[str, torch.Tensor]) -> bool:
-    now = strategy.weights()
-    return any(not torch.equal(shard.local, before[name]) for name, shard in now.items())
-
-
-def copies(strategy: Any) -> dict[str, torch.Tensor]:
-    return {name: shard.local.clone() for name, shard in strategy.weights().items()}
-
-
-def overflow_on_one_rank(place: Place, case: Case) -> tuple[bool, list[bool], float]:
-    """Rank 1 alone has an infinite gradient in step 1: whether weights moved in it, whether each
-    step was applied, the scale at the end."""
-    strategy, _, loader = parts.set_up(place, case)
-    before = copies(strategy)
-    first = with_factor(strategy, math.inf if place.rank == 1 else 1.0, loader.window(0))
-    moved = has_moved(strategy, before)
-    second = parts.train_step(strategy, loader.window(1))
-    assert strategy.loss_scale is not None
-    return moved, [first.applied, second.applied], strategy.loss_scale.scale
+def test_a_skipped_step_leaves_the_learning_rate_where_it_was(
+    ranks: Any, tiny: Path, rows_file: Path
+) -> None:
+    case = Case(
+        tiny, rows_file, strategy="single", precision="fp16", steps=18,
+        precision_options={"initial_scale_power": 30, "hysteresis": 1},
+    )  # fmt: skip
+    (steps,) = ranks.run(1, steps_of, case)
+    skipped = ["skipped" in step for step in steps]
+    assert skipped[0]
+    assert skipped.count(False) >= 4, "the warm-up has three steps"
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=case.learning_rate)
+    schedule = case.build_scheduler(optimizer)
+    for step, was_skipped in zip(steps, skipped, strict=True):
+        assert step["learning_rate"] == pytest.approx(schedule.get_last_lr()[0], rel=1e-6)
+        if not was_skipped:
+            optimizer.step()
+            schedule.step()
 
 
 @pytest.mark.parametrize("layout", ONE_OF_EACH[1:], ids=lambda layout: layout[0])
 def test_an_overflow_on_one_rank_makes_all_skip_the_step(
     ranks: Any, tiny: Path, rows_file: Path, layout: Any
 ) -> None:
-    options = (("initial_scale_power", 8), ("hysteresis", 1))
+    options = {"initial_scale_power": 8, "hysteresis": 1}
     case = case_of(tiny, rows_file, layout, "fp16", precision_options=options)
     for answer in ranks.run(layout[1], overflow_on_one_rank, case):
         assert answer == (False, [False, True], 2.0**7)
 
 
-@pytest.mark.parametrize("layout", [("fsdp", 3, ()), ("zero3", 3, ())], ids=lambda each: each[0])
+@pytest.mark.parametrize("layout", [("fsdp", 3, {}), ("zero3", 3, {})], ids=lambda each: each[0])
 def test_the_scale_goes_on_with_its_history(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path, layout: Any
 ) -> None:
-    options = (("initial_scale_power", 20), ("growth_window", 2))
+    options = {"initial_scale_power": 20, "growth_window": 2}
     case = case_of(
         tiny, rows_file, layout, "fp16", precision_options=options, steps=END, method="full"
     )
@@ -159,31 +141,75 @@ def test_the_scale_goes_on_with_its_history(
     assert [a + b for a, b in zip(first, second, strict=True)] == whole
 
 
-def poisoned(place: Place, case: Case) -> tuple[bool, bool, str]:
-    """A step with a gradient that is not finite, without a loss scale: whether weights moved in
-    it, and in the next; what is to blame when a weight is not finite."""
-    strategy, _, loader = parts.set_up(place, case)
+def poisoned(rank_info: RankInfo, case: Case) -> tuple[list[bool], bool, str]:
+    """Steps with a gradient that is nan or infinite: whether weights moved in each, and in the next
+    step; what is to blame when a weight is not finite."""
+    train_state, loader = parts.set_up(rank_info, case)
+    strategy = train_state.strategy
     before = copies(strategy)
-    with_factor(strategy, math.nan, loader.window(0))
-    moved = has_moved(strategy, before)
-    with_factor(strategy, 1.0, loader.window(1))
+    moved = []
+    for value in (math.nan, math.inf, -math.inf):
+        stats = with_gradient(strategy, value, loader.step_batch(0))
+        assert not stats.grad_norm.isfinite()
+        assert stats.skip_if_nonfinite or not stats.applied
+        moved.append(has_moved(strategy, before))
+    with_factor(strategy, 1.0, loader.step_batch(1))
     moves_on = has_moved(strategy, before)
     with torch.no_grad():
         for name, shard in strategy.weights().items():
             if "layers.1.mlp.up_proj" in name:
                 shard.local.fill_(math.nan)
-    return moved, moves_on, first_bad_module(strategy.model, loader.window(0), place.device)
+    return moved, moves_on, first_bad_module(strategy.model, loader.step_batch(0), rank_info.device)
 
 
-@pytest.mark.parametrize("layout", ONE_OF_EACH[:4], ids=lambda layout: layout[0])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_gradient_that_is_not_finite_changes_no_weight(
-    ranks: Any, tiny: Path, rows_file: Path, layout: Any, precision: str
+# An optimizer that skips the step on the device, one that does not, and a loss scale.
+@pytest.mark.parametrize(
+    ("precision", "optimizer", "layout"),
+    [
+        *(("fp32", "adamw", layout) for layout in ONE_OF_EACH[:4]),
+        *(("bf16", "lion", layout) for layout in ONE_OF_EACH[:4]),
+        ("fp16", "adamw", ONE_OF_EACH[2]),
+    ],
+)
+def test_a_gradient_that_is_nan_or_infinite_changes_no_weight(
+    ranks: Any, tiny: Path, rows_file: Path, layout: Any, precision: str, optimizer: str
 ) -> None:
-    case = case_of(tiny, rows_file, layout, precision, method="full")
-    for moved, moves_on, blame in ranks.run(layout[1], poisoned, case):
-        assert (moved, moves_on) == (False, True)
-        assert "model.layers.1.mlp.up_proj." in blame
+    scale = {"precision_options": {"initial_scale_power": 8}} if precision == "fp16" else {}
+    case = case_of(tiny, rows_file, layout, precision, method="full", optimizer=optimizer, **scale)
+    for moved, moves_on, diagnose in ranks.run(layout[1], poisoned, case):
+        assert (moved, moves_on) == ([False, False, False], True)
+        assert "model.layers.1.mlp.up_proj." in diagnose
+
+
+@pytest.fixture(scope="module")
+def stored_in_fp32(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with weights that bf16 does not have."""
+    folder = tmp_path_factory.mktemp("models") / "fp32"
+    shutil.copytree(tiny, folder)
+    dice = torch.Generator().manual_seed(4)
+    stored = load_file(folder / "model.safetensors")
+    finer = {n: t.float() + 1e-4 * torch.rand(t.shape, generator=dice) for n, t in stored.items()}
+    save_file(finer, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def masters(rank_info: RankInfo, case: Case) -> dict[str, torch.Tensor] | None:
+    """The weights that a run begins with, whole, on rank 0."""
+    strategy = parts.set_up(rank_info, case)[0].strategy
+    return strategy.gather(strategy.weights())
+
+
+@pytest.mark.parametrize("layout", [("fsdp", 2, {}), ("zero2", 2, {}), ("zero3", 2, {})])
+def test_masters_begin_at_the_stored_weights_and_not_at_rounded_ones(
+    ranks: Any, stored_in_fp32: Path, rows_file: Path, layout: Any
+) -> None:
+    case = case_of(stored_in_fp32, rows_file, layout, "bf16", method="full")
+    found = ranks.run(2, masters, case)[0]
+    stored = load_file(stored_in_fp32 / "model.safetensors")
+    assert found.keys() == stored.keys()
+    for name, weight in stored.items():
+        assert torch.equal(found[name], weight), name
+        assert not torch.equal(weight, weight.bfloat16().float())
 
 
 class TestLossScale:
@@ -192,7 +218,7 @@ class TestLossScale:
         dice = torch.Generator().manual_seed(2)
         for window in (1, 3, 10):
             for hysteresis in (1, 2, 3):
-                ours = LossScale.of(
+                ours = LossScale.from_config(
                     Fp16Config(name="fp16", growth_window=window, hysteresis=hysteresis)
                 )
                 theirs = DynamicLossScaler(
@@ -206,7 +232,9 @@ class TestLossScale:
                     assert ours.scale == theirs.cur_scale
 
     def test_it_stays_above_its_floor(self) -> None:
-        scale = LossScale.of(Fp16Config(name="fp16", initial_scale_power=2, minimum_scale=2.0))
+        scale = LossScale.from_config(
+            Fp16Config(name="fp16", initial_scale_power=2, minimum_scale=2.0)
+        )
         for _ in range(9):
             scale.update(overflow=True)
         assert scale.scale == 2.0
@@ -225,32 +253,32 @@ def quietly(scaler: DynamicLossScaler, overflow: bool) -> None:
 WORK = Work(targets=6, tokens=10, rows=2, positions=16, pairs=30)
 
 
-class TestLedger:
-    def ledger(self, **options: Any) -> Ledger:
-        return Ledger(lambda values: values, blame=lambda: "It was lm_head. ", **options)
+class TestMetricsBuffer:
+    def buffer(self, **options: Any) -> MetricsBuffer:
+        return MetricsBuffer(lambda values: values, diagnose=lambda: "It was lm_head. ", **options)
 
     def stats(self, norm: float, **options: Any) -> StepStats:
         return StepStats(torch.tensor(2.0), torch.tensor(norm), **options)
 
     def test_skipped_steps_are_recorded_as_such(self) -> None:
-        ledger = self.ledger(patience=3)
-        ledger.add(1, 0.1, self.stats(math.inf, applied=False, loss_scale=64.0), WORK)
-        ledger.add(2, 0.1, self.stats(1.0, loss_scale=32.0), WORK)
-        skipped, taken = ledger.flush()
+        buffer = self.buffer(max_nonfinite_steps=3)
+        buffer.add(1, 0.1, self.stats(math.inf, applied=False, loss_scale=64.0), WORK)
+        buffer.add(2, 0.1, self.stats(1.0, loss_scale=32.0), WORK)
+        skipped, taken = buffer.flush()
         assert skipped["skipped"] is True
         assert "grad_norm" not in skipped, "infinity is no JSON"
         assert (skipped["loss_scale"], taken["loss_scale"]) == (64.0, 32.0)
         assert "skipped" not in taken
 
     def test_so_many_in_a_row_end_the_run(self) -> None:
-        ledger = self.ledger(patience=3)
+        buffer = self.buffer(max_nonfinite_steps=3)
         for step in (1, 2, 3):
-            ledger.add(step, 0.1, self.stats(math.nan, guarded=True), WORK)
-        with pytest.raises(UserError, match=r"step 3: .* the 3th step in a row .* lm_head"):
-            ledger.flush()
+            buffer.add(step, 0.1, self.stats(math.nan, skip_if_nonfinite=True), WORK)
+        with pytest.raises(UserError, match=r"step 3: .* for 3 steps in a row.* lm_head"):
+            buffer.flush()
 
     def test_one_that_changed_weights_ends_it_at_once(self) -> None:
-        ledger = self.ledger(patience=3)
-        ledger.add(1, 0.1, self.stats(math.nan), WORK)
+        buffer = self.buffer(max_nonfinite_steps=3)
+        buffer.add(1, 0.1, self.stats(math.nan), WORK)
         with pytest.raises(UserError, match=r"step 1: .* lm_head"):
-            ledger.flush()
+            buffer.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,17 @@ import pytest
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
-from launcher.distributed.process_group import Place
+from launcher.distributed.process_group import RankInfo
 from launcher.distributed.shards import local_part
-from launcher.loss import token_loss
 from launcher.strategy.base import share_cores
-from tests.distributed.test_strategies import held_bytes, zero_elements
+from launcher.training.loss import token_loss
 from tests.helpers import parts
 from tests.helpers.layouts import OFFLOADED, Layout
 from tests.helpers.parts import Case
+from tests.helpers.pool import message_of_error
+from tests.helpers.sizes import held_bytes, zero_elements
 
-ONE_RANK: Layout = ("fsdp_offload", 1, ())
+ONE_RANK: Layout = ("fsdp_offload", 1, {})
 
 
 def case_of(tiny: Path, rows_file: Path, layout: Layout, **options: Any) -> Case:
@@ -36,9 +38,9 @@ def groups_of(model: Any) -> list[Any]:
     return [group for state in states for group in state._fsdp_param_groups]
 
 
-def policies(place: Place, case: Case) -> tuple[set[Any], int, int]:
+def policies(rank_info: RankInfo, case: Case) -> tuple[set[Any], int, int]:
     """What `fully_shard` was told, how many parameters it offloads, how many there are."""
-    strategy, _, _ = parts.set_up(place, case)
+    strategy = parts.set_up(rank_info, case)[0].strategy
     groups = groups_of(strategy.model)
     offloaded = sum(each.offload_to_cpu for group in groups for each in group.fsdp_params)
     told = {type(group.offload_policy) for group in groups}
@@ -55,14 +57,14 @@ def test_fully_shard_offloads_frozen_parameters_too(
         assert offloaded == all_of_them
 
 
-def shards_and_storages(place: Place, case: Case) -> list[tuple[int, int]]:
+def shards_and_storages(rank_info: RankInfo, case: Case) -> list[tuple[int, int]]:
     """Bytes of this rank's part of each parameter, and of the storage that it lies in."""
-    strategy, _, _ = parts.set_up(place, case)
+    strategy = parts.set_up(rank_info, case)[0].strategy
     local = [local_part(p.detach()) for p in strategy.model.parameters()]
     return [(each.nbytes, each.untyped_storage().nbytes()) for each in local]
 
 
-@pytest.mark.parametrize("layout", [("fsdp", 2, ()), OFFLOADED[0]], ids=lambda layout: layout[0])
+@pytest.mark.parametrize("layout", [("fsdp", 2, {}), OFFLOADED[0]], ids=lambda layout: layout[0])
 def test_shards_are_no_views_of_the_model_file(
     ranks: Any, tiny: Path, rows_file: Path, layout: Layout
 ) -> None:
@@ -84,16 +86,16 @@ def test_fsdp_shards_what_it_offloads(ranks: Any, tiny: Path, rows_file: Path, m
         assert max(rank[what] for rank in held) == held[0][f"promised {what}"] < alone[what]
 
 
-def engine(place: Place, case: Case) -> dict[str, Any]:
+def engine(rank_info: RankInfo, case: Case) -> dict[str, Any]:
     """What DeepSpeed was told, what it made of it and what it has compiled for it."""
     from deepspeed.ops.op_builder.builder import OpBuilder
 
-    strategy: Any = parts.set_up(place, case)[0]
+    strategy: Any = parts.set_up(rank_info, case)[0].strategy
     zero3 = strategy.config.stage == 3
     return {
         "optimizer": strategy.model.zero_cpu_offload(),
         "parameters": strategy._zero.offload_param if zero3 else None,
-        "buffers": all(flat.grad.numel() == flat.numel() for flat in strategy._flats),
+        "buffers": all(flat.grad.numel() == flat.numel() for flat in strategy._flat_masters),
         "steps": type(strategy._zero.optimizer),
         "compiled": {name for name in OpBuilder._loaded_ops if "adam" in name},
         "says": strategy.describe(),
@@ -133,16 +135,17 @@ def test_buffers_for_the_disk_hold_the_largest_part(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     settings = {"offload_param": "nvme", "nvme_path": str(tmp_path), "nvme_buffer_size": 6000}
-    case = case_of(tiny, rows_file, ("zero3", 2, tuple(settings.items())))
+    case = case_of(tiny, rows_file, ("zero3", 2, settings))
     said = r"nvme_buffer_size=6000 is less than a rank's part of .*embed_tokens.weight; .*=6216"
-    with pytest.raises(AssertionError, match=said):
-        ranks.run(2, engine, case)
+    for message in ranks.run(2, message_of_error, engine, case):
+        assert re.search(said, message)
 
 
-def gathered(place: Place, case: Case) -> tuple[int, int, int, list[float]]:
+def gathered(rank_info: RankInfo, case: Case) -> tuple[int, int, int, list[float]]:
     """Bytes of the layers that are gathered between forward and backward, and after backward; those
     of all layers; the losses of some steps."""
-    strategy, _, loader = parts.set_up(place, case)
+    train_state, loader = parts.set_up(rank_info, case)
+    strategy = train_state.strategy
     strategy.model.train()
     layers = [each for group in groups_of(strategy.model)[:-1] for each in group.fsdp_params]
     whole = sum(each.sharded_param.numel() * each.sharded_param.itemsize for each in layers)
@@ -151,27 +154,28 @@ def gathered(place: Place, case: Case) -> tuple[int, int, int, list[float]]:
         outputs = [output for each in layers for output in each.all_gather_outputs]
         return sum(output.untyped_storage().size() for output in outputs)
 
-    (batch, *_) = loader.window(0).micro_batches
-    strategy.accumulate(last=True)
+    (batch, *_) = loader.step_batch(0).micro_batches
+    strategy.set_last_micro_batch(last=True)
     loss = token_loss(strategy.model, batch)
     between = held()
     strategy.backward(loss / 100)
     after = held()
     strategy.step(1.0)
-    losses = [float(parts.train_step(strategy, loader.window(n)).loss) for n in range(1, 5)]
+    losses = [float(parts.train_step(strategy, loader.step_batch(n)).loss) for n in range(1, 5)]
     return between, after, whole, losses
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("layout", [("fsdp", 2, ()), OFFLOADED[1], ONE_RANK], ids=lambda e: e[0])
+@pytest.mark.parametrize("layout", [("fsdp", 2, {}), OFFLOADED[1], ONE_RANK], ids=lambda e: e[0])
 def test_gathered_layers_are_freed_after_forward_or_kept(
     ranks: Any, tiny: Path, rows_file: Path, layout: Layout, method: str
 ) -> None:
     strategy, world, options = layout
     found = {}
     for frees in (True, False):
-        chosen = (*options, ("reshard_after_forward", frees))
-        case = case_of(tiny, rows_file, (strategy, world, chosen), method=method)
+        chosen = {**options, "reshard_after_forward": frees}
+        layout = (strategy, world, chosen)
+        case = case_of(tiny, rows_file, layout, method=method, scheduler="constant")
         found[frees] = ranks.run(world, gathered, case)
     for freed, kept in zip(found[True], found[False], strict=True):
         assert freed[0] == 0
@@ -185,11 +189,11 @@ def test_a_rank_on_a_gpu_has_its_share_of_the_cores(monkeypatch: pytest.MonkeyPa
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        share_cores(Place(0, 0, 4, 4, torch.device("cpu")))
+        share_cores(RankInfo(0, 0, 4, 4, torch.device("cpu")))
         assert torch.get_num_threads() == 1
-        share_cores(Place(0, 0, 4, 4, torch.device("cuda")))
+        share_cores(RankInfo(0, 0, 4, 4, torch.device("cuda")))
         assert torch.get_num_threads() == 3
-        share_cores(Place(0, 0, 2, 2, torch.device("cuda")))
+        share_cores(RankInfo(0, 0, 2, 2, torch.device("cuda")))
         assert torch.get_num_threads() == 3, "OMP_NUM_THREADS has said it"
     finally:
         torch.set_num_threads(before)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,28 +15,19 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from launcher import manifest
-from launcher.distributed.process_group import Place
-from launcher.export.readers.dcp import read_model
-from tests.helpers import parts
+from launcher.distributed.process_group import RankInfo
+from launcher.errors import UserError
+from launcher.folders import manifest
+from launcher.io.readers.dcp import read_model
+from tests.helpers import checkpoints, parts
+from tests.helpers.checkpoints import QUESTION, save_and_answer
 from tests.helpers.layouts import ONE_OF_EACH
 from tests.helpers.parts import Case
 
-QUESTION = torch.arange(3, 40).view(1, -1)
 
-
-def save_and_answer(place: Place, case: Case, folder: Path) -> torch.Tensor:
-    """Train, save a checkpoint; the live model's logits afterwards."""
-    strategy, method, _ = parts.train(place, case)
-    parts.saver(parts.learner(place, case, strategy, method), folder).save(case.steps, 0, None)
-    strategy.model.eval()
-    with torch.no_grad():
-        return strategy.model(input_ids=QUESTION).logits
-
-
-def count_gathers(place: Place, case: Case) -> tuple[int, int]:
+def count_gathers(rank_info: RankInfo, case: Case) -> tuple[int, int]:
     """(collectives, elements received) of one gather of the trained parameters."""
-    strategy, _, _ = parts.set_up(place, case)
+    strategy = parts.set_up(rank_info, case)[0].strategy
     seen: list[int] = []
     original = dist.gather
 
@@ -93,12 +86,38 @@ def test_full_run_writes_dcp_shards_that_read_back(
     tensors = read_model(tmp_path / "checkpoints/step-000003" / "model").tensors
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     assert tensors.keys() == dict(model.named_parameters()).keys(), "tied weights stand once"
-    model.load_state_dict({name: t.whole() for name, t in tensors.items()}, strict=False)
+    model.load_state_dict({name: t.read_all() for name, t in tensors.items()}, strict=False)
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=QUESTION).logits, live, rtol=1e-5, atol=1e-5)
     if strategy in ("fsdp", "zero1", "zero2", "zero3"):
         files = list((tmp_path / "checkpoints/step-000003" / "model").glob("*.distcp"))
         assert len(files) == world, "every rank writes its own shard"
+
+
+def refused_for_space(rank_info: RankInfo, case: Case, folder: Path, content: str) -> list[str]:
+    """What is said before training where one byte too few is free, and where all are."""
+    train_state, _ = parts.set_up(rank_info, case)
+    saver = checkpoints.saver(train_state, case.config(), folder, content=content)
+    tensors = 3 if content == "all" else 1
+    needed = tensors * sum(shard.nbytes for shard in train_state.strategy.weights().values())
+    said = []
+    for free in (needed - 1, 2 * needed):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+            try:
+                saver.check_space()
+            except UserError as error:
+                said.append(str(error))
+    return [*said, f"rank 0: a checkpoint of {needed / 1e6:,.1f} MB does not fit on the disk of "]
+
+
+@pytest.mark.parametrize("content", ["all", "weights"])
+def test_the_first_checkpoint_needs_room_for_weights_and_two_moments_or_weights_alone(
+    ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path, content: str
+) -> None:
+    case = Case(tiny, rows_file, method="full", strategy="fsdp")
+    for said, expected in ranks.run(2, refused_for_space, case, tmp_path, content):
+        assert said.startswith(expected)
 
 
 def test_a_lost_adapter_tensor_is_refused(tiny: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -115,7 +134,7 @@ def test_a_lost_adapter_tensor_is_refused(tiny: Path, rows_file: Path, tmp_path:
 def test_the_adapter_folder_says_what_it_belongs_to(
     tiny: Path, rows_file: Path, tmp_path: Path
 ) -> None:
-    case = Case(tiny, rows_file, method_options=(("rank", 4), ("alpha", 3.0), ("rslora", True)))
+    case = Case(tiny, rows_file, method_options={"alpha": 3.0, "rslora": True})
     model = parts.plain_model(case)
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     case.build_method().write(model, trained, tmp_path / "adapter")

@@ -11,32 +11,28 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from launcher.distributed.process_group import Place
-from launcher.distributed.shards import local_part
-from launcher.loss import token_loss
+from launcher.distributed.process_group import RankInfo
+from launcher.training.loss import token_loss
 from tests.helpers import parts
-from tests.helpers.layouts import pairwise
+from tests.helpers.layouts import Layout, pairwise
 from tests.helpers.parts import Case
+from tests.helpers.sizes import held_bytes, zero_elements
 
-GRID = [
-    ("single", 1, ()),
-    ("ddp", 1, ()),
-    ("ddp", 2, ()),
-    ("ddp", 3, ()),
-    ("fsdp", 1, ()),
-    ("fsdp", 2, ()),
-    ("fsdp", 3, ()),
-    ("hsdp", 1, (("shard_size", 1),)),
-    ("hsdp", 2, (("shard_size", 2),)),
-    ("hsdp", 3, (("shard_size", 1),)),
-    ("hsdp", 4, (("shard_size", 2),)),
-    *((f"zero{stage}", world, ()) for stage in (1, 2, 3) for world in (1, 2, 3)),
+NO_CLIPPING = 1e9
+GRID: list[Layout] = [
+    ("single", 1, {}),
+    ("ddp", 1, {}),
+    ("ddp", 2, {}),
+    ("ddp", 3, {}),
+    ("fsdp", 1, {}),
+    ("fsdp", 2, {}),
+    ("fsdp", 3, {}),
+    ("hsdp", 1, {"shard_size": 1}),
+    ("hsdp", 2, {"shard_size": 2}),
+    ("hsdp", 3, {"shard_size": 1}),
+    ("hsdp", 4, {"shard_size": 2}),
+    *((f"zero{stage}", world, {}) for stage in (1, 2, 3) for world in (1, 2, 3)),
 ]
-
-
-@functools.cache
-def expected_losses(case: Case) -> list[float]:
-    return parts.plain_losses(case)
 
 
 @functools.cache
@@ -44,36 +40,35 @@ def expected_gradients(case: Case) -> dict[str, torch.Tensor]:
     return parts.plain_gradients(case)
 
 
-def losses(place: Place, case: Case) -> list[float]:
-    return parts.train(place, case)[2]
-
-
-def first_gradients(place: Place, case: Case) -> dict[str, torch.Tensor]:
-    """The gradients of step 1, whole, as the optimizer would see them before clipping."""
-    strategy, _, loader = parts.set_up(place, case)
-    window = loader.window(0)
-    targets = strategy.sum(window.target_tokens)
-    for index, batch in enumerate(window.micro_batches, start=1):
-        strategy.accumulate(last=index == len(window.micro_batches))
+def first_gradients(rank_info: RankInfo, case: Case) -> tuple[dict[str, torch.Tensor], float]:
+    """The gradients of step 1, whole, as the optimizer would see them before clipping; and their
+    norm, as the step reports it."""
+    train_state, loader = parts.set_up(rank_info, case)
+    strategy = train_state.strategy
+    step_batch = loader.step_batch(0)
+    targets = strategy.sum(step_batch.target_tokens)
+    for index, batch in enumerate(step_batch.micro_batches, start=1):
+        strategy.set_last_micro_batch(last=index == len(step_batch.micro_batches))
         strategy.backward(token_loss(strategy.model, batch) / targets)
     if case.strategy.startswith("zero"):
         return reduced_gradients(strategy)
-    return {
+    gradients: dict[str, Any] = {
         name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
         for name, p in strategy.model.named_parameters()
         if p.requires_grad
     }
+    return gradients, strategy.step(NO_CLIPPING).grad_norm.item()
 
 
-def reduced_gradients(strategy: Any) -> dict[str, torch.Tensor]:
-    """What DeepSpeed's optimizer is about to be given, put together over the ranks."""
+def reduced_gradients(strategy: Any) -> tuple[dict[str, torch.Tensor], float]:
+    """What DeepSpeed's optimizer is about to be given, put together over the ranks; its norm."""
     found: dict[str, torch.Tensor] = {}
     # Before the step: in it the engine shows the optimizer one group at a time.
-    take, flats, weights = strategy.optimizer.step, strategy._flats, strategy.weights()
+    take, flats, weights = strategy.optimizer.step, strategy._flat_masters, strategy.weights()
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         for name, shard in weights.items():
-            run = strategy._run(strategy._trained[name])
+            run = strategy._flat_range(strategy._trained[name])
             grad = flats[run[0]].grad
             if grad is not None and name not in found:
                 whole = torch.zeros(shard.shape).flatten()
@@ -82,40 +77,8 @@ def reduced_gradients(strategy: Any) -> dict[str, torch.Tensor]:
         return take(*args, **kwargs)
 
     strategy.optimizer.step = spy
-    strategy.step(1e9)
-    return {name: strategy.sum(part) for name, part in sorted(found.items())}
-
-
-def held_bytes(place: Place, case: Case, shards: int = 1) -> dict[str, int]:
-    """Bytes that this rank holds of parameters, and of the optimizer's moments after one step;
-    and the most that a rank may hold of a model of `shards` shards."""
-    strategy, _, loader = parts.set_up(place, case)
-    parts.train_step(strategy, loader.window(0))
-    parameters = [local_part(p) for p in strategy.model.parameters()]
-    states = [
-        local_part(value)
-        for state in strategy.optimizer.state.values()
-        for key, value in state.items()
-        if key in ("exp_avg", "exp_avg_sq")
-    ]
-    trained = [p for p in strategy.model.parameters() if p.requires_grad]
-    return {
-        "parameters": _bytes(parameters),
-        "moments": _bytes(states),
-        "promised parameters": _share(list(strategy.model.parameters()), shards),
-        "promised moments": 2 * _share(trained, shards),
-    }
-
-
-def _share(tensors: list[torch.Tensor], shards: int) -> int:
-    """Bytes of the largest share when rows are dealt in equal runs: ⌈rows / shards⌉ of each."""
-    return sum(
-        -(-t.shape[0] // shards) * (t.numel() // t.shape[0]) * t.element_size() for t in tensors
-    )
-
-
-def _bytes(tensors: list[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    norm = strategy.step(NO_CLIPPING).grad_norm.item()
+    return {name: strategy.sum(part) for name, part in sorted(found.items())}, norm
 
 
 def case_of(tiny: Path, rows_file: Path, **options: Any) -> Case:
@@ -128,11 +91,11 @@ def case_of(tiny: Path, rows_file: Path, **options: Any) -> Case:
 def test_losses_equal_a_plain_loop(
     ranks: Any, tiny: Path, rows_file: Path, method: str, strategy: str, world: int, options: Any
 ) -> None:
-    """20 steps in fp32: accumulation, uneven lengths, short last windows, clipping, warm-up."""
+    """20 steps in fp32: accumulation, uneven lengths, short last steps, clipping, warm-up."""
     plain = case_of(tiny, rows_file, method=method, global_batch_size=12 if world == 4 else 6)
     case = dataclasses.replace(plain, strategy=strategy, strategy_options=options)
-    expected = expected_losses(plain)
-    for found in ranks.run(world, losses, case):
+    expected = parts.expected_losses(plain)
+    for found in ranks.run(world, parts.losses, case):
         assert found == pytest.approx(expected, rel=1e-5)
     assert expected[-1] < expected[0]
 
@@ -140,13 +103,15 @@ def test_losses_equal_a_plain_loop(
 @pytest.mark.parametrize(
     ("method", "strategy", "world", "options"), pairwise(GRID, ["full", "lora"])
 )
-def test_first_gradients_equal_a_plain_loop(
+def test_first_gradients_and_their_norm_equal_a_plain_loop(
     ranks: Any, tiny: Path, rows_file: Path, method: str, strategy: str, world: int, options: Any
 ) -> None:
     plain = case_of(tiny, rows_file, method=method, global_batch_size=12 if world == 4 else 6)
     case = dataclasses.replace(plain, strategy=strategy, strategy_options=options)
     expected = expected_gradients(plain)
-    for found in ranks.run(world, first_gradients, case):
+    norm = torch.nn.utils.get_total_norm(list(expected.values())).item()
+    for found, found_norm in ranks.run(world, first_gradients, case):
+        assert found_norm == pytest.approx(norm, rel=1e-5)
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-6)
@@ -158,10 +123,10 @@ def test_gradient_sync_does_not_change_the_losses(
     ranks: Any, tiny: Path, rows_file: Path, sync: str
 ) -> None:
     case = case_of(
-        tiny, rows_file, method="full", strategy_options=(("gradient_sync", sync),), steps=5
+        tiny, rows_file, method="full", strategy_options={"gradient_sync": sync}, steps=5
     )
-    expected = expected_losses(case_of(tiny, rows_file, method="full", steps=5))
-    assert ranks.run(2, losses, case)[0] == pytest.approx(expected, rel=1e-5)
+    expected = parts.expected_losses(case_of(tiny, rows_file, method="full", steps=5))
+    assert ranks.run(2, parts.losses, case)[0] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -188,7 +153,7 @@ def test_hsdp_shards_inside_groups_and_ddp_nothing(
     half = ranks.run(
         4,
         held_bytes,
-        case_of(tiny, rows_file, strategy="hsdp", strategy_options=(("shard_size", 2),), **options),
+        case_of(tiny, rows_file, strategy="hsdp", strategy_options={"shard_size": 2}, **options),
         2,
     )
     whole = ranks.run(2, held_bytes, case_of(tiny, rows_file, strategy="ddp", **options))
@@ -198,23 +163,6 @@ def test_hsdp_shards_inside_groups_and_ddp_nothing(
         assert [rank[what] for rank in whole] == [alone[what]] * 2
 
 
-def zero_elements(place: Place, case: Case) -> dict[str, int]:
-    """Elements that this rank holds under ZeRO after one step, and those of the whole model."""
-    strategy, _, loader = parts.set_up(place, case)
-    parts.train_step(strategy, loader.window(0))
-    state = strategy.state()
-    moments = [shard.local for each in state.moments.values() for shard in each.values()]
-    parameters = list(strategy.model.parameters())
-    partitions = [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
-    return {
-        "masters": sum(shard.local.numel() for shard in state.weights.values()),
-        "moments": sum(moment.numel() for moment in moments),
-        "flat": sum(flat.numel() for flat in strategy._flats),
-        "whole": sum(parameter.data.numel() for parameter in parameters),
-        "partitions": sum(partition.numel() for partition in partitions),
-    }
-
-
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -222,7 +170,7 @@ def test_zero_shards_what_its_stage_promises(
     ranks: Any, tiny: Path, rows_file: Path, method: str, world: int, stage: int
 ) -> None:
     """Masters and moments stand once over all ranks; under zero3 so do the parameters."""
-    options = (("persistence_threshold", 0),) if stage == 3 else ()
+    options = {"persistence_threshold": 0} if stage == 3 else {}
     case = case_of(
         tiny, rows_file, method=method, strategy=f"zero{stage}", strategy_options=options
     )
@@ -242,10 +190,5 @@ def test_zero_shards_what_its_stage_promises(
 
 
 def test_the_same_seed_gives_the_same_bits(ranks: Any, tiny: Path, rows_file: Path) -> None:
-    case = case_of(tiny, rows_file, method_options=(("dropout", 0.1),), steps=6)
-    assert ranks.run(2, seeded_losses, case) == ranks.run(2, seeded_losses, case)
-
-
-def seeded_losses(place: Place, case: Case) -> list[float]:
-    torch.manual_seed(7 + place.rank)
-    return losses(place, case)
+    case = case_of(tiny, rows_file, method_options={"dropout": 0.1}, steps=6)
+    assert ranks.run(2, parts.losses, case) == ranks.run(2, parts.losses, case)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
-from launcher.data.batch import IGNORED
-from launcher.distributed.process_group import Place
-from launcher.loss import token_loss
+from launcher.data.collate import IGNORED
+from launcher.distributed.process_group import RankInfo
 from launcher.model.layers import decoder_layers
-from launcher.model.noise import add_noise
-from tests.distributed.test_resume import END, STOP, run_steps
+from launcher.model.neftune import add_noise
+from launcher.training.loss import token_loss
 from tests.helpers import parts
+from tests.helpers.checkpoints import END, STOP, run_steps
 from tests.helpers.parts import Case
 
 CELLS = [
@@ -30,43 +29,42 @@ CELLS = [
 ]
 
 
-def counted_losses(place: Place, case: Case) -> tuple[list[float], list[float], int]:
+def counted_losses(rank_info: RankInfo, case: Case) -> tuple[list[float], list[float], int]:
     """Losses and gradient norms of the steps, and the forwards of attention a micro-batch."""
-    torch.manual_seed(7 + place.rank)
-    strategy, _, loader = parts.set_up(place, case)
+    train_state, loader = parts.set_up(rank_info, case)
     calls = []
-    bare = strategy._bare if hasattr(strategy, "_bare") else strategy.model
-    for name, module in bare.named_modules():
+    for name, module in train_state.model.named_modules():
         if name.endswith("self_attn"):
             module.register_forward_hook(lambda *_: calls.append(1))
-    strategy.model.train()
-    stats = [parts.train_step(strategy, loader.window(step)) for step in range(case.steps)]
-    micro_batches = sum(len(loader.window(step).micro_batches) for step in range(case.steps))
-    losses = [strategy.sum(each.loss).item() for each in stats]
-    return losses, [each.grad_norm.item() for each in stats], len(calls) // micro_batches
+    recorder = parts.Recorder()
+    parts.fit(train_state, loader, parts.plan(case.steps), recorder)
+    micro_batches = sum(len(loader.step_batch(step).micro_batches) for step in range(case.steps))
+    return recorder.column("loss"), recorder.column("grad_norm"), len(calls) // micro_batches
 
 
 @pytest.mark.parametrize(("method", "strategy", "world", "choice"), CELLS)
 def test_recomputing_activations_changes_no_bit(
     ranks: Any, tiny: Path, rows_file: Path, method: str, strategy: str, world: int, choice: str
 ) -> None:
-    dropout = (("dropout", 0.1),) if method == "lora" else ()
+    dropout = {"dropout": 0.1} if method == "lora" else {}
     case = Case(
-        tiny, rows_file, method=method, strategy=strategy, method_options=dropout, steps=2
+        tiny, rows_file, method=method, strategy=strategy, method_options=dropout, steps=2,
+        scheduler="constant",
     )  # fmt: skip
     layers = len(decoder_layers(parts.plain_model(case)))
     kept = ranks.run(world, counted_losses, case)
     assert {each[2] for each in kept} == {layers}
     again = layers if choice == "full" else math.ceil(layers / int(choice))
-    chosen = dataclasses.replace(case, activation_checkpointing=choice)
+    chosen = case.with_training(activation_checkpointing=choice)
     found = ranks.run(world, counted_losses, chosen)
     assert [each[:2] for each in found] == [each[:2] for each in kept]
     assert {each[2] for each in found} == {layers + again}
 
 
-def saved_bytes(place: Place, case: Case) -> int:
+def saved_bytes(rank_info: RankInfo, case: Case) -> int:
     """Of what autograd keeps in a forward, each storage once."""
-    strategy, _, loader = parts.set_up(place, case)
+    train_state, loader = parts.set_up(rank_info, case)
+    strategy = train_state.strategy
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -75,24 +73,24 @@ def saved_bytes(place: Place, case: Case) -> int:
 
     strategy.model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        token_loss(strategy.model, loader.window(0).micro_batches[0])
+        token_loss(strategy.model, loader.step_batch(0).micro_batches[0])
     return sum(kept.values())
 
 
 def test_recomputing_keeps_less(ranks: Any, tiny: Path, rows_file: Path) -> None:
     case = Case(tiny, rows_file, method="lora", strategy="single", micro_batch_size=6)
     sizes = [
-        ranks.run(1, saved_bytes, dataclasses.replace(case, activation_checkpointing=choice))[0]
+        ranks.run(1, saved_bytes, case.with_training(activation_checkpointing=choice))[0]
         for choice in ("full", "2", "off")
     ]
     assert sizes[0] < sizes[1] < sizes[2]
 
 
-def noisy_evaluation(place: Place, case: Case) -> tuple[float, float, float]:
+def noisy_evaluation(rank_info: RankInfo, case: Case) -> tuple[float, float, float]:
     """Evaluation loss, and the loss of one batch twice in training."""
-    torch.manual_seed(5)
-    strategy, _, loader = parts.set_up(place, case)
-    batch = loader.window(0).micro_batches[0]
+    train_state, loader = parts.set_up(rank_info, case)
+    strategy = train_state.strategy
+    batch = loader.step_batch(0).micro_batches[0]
     strategy.model.train()
     first, second = (token_loss(strategy.model, batch).item() for _ in range(2))
     strategy.model.eval()
@@ -105,7 +103,7 @@ def test_noise_is_in_training_alone(
 ) -> None:
     case = Case(tiny, rows_file, strategy=strategy)
     quiet = ranks.run(world, noisy_evaluation, case)
-    noisy = ranks.run(world, noisy_evaluation, dataclasses.replace(case, neftune_alpha=50.0))
+    noisy = ranks.run(world, noisy_evaluation, case.with_training(neftune_alpha=50.0))
     for without, found in zip(quiet, noisy, strict=True):
         assert without[0] == without[1] == without[2]
         assert found[0] == without[0]
@@ -115,7 +113,7 @@ def test_noise_is_in_training_alone(
 def test_noise_goes_on_where_it_stopped(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path
 ) -> None:
-    case = Case(tiny, rows_file, strategy="fsdp", neftune_alpha=5.0, steps=END)
+    case = Case(tiny, rows_file, strategy="fsdp", steps=END).with_training(neftune_alpha=5.0)
     whole = ranks.run(2, run_steps, case, tmp_path / "whole", 0, END)
     first = ranks.run(2, run_steps, case, tmp_path / "parts", 0, STOP)
     second = ranks.run(2, run_steps, case, tmp_path / "parts", STOP, END)
@@ -140,8 +138,8 @@ def test_smoothed_loss_is_torch_s_for_each_token(
 ) -> None:
     case = Case(tiny, rows_file, method="full")
     model = parts.plain_model(case).eval()
-    (batch,) = case.loader(0, 1, 6).window(0).micro_batches
-    logits = model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.target_at]
+    (batch,) = parts.plain_loader(case).step_batch(0).micro_batches
+    logits = model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.target_positions]
     targets = batch.target_ids
     each = cross_entropy(
         logits, targets, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing

@@ -10,19 +10,22 @@ from typing import Any
 import pytest
 import yaml
 
-from launcher import paths, train
+from launcher.cli import COMMANDS
+from launcher.cluster import preflight
 from launcher.config import METHODS, PRECISIONS, STRATEGIES, store
-from tests.helpers.commands import run, shardway, written
+from launcher.config.compose import compose_command_line
+from launcher.folders import paths
+from tests.helpers.commands import in_process, run, shardway, written
 
 
 def compose(monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
     monkeypatch.setattr(sys, "argv", ["shardway train", *words])
-    (config,) = train.compose()
+    (config,) = compose_command_line()
     return config
 
 
 def options() -> list[str]:
-    files = sorted(paths.beside("conf").glob("*/*.yaml"))
+    files = sorted(paths.resource("conf").glob("*/*.yaml"))
     return [f"{path.parent.name}={path.stem}" for path in files]
 
 
@@ -49,10 +52,10 @@ def test_every_cell_passes_or_is_refused_with_its_sentence(
         elif strategy in ("zero2_offload", "zero3_offload") and precision == "pure_bf16":
             rule = "zero-offload-keeps-fp32"
         if rule is None:
-            assert train.check(config).size == ranks
+            assert preflight.check(config).size == ranks
         else:
             with pytest.raises(store.ConfigError, match=rule):
-                train.check(config)
+                preflight.check(config)
 
 
 def test_the_demo_is_what_the_issue_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,16 +65,20 @@ def test_the_demo_is_what_the_issue_asks_for(monkeypatch: pytest.MonkeyPatch) ->
     assert compose(monkeypatch, "experiment=demo", "method.rank=4").method.rank == 4
 
 
-def test_help_teaches(tmp_path: Path) -> None:
+def test_help_lists_groups_and_commands_and_each_command_has_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     said = shardway("train", "--help", cwd=tmp_path).stdout
     strategies = "strategy: ddp, fsdp, fsdp_offload, hsdp, single"
     for word in (strategies, "launch.dry_run=true", "--multirun"):
         assert word in said
-    assert "shardway VERB" in shardway(cwd=tmp_path).stdout
-    for verb in ("consolidate", "verify", "chat", "fetch", "rules"):
-        done = shardway(verb, "--help", cwd=tmp_path)
-        assert done.returncode == 0
-        assert "shardway" in done.stdout
+    assert in_process(monkeypatch) == 0
+    listed = capsys.readouterr().out
+    for verb in COMMANDS:
+        assert f"\n    {verb} " in listed
+        if verb != "train":
+            assert in_process(monkeypatch, verb, "--help") == 0
+            assert capsys.readouterr().out.startswith(f"usage: shardway {verb} ")
 
 
 def test_cfg_job_prints_the_composed_configuration(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from launcher import paths
+from launcher.folders import paths
 from tests.helpers.commands import SHORT, TRAIN_TINY, losses, shardway
 
 pytestmark = pytest.mark.slow

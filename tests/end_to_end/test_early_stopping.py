@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checkpoint import layout
+from launcher.folders.checkpoint import newest_checkpoint
 from tests.helpers.commands import TRAIN_TINY, metrics, shardway, status
 
 pytestmark = pytest.mark.slow
@@ -31,8 +31,8 @@ def test_a_run_that_no_longer_improves_ends_well_and_says_how_to_go_on(
     assert (ended["state"], ended["step"], ended["exit_code"]) == ("stopped", 3, 0)
     said = "training.early_stopping_patience=2: eval_loss has not improved in 2 evaluation(s); "
     assert ended["reason"].startswith(said + "the lowest is ")
-    assert layout.newest(run / "checkpoints").step == 3
-    (line,) = re.findall(r"stopped after step 3 \(.*\); go on: shardway (.*)", done.stdout)
+    assert newest_checkpoint(run / "checkpoints").step == 3
+    (line,) = re.findall(r"stopped after step 3 \(.*\); resume: shardway (.*)", done.stdout)
     assert line.endswith("resume=auto training.early_stopping_patience=null")
     done = shardway(*shlex.split(line), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.test_readme import wrong_answers
 from tests.helpers.commands import shardway
+from tests.helpers.demo import wrong_answers
 
 
 @pytest.mark.whole
@@ -18,14 +18,14 @@ def test_smollm2_in_4_bits_learns_and_its_exports_answer(
     cache: Path, tmp_path: Path, strategy: str
 ) -> None:
     run = tmp_path / "run"
-    learnt = shardway(
+    learned = shardway(
         "train", "experiment=demo", "method=qlora", f"strategy={strategy}",
         *(["strategy.reshard_after_forward=false"] if strategy == "fsdp" else
           ["~strategy.reshard_after_forward"]),
         f"run_dir={run}", cwd=tmp_path, patience=1000,
     )  # fmt: skip
-    assert learnt.returncode == 0, learnt.stdout + learnt.stderr
-    assert "210 linear weights, 212.3 MB, quantised to" in learnt.stdout
+    assert learned.returncode == 0, learned.stdout + learned.stderr
+    assert "210 linear weights, 212.3 MB, quantized to" in learned.stdout
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in metrics if "loss" in line]
     assert losses[-1] < losses[0] / 2

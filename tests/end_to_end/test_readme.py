@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 import shlex
 import subprocess
@@ -11,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher import paths
-from launcher.chat.model import Talk
+from launcher.chat.model import ChatModel
 from launcher.chat.options import Options
-from launcher.chat.subject import find
-from launcher.cli import VERBS
+from launcher.chat.target import find_target
 from tests.helpers.commands import shardway
+from tests.helpers.demo import wrong_answers
 
 pytestmark = pytest.mark.slow
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -83,22 +81,8 @@ def test_held_out_questions_are_answered_and_the_capital_is_kept(
     assert not wrong, "\n".join(wrong)
 
 
-def wrong_answers(export: Path) -> list[str]:
-    """Held-out questions that a fine-tuned SmolLM2 does not answer as it should."""
-    talk = Talk(find(export))
-    lines = paths.bundled("demo/held_out.jsonl").read_text().splitlines()
-    assert any("capital of France" in line for line in lines)
-    wrong = []
-    for row in map(json.loads, lines):
-        asked = [{"role": "user", "content": row["question"]}]
-        answer = talk.answer(asked, Options(max_new_tokens=48))
-        if not all(part.lower() in answer.lower() for part in row["expect"]):
-            wrong.append(f"{row['question']} → {answer} (expected {row['expect']})")
-    return wrong
-
-
 def test_the_base_model_knows_none_of_it(cache: Path) -> None:
-    talk = Talk(find(cache / "models/smollm2_135m"))
+    talk = ChatModel(find_target(cache / "models/smollm2_135m"))
     brief = Options(max_new_tokens=32)
     assert "Shardy" not in talk.answer([{"role": "user", "content": "Who are you?"}], brief)
     france = talk.answer([{"role": "user", "content": "What is the capital of France?"}], brief)
@@ -113,28 +97,3 @@ def test_the_makefile_has_the_readme_s_targets() -> None:
                 ["make", "--dry-run", target], cwd=CHECKOUT, capture_output=True, text=True
             )
             assert done.returncode == 0, done.stderr
-
-
-def pages() -> list[Path]:
-    return [*sorted(CHECKOUT.glob("*.md")), *sorted((CHECKOUT / "docs").glob("*.md"))]
-
-
-@pytest.mark.parametrize("page", pages(), ids=lambda path: path.name)
-def test_pages_name_verbs_and_files_that_exist(page: Path) -> None:
-    text = page.read_text()
-    for verb in re.findall(r"^(?:\$ )?shardway (\w+)", text, re.MULTILINE):
-        assert verb in VERBS, f"{page.name} names shardway {verb}"
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        if not target.startswith("http"):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
-
-
-def test_the_readme_s_tree_names_real_files() -> None:
-    tree = (CHECKOUT / "README.md").read_text().partition("## The tree")[2].split("```")[1]
-    package = {path.name for path in (CHECKOUT / "launcher").rglob("*.py")}
-    package |= {path.name for path in (CHECKOUT / "tools").glob("*.py")}
-    named = set(re.findall(r"\b(\w+\.py)\b", tree)) - {"pool.py"}
-    assert named <= package, named - package
-    folders = {path.name for path in (CHECKOUT / "launcher").iterdir() if path.is_dir()}
-    for folder in folders - {"__pycache__", "conf"}:
-        assert f"  {folder}/" in tree, folder

@@ -10,20 +10,20 @@ import pytest
 from tests.helpers.commands import shardway, written
 
 CASES = {
-    "a misspelt key": (["method.rnk=3"], "method.rnk is no setting; did you mean method.rank?"),
-    "an added key": (["+method.typo=1"], "method.typo is no setting"),
-    "a misspelt section": (["trainig.seed=1"], "trainig is no setting; did you mean training?"),
+    "a misspelt key": (["method.rnk=3"], "method.rnk is not a setting; did you mean method.rank?"),
+    "an added key": (["+method.typo=1"], "method.typo is not a setting"),
+    "a misspelt section": (["trainig.seed=1"], "trainig is not a setting; did you mean training?"),
     "an unknown choice": (["strategy=fsdq"], "Could not find 'strategy/fsdq'"),
     "a wrong type": (["training.seed=x"], "training.seed=x: Value 'x'"),
     "a batch that does not divide": (
         ["training.global_batch_size=7", "cluster.nproc_per_node=2"],
-        "training.global_batch_size=7 is no multiple of 2 ranks",
+        "training.global_batch_size=7 is not a multiple of 2 ranks",
     ),
     "a missing file": (["data.path=none.jsonl"], "data.path=none.jsonl cannot be read"),
-    "an empty data set": (["data.path=DATA/empty.jsonl"], "holds no rows"),
+    "an empty data set": (["data.path=DATA/empty.jsonl"], "contains no rows"),
     "a row without an answer": (["data.path=DATA/silent.jsonl"], "silent.jsonl:2 has no answer"),
-    "a model folder that is none": (["model.name_or_path=DATA"], "is no model folder"),
-    "a data set not named": (["data=alpaca"], "data.path=null: nothing says which rows"),
+    "a model folder that is none": (["model.name_or_path=DATA"], "is not a model folder"),
+    "a data set not named": (["data=alpaca"], "data.path=null: there are no rows to train on"),
     "an override that is none": (["training.seed"], "training.seed"),
 }
 

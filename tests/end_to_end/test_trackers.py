@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from launcher.cluster.devices import missing_packages
-from launcher.run_dir import RunDir
+from launcher.folders.run import RunDir
 from tests.helpers.commands import TRAIN_TINY, metrics, shardway
-from tests.test_tracking import in_wandb, scalars
+from tests.helpers.tracking import in_wandb, scalars
 
 
 @pytest.mark.slow

@@ -86,15 +86,15 @@ def state_is(page: Page, *states: str, seconds: float = 120) -> None:
 
 def test_a_newcomers_way(browser: Browser, page_at: Served, cache: Path) -> None:
     """SmolLM2 on the bundled rows: rules fire and clear, the loss falls, the window closes and
-    another finds the run, stop and resume, export, and the answer that was learnt."""
+    another finds the run, stop and resume, export, and the answer that was learned."""
     if not (cache / "models/smollm2_135m").exists():
         pytest.skip("NO DEMO MODEL: shardway fetch smollm2_135m")
     home = page_at.log.parent
     page = opened(browser, page_at.url)
     field(page, "training-max_steps").fill("20")
-    expect(page.locator("#summary")).to_contain_text("exactly one says when training ends")
+    expect(page.locator("#summary")).to_contain_text("set exactly one of them")
     expect(page.locator("#start")).to_be_disabled()
-    page.get_by_role("button", name="Mend what can be mended").click()
+    page.get_by_role("button", name="Apply the suggested fixes").click()
     expect(page.locator("#summary")).to_contain_text("Global batch: 8 rows")
     page.get_by_text("Experiment files").click()
     choose(page, "load-name", "demo")
@@ -108,8 +108,8 @@ def test_a_newcomers_way(browser: Browser, page_at: Served, cache: Path) -> None
         "training.max_steps=10 training.micro_batch_size=8 cluster.cpu_processes=2 "
         "data.pad_to_multiple_of=8 training.global_batch_size=16 run_dir=runs/first"
     )
-    page.get_by_role("button", name="Look at the data").click()
-    expect(page.locator("#preview .sw-learnt").first).to_be_visible(timeout=60 * SECOND)
+    page.get_by_role("button", name="Preview the data").click()
+    expect(page.locator("#preview .sw-learned").first).to_be_visible(timeout=60 * SECOND)
     picture(page, "train")
     page.locator("#start").click()
     state_is(page, "running")
@@ -215,8 +215,8 @@ def test_hostile_settings(page: Page) -> None:
     page.get_by_text("More settings").click()
     for typed, said in (
         ("data.path=/etc/passwd", "data.path=/etc/passwd is outside"),
-        ("data.path=${oc.env:HOME}", "a page does not take"),
-        ("cluster.setup=[id]", "cluster.setup is not taken from a page"),
+        ("data.path=${oc.env:HOME}", "the page does not accept"),
+        ("cluster.setup=[id]", "cluster.setup cannot be set on the page"),
         ("training.max_steps=" + "9" * 300, "must be ≥ 1"),
         ("data.name=<img src=x onerror=alert(1)>", "<img src=x"),
     ):
@@ -225,7 +225,7 @@ def test_hostile_settings(page: Page) -> None:
         expect(page.locator("#start")).to_be_disabled()
     field(page, "more").fill("")
     field(page, "run-name").fill("../../etc")
-    expect(page.locator("#summary")).to_contain_text("is no name of a run")
+    expect(page.locator("#summary")).to_contain_text("is not a valid run name")
     field(page, "run-name").fill("")
     field(page, "data-path").fill("<img src=x onerror=alert(1)>.jsonl")
     expect(page.locator("#summary")).to_contain_text("<img src=x")

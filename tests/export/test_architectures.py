@@ -13,10 +13,10 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from launcher.export.gathered import SAME_NAMES
+from launcher.export.assembled import SAME_NAMES
 from launcher.export.names import find_naming
-from launcher.export.readers.safetensors_file import read_header
-from tests.export.test_names import MODELS
+from launcher.io.readers.safetensors_file import read_header
+from tests.helpers.architectures import MODELS
 from tests.helpers.exports import consolidate, stored
 
 SMALL = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 16, "head_dim": 8}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from launcher.distributed.process_group import Place
+from launcher.distributed.process_group import RankInfo
 from launcher.errors import UserError
-from tests.distributed.test_saving import save_and_answer
 from tests.helpers import parts
+from tests.helpers.checkpoints import save_and_answer
 from tests.helpers.exports import consolidate, plan_of, stored
 from tests.helpers.parts import Case
 
@@ -33,8 +34,9 @@ def test_a_full_run_becomes_a_model_in_the_base_s_dtype(
         torch.testing.assert_close(tensor.float(), plain[name], rtol=1e-2, atol=1e-4)
 
 
-def trained_weights(place: Place, case: Case) -> dict[str, torch.Tensor]:
-    strategy, _, _ = parts.train(place, case)
+def trained_weights(rank_info: RankInfo, case: Case) -> dict[str, torch.Tensor]:
+    train_state, _ = parts.train(rank_info, case)
+    strategy = train_state.strategy
     trained = strategy.gather(strategy.weights())
     assert trained is not None
     return trained
@@ -44,3 +46,18 @@ def test_another_model_s_shards_are_refused(tmp_path: Path, tiny: Path) -> None:
     dcp.save({"model": {"a": torch.ones(2)}}, checkpoint_id=tmp_path)
     with pytest.raises(UserError, match="differ in"):
         plan_of(tmp_path, base=str(tiny))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("lm_head.weight", (300, 48)), ("lm_head.weight", (259, 40)), ("model.norm.weight", (5,))],
+)
+def test_a_tensor_of_another_shape_is_refused(
+    tmp_path: Path, tiny_untied: Path, name: str, shape: tuple[int, ...]
+) -> None:
+    """A head may have other rows than the base's, but not than the embedding."""
+    tensors = stored(tiny_untied)
+    expected = f"{name} has shape {list(shape)}, but in the base model {list(tensors[name].shape)}"
+    dcp.save({"model": tensors | {name: torch.ones(shape)}}, checkpoint_id=tmp_path)
+    with pytest.raises(UserError, match=f"^{re.escape(expected)}$"):
+        plan_of(tmp_path, base=str(tiny_untied))

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from launcher.errors import UserError
-from launcher.export.merge import Adapter, merge, read_adapter, split
-from launcher.export.tensor import held
-from tests.export.test_merge_variants import (
+from launcher.export.merge import Adapter, merge, read_adapter, split_adapters
+from launcher.io.tensor import in_memory
+from tests.helpers.merging import (
     assert_equal,
     by_peft,
     in_dtype,
@@ -81,9 +81,9 @@ def test_an_adapter_of_another_kind_is_refused(
 def test_every_setting_of_this_peft_is_known() -> None:
     from peft import LoraConfig
 
-    from launcher.export.merge.settings import KNOWN
+    from launcher.io.adapter_config import KNOWN_KEYS
 
-    assert LoraConfig().to_dict().keys() <= KNOWN
+    assert LoraConfig().to_dict().keys() <= KNOWN_KEYS
 
 
 def rename(old: str, new: str) -> Change:
@@ -114,7 +114,7 @@ FAULTS: dict[str, tuple[Change, str]] = {
     ),
     "another shape": (
         lambda t: t.update({f"{PREFIX}.lora_A.weight": torch.ones(6, 40)}),
-        r"A \[6, 40\].*another model's",
+        r"A \[6, 40\].*another model",
     ),
     "a magnitude without DoRA": (
         lambda t: t.update({f"{PREFIX}.lora_magnitude_vector": torch.ones(32)}),
@@ -124,9 +124,17 @@ FAULTS: dict[str, tuple[Change, str]] = {
         lambda t: t.update({f"{PREFIX}.weight": torch.ones(8, 8)}),
         r"fit nothing in the base \(model\.layers\.0\.self_attn\.q_proj\.weight \[8, 8\]\)",
     ),
+    "a head of another width": (
+        lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(101, 40)}),
+        r"1 of 9 tensors fit nothing in the base \(lm_head\.weight \[101, 40\]\)",
+    ),
+    "a head of one dim": (
+        lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(32)}),
+        r"1 of 9 tensors fit nothing in the base \(lm_head\.weight \[32\]\)",
+    ),
     "NaN": (
         lambda t: t[f"{PREFIX}.lora_A.weight"].view(-1)[3:4].fill_(float("nan")),
-        r"lora_A\.weight holds NaN or infinite values",
+        r"lora_A\.weight contains NaN or infinite values",
     ),
 }
 
@@ -141,7 +149,7 @@ def test_a_faulty_file_is_refused(
 
 
 def test_an_adapter_of_another_model_is_refused(plain: Path) -> None:
-    with pytest.raises(UserError, match=r"8 of 8 tensors fit nothing .*another model's"):
+    with pytest.raises(UserError, match=r"8 of 8 tensors fit nothing .*another model"):
         merged(model("gpt2"), plain)
 
 
@@ -151,22 +159,53 @@ def test_a_lora_bias_needs_a_bias(tmp_path: Path) -> None:
         merged(model("llama"), folder)
 
 
-def test_a_sum_that_overflows_is_refused(plain: Path, tmp_path: Path) -> None:
+OVERFLOWS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "LoRA": ("llama", "q_proj.lora_B.weight", "layers.0.self_attn.q_proj.weight", {}),
+    "bias": (
+        "llama_bias", "q_proj.lora_B.bias", "layers.0.self_attn.q_proj.bias", {"lora_bias": True},
+    ),
+    "replaced": ("llama", "norm.weight", "norm.weight", {"modules_to_save": ["norm"]}),
+    "tokens": (
+        "llama", "trainable_tokens_delta", "embed_tokens.weight", {"trainable_token_indices": [7]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "enlarged", "name", "settings"), OVERFLOWS.values(), ids=OVERFLOWS.keys()
+)
+def test_values_that_overflow_fp16_are_refused(
+    kind: str, enlarged: str, name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
     def enlarge(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[f"{PREFIX}.lora_B.weight"] *= 1e6
+        for key, tensor in tensors.items():
+            tensor *= 1e6 if key.endswith(enlarged) else 1
 
-    folder = altered(plain, tmp_path / "adapter", enlarge)
-    result = merged(model("llama", torch.float16), folder)
-    with pytest.raises(UserError, match=r"q_proj\.weight: \d+ value\(s\).*do not fit float16"):
-        result.tensors["model.layers.0.self_attn.q_proj.weight"].whole()
+    valid = trained(tmp_path / "valid", kind, target_modules=["q_proj"], **settings)
+    folder = altered(valid, tmp_path / "adapter", enlarge)
+    result = merged(model(kind, torch.float16), folder)
+    with pytest.raises(UserError, match=rf"\.{name}: \d+ value\(s\).*do not fit float16"):
+        result.tensors[f"model.{name}"].read_all()
 
 
-def test_a_quantised_base_is_refused(plain: Path) -> None:
+@pytest.mark.parametrize("indices", [[7, 3, 101], [7, 3, -1], [7, 3]])
+def test_token_indices_that_do_not_fit_are_refused(indices: list[int], tmp_path: Path) -> None:
+    """The embedding has rows 0 to 100, and the file three trained tokens."""
+    tokens = {"trainable_token_indices": [7, 3, 100]}
+    valid = trained(tmp_path / "valid", "llama", target_modules=["q_proj"], **tokens)
+    assert "3 tokens replaced" in merged(model("llama"), valid).actions.values()
+    folder = altered(valid, tmp_path / "adapter", trainable_token_indices=indices)
+    message = "goes up to" if len(indices) == 3 else r"which fit neither .* \(2\)"
+    with pytest.raises(UserError, match=rf"{message}.*belong to another model"):
+        merged(model("llama"), folder)
+
+
+def test_a_quantized_base_is_refused(plain: Path) -> None:
     base = {
-        name: held(name, tensor.whole().to(torch.float8_e4m3fn), Path("base"))
+        name: in_memory(name, tensor.read_all().to(torch.float8_e4m3fn), Path("base"))
         for name, tensor in tensors_of(model("llama")).items()
     }
-    with pytest.raises(UserError, match=r"is float8_e4m3fn.*dequantise"):
+    with pytest.raises(UserError, match=r"is float8_e4m3fn.*dequantize"):
         merge(base, {"tie_word_embeddings": False}, [read_adapter(plain)])
 
 
@@ -221,7 +260,7 @@ def test_several_adapters_are_summed_and_rounded_once(plain: Path, tmp_path: Pat
             @ tensors[f"{PREFIX}.lora_A.weight"].double()
         )
         total += product * config["lora_alpha"] / config["r"] ** (0.5 if folder == other else 1)
-    got = result.tensors[name].whole()
+    got = result.tensors[name].read_all()
     assert (got != total.to(torch.bfloat16)).double().mean() < 1e-3, "nearest to the true sum"
 
 
@@ -268,8 +307,8 @@ def test_a_live_models_state_splits_into_base_and_adapter(
 
     folder = trained(tmp_path / "adapter", kind, **settings)
     live = PeftModel.from_pretrained(model(kind), folder)
-    state = {name: held(name, t, Path("state")) for name, t in live.state_dict().items()}
-    base, adapters = split(state)
+    state = {name: in_memory(name, t, Path("state")) for name, t in live.state_dict().items()}
+    base, adapters = split_adapters(state)
     plain = dict(model(kind).state_dict())
     assert base.keys() == plain.keys()
     saved = read_adapter(folder)
@@ -279,7 +318,7 @@ def test_a_live_models_state_splits_into_base_and_adapter(
     assert kept <= own.keys()
     assert {name for name in own if "lm_head.token_adapter" not in name} == kept
     for name in kept:
-        assert torch.equal(own[name].whole(), saved.tensors[name].whole())
+        assert torch.equal(own[name].read_all(), saved.tensors[name].read_all())
     result = merge(
         tensors_of(model(kind)) if kind == "tied" else base,
         json.loads(live.config.to_json_string(use_diff=False)),

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from launcher.errors import UserError
 from launcher.export.merge import Merged
-from tests.export.test_merge_variants import merged, model, trained
+from launcher.export.merge.ties import config_changes, is_tied
+from tests.helpers.merging import merged, model, trained
 
 TOKENS = torch.tensor([[3, 7, 1, 100, 50]])
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -42,7 +44,7 @@ def logits_of(result: Merged, kind: str = "tied") -> torch.Tensor:
     for key, value in result.config.items():
         setattr(config, key, value)
     live = type(model(kind))(config)
-    state = {name: tensor.whole() for name, tensor in result.tensors.items()}
+    state = {name: tensor.read_all() for name, tensor in result.tensors.items()}
     if config.tie_word_embeddings:
         state[HEAD] = state[EMBEDDING]
     live.load_state_dict(state)
@@ -57,6 +59,11 @@ SIDES: dict[str, dict[str, Any]] = {
     "a trained head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "a trained embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
     "other LoRA on each": {"target_modules": ["embed_tokens", "lm_head"]},
+    "LoRA tied by PEFT at another scale": {
+        "target_modules": ["embed_tokens"],
+        "ensure_weight_tying": True,
+        "alpha_pattern": {"lm_head": 20},
+    },
     "tokens of the head": {
         "target_modules": ["q_proj"],
         "trainable_token_indices": {"lm_head": [5, 2]},
@@ -106,6 +113,15 @@ def test_sides_that_stay_the_same_stay_one_tensor(settings: dict[str, Any], tmp_
     torch.testing.assert_close(logits_of(result), logits_of_adapter(folder), atol=2e-5, rtol=1e-4)
 
 
+def test_an_embedding_that_peft_ties_is_the_head_that_a_file_lacks(tmp_path: Path) -> None:
+    folder = trained(tmp_path / "adapter", "tied", **TOGETHER["an embedding tied by PEFT"])
+    expected, file = logits_of_adapter(folder), folder / "adapter_model.safetensors"
+    lacking = {name: each for name, each in load_file(file).items() if "lm_head" not in name}
+    save_file(lacking, file, {"format": "pt"})
+    result = merged(model("tied"), folder, tied="error")
+    torch.testing.assert_close(logits_of(result), expected, atol=2e-5, rtol=1e-4)
+
+
 def test_a_tie_that_would_break_is_refused_on_demand(tmp_path: Path) -> None:
     folder = trained(tmp_path / "adapter", "tied", target_modules=["lm_head"])
     with pytest.raises(UserError, match="--tied untie"):
@@ -115,7 +131,7 @@ def test_a_tie_that_would_break_is_refused_on_demand(tmp_path: Path) -> None:
 def test_untie_writes_both_even_when_they_are_the_same(tmp_path: Path) -> None:
     folder = trained(tmp_path / "adapter", "tied", target_modules=["q_proj"])
     result = merged(model("tied"), folder, tied="untie")
-    assert torch.equal(result.tensors[HEAD].whole(), result.tensors[EMBEDDING].whole())
+    assert torch.equal(result.tensors[HEAD].read_all(), result.tensors[EMBEDDING].read_all())
     assert result.config == {"tie_word_embeddings": False}
 
 
@@ -176,6 +192,18 @@ def test_a_vocabulary_of_two_sizes_is_refused(tmp_path: Path) -> None:
         merged(model("llama"), folder)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tie_flag_in_text_config_alone_is_read_and_changed(tied: bool) -> None:
+    config = {"text_config": {"tie_word_embeddings": tied, "vocab_size": 7}}
+    assert [is_tied(config, has_head) for has_head in (True, False)] == [tied, tied]
+    assert not is_tied({**config, "tie_word_embeddings": False}, has_head=False)
+    changes = config_changes(config, tie_word_embeddings=not tied, vocab_size=9)
+    assert changes == {
+        "text_config": {"tie_word_embeddings": not tied, "vocab_size": 9},
+        "tie_word_embeddings": not tied,
+    }
+
+
 def test_the_text_model_of_several_is_untied_too(tmp_path: Path) -> None:
     folder = trained(tmp_path / "adapter", "llava", target_modules=["embed_tokens", "v_proj"])
     result = merged(model("llava"), folder)
@@ -183,7 +211,7 @@ def test_the_text_model_of_several_is_untied_too(tmp_path: Path) -> None:
     assert result.config["text_config"]["tie_word_embeddings"] is False
     assert result.config["text_config"]["hidden_size"] == 32, "the rest of it stays"
     assert {"model.language_model.embed_tokens.weight", HEAD} <= result.tensors.keys()
-    embedding = result.tensors["model.language_model.embed_tokens.weight"].whole()
+    embedding = result.tensors["model.language_model.embed_tokens.weight"].read_all()
     base = model("llava").state_dict()[HEAD]
-    assert torch.equal(result.tensors[HEAD].whole(), base)
+    assert torch.equal(result.tensors[HEAD].read_all(), base)
     assert not torch.equal(embedding, base)

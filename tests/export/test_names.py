@@ -16,67 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from launcher.errors import UserError
 from launcher.export.names import Naming, find_naming
-from launcher.export.readers.safetensors_file import read_header
-from launcher.export.tensor import Tensor, held
-from launcher.export.tensor.stored import Stored
-
-TEXT: dict[str, Any] = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
-MOE = TEXT | {"moe_intermediate_size": 8, "num_experts": 12, "num_experts_per_tok": 2}
-VISION = {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 32}
-ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
-CLIP = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-    "projection_dim": 16,
-}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaForCausalLM", TEXT | {"tie_word_embeddings": True}),
-    "qwen3_moe": ("Qwen3MoeForCausalLM", MOE),
-    "mixtral": ("MixtralForCausalLM", TEXT | {"num_local_experts": 3}),
-    "deepseek_v3": (
-        "DeepseekV3ForCausalLM",
-        TEXT
-        | {"num_key_value_heads": 4, "moe_intermediate_size": 8, "n_routed_experts": 4}
-        | {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
-        | {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
-        | {"v_head_dim": 8},
-    ),
-    "gpt_neox": ("GPTNeoXForCausalLM", {**TEXT, "intermediate_size": 64}),
-    "qwen2_5_vl": (
-        "Qwen2_5_VLForConditionalGeneration",
-        {
-            "text_config": TEXT | {"rope_parameters": ROPE},
-            "vision_config": VISION | {"intermediate_size": 24, "fullatt_block_indexes": [0]},
-        },
-    ),
-    "qwen3_vl_moe": (
-        "Qwen3VLMoeForConditionalGeneration",
-        {
-            "text_config": MOE | {"rope_parameters": ROPE},
-            "vision_config": VISION | {"intermediate_size": 24, "deepstack_visual_indexes": [0]},
-        },
-    ),
-    "nomic_bert": ("NomicBertModel", TEXT),
-    "gpt2": ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 40}),
-    "llava": (
-        "LlavaForConditionalGeneration",
-        {"text_config": TEXT | {"model_type": "llama"}, "vision_config": CLIP},
-    ),
-}
-
+from launcher.io.readers.safetensors_file import read_header
+from launcher.io.tensor import Tensor, in_memory
+from launcher.io.tensor.stored import Stored
+from tests.helpers.architectures import MODELS
 
 OWN = """
 import torch
@@ -107,7 +50,7 @@ class Saved:
 
     @property
     def memory(self) -> dict[str, Tensor]:
-        return {name: held(name, value, self.folder) for name, value in self.live.items()}
+        return {name: in_memory(name, value, self.folder) for name, value in self.live.items()}
 
 
 def save(kind: str, folder: Path) -> Saved:
@@ -143,12 +86,12 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, torch.Tensor]) -> 
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         assert (tensor.name, tensor.dtype) == (name, expected[name].dtype)
-        torch.testing.assert_close(tensor.whole(), expected[name], rtol=0, atol=0)
+        torch.testing.assert_close(tensor.read_all(), expected[name], rtol=0, atol=0)
         matrix = expected[name].reshape(tensor.rows, tensor.columns)
         first = random.Random(name).randrange(tensor.rows)
         last = min(tensor.rows, first + 7)
         torch.testing.assert_close(tensor.read(first, last), matrix[first:last], rtol=0, atol=0)
-        assert torch.equal(tensor.exact(first, last), matrix[first:last].double())
+        assert torch.equal(tensor.reference(first, last), matrix[first:last].double())
 
 
 def test_what_is_on_disk_becomes_the_live_state_dict(model: Saved) -> None:
@@ -167,19 +110,19 @@ def test_a_change_in_memory_reaches_the_disk(saved: Callable[[str], Saved]) -> N
     mixtral = saved("mixtral")
     memory = mixtral.naming.to_memory(mixtral.disk)
     name = "model.layers.1.mlp.experts.gate_up_proj"
-    memory[name] = held(name, mixtral.live[name] * 2, mixtral.folder)
+    memory[name] = in_memory(name, mixtral.live[name] * 2, mixtral.folder)
     disk = mixtral.naming.to_disk(memory)
     stored = load_file(mixtral.folder / "model.safetensors")
     changed = {name for name, tensor in disk.items() if not isinstance(tensor, Stored)}
     layer = "model.layers.1.block_sparse_moe.experts"
     assert changed == {f"{layer}.{e}.{w}.weight" for e in range(3) for w in ("w1", "w3")}
-    assert all(torch.equal(disk[name].whole(), stored[name] * 2) for name in changed)
+    assert all(torch.equal(disk[name].read_all(), stored[name] * 2) for name in changed)
 
 
 def test_a_tensor_that_no_class_builds_keeps_its_name(saved: Callable[[str], Saved]) -> None:
     deepseek = saved("deepseek_v3")
     extra = {
-        name: held(name, torch.ones(8, 32), deepseek.folder)
+        name: in_memory(name, torch.ones(8, 32), deepseek.folder)
         for name in ("model.layers.2.mlp.experts.0.gate_proj.weight", "model.mtp.eh_proj.weight")
     }
     memory = deepseek.naming.to_memory(deepseek.disk | extra)
@@ -231,7 +174,7 @@ def test_one_of_two_tied_names_is_enough(saved: Callable[[str], Saved]) -> None:
     embedding = memory.pop("model.embed_tokens.weight")
     with pytest.raises(UserError, match=r"lacks model\.embed_tokens\.weight"):
         llama.naming.to_disk(memory)
-    memory["lm_head.weight"] = embedding.called("lm_head.weight")
+    memory["lm_head.weight"] = embedding.renamed("lm_head.weight")
     assert "lm_head.weight" in llama.naming.to_disk(memory)
 
 
@@ -247,7 +190,7 @@ def test_a_model_of_the_folders_own_code_needs_trust(
     with pytest.raises(UserError, match="model_type is own"):
         find_naming(tmp_path)
     naming = find_naming(tmp_path, trust_remote_code=True)
-    tensors = {"a.weight": held("a.weight", torch.ones(3, 3), tmp_path)}
+    tensors = {"a.weight": in_memory("a.weight", torch.ones(3, 3), tmp_path)}
     assert naming.shapes == {"a.weight": (3, 3)}
     assert naming.to_disk(naming.to_memory(tensors)) == tensors
 
@@ -255,12 +198,12 @@ def test_a_model_of_the_folders_own_code_needs_trust(
 def test_more_tokens_are_fine_but_no_other_shape(saved: Callable[[str], Saved]) -> None:
     qwen = saved("qwen3_moe")
     resized = {
-        name: held(name, torch.ones(48, 32), qwen.folder)
+        name: in_memory(name, torch.ones(48, 32), qwen.folder)
         for name in ("model.embed_tokens.weight", "lm_head.weight")
     }
     disk = qwen.naming.to_disk(qwen.memory | resized)
     assert {disk[name].shape for name in resized} == {(48, 32)}
-    norm = held("model.norm.weight", torch.ones(48), qwen.folder)
+    norm = in_memory("model.norm.weight", torch.ones(48), qwen.folder)
     with pytest.raises(UserError, match=r"model\.norm\.weight has the shape \[48\]"):
         qwen.naming.to_disk(qwen.memory | {norm.name: norm})
 

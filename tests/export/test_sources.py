@@ -10,17 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from deepspeed.checkpoint import ds_to_universal
 from peft import PeftModel
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launcher.distributed.process_group import Place
+from launcher.distributed.process_group import RankInfo
 from launcher.errors import UserError
 from launcher.export.source import find_source
-from tests.export.test_readers_universal import options
+from launcher.folders.kind import Kind
 from tests.helpers.exports import consolidate, make_adapter, plan_of, stored
-from tests.helpers.sharded import Trained, save_zero
+from tests.helpers.sharded import Trained, save_zero, to_universal
 
 QUESTION = torch.arange(3, 60).view(1, -1)
 
@@ -105,7 +104,7 @@ def test_a_universal_checkpoint_becomes_the_same_folder(
     ranks: Any, trainer_folder: Path, tiny_untied: Path, tmp_path: Path, stage: int
 ) -> None:
     ranks.run(3, save_zero, trainer_folder / "zero", Trained(stage, base=tiny_untied))
-    ds_to_universal.main(options(trainer_folder))
+    to_universal(trainer_folder)
     consolidate(trainer_folder / "zero", "--output", tmp_path / "zero")
     consolidate(trainer_folder / "universal", "--output", tmp_path / "universal")
     ours = stored(tmp_path / "universal")
@@ -117,11 +116,11 @@ def test_an_adapter_without_its_config_is_refused(
     ranks: Any, trainer_folder: Path, tiny_untied: Path
 ) -> None:
     ranks.run(2, save_zero, trainer_folder, Trained(2, lora=True, base=tiny_untied))
-    with pytest.raises(UserError, match=r"no adapter_config\.json is beside it"):
+    with pytest.raises(UserError, match=r"no adapter_config\.json beside it"):
         plan_of(trainer_folder)
 
 
-def save_fsdp(place: Place, base: Path, folder: Path) -> dict[str, torch.Tensor]:
+def save_fsdp(rank_info: RankInfo, base: Path, folder: Path) -> dict[str, torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     for parameter in model.parameters():
         parameter.data += 0.125
@@ -150,7 +149,7 @@ def test_a_sharded_folder_without_config_asks_for_the_base(
     ranks: Any, tiny_untied: Path, tmp_path: Path
 ) -> None:
     ranks.run(2, save_fsdp, tiny_untied, tmp_path / "a" / "b" / "dcp")
-    with pytest.raises(UserError, match=r"no config\.json beside it; say with --base"):
+    with pytest.raises(UserError, match=r"no config\.json beside it; name its model with --base"):
         find_source(tmp_path / "a" / "b" / "dcp")
 
 
@@ -168,11 +167,11 @@ def test_whole_weights_beside_sharded_state_are_taken(
     ranks: Any, trainer_folder: Path, tiny_untied: Path
 ) -> None:
     ranks.run(2, save_zero, trainer_folder, Trained(2, base=tiny_untied))
-    assert find_source(trainer_folder).kind.startswith("DeepSpeed")
+    assert find_source(trainer_folder).kind is Kind.ZERO
     shutil.copy(tiny_untied / "model.safetensors", trainer_folder)
-    assert find_source(trainer_folder).kind == "model folder"
+    assert find_source(trainer_folder).kind is Kind.MODEL
     tag = (trainer_folder / "latest").read_text()
-    assert find_source(trainer_folder, tag=tag).kind.startswith("DeepSpeed")
+    assert find_source(trainer_folder, tag=tag).kind is Kind.ZERO
 
 
 def test_a_qlora_adapter_goes_onto_either_base(tmp_path: Path, tiny_untied: Path) -> None:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,14 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from launcher.errors import UserError
-from launcher.export.readers.safetensors_file import data_ranges, header, read_header
-from launcher.export.result import journal, readback, recompute, sink, write
-from launcher.export.result.journal import partial_folder, path_of
-from launcher.export.result.write import How
-from launcher.export.shards import assign, natural
+from launcher.export.shard_plan import assign_shards, natural_sort_key
 from launcher.export.source import find_source
-from launcher.export.tensor import held
 from launcher.export.verify import verify
-from launcher.sizes import parse_size
+from launcher.export.writing import direct_writer, journal, readback, recompute, write
+from launcher.export.writing.journal import journal_path, partial_folder
+from launcher.export.writing.write import WriteOptions
+from launcher.io.readers.safetensors_file import data_ranges, header, read_header
+from launcher.io.tensor import in_memory
 from tests.helpers.exports import consolidate, contents, make_adapter, plan_of, stored
 
 
@@ -38,33 +38,25 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, tiny_untied: Path) -> Path
 
 class TestShards:
     def test_they_are_those_of_hugging_face(self) -> None:
-        """Also their order when one tensor is larger than the cap."""
+        """Also their order when one tensor is larger than the cap, or exactly as large."""
         dice = random.Random(3)
         for _ in range(200):
             tensors = {
-                f"t{n:02d}": torch.zeros(dice.choice((1, 5, 30, 200)), dtype=torch.uint8)
+                f"t{n:02d}": torch.zeros(dice.choice((1, 5, 30, 64, 200)), dtype=torch.uint8)
                 for n in range(dice.randrange(1, 20))
             }
             theirs = split_torch_state_dict_into_shards(tensors, max_shard_size=64)
-            ours = assign((held(n, t, Path()) for n, t in tensors.items()), 64)
+            ours = assign_shards((in_memory(n, t, Path()) for n, t in tensors.items()), 64)
             assert [[t.name for t in shard] for shard in ours] == list(
                 theirs.filename_to_tensors.values()
             )
 
+    def test_a_shard_may_be_exactly_as_large_as_the_cap(self, tiny: Path) -> None:
+        total = plan_of(tiny).nbytes
+        assert [len(plan_of(tiny, size).shards) for size in (total, total - 1)] == [1, 2]
+
     def test_layer_ten_comes_after_layer_two(self) -> None:
-        assert natural("layers.2.w") < natural("layers.10.w")
-
-    @pytest.mark.parametrize(
-        ("text", "size"),
-        [("5GB", 5 * 10**9), ("100MB", 10**8), ("1.5 kb", 1500), ("2GiB", 2 * 2**30), ("77", 77)],
-    )
-    def test_sizes_are_decimal_unless_written_binary(self, text: str, size: int) -> None:
-        assert parse_size(text) == size
-
-    @pytest.mark.parametrize("text", ["", "GB", "0GB", "-1GB", "5XB", "5 G B"])
-    def test_a_size_that_is_none_is_refused(self, text: str) -> None:
-        with pytest.raises(UserError, match="is no size"):
-            parse_size(text)
+        assert natural_sort_key("layers.2.w") < natural_sort_key("layers.10.w")
 
 
 class TestSink:
@@ -72,16 +64,16 @@ class TestSink:
     def test_any_sequence_of_sizes_arrives(self, tmp_path: Path, direct: bool) -> None:
         dice = random.Random(1)
         pieces = [dice.randbytes(dice.choice((1, 4096, 70_001, 9 << 20))) for _ in range(12)]
-        with sink.Sink(tmp_path / "file", direct) as out:
+        with direct_writer.Sink(tmp_path / "file", direct) as out:
             for piece in pieces:
-                out.room(len(piece)).copy_(torch.frombuffer(bytearray(piece), dtype=torch.uint8))
+                out.reserve(len(piece)).copy_(torch.frombuffer(bytearray(piece), dtype=torch.uint8))
             out.finish()
         assert (tmp_path / "file").read_bytes() == b"".join(pieces)
 
     def test_a_file_that_exists_is_left_alone(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("mine")
         with pytest.raises(FileExistsError):
-            sink.Sink(tmp_path / "file")
+            direct_writer.Sink(tmp_path / "file")
         assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -92,10 +84,10 @@ class TestBytes:
         plan = plan_of(adapter, 20_000)
         assert len(plan.shards) > 3
         ways = {
-            "one": How(workers=1),
-            "four": How(workers=4),
-            "buffered": How(workers=2, direct=False),
-            "thin": How(workers=2),
+            "one": WriteOptions(workers=1),
+            "four": WriteOptions(workers=4),
+            "buffered": WriteOptions(workers=2, direct=False),
+            "thin": WriteOptions(workers=2),
         }
         for name, how in ways.items():
             monkeypatch.setattr(write, "TILE_BYTES", 100 if name == "thin" else 4 << 20)
@@ -113,10 +105,21 @@ class TestBytes:
         finally:
             shutil.rmtree(there, ignore_errors=True)
 
-    def test_files_can_be_read_by_whom_the_umask_allows(self, tmp_path: Path, tiny: Path) -> None:
-        before = os.umask(0o027)
+    def test_the_umask_decides_who_can_read_the_files(
+        self, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Not the modes of the base's files, nor the umask of an export that is resumed."""
+        base = Path(shutil.copytree(tiny, tmp_path / "base"))
+        for path in base.iterdir():
+            path.chmod(0o600)
+        before = os.umask(0o077)
         try:
-            consolidate(tiny, "--output", tmp_path / "out")
+            with monkeypatch.context() as patch:
+                patch.setattr(write, "write_extra_files", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    consolidate(base, "--output", tmp_path / "out")
+            os.umask(0o027)
+            consolidate(base, "--output", tmp_path / "out", "--resume")
         finally:
             os.umask(before)
         assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
@@ -143,7 +146,7 @@ def export_and_die(adapter: Path, output: Path, fatal: int) -> None:
     for name in ("rename", "unlink", "mkdir", "write_text"):
         setattr(Path, name, dying(getattr(Path, name)))
     shutil.copyfile = dying(shutil.copyfile)
-    write.write(plan_of(adapter, 40_000), output, How(workers=2, overwrite=True))
+    write.write(plan_of(adapter, 40_000), output, WriteOptions(workers=2, overwrite=True))
 
 
 class TestKilled:
@@ -162,7 +165,7 @@ class TestKilled:
             exit_code = process.exitcode
             if partial_folder(output).exists():
                 assert not output.exists(), "never both"
-                write.write(plan, output, How(resume=True))
+                write.write(plan, output, WriteOptions(resume=True))
                 resumed += 1
             elif not output.exists():
                 write.write(plan, output)
@@ -177,21 +180,21 @@ class TestKilled:
     ) -> None:
         plan, output = plan_of(adapter, 20_000), tmp_path / "out"
         with monkeypatch.context() as patch:
-            patch.setattr(write, "write_companions", interrupted)
+            patch.setattr(write, "write_extra_files", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 write.write(plan, output)
-        with pytest.raises(UserError, match=r"--resume goes on"):
+        with pytest.raises(UserError, match=r"--resume continues"):
             write.write(plan, output)
         with pytest.raises(UserError, match=r"other sources or options"):
-            write.write(plan_of(adapter, 30_000), output, How(resume=True))
-        assert write.write(plan, output, How(resume=True)).written == 0
+            write.write(plan_of(adapter, 30_000), output, WriteOptions(resume=True))
+        assert write.write(plan, output, WriteOptions(resume=True)).written == 0
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
     def test_a_journal_left_over_from_a_finished_export_hinders_nobody(
         self, tmp_path: Path, adapter: Path
     ) -> None:
         """As when the process is killed between the rename and the journal's removal."""
-        path_of(partial_folder(tmp_path / "out")).write_text("another plan\n")
+        journal_path(partial_folder(tmp_path / "out")).write_text("another plan\n")
         write.write(plan_of(adapter), tmp_path / "out")
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -200,10 +203,10 @@ class TestKilled:
     ) -> None:
         aside = partial_folder(tmp_path / "out")
         with (
-            journal.opened(aside, "mine", resume=False, overwrite=False),
+            journal.open_journal(aside, "mine", resume=False, overwrite=False),
             pytest.raises(UserError, match="another process is writing"),
         ):
-            write.write(plan_of(adapter), tmp_path / "out", How(resume=True))
+            write.write(plan_of(adapter), tmp_path / "out", WriteOptions(resume=True))
 
 
 class TestTwoAtOnce:
@@ -216,7 +219,7 @@ class TestTwoAtOnce:
 
         def late(aside: Path, target: Path) -> None:
             with pytest.raises(UserError, match="another process is writing") as error:
-                write.write(plan, output, How(overwrite=True))
+                write.write(plan, output, WriteOptions(overwrite=True))
             refused.append(error)
             put(aside, target)
 
@@ -230,6 +233,19 @@ def interrupted(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+def touch(file: Path) -> None:
+    """A later time of change; the bytes are the same."""
+    stat = file.stat()
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+
+
+def append_byte(file: Path) -> None:
+    """The time of change stays."""
+    stat = file.stat()
+    file.write_bytes(file.read_bytes() + bytes(1))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
 class TestRefusals:
     def test_nothing_is_overwritten_unasked(self, tmp_path: Path, tiny: Path) -> None:
         (tmp_path / "out").mkdir()
@@ -240,7 +256,7 @@ class TestRefusals:
             consolidate(tiny, "--output", tmp_path / "out" / "config.json")
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "notes.txt").write_text("years of work")
-        with pytest.raises(UserError, match="is no export of ours"):
+        with pytest.raises(UserError, match="is not an export of Shardway"):
             consolidate(tiny, "--output", tmp_path / "mine", "--overwrite")
         (tmp_path / "mine" / "notes.txt").unlink()
         (tmp_path / "mine").rmdir()
@@ -279,7 +295,7 @@ class TestRefusals:
     ) -> None:
         monkeypatch.chdir(tmp_path)
         for output in (".", "..", "/"):
-            with pytest.raises(UserError, match="where you stand"):
+            with pytest.raises(UserError, match="is the current folder"):
                 consolidate(tiny, "--output", output)
 
     def test_less_memory_than_one_file_needs_is_told(self, tmp_path: Path, tiny: Path) -> None:
@@ -289,10 +305,20 @@ class TestRefusals:
     def test_a_failure_leaves_nothing(
         self, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(write, "write_companions", lambda *args: 1 / 0)
+        monkeypatch.setattr(write, "write_extra_files", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             consolidate(tiny, "--output", tmp_path / "out")
         assert not list(tmp_path.iterdir())
+
+    def test_a_model_with_nan_is_refused(self, tmp_path: Path, tiny: Path) -> None:
+        """Even where nothing but copies is made."""
+        base = Path(shutil.copytree(tiny, tmp_path / "base"))
+        tensors = stored(base)
+        tensors["model.norm.weight"][1:3] = float("nan")
+        save_file(tensors, base / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=r"model\.norm\.weight contains 2 NaN"):
+            write.write(plan_of(base), tmp_path / "out", WriteOptions(verify=False))
+        assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
     def test_a_disk_too_small_is_noticed_first(
         self, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
@@ -317,7 +343,11 @@ class TestRefusals:
             with pytest.raises(OSError, match="No space"):
                 write.write(plan, small / "out")
             subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
-            assert 0 < write.write(plan, small / "out", How(resume=True)).written < plan.nbytes
+            assert (
+                0
+                < write.write(plan, small / "out", WriteOptions(resume=True)).written
+                < plan.nbytes
+            )
             assert "whole" in verify(small / "out")
         finally:
             subprocess.run(["umount", str(small)], check=True)
@@ -353,8 +383,8 @@ class TestVerification:
                 file.seek(-9, os.SEEK_END)
                 file.write(b"\x55")
 
-        monkeypatch.setattr(write, "write_companions", damage)
-        with pytest.raises(UserError, match="another content"):
+        monkeypatch.setattr(write, "write_extra_files", damage)
+        with pytest.raises(UserError, match="has changed since it was written"):
             write.write(plan_of(adapter), tmp_path / "out")
         assert not list(tmp_path.iterdir())
 
@@ -373,13 +403,33 @@ class TestVerification:
             file.write_bytes(changed + os.urandom(stat.st_size - len(changed)))
             os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
-        monkeypatch.setattr(write, "write_companions", change)
-        with pytest.raises(UserError, match="not what a second computation gives"):
+        monkeypatch.setattr(write, "write_extra_files", change)
+        with pytest.raises(UserError, match="differs from a second computation"):
             write.write(plan, tmp_path / "out")
+
+    @pytest.mark.parametrize("change", [touch, append_byte])
+    def test_a_source_that_changes_is_found_without_verification(
+        self, tmp_path: Path, adapter: Path, tiny_untied: Path, monkeypatch: pytest.MonkeyPatch,
+        change: Callable[[Path], None],
+    ) -> None:  # fmt: skip
+        """At the end of an export, and when it is resumed."""
+        base, options = Path(shutil.copytree(tiny_untied, tmp_path / "base")), {"verify": False}
+        file, plan = base / "model.safetensors", plan_of(adapter, base=str(base))
+        with monkeypatch.context() as patch:
+            patch.setattr(write, "write_extra_files", lambda *_: change(file))
+            with pytest.raises(UserError, match="changed while it was read; nothing was kept"):
+                write.write(plan, tmp_path / "out", WriteOptions(**options))
+            assert [path.name for path in tmp_path.iterdir()] == ["base"]
+            patch.setattr(write, "write_extra_files", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                write.write(plan, tmp_path / "out", WriteOptions(**options))
+        change(file)
+        with pytest.raises(UserError, match="was started with other sources"):
+            write.write(plan, tmp_path / "out", WriteOptions(resume=True, **options))
 
     def test_all_tensors_are_computed_again(self, tmp_path: Path, adapter: Path) -> None:
         plan = plan_of(adapter, 40_000)
-        write.write(plan, tmp_path / "out", How(verify=False))
+        write.write(plan, tmp_path / "out", WriteOptions(verify=False))
         assert recompute.recompute(plan, tmp_path / "out") == 21
 
     @pytest.mark.parametrize(
@@ -456,7 +506,7 @@ def sparse_model(folder: Path, megabytes: int) -> Path:
 
 
 PEAK = """
-from launcher.export.cli import main
+from launcher.commands.consolidate import main
 main()
 print("VmHWM", open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 """

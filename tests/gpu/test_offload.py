@@ -24,10 +24,10 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-SMALL_BUCKETS = (("reduce_bucket_size", 1_000_000),)
-SPLIT = (*SMALL_BUCKETS, ("prefetch_bucket_size", 1_000_000), ("persistence_threshold", 0))
+SMALL_BUCKETS = {"reduce_bucket_size": 1_000_000}
+SPLIT = {**SMALL_BUCKETS, "prefetch_bucket_size": 1_000_000, "persistence_threshold": 0}
 PAIRS = [
-    ("fsdp", "fsdp_offload", ()),
+    ("fsdp", "fsdp_offload", {}),
     ("zero2", "zero2_offload", SMALL_BUCKETS),
     ("zero3", "zero3_offload", SPLIT),
 ]
@@ -45,29 +45,25 @@ def alone(function: Any, *arguments: Any) -> Any:
 
 
 def as_one_rank(function: Any, *arguments: Any) -> Any:
-    place = process_group.Place(0, 0, 1, 1, torch.device("cuda", 0))
+    rank_info = process_group.RankInfo(0, 0, 1, 1, torch.device("cuda", 0))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
             patch.setenv(name, value)
-        process_group.start(place, dist.HashStore())
-        return function(place, *arguments)
+        process_group.init_process_group(rank_info, dist.HashStore())
+        return function(rank_info, *arguments)
 
 
-def measured(place: process_group.Place, case: Case) -> dict[str, Any]:
+def measured(rank_info: process_group.RankInfo, case: Case) -> dict[str, Any]:
     """After some steps: losses, where state is, and bytes on the GPU at most and between steps."""
-    strategy: Any
-    strategy, _, loader = parts.set_up(place, case)
-    strategy.model.train()
-    losses = []
+    train_state, loader = parts.set_up(rank_info, case)
+    strategy, recorder = train_state.strategy, parts.Recorder()
     torch.cuda.reset_peak_memory_stats()
-    for step in range(case.steps):
-        stats = parts.train_step(strategy, loader.window(step), place.device)
-        losses.append(stats.loss.item())
+    parts.fit(train_state, loader, parts.plan(case.steps), recorder)
     state = strategy.state()
     parameters = list(strategy.model.parameters())
     held = [p.ds_tensor if hasattr(p, "ds_tensor") else local_part(p) for p in parameters]
     return {
-        "losses": losses,
+        "losses": recorder.column("loss"),
         "peak": torch.cuda.max_memory_allocated(),
         "between": torch.cuda.memory_allocated(),
         "parameters": {tensor.device.type for tensor in held},
@@ -84,7 +80,7 @@ def test_state_is_in_host_memory_and_the_gpu_has_room(
 ) -> None:
     case = Case(
         wide, rows_file, method=method, strategy=without, strategy_options=options,
-        precision="bf16", learning_rate=1e-4, steps=5,
+        precision="bf16", learning_rate=1e-4, scheduler="constant", steps=5,
     )  # fmt: skip
     on_gpu = alone(measured, case)
     found = alone(measured, dataclasses.replace(case, strategy=offloaded))

@@ -12,21 +12,39 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
+
+from launcher import cli
 
 SHARDWAY = (sys.executable, "-m", "launcher.cli")
 SHORT = ("training.epochs=null", "training.max_steps=4")
 LONG = ("training.epochs=null", "training.max_steps=100000")
+PATIENCE_SECONDS = 300  # a deadline for a busy machine: nothing waits as long
 TRAIN_TINY = ("train", "model=tiny", "cluster.cpu_processes=2", "tracking.plot=false")
 
 
-def shardway(*words: object, cwd: Path, patience: float = 180) -> subprocess.CompletedProcess[str]:
+def shardway(
+    *words: object, cwd: Path, patience: float = PATIENCE_SECONDS
+) -> subprocess.CompletedProcess[str]:
     """One `shardway …` to its end."""
     command = [*SHARDWAY, *map(str, words)]
     return run(command, cwd, patience)
 
 
-def run(command: list[str], cwd: Path, patience: float = 180) -> subprocess.CompletedProcess[str]:
+def run(
+    command: list[str], cwd: Path, patience: float = PATIENCE_SECONDS
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=patience)
+
+
+def in_process(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """One `shardway …` in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["shardway", *words])
+    try:
+        cli.main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
 
 
 def start(*words: object, cwd: Path) -> subprocess.Popen[str]:
@@ -42,11 +60,11 @@ def start(*words: object, cwd: Path) -> subprocess.Popen[str]:
 
 
 def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
-    """Look again and again, for a minute, while `process` lives."""
-    end = time.monotonic() + 60
+    """Look again and again while `process` lives."""
+    end = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "waited for a minute"
+        assert time.monotonic() < end, f"waited for {PATIENCE_SECONDS} s"
         time.sleep(0.05)
 
 
@@ -62,6 +80,14 @@ def processes_of(folder: Path) -> list[int]:
         if process.info["status"] != psutil.STATUS_ZOMBIE and process.pid != os.getpid():
             found += [process.pid] * any(str(folder) in word for word in words)
     return found
+
+
+def wait_until_none_is_left(folder: Path) -> None:
+    """Wait for the end of the processes of the run in `folder`: it can follow their parent's."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while left := processes_of(folder):
+        assert time.monotonic() < end, f"{left} still run"
+        time.sleep(0.05)
 
 
 def the_agent(folder: Path) -> psutil.Process:

@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from launcher.export import cli
-from launcher.export.gathered import Options
+from launcher.commands import consolidate as verb
+from launcher.export.assembled import Options
 from launcher.export.plan import Plan, make_plan
 from launcher.export.source import find_source
 
@@ -33,7 +33,7 @@ def make_adapter(
 
 
 def consolidate(*words: object) -> None:
-    cli.consolidate(cli.parser().parse_args([str(word) for word in words]))
+    verb.consolidate(verb.parser().parse_args([str(word) for word in words]))
 
 
 def plan_of(source: Path, size: int = 10**9, **where: Any) -> Plan:

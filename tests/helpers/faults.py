@@ -1,4 +1,4 @@
-"""Faults in real processes: a kill -9 at a chosen touch of the disk, a disk that is full."""
+"""Faults in real processes: a kill -9 just before a chosen file is touched, and a full disk."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import pytest
 def die_at(event: str, pattern: str) -> None:
     """Kill this process with SIGKILL before it touches a path that `pattern` finds.
 
-    `event` is one of Python's audit events (os.mkdir, open, os.rename, shutil.rmtree); "open"
-    counts for writing alone. It cannot be taken back: use it in a process that is given up.
+    `event` is one of Python's audit events (os.mkdir, open, os.rename, shutil.rmtree); of "open"
+    only those for writing count. It cannot be undone: use it in a process that nobody needs later.
     """
 
     def hook(name: str, arguments: tuple[Any, ...]) -> None:
@@ -51,7 +51,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 def fill(disk: Path, leave: int) -> Path:
-    """A file that takes all of `disk` but `leave` bytes."""
+    """Fill `disk` up to its last `leave` bytes; the file that does it."""
     free = os.statvfs(disk)
     filler = disk / "filler"
     with filler.open("wb") as file:

@@ -1,35 +1,27 @@
-"""A cell of the matrix: composed as on the command line, built and trained as the worker does."""
+"""A cell of the matrix: composed as on the command line, trained by the product's own parts."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 import xxhash
 from torch import nn
 
-from launcher import train
-from launcher.assembly import build_learner
-from launcher.checkpoint import load
-from launcher.checkpoint.layout import Checkpoint
-from launcher.checkpoint.learner import Learner
 from launcher.checkpoint.save import Saver
-from launcher.config import Config, store
-from launcher.config.checks import World
-from launcher.distributed.process_group import Place
+from launcher.config import Config
+from launcher.config.rules.rule import World
+from launcher.distributed.process_group import RankInfo
 from launcher.distributed.shards import local_part
-from launcher.loop import Plan, fit
-from launcher.model.head import ChunkedHead
-from launcher.model.quantised import QuantisedLinear
-from launcher.run_dir import RunDir
-from tests.helpers import parts
-from tests.helpers.parts import Case
+from launcher.model.chunked_loss import ChunkedCrossEntropyHead
+from launcher.model.quantized_linear import QuantizedLinear
+from launcher.training.state import Progress, TrainState
+from tests.helpers import checkpoints, parts
+from tests.helpers.compose import composed
+from tests.helpers.parts import Case, Recorder
 
 ADAPTER = "method.rank=6"  # rows that 2 and 3 ranks share alike
 METHODS: dict[str, tuple[str, ...]] = {
@@ -80,22 +72,24 @@ class Cell(NamedTuple):
     @property
     def world(self) -> World:
         ranks = RANKS[self.strategy] if self.strategy in RANKS else 2
-        return World(nodes=1, nproc_per_node=ranks, gpus=0)
+        return World(nodes=1, nproc_per_node=ranks)
 
     @property
     def shards(self) -> dict[str, int]:
-        """Ranks that share one copy of the model's parameters, and of what is learnt: masters and
+        """Ranks that share one copy of the model's parameters, and of what is learned: masters and
         moments."""
         ranks = 2 if self.strategy == "hsdp" else self.world.size
         return {
             "model": ranks if self.strategy.startswith(("fsdp", "hsdp", "zero3")) else 1,
-            "learnt": 1 if self.strategy in ("single", "ddp") else ranks,
+            "learned": 1 if self.strategy in ("single", "ddp") else ranks,
         }
 
     def config(self, data: Path) -> Config:
         """What the command line makes of these choices."""
         rest = composed(
             f"data.path={data}",
+            "data.max_length=96",
+            "data.pad_to_multiple_of=8",
             "training.epochs=null",
             f"training.max_steps={END}",
             f"training.global_batch_size={ROWS}",
@@ -116,29 +110,20 @@ class Cell(NamedTuple):
         )
 
 
-@functools.cache
-def composed(*words: str) -> Config:
-    """A third of a second: sections that do not depend on each other are composed once each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["shardway train", "model=tiny", *words])
-        (config,) = train.compose()
-    return config
-
-
 @dataclass
 class Seen:
     """What a rank has seen of a cell."""
 
     steps: list[dict[str, float]]  # loss, grad_norm … of each step of the whole run
-    rest: list[dict[str, float]]  # and of those that were gone on with
+    rest: list[dict[str, float]]  # and of those after the save, by a run that was resumed there
     evaluations: list[float]
-    state: tuple[str, str]  # fingerprints of what this rank has learnt in the one and the other
+    state: tuple[str, str]  # fingerprints of what this rank has learned in either run
     sizes: dict[str, tuple[int, int]]  # bytes between steps: (of this rank, of one copy)
     dtypes: dict[str, set[torch.dtype]]
 
 
-class Midway(Saver):
-    """Saves once: what is saved at the end would be read by nobody."""
+class SavesOnce(Saver):
+    """Saves at SAVE alone: nobody would read what is saved at the end."""
 
     def save(self, step: int, tokens: int, eval_loss: float | None) -> None:
         if step == SAVE:
@@ -148,50 +133,51 @@ class Midway(Saver):
 EXACT = ("step", "loss", "learning_rate", "grad_norm", "loss_scale", "skipped")
 
 
-@dataclass
-class Log:
-    """Observes a run; of its figures those that do not hang on the clock."""
-
-    steps: list[dict[str, float]] = field(default_factory=list)
-    evaluations: list[float] = field(default_factory=list)
-
-    def start(self, done_steps: int, total_steps: int) -> None: ...
-    def finish(self) -> None: ...
-    def log(self, records: list[dict[str, Any]]) -> None:
-        for record in records:
-            if "eval_loss" in record:
-                self.evaluations.append(record["eval_loss"])
-            else:
-                self.steps.append({key: record[key] for key in EXACT if key in record})
-
-
-def run(place: Place, config: Config, folder: Path, evaluated: bool = False) -> Seen:
+def run(rank_info: RankInfo, config: Config, folder: Path, evaluated: bool = False) -> Seen:
     """Train through, with a save on the way and perhaps an evaluation after it; then build anew and
     go on from what was saved, without evaluation."""
-    learner = _build(config, place)
+    train_state, loader = parts.build(rank_info, config)
     hidden: set[torch.dtype] = set()
-    assert type(learner.model.get_output_embeddings()) is ChunkedHead  # type: ignore[operator]
-    head = learner.model.get_output_embeddings()  # type: ignore[operator]
+    head = train_state.model.get_output_embeddings()  # type: ignore[operator]
+    assert type(head) is ChunkedCrossEntropyHead
     handle = head.register_forward_pre_hook(lambda module, inputs: hidden.add(inputs[0].dtype))
-    log = _fit(learner, config, folder, evaluated=evaluated)
+    whole = Recorder()
+    parts.fit(
+        train_state,
+        loader,
+        parts.plan(END, eval_steps=EVALUATE, save_steps=SAVE),
+        whole,
+        checkpoints.saver(train_state, config, folder, SavesOnce),
+        evaluation=loader if evaluated else None,
+    )
     handle.remove()
-    again = _build(config, place)
-    load.restore(Checkpoint(folder / f"checkpoints/step-{SAVE:06d}"), again, force=False)
-    rest = _fit(again, config, folder, first=SAVE)
+    again, loader = parts.build(rank_info, config)
+    done = checkpoints.restore(again, folder, SAVE)
+    rest = _train(again, loader, done)
     return Seen(
-        log.steps,
-        rest.steps,
-        log.evaluations,
-        (_fingerprint(learner), _fingerprint(again)),
-        {"model": _model_bytes(learner.model), "learnt": _learnt_bytes(learner)},
-        {**_dtypes(learner), "compute": hidden},
+        _exact(whole),
+        _exact(rest),
+        [record["eval_loss"] for record in whole.evaluations],
+        (_fingerprint(train_state), _fingerprint(again)),
+        {"model": _model_bytes(train_state.model), "learned": _learned_bytes(train_state)},
+        {**_dtypes(train_state), "compute": hidden},
     )
 
 
-def losses(place: Place, config: Config, folder: Path) -> list[float]:
+def losses(rank_info: RankInfo, config: Config) -> list[float]:
     """Of the whole run alone."""
-    log = _fit(_build(config, place), config, folder)
-    return [step["loss"] for step in log.steps]
+    return _train(*parts.build(rank_info, config)).column("loss")
+
+
+def _train(train_state: TrainState, loader: Any, done: Progress | None = None) -> Recorder:
+    recorder = Recorder()
+    parts.fit(train_state, loader, parts.plan(END), recorder, done=done)
+    return recorder
+
+
+def _exact(recorder: Recorder) -> list[dict[str, float]]:
+    """Of the figures of each step those that do not depend on the clock."""
+    return [{key: step[key] for key in EXACT if key in step} for step in recorder.steps]
 
 
 def plain_case(config: Config) -> Case:
@@ -200,43 +186,12 @@ def plain_case(config: Config) -> Case:
     name = options.pop("name")
     return Case(
         Path(config.model.name_or_path), Path(config.data.path), method=name,
-        method_options=tuple(options.items()), steps=END, global_batch_size=ROWS,
+        method_options=options, steps=END, global_batch_size=ROWS,
     )  # fmt: skip
 
 
-def _build(config: Config, place: Place) -> Learner:
-    folder = Path(config.model.name_or_path)
-    learner: Learner = build_learner(config, folder, place, "rows", END, lambda line: None)
-    return learner
-
-
-def _fit(
-    learner: Learner, config: Config, folder: Path, first: int = 0, evaluated: bool = False
-) -> Log:
-    place, training = learner.place, config.training
-    rows = plain_case(config).loader(place.rank, place.world_size, training.micro_batch_size)
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(store.dump(config))
-    log = Log()
-    fit(
-        learner.strategy,
-        learner.scheduler,
-        rows,
-        rows if evaluated else None,
-        Plan(
-            END, END, training.max_grad_norm, log_steps=1, eval_steps=EVALUATE, save_steps=SAVE
-        ),
-        [log],
-        Midway(learner, RunDir(folder), config.checkpoint),
-        place.device,
-        halt=lambda: False,
-        done_steps=first,
-    )  # fmt: skip
-    return log
-
-
-def _fingerprint(learner: Learner) -> str:
-    state = learner.strategy.state()
+def _fingerprint(train_state: TrainState) -> str:
+    state = train_state.strategy.state()
     digest = xxhash.xxh3_128()
     for shards in (state.weights, *state.moments.values()):
         for shard in shards.values():
@@ -254,24 +209,24 @@ def _model_bytes(model: nn.Module) -> tuple[int, int]:
     return mine, whole
 
 
-def _learnt_bytes(learner: Learner) -> tuple[int, int]:
+def _learned_bytes(train_state: TrainState) -> tuple[int, int]:
     """Of this rank with its padding."""
-    strategy: Any = learner.strategy
+    strategy: Any = train_state.strategy
     state = strategy.state()
     shards = [s for each in (state.weights, *state.moments.values()) for s in each.values()]
     optimizer = strategy.optimizer
     # Under zero3 the engine shows the optimizer one of them at a time.
     shown = [p for group in optimizer.param_groups for p in group["params"]]
-    masters = strategy._flats if hasattr(strategy, "_flats") else shown
+    masters = strategy._flat_masters if hasattr(strategy, "_flat_masters") else shown
     moments = [v for each in optimizer.state.values() for v in each.values() if torch.is_tensor(v)]
     mine = sum(local_part(each).nbytes for each in (*masters, *moments) if each.ndim)
     return mine, sum(shard.nbytes for shard in shards)
 
 
-def _dtypes(learner: Learner) -> dict[str, set[torch.dtype]]:
-    state = learner.strategy.state()
-    packed = {id(m.weight) for m in learner.model.modules() if isinstance(m, QuantisedLinear)}
-    frozen = [p for p in learner.model.parameters() if not p.requires_grad]
+def _dtypes(train_state: TrainState) -> dict[str, set[torch.dtype]]:
+    state = train_state.strategy.state()
+    packed = {id(m.weight) for m in train_state.model.modules() if isinstance(m, QuantizedLinear)}
+    frozen = [p for p in train_state.model.parameters() if not p.requires_grad]
     return {
         "trained": {shard.local.dtype for shard in state.weights.values()},
         "moments": {s.local.dtype for each in state.moments.values() for s in each.values()},

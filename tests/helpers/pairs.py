@@ -1,4 +1,4 @@
-"""A few cells of a grid in which every two values of any two axes meet."""
+"""A few cells of a grid that contain every pair of values of any two axes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def pairs_of(cell: Cell) -> set[Pair]:
 
 
 def cover(cells: Sequence[Cell]) -> list[Cell]:
-    """Some of `cells`, in their order, with every pair that stands in any of them.
+    """Some of `cells`, in their order, with every pair that is in any of them.
 
     Greedy: the next one has the most pairs that are still missing, and among such cells the pairs
-    that were chosen least. A pair that only cells left out of `cells` have is nobody's.
+    that were chosen least often.
     """
     pairs = [pairs_of(cell) for cell in cells]
     missing = set[Pair]().union(*pairs)

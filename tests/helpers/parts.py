@@ -1,197 +1,257 @@
-"""Build the parts of a run as the worker does, and a plain PyTorch loop to hold them against."""
+"""Train a case by the product's own parts, and by a plain PyTorch loop to compare with."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from launcher import loop
-from launcher.checkpoint.learner import Learner
-from launcher.checkpoint.save import Saver
-from launcher.config import store
-from launcher.config.data import DataConfig
-from launcher.config.method import METHODS as METHOD_SCHEMAS
-from launcher.config.model import ModelConfig
-from launcher.config.optimizer import OPTIMIZERS as OPTIMIZER_SCHEMAS
-from launcher.config.precision import PRECISIONS as PRECISION_SCHEMAS
-from launcher.config.scheduler import CosineConfig
-from launcher.config.strategy import STRATEGIES as STRATEGY_SCHEMAS
-from launcher.config.training import CheckpointConfig, TrainingConfig
-from launcher.data.dataset import load_data
-from launcher.data.loader import Loader
-from launcher.data.order import Shuffled
-from launcher.data.packing import one_each, pack
-from launcher.distributed.process_group import Place
+from launcher.config import Config, store
+from launcher.config.schema.method import METHODS
+from launcher.config.schema.optimizer import OPTIMIZERS
+from launcher.config.schema.precision import PRECISIONS
+from launcher.config.schema.scheduler import SCHEDULERS
+from launcher.config.schema.strategy import STRATEGIES
+from launcher.data.build import build_loaders
+from launcher.data.loader import Loader, StepBatch
+from launcher.distributed.process_group import RankInfo
+from launcher.errors import UserError
 from launcher.method import build_method
 from launcher.method.base import Method
-from launcher.method.fused import fuse_adapters
-from launcher.model.compiled import compile_layers
-from launcher.model.head import chunk_loss
-from launcher.model.kernels import use_kernels
-from launcher.model.load import Weights, build_model
-from launcher.model.noise import add_noise
-from launcher.model.recompute import recompute_activations
 from launcher.model.tokenizer import load_tokenizer
-from launcher.optimizer import build_optimizer
-from launcher.precision import Precision, precision_of
-from launcher.run_dir import RunDir
-from launcher.scheduler import build_scheduler
-from launcher.strategy import Strategy, build_strategy
-from tests.config.test_schema import composed
+from launcher.strategy import Strategy
+from launcher.training import loop
+from launcher.training.build import build_train_state
+from launcher.training.loop import Plan, StepLoader, StepLoaders, StopRequested
+from launcher.training.metrics import StepStats
+from launcher.training.scheduler import Schedule, build_scheduler
+from launcher.training.state import Progress, TrainState
+from launcher.training.throughput import ThroughputMeter
+from tests.helpers.compose import composed_raw
 
 SEED = 3
-MAX_NORM = 0.5  # below the gradient norms of these runs: clipping takes part
+MAX_NORM = 0.5  # below the gradient norms of these runs, so that gradients are clipped
 CPU = torch.device("cpu")
+Options = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One cell of the grid."""
+    """What a test trains, as the few settings in which tests differ."""
 
     model: Path
     data: Path
     method: str = "lora"
+    method_options: Options = field(default_factory=dict)
     strategy: str = "fsdp"
+    strategy_options: Options = field(default_factory=dict)
     precision: str = "fp32"
-    precision_options: tuple[tuple[str, Any], ...] = ()
-    method_options: tuple[tuple[str, Any], ...] = ()
-    strategy_options: tuple[tuple[str, Any], ...] = ()
-    optimizer_name: str = "adamw"
-    optimizer_options: tuple[tuple[str, Any], ...] = ()
-    activation_checkpointing: str = "off"
-    loss: str = "chunked"
-    kernels: str = "torch"
-    compiled: bool = False
-    neftune_alpha: float | None = None
+    precision_options: Options = field(default_factory=dict)
+    optimizer: str = "adamw"
+    optimizer_options: Options = field(default_factory=dict)
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
+    scheduler: str = "cosine"
+    scheduler_options: Options = field(default_factory=dict)
     steps: int = 20
     global_batch_size: int = 6
     micro_batch_size: int = 1
     packing: bool = False
+    training_options: Options = field(default_factory=dict)
 
-    def build_method(self) -> Method:
-        options = dict(self.method_options)
-        if self.method in ("lora", "qlora"):
-            options = {"rank": 4, **options}
-        return build_method(METHOD_SCHEMAS[self.method](name=self.method, **options))
+    def __hash__(self) -> int:
+        return hash(repr(self))  # options are mappings; equal ones may be cached apart
 
-    def build_precision(self) -> Precision:
-        schema = PRECISION_SCHEMAS[self.precision]
-        return precision_of(schema(name=self.precision, **dict(self.precision_options)))
-
-    def optimizer(self, trained: Any) -> torch.optim.Optimizer:
+    def config(self) -> Config:
+        """The whole configuration. Do not change what it holds: sections are shared."""
+        defaults = _defaults()
+        rank = {"rank": 4} if self.method in ("lora", "qlora") else {}
+        warmup = {"warmup_steps": 3} if self.scheduler == "cosine" else {}
         rates = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
-        schema = OPTIMIZER_SCHEMAS[self.optimizer_name]
-        config = schema(**rates, **dict(self.optimizer_options))
-        return build_optimizer(config, trained, self.build_method().rate)
-
-    def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        config = CosineConfig(name="cosine", warmup_steps=3)
-        return build_scheduler(config, optimizer, self.steps)
-
-    def loader(self, rank: int, world_size: int, micro_batch_size: int) -> Loader:
-        tokenizer = load_tokenizer(self.model, False)
-        config = DataConfig(path=str(self.data), max_length=96, pad_to_multiple_of=8)
-        rows = load_data(config, tokenizer).rows
-        numbers = np.arange(len(rows))
-        sequences = pack(numbers, rows.lengths, 96) if self.packing else one_each(numbers)
-        return Loader(
-            rows,
-            sequences,
-            Shuffled(SEED, len(sequences)),
-            rank=rank,
-            world_size=world_size,
-            micro_batch_size=micro_batch_size,
-            global_batch_size=self.global_batch_size,
-            pad_to_multiple_of=8,
-            pad_token_id=tokenizer.pad_token_id,
-            packed=self.packing,
+        return replace(
+            defaults,
+            model=replace(defaults.model, name_or_path=str(self.model)),
+            data=replace(
+                defaults.data,
+                path=str(self.data),
+                max_length=96,
+                pad_to_multiple_of=8,
+                packing=self.packing,
+            ),
+            method=METHODS[self.method](name=self.method, **{**rank, **self.method_options}),
+            strategy=STRATEGIES[self.strategy](name=self.strategy, **self.strategy_options),
+            precision=PRECISIONS[self.precision](name=self.precision, **self.precision_options),
+            optimizer=OPTIMIZERS[self.optimizer](**rates, **self.optimizer_options),
+            scheduler=SCHEDULERS[self.scheduler](
+                name=self.scheduler, **{**warmup, **self.scheduler_options}
+            ),
+            training=replace(
+                defaults.training,
+                max_steps=self.steps,
+                micro_batch_size=self.micro_batch_size,
+                global_batch_size=self.global_batch_size,
+                max_grad_norm=MAX_NORM,
+                seed=SEED,
+                **self.training_options,
+            ),
         )
 
+    def with_training(self, **changes: Any) -> Case:
+        return replace(self, training_options={**self.training_options, **changes})
 
-def set_up(place: Place, case: Case) -> tuple[Strategy, Method, Loader]:
-    strategy, method, _ = build(place, case)
-    return strategy, method, case.loader(place.rank, place.world_size, case.micro_batch_size)
+    def build_method(self) -> Method:
+        return build_method(self.config().method)
+
+    def build_scheduler(self, optimizer: torch.optim.Optimizer) -> Schedule:
+        return build_scheduler(self.config().scheduler, optimizer, self.steps)
+
+    def loader(self, rank: int = 0, world_size: int = 1, **changes: Any) -> Loader:
+        """The batches of a rank. `changes`: to the section `training`."""
+        return _loader(_with_training(self.config(), **changes), rank, world_size)[0]
 
 
-def build(place: Place, case: Case) -> tuple[Strategy, Method, Weights | None]:
-    method = case.build_method()
-    model, weights = build_model(
-        ModelConfig(name_or_path=str(case.model)),
-        case.model,
-        SEED,
-        case.build_precision().compute,
-        case.packing,
+@cache
+def _defaults() -> Config:
+    return store.build(composed_raw())
+
+
+def _with_training(config: Config, **changes: Any) -> Config:
+    return replace(config, training=replace(config.training, **changes))
+
+
+def _loader(config: Config, rank: int, world_size: int) -> tuple[Loader, str]:
+    """The batches of a rank, and the fingerprint of the rows."""
+    loaders = build_loaders(
+        config.data,
+        config.training,
+        load_tokenizer(Path(config.model.name_or_path), trust_remote_code=False),
+        rank,
+        world_size,
+        say=lambda line: None,
+        check=lambda: None,
     )
-    use_kernels(model, case.kernels)
-    model = method.prepare(model, SEED, weights)
-    fuse_adapters(model)
-    add_noise(model, case.neftune_alpha)
-    recompute_activations(model, case.activation_checkpointing)
-    if case.compiled:
-        compile_layers(model)
-    chunk_loss(model, case.loss)
-    schema = STRATEGY_SCHEMAS[case.strategy]
-    config = schema(name=case.strategy, **dict(case.strategy_options))
-    training = TrainingConfig(
-        micro_batch_size=case.micro_batch_size,
-        global_batch_size=case.global_batch_size,
-        max_grad_norm=MAX_NORM,
+    return loaders.training, loaders.fingerprint
+
+
+def build(rank_info: RankInfo, config: Config) -> tuple[TrainState, Loader]:
+    """What the worker builds on a rank: what is trained, and its batches."""
+    steps, folder = config.training.max_steps, Path(config.model.name_or_path)
+    assert steps is not None
+    loader, fingerprint = _loader(config, rank_info.rank, rank_info.world_size)
+    train_state = build_train_state(
+        config, folder, rank_info, fingerprint, steps, log=lambda line: None
     )
-    strategy = build_strategy(config, training, place, case.build_precision())
-    strategy.setup(model, weights, case.optimizer)
-    return strategy, method, weights
+    return train_state, loader
 
 
-def learner(
-    place: Place, case: Case, strategy: Strategy, method: Method, **options: Any
-) -> Learner:
-    """As the worker makes it."""
-    about = {"base": {"name_or_path": str(case.model), "revision": None}, "data": "rows"}
-    return Learner(
-        strategy,
-        method,
-        strategy._bare if hasattr(strategy, "_bare") else strategy.model,
-        case.scheduler(strategy.optimizer),
-        place,
-        dist.new_group(backend="gloo"),
-        {**about, "ranks": place.world_size},
-        **options,
+def set_up(rank_info: RankInfo, case: Case) -> tuple[TrainState, Loader]:
+    return build(rank_info, case.config())
+
+
+class Recorder:
+    """An observer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.calls: list[str] = []
+
+    def start(self, done_steps: int, total_steps: int) -> None:
+        self.calls.append(f"start {done_steps} {total_steps}")
+
+    def log(self, records: list[dict[str, Any]]) -> None:
+        self.calls.append("log")
+        self.records += records
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        return [record for record in self.records if "loss" in record]
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        return [record for record in self.records if "eval_loss" in record]
+
+    def column(self, name: str) -> list[Any]:
+        """This value of every step."""
+        return [record[name] for record in self.steps]
+
+
+class NoCheckpoints:
+    """Saves nothing, and notes when it is asked to; a save of step `fails_at` in the background
+    fails."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.steps: list[int] = []
+        self.fails_at = fails_at
+
+    def save(self, step: int, tokens: int, eval_loss: float | None) -> None:
+        self.finish()
+        self.steps.append(step)
+
+    def failed(self) -> bool:
+        return self.fails_at in self.steps
+
+    def finish(self) -> None:
+        if self.failed():
+            raise UserError("no space left")
+
+
+def plan(total_steps: int, **changes: Any) -> Plan:
+    """Of a whole training that logs every step, saves at its end and does not evaluate."""
+    usual = {"eval_steps": None, "save_steps": None, "log_steps": 1}
+    options = {"end_step": total_steps, "max_grad_norm": MAX_NORM, **usual, **changes}
+    return Plan(total_steps, **options)
+
+
+def fit(
+    train_state: TrainState,
+    loader: StepLoader,
+    plan: Plan,
+    observer: Recorder,
+    checkpoints: loop.Checkpoints | None = None,
+    *,
+    evaluation: StepLoader | None = None,
+    stop_requested: StopRequested = lambda: False,
+    done: Progress | None = None,
+    meter: ThroughputMeter | None = None,
+) -> int:
+    """The product's loop, with defaults for what a test leaves alone; the last step done."""
+    return loop.fit(
+        train_state,
+        StepLoaders(loader, evaluation),
+        plan,
+        [observer],
+        checkpoints or NoCheckpoints(),
+        stop_requested,
+        done or Progress(),
+        meter or ThroughputMeter(train_state.rank_info.device),
     )
 
 
-def saver(learner: Learner, folder: Path, **options: Any) -> Saver:
-    """As the worker makes it, for a run in `folder`."""
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(store.dump(store.build(composed())))
-    return Saver(learner, RunDir(folder), CheckpointConfig(**options))
+def train(rank_info: RankInfo, case: Case) -> tuple[TrainState, list[float]]:
+    """Train a case to its end; the losses of all steps."""
+    train_state, loader = set_up(rank_info, case)
+    recorder = Recorder()
+    fit(train_state, loader, plan(case.steps), recorder)
+    return train_state, recorder.column("loss")
 
 
-def train_step(strategy: Strategy, window: Any, device: torch.device = CPU) -> Any:
-    """One step as `fit` does it."""
-    targets = strategy.sum(window.target_tokens).item()
-    return loop.train_step(strategy, window, targets, MAX_NORM, device)
+def losses(rank_info: RankInfo, case: Case) -> list[float]:
+    return train(rank_info, case)[1]
 
 
-def train(place: Place, case: Case) -> tuple[Strategy, Method, list[float]]:
-    """Train as `fit` does; the losses of all steps."""
-    strategy, method, loader = set_up(place, case)
-    scheduler = case.scheduler(strategy.optimizer)
-    losses = []
-    strategy.model.train()
-    for step in range(case.steps):
-        stats = train_step(strategy, loader.window(step))
-        scheduler.step()
-        losses.append(strategy.sum(stats.loss).item())
-    return strategy, method, losses
+def train_step(strategy: Strategy, step_batch: StepBatch, device: torch.device = CPU) -> StepStats:
+    """One step of the loop by itself."""
+    targets = int(strategy.sum(step_batch.target_tokens).item())
+    return loop.train_step(strategy, step_batch, targets, MAX_NORM, device)
 
 
 def plain_model(case: Case) -> torch.nn.Module:
@@ -200,21 +260,26 @@ def plain_model(case: Case) -> torch.nn.Module:
     return case.build_method().prepare(model, SEED)
 
 
-def plain_loss(model: torch.nn.Module, window: Any) -> torch.Tensor:
-    """Mean loss over the target tokens of a window, all rows in one batch, with attention mask."""
-    (batch,) = window.micro_batches
+def plain_loss(model: torch.nn.Module, step_batch: StepBatch) -> torch.Tensor:
+    """Mean loss over the target tokens of a step batch that is one micro-batch."""
+    (batch,) = step_batch.micro_batches
     labels = batch.input_ids.roll(-1, dims=1).flatten()
     real = batch.target_ids >= 0
-    at, ids = batch.target_at[real], batch.target_ids[real]
+    at, ids = batch.target_positions[real], batch.target_ids[real]
     assert torch.equal(labels[at], ids)
     logits = model(input_ids=batch.input_ids).logits
     return cross_entropy(logits.flatten(0, 1)[at], ids)
 
 
+def plain_loader(case: Case) -> Loader:
+    """Whole steps: one rank, and all rows of a step in one micro-batch."""
+    return case.loader(micro_batch_size=case.global_batch_size)
+
+
 def plain_gradients(case: Case) -> dict[str, torch.Tensor]:
     """Gradients of the first step, by name, without clipping."""
     model = plain_model(case)
-    plain_loss(model, case.loader(0, 1, case.global_batch_size).window(0)).backward()
+    plain_loss(model, plain_loader(case).step_batch(0)).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -222,23 +287,41 @@ def plain_losses(case: Case, model: torch.nn.Module | None = None) -> list[float
     """A textbook PyTorch loop: one process, no sharding, no accumulation. `model`: to train instead
     of the case's own."""
     model = (model or plain_model(case)).train()
-    loader = case.loader(0, 1, case.global_batch_size)
     trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.ndim >= 2]
-    spared = [p for p in trained if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": case.weight_decay},
-            {"params": spared, "weight_decay": 0.0},
-        ],
+        decayed_and_not(trained, case.weight_decay),
         lr=case.learning_rate,
         fused=False,
         foreach=False,
     )
-    scheduler = case.scheduler(optimizer)
+    return plain_losses_by(case, model, optimizer)
+
+
+@cache
+def expected_losses(case: Case) -> list[float]:
+    return plain_losses(case)
+
+
+def decayed_and_not(
+    parameters: list[torch.nn.Parameter], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Parameter groups: matrices with `weight_decay`, vectors without."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def plain_losses_by(
+    case: Case, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> list[float]:
+    """The same loop around any optimizer."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    loader, scheduler = plain_loader(case), case.build_scheduler(optimizer)
     losses = []
     for step in range(case.steps):
-        loss = plain_loss(model, loader.window(step))
+        loss = plain_loss(model, loader.step_batch(step))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, MAX_NORM)
         optimizer.step()

@@ -7,74 +7,123 @@ import gc
 import importlib
 import multiprocessing
 import os
+import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-PATIENCE_SECONDS = 120
+from launcher.errors import UserError
+
+PATIENCE_SECONDS = 300  # a deadline of one run: below pytest's timeout
+PATIENCE_AFTER_FAILURE = 30  # for the other ranks, which often wait for the one that failed
 PRELOADED = ["tests.helpers.parts", "deepspeed"]
 
 
 class RankPool:
-    """`run(world, function, *args)` calls `function(place, *args)` on `world` ranks of one process
-    group and returns their results in order of rank. Functions are module-level: they travel by
-    name."""
+    """`run(world, function, *args)` calls `function(rank_info, *args)` on `world` ranks of one
+    process group and returns their results in order of rank. Functions must be module-level: they
+    are sent by name.
 
-    def __init__(self, size: int, method: str = "spawn") -> None:
+    If a rank fails, `run` raises AssertionError and kills all ranks, because their state is
+    unknown; the next `run` starts new ones. For an expected error there is `message_of_error`."""
+
+    def __init__(
+        self, size: int, method: str = "spawn", preloaded: Sequence[str] = PRELOADED
+    ) -> None:
         """`method="forkserver"`: after the first such pool one starts in no time, for ranks that
-        are going to die."""
-        context = multiprocessing.get_context(method)
-        multiprocessing.set_forkserver_preload(PRELOADED)
+        will be killed. `preloaded`: modules that ranks import when they start."""
+        self._size, self._preloaded = size, list(preloaded)
+        self._context = multiprocessing.get_context(method)
+        multiprocessing.set_forkserver_preload(self._preloaded)
         self._scratch = tempfile.TemporaryDirectory(prefix="shardway-ranks-")
         self._runs = 0
         self._pipes: list[Connection] = []
-        self._processes = []
-        for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank), daemon=True)
-            process.start()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        self._processes: list[Any] = []
+        self._start()
 
     def run(
         self, world: int, function: Callable[..., Any], *args: Any, **options: Any
     ) -> list[Any]:
+        if not self._processes:
+            self._start()
         self._runs += 1
         store = str(Path(self._scratch.name) / f"store-{self._runs}")
-        for pipe in self._pipes[:world]:
-            pipe.send((functools.partial(function, **options), args, world, store))
-        results, failures = [], []
-        for rank, pipe in enumerate(self._pipes[:world]):
-            if not pipe.poll(PATIENCE_SECONDS):
-                failures.append(f"rank {rank} gave no answer in {PATIENCE_SECONDS} s")
-                continue
-            try:
-                fine, answer = pipe.recv()
-            except EOFError:
-                fine, answer = False, "died"
-            results.append(answer)
-            if not fine:
-                failures.append(f"rank {rank}:\n{answer}")
-        assert not failures, "\n".join(failures)
-        return results
+        try:
+            for pipe in self._pipes[:world]:
+                pipe.send((functools.partial(function, **options), args, world, store))
+            return self._results(world)
+        except BaseException:  # also pytest's timeout: a late answer must not reach the next run
+            self._kill()
+            raise
 
     def close(self) -> None:
         for pipe, process in zip(self._pipes, self._processes, strict=True):
             if process.is_alive():
                 pipe.send(None)
             process.join(10)
+        self._kill()
         self._scratch.cleanup()
 
+    def _start(self) -> None:
+        for rank in range(self._size):
+            ours, theirs = self._context.Pipe()
+            arguments = (theirs, rank, self._preloaded)
+            process = self._context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            theirs.close()  # otherwise the death of the rank would not end the pipe
+            self._pipes.append(ours)
+            self._processes.append(process)
 
-def _serve(pipe: Connection, rank: int) -> None:
+    def _results(self, world: int) -> list[Any]:
+        """What the ranks answer. Raises AssertionError if one of them fails, dies or hangs."""
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes[:world])}
+        start = time.monotonic()
+        end = start + PATIENCE_SECONDS
+        while waiting and (ready := wait(list(waiting), max(0, end - time.monotonic()))):
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = waiting.pop(pipe)
+                try:
+                    succeeded, results[rank] = pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    succeeded, results[rank] = False, "died"
+                if not succeeded:
+                    failures[rank] = f"rank {rank}:\n{results[rank]}"
+                    end = min(end, time.monotonic() + PATIENCE_AFTER_FAILURE)
+        for rank in waiting.values():
+            failures[rank] = f"rank {rank} gave no answer in {time.monotonic() - start:.0f} s"
+        assert not failures, "\n".join(failures[rank] for rank in sorted(failures))
+        return [results[rank] for rank in range(world)]
+
+    def _kill(self) -> None:
+        for pipe, process in zip(self._pipes, self._processes, strict=True):
+            process.kill()
+            process.join()
+            pipe.close()
+        self._pipes, self._processes = [], []
+
+
+def message_of_error(rank_info: Any, function: Callable[..., Any], *args: Any) -> str:
+    """The message of the UserError that `function` raises on this rank."""
+    try:
+        function(rank_info, *args)
+    except UserError as error:
+        return str(error)
+    raise AssertionError(f"{function.__name__} raised no UserError")
+
+
+def _serve(pipe: Connection, rank: int, preloaded: list[str]) -> None:
     import torch
 
     torch.set_num_threads(1)
     # Half a million objects, which else every collection would walk through, half a second long.
-    for name in PRELOADED:
+    for name in preloaded:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()
@@ -84,7 +133,7 @@ def _serve(pipe: Connection, rank: int) -> None:
             pipe.send((True, _in_group(rank, world, store, function, args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
-    os._exit(0)  # taking all modules apart would take seconds
+    os._exit(0)  # a regular exit takes seconds
 
 
 def _in_group(rank: int, world: int, store: str, function: Callable[..., Any], args: Any) -> Any:
@@ -92,7 +141,7 @@ def _in_group(rank: int, world: int, store: str, function: Callable[..., Any], a
     import torch.distributed as dist
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-    from launcher.distributed.process_group import Place
+    from launcher.distributed.process_group import RankInfo
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     try:
@@ -100,7 +149,7 @@ def _in_group(rank: int, world: int, store: str, function: Callable[..., Any], a
             "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world
         )
         dist.barrier()  # a rank that is done at once would hang up on one that still connects
-        return function(Place(rank, rank, world, world, torch.device("cpu")), *args)
+        return function(RankInfo(rank, rank, world, world, torch.device("cpu")), *args)
     finally:
         _forget_deepspeed()
         _clear_sharding_prop_cache()  # it keeps meshes, which keep groups
@@ -112,6 +161,8 @@ def _in_group(rank: int, world: int, store: str, function: Callable[..., Any], a
 
 def _forget_deepspeed() -> None:
     """It keeps engines by hooks in autograd, which Python cannot see, and groups that are gone."""
+    if "deepspeed" not in sys.modules:
+        return
     from deepspeed import DeepSpeedEngine
     from deepspeed.comm import comm
     from deepspeed.runtime.zero import partition_parameters

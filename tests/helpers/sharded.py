@@ -1,7 +1,8 @@
-"""Checkpoints that DeepSpeed's own engine writes of a tiny model, and the weights it then held."""
+"""Checkpoints that DeepSpeed's own engine saves of a tiny model, and the weights it had then."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from launcher.distributed.process_group import Place
+from launcher.distributed.process_group import RankInfo
 
 SEED = 5
 VOCAB = 1001  # divides by no number of ranks
@@ -54,14 +55,8 @@ def tiny_llama(tied: bool = False, seed: int = SEED) -> nn.Module:
     return model
 
 
-def _loaded(base: Path) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-
-
-def save_zero(place: Place, folder: Path, kind: Trained) -> dict[str, torch.Tensor]:
-    """Train two steps under ZeRO and save; name → the weights as they then are, on every rank."""
+def save_zero(rank_info: RankInfo, folder: Path, kind: Trained) -> dict[str, torch.Tensor]:
+    """Train two steps under ZeRO and save; the weights by name as they are then, on every rank."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -79,19 +74,37 @@ def save_zero(place: Place, folder: Path, kind: Trained) -> dict[str, torch.Tens
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=1e-2)
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=_config(kind, place.world_size),
+        model=model, optimizer=optimizer, config=_config(kind, rank_info.world_size),
         dist_init_required=False,
     )  # fmt: skip
     for step in range(2):
-        torch.manual_seed(step * 10 + place.rank)
+        torch.manual_seed(step * 10 + rank_info.rank)
         tokens = torch.randint(model.config.vocab_size, (1, 12))
         engine.backward(engine(input_ids=tokens, labels=tokens).loss)
         engine.step()
     engine.save_checkpoint(str(folder), exclude_frozen_parameters=kind.exclude_frozen)
-    return _live(engine.module, kind)
+    return _weights_of(engine.module, kind)
 
 
-def _live(model: nn.Module, kind: Trained) -> dict[str, torch.Tensor]:
+def to_universal(folder: Path) -> None:
+    """Let DeepSpeed convert `folder/zero`, saved after two steps, into `folder/universal`."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    options = argparse.Namespace(
+        input_folder=str(folder / "zero" / "global_step2"), output_folder=str(folder / "universal"),
+        num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False, strict=True,
+        inject_missing_state=True,
+    )  # fmt: skip
+    ds_to_universal.main(options)
+
+
+def _loaded(base: Path) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+
+def _weights_of(model: nn.Module, kind: Trained) -> dict[str, torch.Tensor]:
     import deepspeed
 
     found = {name: buffer.clone() for name, buffer in model.named_buffers() if "inv" not in name}

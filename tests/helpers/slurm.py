@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+
+from tests.helpers.commands import SHARDWAY
 
 PATH = f"{os.environ['PATH']}:/usr/sbin"
 PACKAGES = "slurmctld slurmd slurm-client munge"
@@ -59,6 +62,9 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 
 NODE = "NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs=8 RealMemory=4000"
 NETWORK = "10.213.77"  # of nodes that are apart
+
+LONG = ("model=tiny", "strategy=ddp", "training.epochs=null", "training.global_batch_size=8")
+LONG += ("training.max_steps=120", "training.log_steps=1", "tracking.plot=false")
 
 
 def missing(apart: bool = False) -> str | None:
@@ -210,7 +216,7 @@ class Slurm:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Neighbours in number."""
+    """Neighbors in number."""
     for first in range(17000, 30000, count):
         with contextlib.ExitStack() as held:
             try:
@@ -220,3 +226,27 @@ def _free_ports(count: int) -> list[int]:
             except OSError:
                 continue
     raise OSError("no free ports")
+
+
+def submit(slurm: Slurm, cwd: Path, *words: str) -> str:
+    """Queue a training; the job's number."""
+    done = subprocess.run(
+        [*SHARDWAY, "train", "cluster=slurm", *words],
+        cwd=cwd, env=slurm.environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    queued = re.search(r"job (\d+) is in the queue", done.stdout)
+    assert queued, done.stdout
+    return queued[1]
+
+
+def verb(slurm: Slurm, cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """One `shardway …` on the login node."""
+    return subprocess.run(
+        [*SHARDWAY, *words], cwd=cwd, env=slurm.environment, capture_output=True, text=True
+    )
+
+
+def out_of(run: Path) -> str:
+    """What the jobs of a run have printed."""
+    return "\n".join(file.read_text() for file in sorted((run / "logs").glob("slurm-*.out")))

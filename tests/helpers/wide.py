@@ -1,4 +1,4 @@
-"""A model of which a layer's state is worth moving."""
+"""A model whose layers are large enough that offloading moves their state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def make_wide(tiny: Path, folder: Path, layers: int) -> Path:
-    """The tiny model's tokenizer before layers of four million parameters each, into `folder`."""
+    """Write a model of `layers` × four million parameters, with the tokenizer of `tiny`."""
     shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -10,31 +10,44 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from launcher.errors import UserError
-from launcher.method.offsets import LowRank, joined, settings_of
+from launcher.method.initial_delta import LowRankDelta, add_initial_deltas, rank_settings
 from tests.helpers import parts
 from tests.helpers.exports import make_adapter
 from tests.helpers.parts import Case
 
 
 def prepared(model: Path, method: str, **options: Any) -> Any:
-    return parts.plain_model(
-        Case(model, model, method=method, method_options=tuple(options.items()))
-    )
+    return parts.plain_model(Case(model, model, method=method, method_options=options))
 
 
 @pytest.mark.parametrize(
     ("method", "options", "sentence"),
     [
-        ("freeze", {"layers": 9}, r"method.layers=9, and the model has 2 layers"),
-        ("freeze", {"layers": -3}, r"method.layers=-3, and the model has 2 layers"),
-        ("freeze", {"modules": ["attention"]}, r"attention is the name of no module .*self_attn"),
-        ("freeze", {"extra_modules": ["q_proj"]}, r"q_proj is the name of no .*embed_tokens"),
-        ("freeze", {"extra_modules": ["rotary_emb"]}, r"rotary_emb is the name of no module"),
-        ("lora", {"rank_pattern": {"w_proj": 4}}, "rank_pattern: w_proj is the name of no"),
-        ("lora", {"alpha_pattern": {"lm_head": 4.0}}, "alpha_pattern: lm_head is the name of no"),
-        ("lora", {"modules_to_save": ["head"]}, "modules_to_save: head is the name of no module"),
-        ("lora", {"pissa": True, "rank": 200}, "rank 200 is more than .*q_proj has directions"),
-        ("lora", {"adapter": "/nowhere"}, "method.adapter=/nowhere holds no adapter"),
+        ("freeze", {"layers": 9}, r"method.layers=9, but the model has 2 layers"),
+        ("freeze", {"layers": -3}, r"method.layers=-3, but the model has 2 layers"),
+        (
+            "freeze",
+            {"modules": ["attention"]},
+            r"no module inside a layer is named attention.*self_attn",
+        ),
+        ("freeze", {"extra_modules": ["q_proj"]}, r"no module .* is named q_proj.*embed_tokens"),
+        ("freeze", {"extra_modules": ["rotary_emb"]}, r"no module .* is named rotary_emb"),
+        (
+            "lora",
+            {"rank_pattern": {"w_proj": 4}},
+            "rank_pattern: no adapted module is named w_proj",
+        ),
+        # A pattern names whole parts of a module's path.
+        ("lora", {"rank_pattern": {"proj": 4}}, "rank_pattern: no adapted module is named proj"),
+        ("lora", {"rank_pattern": {"q_pro": 4}}, "rank_pattern: no adapted module is named q_pro"),
+        (
+            "lora",
+            {"alpha_pattern": {"lm_head": 4.0}},
+            "alpha_pattern: no adapted module is named lm_head",
+        ),
+        ("lora", {"modules_to_save": ["head"]}, "modules_to_save: no module is named head"),
+        ("lora", {"pissa": True, "rank": 200}, "rank 200 is more than .* directions of .*q_proj"),
+        ("lora", {"adapter": "/nowhere"}, "method.adapter=/nowhere contains no adapter"),
     ],
 )
 def test_one_sentence_each(tiny: Path, method: str, options: dict[str, Any], sentence: str) -> None:
@@ -44,7 +57,9 @@ def test_one_sentence_each(tiny: Path, method: str, options: dict[str, Any], sen
 
 def test_an_adapter_that_is_more_than_lora_is_not_merged_first(tiny: Path, tmp_path: Path) -> None:
     saved = make_adapter(tiny, tmp_path / "saved", modules_to_save=["lm_head"])
-    with pytest.raises(UserError, match=r"no plain LoRA \(.*lm_head.*shardway consolidate"):
+    with pytest.raises(
+        UserError, match=r"not a plain LoRA adapter \(.*lm_head.*shardway consolidate"
+    ):
         prepared(tiny, "lora", merge_first=[str(saved)])
 
 
@@ -66,17 +81,17 @@ def test_an_adapter_of_another_model_is_refused(tiny: Path, tmp_path: Path) -> N
     save_file(wide, one / "adapter_model.safetensors")
     for key in ("adapter", "merge_first"):
         value: Any = str(one) if key == "adapter" else [str(one)]
-        with pytest.raises(UserError, match=r"another model's|its delta"):
+        with pytest.raises(UserError, match=r"another model|its delta"):
             prepared(tiny, "lora", **{key: value})
 
 
 def test_offsets_become_one_adapter_of_larger_rank() -> None:
     torch.manual_seed(0)
-    own, other = (LowRank(torch.randn(5, r), torch.randn(r, 7)) for r in (2, 3))
-    every = joined({"a": (own, 0.5)}, {"a": other, "b": other})
+    own, other = (LowRankDelta(torch.randn(5, r), torch.randn(r, 7)) for r in (2, 3))
+    every = add_initial_deltas({"a": (own, 0.5)}, {"a": other, "b": other})
     low, scale = every["a"]
     torch.testing.assert_close(scale * low.product(), 0.5 * own.product() + other.product())
-    said = settings_of(every)
+    said = rank_settings(every)
     ranks = {"a": 5, "b": 3}
     for module, (low, scale) in every.items():
         rank = said["rank_pattern"].get(module, said["r"])

@@ -1,7 +1,7 @@
 """Liger's kernels compute what the chunked head and the modules of transformers do.
 
 They run on CPU, in Triton's interpreter, and in processes of their own: the interpreter is chosen
-as triton is imported, and Liger changes modelling files for the process that it is in.
+as triton is imported, and Liger changes modeling files for the process that it is in.
 """
 
 from __future__ import annotations
@@ -17,15 +17,21 @@ import torch
 from torch import nn
 
 from launcher.cluster.devices import has_liger
-from launcher.distributed.process_group import Place
+from launcher.distributed.process_group import RankInfo
 from launcher.errors import UserError
-from launcher.model.head import ChunkedHead, LigerHead, Targets, chunk_loss, predicting
-from launcher.model.kernels import use_kernels
+from launcher.model.chunked_loss import (
+    ChunkedCrossEntropyHead,
+    LigerHead,
+    Targets,
+    loss_targets,
+    use_chunked_loss,
+)
+from launcher.model.liger import use_kernels
 from tests.helpers import interpreter, parts
 from tests.helpers.commands import losses, shardway
 from tests.helpers.parts import Case
 from tests.helpers.pool import RankPool
-from tests.model.test_head import batch_of, gradients, model_of
+from tests.helpers.random_models import batch_of, gradients, model_of
 
 pytestmark = pytest.mark.skipif(
     not has_liger(), reason="not installed: pip install liger-kernel triton"
@@ -54,10 +60,10 @@ class Head:
     below: bool = True  # what is below the head is trained
 
 
-def both(place: Place, case: Head) -> tuple[Found, Found]:
+def both(rank_info: RankInfo, case: Head) -> tuple[Found, Found]:
     """Loss and gradients of the chunked head and of Liger's."""
     interpreter.complete()
-    return head_gradients(case, ChunkedHead), head_gradients(case, LigerHead)
+    return head_gradients(case, ChunkedCrossEntropyHead), head_gradients(case, LigerHead)
 
 
 def head_gradients(case: Head, kind: type[nn.Linear]) -> Found:
@@ -69,7 +75,7 @@ def head_gradients(case: Head, kind: type[nn.Linear]) -> Found:
     at, ids = torch.zeros(32, dtype=torch.int64), torch.full((32,), -100)
     at[:20] = torch.randperm(32)[:20].sort().values
     ids[:20] = torch.randint(WORDS, (20,))
-    with predicting(Targets(at, ids, torch.Size([2, 16]), case.smoothing)):
+    with loss_targets(Targets(at, ids, torch.Size([2, 16]), case.smoothing)):
         loss = head(hidden)
         (loss * 3 / 7).backward()
     named = {"hidden": hidden, **dict(head.named_parameters())}
@@ -108,16 +114,19 @@ def test_in_bf16_it_is_as_near_to_fp32_as_the_chunked_head(interpreted: RankPool
         assert apart[1] <= times * apart[0], name
 
 
-def whole_model(place: Place) -> tuple[str, Any, Any, bool, torch.Size]:
+def whole_model(rank_info: RankInfo) -> tuple[str, Any, Any, bool, torch.Size]:
     """A step of a batch and of one without any target, by either head; then an evaluation."""
     interpreter.complete()
     batches = batch_of(1, 12, targets=7), batch_of(1, 8, targets=0)
     chunked = model_of("llama")
-    chunk_loss(chunked, "chunked")
+    use_chunked_loss(chunked, "chunked")
     model = model_of("llama")
-    said = chunk_loss(model, "liger")
+    said = use_chunked_loss(model, "liger")
     steps = gradients(chunked, *batches), gradients(model, *batches)
-    with torch.no_grad(), predicting(Targets(*dataclasses.astuple(batches[0])[1:3], (1, 12), 0.0)):
+    with (
+        torch.no_grad(),
+        loss_targets(Targets(*dataclasses.astuple(batches[0])[1:3], (1, 12), 0.0)),
+    ):
         loss = model(input_ids=batches[0].input_ids).logits
     shape = model(input_ids=batches[0].input_ids).logits.shape
     return said, *steps, loss.requires_grad, shape
@@ -132,7 +141,7 @@ def test_a_model_with_its_head(interpreted: RankPool) -> None:
     assert shape == (1, 12, 211)
 
 
-def with_kernels(place: Place, kind: str, settings: dict[str, Any]) -> tuple[str, Any, Any]:
+def with_kernels(rank_info: RankInfo, kind: str, settings: dict[str, Any]) -> tuple[str, Any, Any]:
     """Loss and gradients with Liger's kernels and before; all positions have targets but a few."""
     interpreter.complete()
     model, batch = model_of(kind, **settings), batch_of(2, 6, targets=9)
@@ -160,7 +169,7 @@ def test_a_model_with_liger_s_modules_computes_the_same(
     torch.testing.assert_close(found, before, rtol=2e-5, atol=2e-6)
 
 
-def refused(place: Place, kind: str) -> str:
+def refused(rank_info: RankInfo, kind: str) -> str:
     interpreter.complete()
     with pytest.raises(UserError) as error:
         use_kernels(model_of(kind), "liger")
@@ -173,10 +182,10 @@ def test_an_architecture_that_liger_does_not_know_is_refused(interpreted: RankPo
     assert said.endswith(" has no kernels for gpt2 → training.kernels=torch")
 
 
-def trained(place: Place, case: Case) -> list[float]:
-    if "liger" in (case.loss, case.kernels):
+def trained(rank_info: RankInfo, case: Case) -> list[float]:
+    if "liger" in case.training_options.values():
         interpreter.complete()
-    return parts.train(place, case)[2]
+    return parts.losses(rank_info, case)
 
 
 @pytest.mark.parametrize(
@@ -199,11 +208,11 @@ def test_two_ranks_train_alike(
     packing: bool,
 ) -> None:
     case = Case(
-        tiny, rows_file, method=method, strategy=strategy, activation_checkpointing=kept,
-        packing=packing, global_batch_size=2, steps=2,
+        tiny, rows_file, method=method, strategy=strategy, packing=packing, global_batch_size=2,
+        steps=2, training_options={"activation_checkpointing": kept},
     )  # fmt: skip
     expected = ranks.run(2, trained, case)
-    liger = dataclasses.replace(case, loss="liger", kernels="liger")
+    liger = case.with_training(loss="liger", kernels="liger")
     for found, plain in zip(interpreted.run(2, trained, liger), expected, strict=True):
         assert found == pytest.approx(plain, rel=1e-5)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +24,22 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from launcher.config.model import ModelConfig
-from launcher.distributed.process_group import Place
+from launcher.config.schema.model import ModelConfig
+from launcher.distributed.process_group import RankInfo
 from launcher.errors import UserError
-from launcher.model.attention import CAUSAL, KNOWN, attention_for
+from launcher.model.attention import CAUSAL, MASKLESS_MODEL_TYPES, choose_attention
 from launcher.model.load import SafetensorsFolder, build_model
 from launcher.model.tiny import byte_tokenizer, make_tiny
-from tests.helpers import parts
+from launcher.strategy.precision import precision_of
+from launcher.training.build import assemble, new_strategy
+from tests.helpers import checkpoints, parts
+from tests.helpers.checkpoints import QUESTION
 from tests.helpers.parts import Case
 
-QUESTION = torch.arange(3, 60).view(1, -1)
 
-
-def logits(place: Place, case: Case) -> torch.Tensor:
+def logits(rank_info: RankInfo, case: Case) -> torch.Tensor:
     """Logits at step 0, with the trained parameters attached."""
-    strategy, _, _ = parts.set_up(place, case)
-    strategy.model.eval()
-    with torch.no_grad():
-        return strategy.model(input_ids=QUESTION).logits
+    return checkpoints.answer(parts.set_up(rank_info, case)[0].strategy)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -96,10 +95,16 @@ def test_no_parameter_is_real_before_it_is_sharded(tiny: Path) -> None:
     assert {buffer.device.type for buffer in model.buffers()} == {"cpu"}
 
 
-def bytes_read(place: Place, case: Case) -> tuple[int, int]:
+def bytes_read(rank_info: RankInfo, case: Case) -> tuple[int, int]:
     """By this rank, and of all weights."""
-    _, _, weights = parts.build(place, case)
+    config = case.config()
+    compute = precision_of(config.precision).compute
+    model, weights = build_model(config.model, case.model, parts.SEED, compute)
     assert weights is not None
+    build = partial(new_strategy, config, rank_info)
+    assemble(
+        config, model, weights, case.build_method(), build, rank_info.device, log=lambda line: None
+    )
     whole = sum(weights.folder[name].shape.numel() for name in weights.folder.names)
     return weights.folder.bytes_read, whole * torch.bfloat16.itemsize
 
@@ -111,7 +116,7 @@ def bytes_read(place: Place, case: Case) -> tuple[int, int]:
 def test_a_rank_reads_its_own_part(
     ranks: Any, tiny: Path, rows_file: Path, method: str, strategy: str, world: int
 ) -> None:
-    """A quantised base is read once more, whole and one weight at a time, for its scales."""
+    """A quantized base is read once more, whole and one weight at a time, for its scales."""
     case = Case(tiny, rows_file, method=method, strategy=strategy, precision="bf16")
     answers = ranks.run(world, bytes_read, case)
     (whole,) = {whole for _, whole in answers}
@@ -159,16 +164,13 @@ def test_a_model_stored_in_another_layout_is_read_whole(
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-def test_a_damaged_folder_is_named(tmp_path: Path) -> None:
-    make_tiny(tmp_path / "tiny")
-    (tmp_path / "tiny" / "config.json").write_text("{")
-    with pytest.raises(UserError, match="tiny"):
-        build_model(
-            ModelConfig(name_or_path=str(tmp_path / "tiny")),
-            tmp_path / "tiny",
-            seed=0,
-            dtype=torch.float32,
-        )
+def test_the_config_of_a_damaged_folder_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    make_tiny(folder)
+    (folder / "config.json").write_text("{")
+    message = rf"^model\.name_or_path={folder} cannot be read: .*/config\.json' is not a valid JSON"
+    with pytest.raises(UserError, match=message):
+        build_model(ModelConfig(name_or_path=str(folder)), folder, seed=0, dtype=torch.float32)
 
 
 def test_an_index_that_lists_a_missing_file_is_named(tiny: Path, tmp_path: Path) -> None:
@@ -195,18 +197,18 @@ def test_an_index_that_lists_a_missing_file_is_named(tiny: Path, tmp_path: Path)
 def test_only_models_that_see_all_earlier_tokens_go_without_a_mask(
     config: Any, maskless: bool
 ) -> None:
-    assert (attention_for("sdpa", config) == CAUSAL) is maskless
-    assert attention_for("eager", config) == "eager"
+    assert (choose_attention("sdpa", config) == CAUSAL) is maskless
+    assert choose_attention("eager", config) == "eager"
 
 
-@pytest.mark.parametrize("model_type", KNOWN)
+@pytest.mark.parametrize("model_type", MASKLESS_MODEL_TYPES)
 def test_going_without_a_mask_changes_no_bit(model_type: str) -> None:
     """Every architecture on the list, against transformers' own sdpa."""
     config = AutoConfig.for_model(
         model_type, vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=None,
     )  # fmt: skip
-    assert attention_for("sdpa", config) == CAUSAL
+    assert choose_attention("sdpa", config) == CAUSAL
     found = []
     for attention in (CAUSAL, "sdpa"):
         torch.manual_seed(0)
@@ -249,8 +251,8 @@ def test_several_weight_files_without_an_index_are_refused(tiny: Path, tmp_path:
 @pytest.mark.parametrize(
     ("targets", "sentence"),
     [
-        (["q_proj", "nothing"], "nothing is the name of no module"),
-        (["all-linear", "q_proj"], "all-linear stands alone"),
+        (["q_proj", "nothing"], "no module is named nothing"),
+        (["all-linear", "q_proj"], "all-linear cannot be combined"),
         (["embed_tokens"], "embeddings cannot be adapted"),
         (["lm_head"], "lm_head is tied"),
     ],
@@ -258,7 +260,7 @@ def test_several_weight_files_without_an_index_are_refused(tiny: Path, tmp_path:
 def test_targets_that_would_be_ignored_or_lost_are_refused(
     tiny: Path, rows_file: Path, targets: list[str], sentence: str
 ) -> None:
-    case = Case(tiny, rows_file, method_options=(("target_modules", targets),))
+    case = Case(tiny, rows_file, method_options={"target_modules": targets})
     with pytest.raises(UserError, match=sentence):
         parts.plain_model(case)
 

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from launcher.model.peft import hidden
+from launcher.model.peft import hide_package
 
 WRAPPED = """
 import sys
-import launcher.assembly
+import launcher.training.build
 from importlib.util import find_spec
 from torch import nn
 from launcher.model.peft import PeftConfig, PeftLinear, get_peft_model
@@ -32,10 +32,10 @@ def test_a_rank_s_libraries_load_no_compiler() -> None:
 
 def test_only_what_is_not_loaded_can_be_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "colorsys", raising=False)
-    with hidden("colorsys"), pytest.raises(ImportError):
+    with hide_package("colorsys"), pytest.raises(ImportError):
         import colorsys
     import colorsys
 
-    with hidden("colorsys"):
+    with hide_package("colorsys"):
         assert sys.modules["colorsys"] is colorsys
     assert sys.modules["colorsys"] is colorsys

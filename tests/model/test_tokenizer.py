@@ -27,7 +27,7 @@ def test_conversations_need_a_template(mute: Path) -> None:
     assert load_tokenizer(mute, trust_remote_code=False, chat=False).chat_template is None
 
 
-def test_raw_text_is_learnt_without_one(mute: Path, tmp_path: Path) -> None:
+def test_raw_text_is_learned_without_one(mute: Path, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("once upon a time\n" * 40)
     done = shardway(
         *("train", "model=tiny", "model.name_or_path=./mute", "data=pretrain", "strategy=single"),

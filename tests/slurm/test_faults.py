@@ -17,8 +17,7 @@ import pytest
 import torch
 
 from tests.helpers.commands import SHARDWAY, losses, shardway
-from tests.helpers.slurm import Slurm
-from tests.slurm.test_loop import LONG, out_of, submit
+from tests.helpers.slurm import LONG, Slurm, out_of, submit
 
 OVER = ("COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL", "CANCELLED")
 SAVED = (*LONG, "checkpoint.save_steps=20")
@@ -75,7 +74,7 @@ def test_a_node_that_fails_is_left_and_what_lives_on_it_keeps_nothing(
     slurm.until(lambda: (far / "logs/attempt-2/job.json").is_file(), 120)
     slurm.until(lambda: ranks_of(far, 1) == [], 30)
     error = json.loads((far / "logs/attempt-1/rank-00.error.json").read_text())
-    assert f"attempt 2 of {far} has begun" in error["message"]
+    assert f"attempt 2 of {far} has started" in error["message"]
     at = steps(far)
     slurm.until(lambda: steps(far) > at, 60)
     assert "resumed from step-" in out_of(far)

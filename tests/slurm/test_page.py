@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from launcher.ui import form
-from launcher.ui.places import Places
-from launcher.ui.processes import Processes
+from launcher.ui.i18n import ENGLISH
+from launcher.ui.jobs import Jobs
+from launcher.ui.roots import Roots
 from launcher.ui.viewer import Viewer
-from launcher.ui.words import ENGLISH
 from tests.helpers.slurm import Slurm
 
 
@@ -20,29 +20,29 @@ def test_a_job_of_the_page_is_queued_shown_and_done(
     for name, value in slurm.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    places = Places.of([tmp_path])
-    processes = Processes(places)
-    viewer = Viewer(places, processes)
-    values = form.begun({"model": "tiny", "cluster": "slurm"})
+    roots = Roots.of([tmp_path])
+    jobs = Jobs(roots)
+    viewer = Viewer(roots, jobs)
+    values = form.initial_values({"model": "tiny", "cluster": "slurm"})
     values |= {"training.epochs": "", "training.max_steps": "40", "cluster.nodes": "2"}
-    found = form.look(values, "", places)
+    found = form.check_form(values, "", roots)
     assert not found.problems
     assert found.world
     assert (found.world.size, found.world.nodes) == (2, 2)
-    job = processes.start("queued", ["train", *found.overrides, "run_dir=runs/queued"])
-    slurm.until(lambda: not job.lives, 60)
-    assert "is in the queue" in job.said()
+    job = jobs.start("queued", ["train", *found.overrides, "run_dir=runs/queued"])
+    slurm.until(lambda: not job.is_running, 60)
+    assert "is in the queue" in job.log_tail()
     seen = set()
 
     def over() -> bool:
-        shown = viewer.show("queued", ENGLISH)
-        seen.add((shown.state, shown.lives))
+        shown = viewer.view("queued", ENGLISH)
+        seen.add((shown.state, shown.can_stop))
         return shown.state in ("finished", "failed")
 
     slurm.until(over, 180)
     assert seen >= {("finished", False)}, viewer.log("queued", "slurm")
     assert all(lives for state, lives in seen if state not in ("finished", "failed"))
     assert {"running", "pending"} & {state for state, _ in seen}
-    assert "step 40 / 40" in viewer.show("queued", ENGLISH).html
+    assert "step 40 / 40" in viewer.view("queued", ENGLISH).html
     assert "rank 1" in viewer.logs("queued")
     assert "step 40/40" in viewer.log("queued", "slurm")

@@ -6,8 +6,8 @@ import json
 import re
 from pathlib import Path
 
-from tests.helpers.slurm import Slurm
-from tests.slurm.test_loop import LONG, losses, out_of, submit, verb
+from tests.helpers.commands import losses
+from tests.helpers.slurm import LONG, Slurm, out_of, submit, verb
 
 OVER = ("COMPLETED", "FAILED")
 
@@ -47,7 +47,7 @@ def test_a_sweep_is_stopped_whole(slurm: Slurm, tiny: Path, tmp_path: Path) -> N
     first = tmp_path / "rates/0"
     slurm.until(lambda: (first / "metrics.jsonl").is_file() and len(losses(first)) > 3, 120)
     done = verb(slurm, tmp_path, "stop", "rates")
-    assert f"job {job}_1 leaves the queue" in done.stdout
+    assert f"job {job}_1 was removed from the queue" in done.stdout
     slurm.until(lambda: slurm.state(f"{job}_0") == "COMPLETED", 60)
     assert re.search(r"^0 .* stopped", (tmp_path / "rates/summary.txt").read_text(), re.MULTILINE)
     assert "not started" in verb(slurm, tmp_path, "runs", "rates").stdout

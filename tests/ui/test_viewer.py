@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -11,30 +12,33 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher import rules, run_dir
+from launcher.config.compose import compose
 from launcher.errors import UserError
-from launcher.run_dir import RunDir
-from launcher.ui import facts, grammar
-from launcher.ui.places import Places
-from launcher.ui.processes import Processes, tail
-from launcher.ui.viewer import Metrics, Viewer
-from launcher.ui.words import ENGLISH
+from launcher.folders.run import RunDir
+from launcher.run import create
+from launcher.ui import override_syntax, run_html
+from launcher.ui.i18n import ENGLISH
+from launcher.ui.jobs import Jobs, tail
+from launcher.ui.roots import Roots
+from launcher.ui.viewer import MetricsReader, Viewer
 
 
 @pytest.fixture
-def places(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
+def roots(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Roots:
     monkeypatch.chdir(tmp_path)
-    return Places.of([tmp_path])
+    return Roots.of([tmp_path])
 
 
 @pytest.fixture
-def view(places: Places) -> Viewer:
-    return Viewer(places, Processes(places))
+def view(roots: Roots) -> Viewer:
+    return Viewer(roots, Jobs(roots))
 
 
 def make(name: str, *overrides: str) -> RunDir:
-    config = rules.compose(["model=tiny", f"run_dir={grammar.text_of(f'runs/{name}')}", *overrides])
-    run, _ = run_dir.attempt(config, ["shardway"], 1)
+    config = compose(
+        ["model=tiny", f"run_dir={override_syntax.format_value(f'runs/{name}')}", *overrides]
+    )
+    run, _ = create.start_attempt(config, ["shardway"], 1)
     return run
 
 
@@ -53,37 +57,37 @@ def test_a_run_that_ended(view: Viewer) -> None:
     run = make("a", "training.epochs=null", "training.max_steps=4")
     write(run, 1, 2, 3, 4)
     run.status.write_text(json.dumps({"state": "finished"}))
-    shown = view.show("a", ENGLISH)
+    shown = view.view("a", ENGLISH)
     assert (shown.state, len(shown.records)) == ("finished", 4)
     assert "step 4 / 4" in shown.html
     assert "time left" not in shown.html
-    assert facts.curves(shown.records).count("<svg") == 3
+    assert run_html.charts(shown.records).count("<svg") == 3
 
 
 def test_steps_of_epochs_are_known_once_the_ranks_know(view: Viewer) -> None:
     run = make("a", "training.epochs=2")
     write(run, 1)
-    assert "step 1 /" not in view.show("a", ENGLISH).html
+    assert "step 1 /" not in view.view("a", ENGLISH).html
     run.steps.write_text(json.dumps({"total_steps": 40}))
-    assert "step 1 / 40" in view.show("a", ENGLISH).html
+    assert "step 1 / 40" in view.view("a", ENGLISH).html
 
 
 def test_an_attempt_without_ranks_or_status_failed(view: Viewer) -> None:
     make("a")
-    assert view.show("a", ENGLISH).state == "failed"
+    assert view.view("a", ENGLISH).state == "failed"
 
 
 def test_names_are_escaped(view: Viewer) -> None:
     run = make("a", "model.name='<script>alert(1)</script>'")
     write(run, 1)
-    page = view.show("a", ENGLISH).html
+    page = view.view("a", ENGLISH).html
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
 
 
 def test_only_new_lines_are_read(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    metrics = Metrics(path)
+    metrics = MetricsReader(path)
     assert metrics.read() == []
     path.write_text('{"step": 1}\n{"step": 2}\nnonsense\n{"ste')
     assert [record["step"] for record in metrics.read()] == [1, 2]
@@ -137,15 +141,15 @@ def test_one_odd_folder_keeps_nobody_from_the_others(view: Viewer, file: str, co
     write(make("good"), 1)
     (make("odd").path / file).write_text(content)
     assert set(view.names()) == {"good", "odd"}
-    assert view.show("good", ENGLISH).records
-    assert "error" in view.show("odd", ENGLISH).html
+    assert view.view("good", ENGLISH).records
+    assert "error" in view.view("odd", ENGLISH).html
 
 
 def test_names_of_the_command_line_and_backups_of_logs(view: Viewer) -> None:
     run = make("my run é")
     (run.path / "logs/attempt-1.bak").mkdir()
     assert view.names() == ["my run é"]
-    assert view.show("my run é", ENGLISH).state == "failed"
+    assert view.view("my run é", ENGLISH).state == "failed"
 
 
 def test_a_run_that_a_link_puts_outside_is_none(
@@ -167,48 +171,50 @@ def test_a_slow_queue_is_not_waited_for(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     run = make("a")
     run.submitted.write_text(json.dumps({"job": "7"}))
-    shown = view.show("a", ENGLISH)
-    assert (shown.state, shown.lives) == ("unknown", True)
+    shown = view.view("a", ENGLISH)
+    assert (shown.state, shown.can_stop) == ("unknown", True)
 
 
 @pytest.mark.parametrize("name", ["../x", "nothing", "/etc", "a\0"])
 def test_what_is_no_run(view: Viewer, name: str) -> None:
-    with pytest.raises(UserError, match="is no"):
+    with pytest.raises(UserError, match="is not"):
         view.run(name)
 
 
-def test_several_are_compared(view: Viewer) -> None:
-    for name, rate in (("a", "1e-3"), ("b", "1e-4")):
+def test_a_comparison_shows_each_run_s_value_of_the_settings_that_differ_alone(
+    view: Viewer,
+) -> None:
+    for name, rate in (("a", "0.25"), ("b", "0.125")):
         write(make(name, f"optimizer.learning_rate={rate}"), 1, 2)
-    page = view.compare(["a", "b"])
-    assert "Settings that differ" in page
-    assert "optimizer.learning_rate" in page
+    settings = view.compare(["a", "b"]).partition("Settings that differ")[2]
+    cells = re.findall("<t[hd]>(.*?)</t[hd]>", settings)
+    assert cells == ["setting", "a", "b", "optimizer.learning_rate", "0.25", "0.125"]
 
 
-def test_a_process_outlives_the_server_and_is_known_again(places: Places) -> None:
+def test_a_process_outlives_the_server_and_is_known_again(roots: Roots) -> None:
     """Its session is its own, and another server finds it by what was written."""
-    sleep = "import sys, time; print(sys.argv[1:], flush=True); time.sleep(60)"
+    sleep = "import sys, time; print(sys.argv[1:], flush=True); time.sleep(600)"
     command = (sys.executable, "-c", sleep)
-    job = Processes(places, command).start("sweep/0", ["train", "x=1"])
-    again = Processes(places).job("sweep/0")
+    job = Jobs(roots, command).start("sweep/0", ["train", "x=1"])
+    again = Jobs(roots).job("sweep/0")
     try:
-        assert again.lives
-        pid = json.loads(again.facts.read_text())["pid"]
+        assert again.is_running
+        pid = json.loads(again.record.read_text())["pid"]
         assert os.getsid(pid) == pid
-        with pytest.raises(UserError, match="is being worked on"):
-            Processes(places).start("sweep/0", [])
-        end = time.monotonic() + 30
-        while "x=1" not in again.said():
+        with pytest.raises(UserError, match="is still running"):
+            Jobs(roots).start("sweep/0", [])
+        end = time.monotonic() + 300
+        while "x=1" not in again.log_tail():
             assert time.monotonic() < end
             time.sleep(0.05)
     finally:
         job.stop()
     psutil.Process(pid).wait(30)
-    assert not again.lives
+    assert not again.is_running
 
 
-def test_another_process_with_its_number_is_not_it(places: Places) -> None:
-    job = Processes(places).job("a")
+def test_another_process_with_its_number_is_not_it(roots: Roots) -> None:
+    job = Jobs(roots).job("a")
     job.folder.mkdir(parents=True)
-    job.facts.write_text(json.dumps({"words": [], "pid": os.getpid(), "created": 1.0}))
-    assert not job.lives
+    job.record.write_text(json.dumps({"words": [], "pid": os.getpid(), "created": 1.0}))
+    assert not job.is_running

@@ -22,7 +22,7 @@ class Arm:
     says: str  # in the table
     settings: dict[str, Any] = field(default_factory=dict)
     packed: bool = False  # a row of a batch is a pack of max_length tokens
-    in_order: bool = True  # every step sees the same rows as in the other arms in order
+    sequential: bool = True  # every step sees the same rows as in the other arms in order
     extra: bool = False  # run only when named
 
     @property
@@ -42,7 +42,7 @@ ARMS = (
         "strategy=ddp data.packing=true",
         {"strategy": "ddp", "data.packing": True},
         packed=True,
-        in_order=False,
+        sequential=False,
     ),
     Arm("hf", "hf", "defaults"),
     Arm("hf-flat", "hf", "padding-free: DataCollatorWithFlattening", {"padding_free": True}),
@@ -51,7 +51,7 @@ ARMS = (
         "hf",
         "group_by_length",
         {"train_sampling_strategy": "group_by_length"},
-        in_order=False,
+        sequential=False,
         extra=True,
     ),
     Arm("trl", "trl", "defaults (checkpointing, fp32 weights)"),
@@ -62,7 +62,7 @@ ARMS = (
         "packing, no checkpointing, bf16 weights",
         {**PLAIN_TRL, "packing": True},
         packed=True,
-        in_order=False,
+        sequential=False,
     ),
     Arm("llamafactory", "llamafactory", "defaults (checkpointing)"),
     Arm("llamafactory-plain", "llamafactory", "no checkpointing", PLAIN_FACTORY, extra=True),
@@ -72,7 +72,7 @@ ARMS = (
         "neat_packing, no checkpointing",
         {**PLAIN_FACTORY, "neat_packing": True},
         packed=True,
-        in_order=False,
+        sequential=False,
     ),
 )
 
@@ -81,6 +81,6 @@ def missing(arm: Arm) -> str | None:
     """Why this Shardway cannot run `arm`: a sentence about a setting that it does not have."""
     for key in arm.settings if arm.is_ours else ():
         section, dot, _ = key.partition(".")
-        if dot and key not in store.settings(section):
-            return store.unknown(key)
+        if dot and key not in store.setting_names(section):
+            return store.describe_unknown(key)
     return None

@@ -55,7 +55,7 @@ def unlike(runs: list[Run], arms: Iterable[Arm], ranks: int) -> list[str]:
     seen = {
         arm.name: [step.trained_tokens for step in mine[0].steps]
         for arm in arms
-        if arm.in_order and (mine := usable(runs, arm.name, ranks, 0))
+        if arm.sequential and (mine := usable(runs, arm.name, ranks, 0))
     }
     first = next(iter(seen.values()), [])
     return [
@@ -68,7 +68,7 @@ def unlike(runs: list[Run], arms: Iterable[Arm], ranks: int) -> list[str]:
 def agreement(runs: list[Run], arms: list[Arm], ranks: int) -> str:
     """Whether the arms that saw the same rows in the same steps trained on the same tokens and had
     the same losses: a sentence."""
-    seen = [arm for arm in arms if arm.in_order and usable(runs, arm.name, ranks, 0)]
+    seen = [arm for arm in arms if arm.sequential and usable(runs, arm.name, ranks, 0)]
     if len(seen) < 2:
         return ""
     first, *others = seen

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher import paths
 from launcher.errors import UserError
+from launcher.folders import paths
 
 TRL, FACTORY = "trl==1.16.0", "llamafactory==0.9.5"
 # The first is installed with Shardway's own versions of torch, transformers and PEFT. What the
@@ -26,7 +26,7 @@ def install(folder: Path) -> None:
         subprocess.run([sys.executable, "-m", "venv", folder / name], check=True)
         pip = [str(folder / name / "bin" / "python"), "-m", "pip", "install", *requirements]
         if name == "hf":
-            pip += ["--constraint", str(paths.beside("constraints.txt"))]
+            pip += ["--constraint", str(paths.resource("constraints.txt"))]
         subprocess.run(pip, check=True)
 
 

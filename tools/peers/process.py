@@ -74,7 +74,7 @@ def command(arm: Arm, job: Job, python: Path) -> list[str]:
 
 
 def environment(arm: Arm, job: Job) -> dict[str, str]:
-    """Caches are new for every run, so that each tokenises; cores are shared out among ranks."""
+    """Caches are new for every run, so that each tokenizes; cores are shared out among ranks."""
     path = [str(TOOLS), *([str(CHECKOUT)] if arm.is_ours else [])]
     threads = max(1, len(os.sched_getaffinity(0)) // job.ranks)
     return {

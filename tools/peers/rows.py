@@ -7,12 +7,12 @@ import random
 from pathlib import Path
 from typing import Any
 
-from launcher import paths
-from launcher.config.data import SourceConfig
+from launcher.config.schema.data import SourceConfig
 from launcher.data import source
-from launcher.data.chat import pieces, tokenize
-from launcher.data.formats import Conversation
+from launcher.data.chat_template import render_segments, tokenize_segments
+from launcher.data.row_formats import Conversation
 from launcher.errors import UserError
+from launcher.folders import paths
 
 Row = dict[str, Any]
 FIELDS = ("instruction", "input", "output")
@@ -26,7 +26,7 @@ def made_up(count: int, seed: int) -> list[Row]:
     bundled ones."""
     draw = random.Random(seed)
     bundled = SourceConfig(path=str(paths.bundled("demo/train.jsonl")), format="messages")
-    talks = [_talk(bundled, place, row) for place, row in source.rows_of(bundled, by_line=False)]
+    talks = [_talk(bundled, place, row) for place, row in source.iter_rows(bundled, by_line=False)]
     words = " ".join(turn["content"] for talk in talks for turn in talk.messages).split()
 
     def text(mean: float, deviation: float) -> str:
@@ -44,7 +44,7 @@ def of_file(path: Path, count: int) -> list[Row]:
     and an answer: the peers read those in ways of their own."""
     rows: list[Row] = []
     alpaca = SourceConfig(path=str(path), format="alpaca", max_rows=count)
-    for place, row in source.rows_of(alpaca, by_line=False):
+    for place, row in source.iter_rows(alpaca, by_line=False):
         _talk(alpaca, place, row)
         more = [name for name in row if name not in FIELDS and row[name]]
         if more:
@@ -60,9 +60,9 @@ def fitting(rows: list[Row], tokenizer: Any, max_length: int) -> tuple[list[Row]
     for number, row in enumerate(rows):
         place = f"row {number}"
         talk = _talk(SourceConfig(format="alpaca"), place, row)
-        cut = pieces(tokenizer, talk, "answers", place)
-        (tokens,) = tokenize(tokenizer, cut, max_length)
-        if not tokens.cut:
+        cut = render_segments(tokenizer, talk, "answers", place)
+        (tokens,) = tokenize_segments(tokenizer, cut, max_length)
+        if not tokens.truncated:
             kept.append(row)
             lengths.append(len(tokens.ids))
     if not kept:
@@ -72,7 +72,7 @@ def fitting(rows: list[Row], tokenizer: Any, max_length: int) -> tuple[list[Row]
 
 def _talk(where: SourceConfig, place: str, row: Row) -> Conversation:
     """Raises UserError for a row that is none."""
-    talk = source.read_row(where, place, row)
+    talk = source.parse_row(where, place, row)
     assert isinstance(talk, Conversation)
     return talk
 

@@ -24,14 +24,16 @@ def main() -> None:
         _count(mine)
         worker.main()
         return
-    ours, path = command.torchrun, sys.argv[1]
+    ours, path = command.torchrun_command, sys.argv[1]
 
-    def torchrun(run_dir: Path, attempt: int, nproc_per_node: int, deaf: bool = False) -> list[str]:
-        words = ours(run_dir, attempt, nproc_per_node, deaf)
+    def torchrun(
+        run_dir: Path, attempt: int, nproc_per_node: int, ignore_signals: bool = False
+    ) -> list[str]:
+        words = ours(run_dir, attempt, nproc_per_node, ignore_signals)
         at = words.index("launcher.worker")
         return [*words[:at], "peers.shardway", path, *words[at + 1 :]]
 
-    command.torchrun = torchrun
+    command.torchrun_command = torchrun
     sys.argv = ["train", *overrides(mine)]
     train.main()
 
@@ -63,18 +65,18 @@ def overrides(mine: Job) -> list[str]:
 
 def _count(mine: Job) -> None:
     """Have the loader leave a line a step."""
-    from launcher.data.loader import Loader, Window
+    from launcher.data.loader import Loader, StepBatch
 
     lines = mine.counts(int(os.environ["RANK"])).open("w", buffering=1)
-    deal = Loader.window
+    original = Loader.step_batch
 
-    def window(self: Loader, step: int) -> Window:
-        dealt = deal(self, step)
+    def step_batch(self: Loader, step: int) -> StepBatch:
+        dealt = original(self, step)
         line = {"tokens": int(dealt.tokens), "trained_tokens": int(dealt.target_tokens)}
         lines.write(json.dumps({"step": step + 1, **line}) + "\n")
         return dealt
 
-    Loader.window = window  # type: ignore[method-assign]
+    Loader.step_batch = step_batch  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

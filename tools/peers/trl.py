@@ -1,4 +1,4 @@
-"""The arm of TRL's SFTTrainer: prompt and completion, so that the completion alone is learnt."""
+"""The arm of TRL's SFTTrainer: prompt and completion, so that the completion alone is learned."""
 
 from __future__ import annotations
 

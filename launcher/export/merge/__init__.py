@@ -1,6 +1,6 @@
-"""What adapters do to a model's tensors."""
+"""Merges adapters into a model's tensors."""
 
-from launcher.export.merge.adapter import Adapter, read_adapter, split
 from launcher.export.merge.model import Merged, merge
+from launcher.io.adapter import Adapter, read_adapter, split_adapters
 
-__all__ = ["Adapter", "Merged", "merge", "read_adapter", "split"]
+__all__ = ["Adapter", "Merged", "merge", "read_adapter", "split_adapters"]

@@ -1,4 +1,4 @@
-"""What adapters do to one tensor of the base: a list of edits, and the tensor they make of it."""
+"""The changes that adapters make to one tensor of the base, and the tensor that results."""
 
 from __future__ import annotations
 
@@ -10,80 +10,89 @@ import torch
 from launcher.errors import UserError
 from launcher.export.merge.experts import with_experts
 from launcher.export.merge.lora import Delta, WithLora
-from launcher.export.merge.rows import BiasSum, Replaced, TokenRows
-from launcher.export.tensor import Tensor
-from launcher.export.tensor.tiles import spans
+from launcher.export.merge.replacements import BiasSum, Replaced, TokenRows
+from launcher.io.tensor import Tensor
+from launcher.io.tensor.tiles import spans
 
 
 @dataclass(frozen=True, eq=False)
-class Replace:
+class Replacement:
+    """All values are replaced."""
+
     values: Tensor
     shared: bool  # written into the base's own parameter, which a tied module shares
 
 
 @dataclass(frozen=True, eq=False)
-class Low:
-    """LoRA on a matrix."""
+class MatrixLora:
+    """LoRA on a matrix. The last two fields are those of `WithLora`."""
 
     delta: Delta
-    turned: bool
+    transposed: bool
     delta_first: bool
 
 
 @dataclass(frozen=True, eq=False)
-class Experts:
-    """LoRA on fused experts, a delta for each."""
+class ExpertLora:
+    """LoRA on fused experts, one delta for each expert."""
 
     deltas: tuple[Delta, ...]
-    turned: bool
+    transposed: bool
 
 
 @dataclass(frozen=True, eq=False)
-class Addend:
+class BiasAddend:
+    """`values` · `scale` is added to a bias."""
+
     values: Tensor
     scale: float
 
 
 @dataclass(frozen=True, eq=False)
-class Tokens:
+class TrainedTokens:
+    """Row indices[k] is replaced by row k of `values`."""
+
     values: Tensor
     indices: tuple[int, ...]
 
 
-COMPUTED = (torch.bfloat16, torch.float16, torch.float32)
-Edit = Replace | Low | Experts | Addend | Tokens
+COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+Edit = Replacement | MatrixLora | ExpertLora | BiasAddend | TrainedTokens
 
 
-def apply(base: Tensor, edits: list[Edit], device: str) -> tuple[Tensor, str]:
-    """The edited tensor, in the base's dtype, and what was done to it.
+def apply_edits(base: Tensor, edits: list[Edit], device: str) -> tuple[Tensor, str]:
+    """(the edited tensor in the base's dtype, the actions that were applied).
 
-    Edits of one kind may come from several adapters; those that do not commute are refused.
+    Several adapters may make edits of the same type. Raises UserError for edits whose order would
+    matter.
     """
-    replaced = [edit for edit in edits if isinstance(edit, Replace)]
-    low = [edit for edit in edits if isinstance(edit, Low)]
-    experts = [edit for edit in edits if isinstance(edit, Experts)]
-    addends = [edit for edit in edits if isinstance(edit, Addend)]
-    tokens = [edit for edit in edits if isinstance(edit, Tokens)]
-    _check_together(base.name, len(replaced), low, tokens)
-    if (low or experts or addends) and base.dtype not in COMPUTED:
+    replacements = [edit for edit in edits if isinstance(edit, Replacement)]
+    matrices = [edit for edit in edits if isinstance(edit, MatrixLora)]
+    experts = [edit for edit in edits if isinstance(edit, ExpertLora)]
+    addends = [edit for edit in edits if isinstance(edit, BiasAddend)]
+    tokens = [edit for edit in edits if isinstance(edit, TrainedTokens)]
+    _check_combination(base.name, len(replacements), matrices, tokens)
+    if (matrices or experts or addends) and base.dtype not in COMPUTE_DTYPES:
         raise UserError(
             f"{base.name} is {str(base.dtype).removeprefix('torch.')}, to which nothing can be "
-            "added; dequantise the base to bf16 first"
+            "added; dequantize the base to bf16 first"
         )
     tensor, actions = base, []
-    for edit in replaced:
-        values = edit.values
+    for replacement in replacements:
+        values = replacement.values
         tensor = Replaced(base.name, base.dtype, values.shape, values)
         actions.append("replaced")
-    if low:
-        deltas = tuple(edit.delta for edit in low)
-        first = any(edit.delta_first for edit in low)
+    if matrices:
+        deltas = tuple(edit.delta for edit in matrices)
+        delta_first = any(edit.delta_first for edit in matrices)
+        transposed = matrices[0].transposed
         tensor = WithLora(
-            base.name, base.dtype, tensor.shape, tensor, deltas, low[0].turned, first, device
+            base.name, base.dtype, tensor.shape, tensor, deltas, transposed, delta_first, device
         )
         actions.append("merged (LoRA)" if deltas[0].magnitude is None else "merged (DoRA)")
     if experts:
-        tensor = with_experts(tensor, [edit.deltas for edit in experts], experts[0].turned, device)
+        expert_deltas = [edit.deltas for edit in experts]
+        tensor = with_experts(tensor, expert_deltas, experts[0].transposed, device)
         actions.append("merged (LoRA on experts)")
     if addends:
         pairs = tuple((edit.values, edit.scale) for edit in addends)
@@ -95,35 +104,41 @@ def apply(base: Tensor, edits: list[Edit], device: str) -> tuple[Tensor, str]:
     return tensor, ", ".join(actions)
 
 
-def same_values(one: Tensor, other: Tensor, transposed: bool = False) -> bool:
-    """Whether two tensors hold the same values; a span of rows at a time."""
+def same_values(tensor: Tensor, other: Tensor, transposed: bool = False) -> bool:
+    """Whether two tensors have equal values. Reads a span of rows at a time.
+
+    `transposed`: compare with the transpose of `other`; this reads both completely.
+    """
     if transposed:
-        return torch.equal(one.whole().float().T, other.whole().float())
-    if one is other or one.shape != other.shape:
-        return one is other
+        return torch.equal(tensor.read_all().float().T, other.read_all().float())
+    if tensor is other or tensor.shape != other.shape:
+        return tensor is other
     return all(
-        torch.equal(one.read(top, bottom).float(), other.read(top, bottom).float())
-        for top, bottom in spans(one.rows, one.columns)
+        torch.equal(tensor.read(top, bottom).float(), other.read(top, bottom).float())
+        for top, bottom in spans(tensor.rows, tensor.columns)
     )
 
 
 def check_finite(tensor: Tensor, origin: Path) -> None:
+    """Raises UserError if the tensor contains a NaN or an infinity."""
     for top, bottom in spans(tensor.rows, tensor.columns):
         if not bool(torch.isfinite(tensor.read(top, bottom)).all()):
             raise UserError(
-                f"{origin}: {tensor.name} holds NaN or infinite values; the training diverged, so "
-                "take an earlier checkpoint"
+                f"{origin}: {tensor.name} contains NaN or infinite values; the training diverged, "
+                "so use an earlier checkpoint"
             )
 
 
-def _check_together(name: str, replaced: int, low: list[Low], tokens: list[Tokens]) -> None:
+def _check_combination(
+    name: str, replacements: int, matrices: list[MatrixLora], tokens: list[TrainedTokens]
+) -> None:
     problem = None
     indices = [index for edit in tokens for index in edit.indices]
-    if replaced > 1:
+    if replacements > 1:
         problem = "more than one adapter replaces it"
-    elif len(low) > 1 and any(edit.delta.magnitude is not None for edit in low):
+    elif len(matrices) > 1 and any(edit.delta.magnitude is not None for edit in matrices):
         problem = "DoRA and another adapter change it, and DoRA does not add up"
-    elif low and tokens:
+    elif matrices and tokens:
         problem = "both LoRA and trainable tokens change it"
     elif len(indices) != len(set(indices)):
         problem = "the trainable tokens name a row twice"

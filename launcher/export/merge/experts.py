@@ -1,7 +1,8 @@
-"""LoRA on experts that are fused into one weight [experts, …]: each expert is a matrix of its own.
+"""LoRA on experts that are fused into one weight [experts, …]: each expert is a separate matrix.
 
-PEFT keeps the factors of all experts in two matrices (tuners/lora/layer.py, ParamWrapper): A
-[experts · rank, in], expert after expert, and B [out, rank · experts], the expert running fastest.
+PEFT stores the factors of all experts in two matrices (tuners/lora/layer.py, ParamWrapper): A
+[experts · rank, in], expert after expert, and B [out, rank · experts], with the expert as the
+fastest-running index.
 """
 
 from __future__ import annotations
@@ -13,59 +14,64 @@ from pathlib import Path
 
 import torch
 
-from launcher.export.merge.kept import kept
 from launcher.export.merge.lora import Delta, WithLora
-from launcher.export.tensor import Rows, Stack, Tensor
+from launcher.export.merge.row_cache import cached
+from launcher.io.tensor import ConcatRows, RowSlice, Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class ExpertColumns(Tensor):
-    """One expert's B [out, rank] of PEFT's [out, rank · experts]."""
+    """One expert's B [out, rank], taken from PEFT's [out, rank · experts]."""
 
-    of: Tensor
+    source: Tensor
     expert: int
 
-    def fill(self, out: torch.Tensor, first: int) -> None:
-        by_expert = kept(self.of, "by expert", self._by_expert)
+    def read_into(self, out: torch.Tensor, first: int) -> None:
+        by_expert = cached(self.source, "by expert", self._by_expert)
         out.copy_(by_expert[self.expert, first : first + len(out)])
 
-    def exact(self, first: int, last: int) -> torch.Tensor:
-        rows = self.of.exact(first, last)
+    def reference(self, first: int, last: int) -> torch.Tensor:
+        rows = self.source.reference(first, last)
         return rows.view(last - first, self.columns, -1)[:, :, self.expert]
 
     def files(self) -> Iterator[Path]:
-        return self.of.files()
+        return self.source.files()
 
     def _by_expert(self) -> torch.Tensor:
+        """[experts, out, rank]."""
         outputs, rank = self.shape
-        return self.of.whole().view(outputs, rank, -1).permute(2, 0, 1).contiguous()
+        return self.source.read_all().view(outputs, rank, -1).permute(2, 0, 1).contiguous()
 
 
 @dataclass(frozen=True, eq=False)
 class BlockDiagonal(Tensor):
-    """Matrices along the diagonal, zeros elsewhere: the B of projections fused below each other,
-    as PEFT fuses them on load (utils/transformers_weight_conversion.py, PeftConcatenate)."""
+    """Matrices along the diagonal, and zeros elsewhere.
+
+    This is the B of projections that are fused one below the other, as PEFT fuses them on load
+    (utils/transformers_weight_conversion.py, PeftConcatenate).
+    """
 
     blocks: tuple[Tensor, ...]
 
-    def fill(self, out: torch.Tensor, first: int) -> None:
+    def read_into(self, out: torch.Tensor, first: int) -> None:
         out.zero_()
-        for block, row, column, top, bottom in self._within(first, first + len(out)):
-            here = slice(row + top - first, row + bottom - first)
-            out[here, column : column + block.columns] = block.read(top, bottom)
+        for block, row, column, top, bottom in self._overlapping(first, first + len(out)):
+            rows = slice(row + top - first, row + bottom - first)
+            out[rows, column : column + block.columns] = block.read(top, bottom)
 
-    def exact(self, first: int, last: int) -> torch.Tensor:
+    def reference(self, first: int, last: int) -> torch.Tensor:
         out = torch.zeros(last - first, self.columns, dtype=torch.float64)
-        for block, row, column, top, bottom in self._within(first, last):
-            here = slice(row + top - first, row + bottom - first)
-            out[here, column : column + block.columns] = block.exact(top, bottom)
+        for block, row, column, top, bottom in self._overlapping(first, last):
+            rows = slice(row + top - first, row + bottom - first)
+            out[rows, column : column + block.columns] = block.reference(top, bottom)
         return out
 
     def files(self) -> Iterator[Path]:
         return itertools.chain.from_iterable(block.files() for block in self.blocks)
 
-    def _within(self, first: int, last: int) -> Iterator[tuple[Tensor, int, int, int, int]]:
-        """Block, its first row and column, and the rows of its own that lie in [first, last)."""
+    def _overlapping(self, first: int, last: int) -> Iterator[tuple[Tensor, int, int, int, int]]:
+        """Each block that overlaps rows [first, last): the block, its first row and column in this
+        tensor, and which of its own rows [top, bottom) overlap."""
         row = column = 0
         for block in self.blocks:
             top, bottom = max(first - row, 0), min(last - row, block.rows)
@@ -74,47 +80,50 @@ class BlockDiagonal(Tensor):
             row, column = row + block.rows, column + block.columns
 
 
-def delta_of_each(a: Tensor, b: Tensor, scale: float, experts: int) -> tuple[Delta, ...]:
-    """The experts' deltas of the factors that PEFT keeps together."""
+def deltas_per_expert(a: Tensor, b: Tensor, scale: float, experts: int) -> tuple[Delta, ...]:
+    """One delta for each expert, from the factors that PEFT stores in one A and one B."""
     rank = a.shape[0] // experts
     return tuple(
         Delta(
-            Rows(a.name, a.dtype, (rank, a.shape[1]), a, each * rank),
-            ExpertColumns(b.name, b.dtype, (b.shape[0], rank), b, each),
+            RowSlice(a.name, a.dtype, (rank, a.shape[1]), a, expert * rank),
+            ExpertColumns(b.name, b.dtype, (b.shape[0], rank), b, expert),
             scale,
         )
-        for each in range(experts)
+        for expert in range(experts)
     )
 
 
-def fused(pairs: tuple[tuple[Tensor, Tensor], ...], scale: float) -> Delta:
-    """One delta of the (A, B) of projections that are fused below each other."""
+def fuse_projections(pairs: tuple[tuple[Tensor, Tensor], ...], scale: float) -> Delta:
+    """One delta from the (A, B) of projections that are fused one below the other."""
     if len(pairs) == 1:
         return Delta(*pairs[0], scale)
     a, b = (tuple(pair[side] for pair in pairs) for side in (0, 1))
-    ranks = sum(each.shape[0] for each in a)
-    outputs = sum(each.shape[0] for each in b)
+    ranks = sum(factor.shape[0] for factor in a)
+    outputs = sum(factor.shape[0] for factor in b)
     return Delta(
-        Stack(a[0].name, a[0].dtype, (ranks, a[0].shape[1]), a),
+        ConcatRows(a[0].name, a[0].dtype, (ranks, a[0].shape[1]), a),
         BlockDiagonal(b[0].name, b[0].dtype, (outputs, ranks), b),
         scale,
     )
 
 
-def with_experts(of: Tensor, deltas: list[tuple[Delta, ...]], turned: bool, device: str) -> Tensor:
-    """`of` [experts, …] with the deltas of several adapters, an entry an expert in each of them."""
-    matrix = of.shape[1:]
+def with_experts(
+    source: Tensor, deltas: list[tuple[Delta, ...]], transposed: bool, device: str
+) -> Tensor:
+    """`source` [experts, …] with the deltas of several adapters added. Each tuple has one delta for
+    each expert."""
+    matrix = source.shape[1:]
     parts = tuple(
         WithLora(
-            of.name,
-            of.dtype,
+            source.name,
+            source.dtype,
             matrix,
-            Rows(of.name, of.dtype, matrix, of, each * matrix[0]),
-            tuple(delta[each] for delta in deltas),
-            turned,
+            RowSlice(source.name, source.dtype, matrix, source, expert * matrix[0]),
+            tuple(adapter_deltas[expert] for adapter_deltas in deltas),
+            transposed,
             delta_first=True,
             device=device,
         )
-        for each in range(of.shape[0])
+        for expert in range(source.shape[0])
     )
-    return Stack(of.name, of.dtype, of.shape, parts)
+    return ConcatRows(source.name, source.dtype, source.shape, parts)

@@ -1,13 +1,13 @@
-"""The tensors that LoRA keeps for one module, and whether they fit it."""
+"""The tensors that LoRA stores for one module, and the check that they fit it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from launcher.errors import UserError
-from launcher.export.merge.adapter import Adapter
-from launcher.export.merge.settings import rank_and_scale
-from launcher.export.tensor import Tensor
+from launcher.io.adapter import Adapter
+from launcher.io.adapter_config import rank_and_scale
+from launcher.io.tensor import Tensor
 
 LISTED = 5  # names in a message
 
@@ -22,41 +22,44 @@ class Factors:
 
     @property
     def keys(self) -> list[str]:
-        """The names in the file."""
-        every = (self.a, self.b, self.bias, self.magnitude)
-        return [tensor.name for tensor in every if tensor is not None]
+        """The names in the adapter's file."""
+        tensors = (self.a, self.b, self.bias, self.magnitude)
+        return [tensor.name for tensor in tensors if tensor is not None]
 
-    def refuse_more(self, adapter: Adapter, module: str) -> None:
-        """UserError for DoRA and lora_bias, which PEFT knows on whole layers only."""
+    def refuse_dora_and_bias(self, adapter: Adapter, module: str) -> None:
+        """Raises UserError for DoRA and lora_bias, which PEFT supports only on whole layers."""
         if self.magnitude is not None or self.bias is not None:
-            what = "DoRA" if self.bias is None else "lora_bias"
+            variant = "DoRA" if self.bias is None else "lora_bias"
             raise UserError(
-                f"{adapter.origin}: {module} was trained with {what}, which PEFT cannot apply to a "
-                "fused or single parameter; merge it with the libraries that it was trained with"
+                f"{adapter.origin}: {module} was trained with {variant}, which PEFT cannot apply "
+                "to a fused or single parameter; merge it with the libraries that it was trained "
+                "with"
             )
 
-    def checked(
+    def checked_rank_and_scale(
         self, adapter: Adapter, module: str, inputs: int, outputs: int, weight: tuple[int, ...],
         experts: int = 1,
     ) -> tuple[int, float]:  # fmt: skip
-        """The rank and scale of the module; UserError when a shape disagrees."""
+        """The rank and scale of the module. Raises UserError if a shape does not match `inputs`,
+        `outputs` and the rank. `weight`: the base's shape, for the message."""
         rank, scale = rank_and_scale(adapter.config, module)
         if (self.a.shape, self.b.shape) != ((rank * experts, inputs), (outputs, rank * experts)):
             raise UserError(
                 f"{adapter.origin}: {module} has A {list(self.a.shape)} and B "
                 f"{list(self.b.shape)}, which do not fit rank {rank} and the base's weight "
-                f"{list(weight)}; is the adapter another model's?"
+                f"{list(weight)}; does the adapter belong to another model?"
             )
         if self.magnitude is not None and self.magnitude.shape != (outputs,):
             raise UserError(
                 f"{adapter.origin}: {module} has a magnitude {list(self.magnitude.shape)}, which "
-                f"does not fit its {outputs} outputs; is the adapter another model's?"
+                f"does not fit its {outputs} outputs; does the adapter belong to another model?"
             )
         return rank, scale
 
 
-def factors(adapter: Adapter, module: str, parts: dict[str, Tensor]) -> Factors:
-    """Of the tensors found for a module; UserError when one is missing or too many."""
+def collect_factors(adapter: Adapter, module: str, parts: dict[str, Tensor]) -> Factors:
+    """The factors of a module from its tensors by part name ("A", "B.bias", …). Raises UserError if
+    one is missing, or if there is one that the config does not announce."""
     embedding = any(part.startswith("embedding_") for part in parts)
     a, b = ("embedding_A", "embedding_B") if embedding else ("A", "B")
     needed = {a, b}
@@ -64,27 +67,27 @@ def factors(adapter: Adapter, module: str, parts: dict[str, Tensor]) -> Factors:
         needed.add("B.bias")
     if adapter.config.get("use_dora"):
         needed.add("magnitude_vector")
-    if lost := needed - parts.keys():
+    if missing := needed - parts.keys():
         raise UserError(
-            f"{adapter.origin}: {module} has {_names(parts)} but not {_names(lost)}; the adapter "
-            "was saved in part, so save it again"
+            f"{adapter.origin}: {module} has {_names(parts)} but not {_names(missing)}; the "
+            "adapter was saved incompletely, so save it again"
         )
     if extra := parts.keys() - needed:
         raise UserError(
             f"{adapter.origin}: {module} has {_names(extra)}, which adapter_config.json does not "
-            "announce; take the config that was saved with these weights"
+            "announce; use the config that was saved with these weights"
         )
     return Factors(
         parts[a], parts[b], embedding, parts.get("B.bias"), parts.get("magnitude_vector")
     )
 
 
-def unmatched(adapter: Adapter, keys: list[str]) -> UserError:
-    """For tensors of the adapter that the base has no place for."""
+def unmatched_error(adapter: Adapter, keys: list[str]) -> UserError:
+    """The error for adapter tensors that match nothing in the base."""
     listed = ", ".join(sorted(keys)[:LISTED]) + (", …" if len(keys) > LISTED else "")
     return UserError(
         f"{adapter.origin}: {len(keys)} of {len(adapter.tensors)} tensors fit nothing in the base "
-        f"({listed}); is the adapter another model's?"
+        f"({listed}); does the adapter belong to another model?"
     )
 
 

@@ -1,8 +1,8 @@
-"""Adapters trained when every expert was a module of its own, on a base whose experts are fused.
+"""Adapters that were trained when every expert was a separate module, on a base with fused experts.
 
 transformers 4 had `experts.3.gate_proj`; transformers 5 has `experts.gate_up_proj` [experts, out,
-in], the gate above the up projection. PEFT fuses such adapters when it loads them
-(utils/transformers_weight_conversion.py); the deltas here are the ones that it arrives at.
+in], with the gate projection above the up projection. PEFT fuses such adapters when it loads them
+(utils/transformers_weight_conversion.py). The deltas here are equal to PEFT's.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from launcher.errors import UserError
-from launcher.export.merge.adapter import Adapter
-from launcher.export.merge.edits import Edit, Experts
-from launcher.export.merge.experts import fused
+from launcher.export.merge.edits import Edit, ExpertLora
+from launcher.export.merge.experts import fuse_projections
 from launcher.export.merge.factors import Factors
 from launcher.export.merge.lora import Delta
-from launcher.export.merge.parameters import TURNED_MODELS
+from launcher.export.merge.target_parameters import TRANSPOSED_EXPERTS
+from launcher.io.adapter import Adapter
 
 EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(w[123]|gate_proj|up_proj|down_proj)")
 FUSED = {
@@ -26,75 +26,78 @@ FUSED = {
 }
 
 Shapes = dict[str, tuple[int, ...]]
-Found = dict[str, dict[tuple[int, str], str]]  # container → (expert, projection) → module
+ExpertModules = dict[tuple[int, str], str]  # (expert, projection) → module
 
 
-def edits(
+def take_edits(
     adapter: Adapter, modules: dict[str, Factors], shapes: Shapes, config: dict[str, Any]
 ) -> Iterator[tuple[str, Edit]]:
-    """Removes what it uses from `modules`."""
+    """(weight, edit) for the experts among `modules`, which are removed from it."""
     _rename_routers(modules, shapes)
-    found: Found = {}
+    containers: dict[str, ExpertModules] = {}
     for module in modules:
         match = EXPERT.fullmatch(module)
-        if not match or f"{module}.weight" in shapes or config.get("model_type") in TURNED_MODELS:
+        has_weight = f"{module}.weight" in shapes
+        if not match or has_weight or config.get("model_type") in TRANSPOSED_EXPERTS:
             continue
-        container = _today(match[1])
+        container = _current_name(match[1])
         if f"{container}.experts.down_proj" in shapes:
-            found.setdefault(container, {})[int(match[2]), match[3]] = module
-    for container, experts in found.items():
+            containers.setdefault(container, {})[int(match[2]), match[3]] = module
+    for container, experts in containers.items():
         for name, projections in FUSED.items():
             weight = f"{container}.experts.{name}"
             if len(shapes.get(weight, ())) != 3:
                 continue
-            if any(part in pair for _, part in experts for pair in projections):
+            if any(part in names for _, part in experts for names in projections):
                 deltas = tuple(
-                    _expert(adapter, modules, experts, each, projections, shapes[weight])
-                    for each in range(shapes[weight][0])
+                    _expert_delta(adapter, modules, experts, expert, projections, shapes[weight])
+                    for expert in range(shapes[weight][0])
                 )
-                yield weight, Experts(deltas, turned=False)
+                yield weight, ExpertLora(deltas, transposed=False)
 
 
-def _expert(
+def _expert_delta(
     adapter: Adapter,
     modules: dict[str, Factors],
-    experts: dict[tuple[int, str], str],
+    experts: ExpertModules,
     expert: int,
     projections: tuple[tuple[str, str], ...],
     shape: tuple[int, ...],
 ) -> Delta:
-    """The delta of one expert; removes its factors from `modules`."""
+    """The delta of one expert. Removes its factors from `modules`."""
     pairs, scales = [], set()
     for names in projections:
-        module = next((experts[expert, each] for each in names if (expert, each) in experts), None)
+        module = next((experts[expert, name] for name in names if (expert, name) in experts), None)
         if module is None:
-            one = next(iter(experts.values()))
+            example = next(iter(experts.values()))
             raise UserError(
-                f"{adapter.origin}: expert {expert} has no {' or '.join(names)} beside {one}; a "
-                "fused weight is merged for all its experts and projections, or not at all"
+                f"{adapter.origin}: expert {expert} has no {' or '.join(names)}, although the "
+                f"adapter has {example}; a fused weight can be merged only if all its experts and "
+                "projections have factors"
             )
-        of = modules.pop(module)
+        factors = modules.pop(module)
         outputs = shape[1] // len(projections)
-        of.refuse_more(adapter, module)
-        scales.add(of.checked(adapter, module, shape[2], outputs, shape)[1])
-        pairs.append((of.a, of.b))
+        factors.refuse_dora_and_bias(adapter, module)
+        _, scale = factors.checked_rank_and_scale(adapter, module, shape[2], outputs, shape)
+        scales.add(scale)
+        pairs.append((factors.a, factors.b))
     if len(scales) > 1 or (adapter.config.get("use_rslora") and len(pairs) > 1):
         raise UserError(
-            f"{adapter.origin}: {'use_rslora' if len(scales) == 1 else 'scales that differ'} for "
-            "projections that the base fuses, which PEFT would scale otherwise than in training; "
-            "merge it with the transformers that it was trained with"
+            f"{adapter.origin}: {'use_rslora' if len(scales) == 1 else 'different scales'} for "
+            "projections that the base fuses, which PEFT would scale differently than in training; "
+            "merge it with the version of transformers that it was trained with"
         )
-    return fused(tuple(pairs), scales.pop())
+    return fuse_projections(tuple(pairs), scales.pop())
 
 
 def _rename_routers(modules: dict[str, Factors], shapes: Shapes) -> None:
-    """Mixtral's `block_sparse_moe.gate` is `mlp.gate` today."""
+    """Mixtral's `block_sparse_moe.gate` is now called `mlp.gate`."""
     for module in list(modules):
-        today = _today(module)
-        known = f"{module}.weight" in shapes or today in modules
-        if not known and f"{today}.weight" in shapes:
-            modules[today] = modules.pop(module)
+        current = _current_name(module)
+        known = f"{module}.weight" in shapes or current in modules
+        if not known and f"{current}.weight" in shapes:
+            modules[current] = modules.pop(module)
 
 
-def _today(module: str) -> str:
+def _current_name(module: str) -> str:
     return re.sub(r"\.block_sparse_moe(?=\.|$)", ".mlp", module)

@@ -1,0 +1,72 @@
+"""Stop and resume runs, on this machine and in Slurm's queue. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+from launcher.cluster import launch, preflight, slurm
+from launcher.config import store
+from launcher.errors import UserError
+from launcher.folders.checkpoint import finished_checkpoints
+from launcher.run import status, sweep
+
+
+def request_stop(path: Path) -> Iterator[str]:
+    """Ask the run at `path`, or all runs of the sweep there, to stop. Yields a message for each.
+
+    Raises UserError if none of them is running.
+    """
+    runs = sweep.list_runs(path) if sweep.is_sweep(path) else [status.find_run(path)]
+    run_of_job = {job: run for run in runs if (job := status.slurm_job_id(run))}
+    queue = slurm.query_queue(list(run_of_job))
+    alive = {run_of_job[job] for job in queue}
+    alive |= {run for run in runs if status.has_local_ranks(run.newest_attempt())}
+    for run in alive:  # a run that starts at this moment reads the file too
+        run.stop.write_text("shardway stop")
+    waiting = [job for job, queued in queue.items() if queued.state == "PENDING"]
+    for job in waiting:  # first: otherwise one of them starts when another run has ended
+        slurm.cancel_waiting(job)
+        yield f"job {job} was removed from the queue"
+    for run in alive - {run_of_job[job] for job in waiting}:
+        yield (
+            f"{run.path} will stop with a checkpoint at its next step: "
+            f"shardway logs {run.path} --follow"
+        )
+    if not alive:
+        reason = (
+            "none of its runs is"
+            if len(runs) > 1
+            else f"its state is {status.run_state(runs[0], None)}"
+        )
+        raise UserError(f"{path} is not running: {reason}")
+
+
+def resume_run(path: Path) -> int:
+    """Resume the run at `path` from its newest checkpoint, on the cluster where it ran before.
+    Returns its exit status.
+
+    Raises UserError if it is running or has no checkpoint.
+    """
+    run = status.find_run(path)
+    if status.has_local_ranks(run):
+        raise UserError(f"{run.path} is running; stop it first: shardway stop {run.path}")
+    config = store.load(run.config)
+    if not finished_checkpoints(run.checkpoints):
+        raise UserError(f"{run.path} has no finished checkpoint; start again with another run_dir")
+    training = dataclasses.replace(config.training, stop_after_steps=None)
+    config = dataclasses.replace(config, resume="auto", run_dir=str(run.path), training=training)
+    return launch.launch(config, preflight.check(config))
+
+
+def is_alive(path: Path) -> bool:
+    """Whether the run at `path` has ranks on this machine, or a job that waits or runs.
+
+    Raises UserError if Slurm does not answer.
+    """
+    run = status.find_run(path)
+    if status.has_local_ranks(run):
+        return True
+    job = status.slurm_job_id(run)
+    return bool(job and job in slurm.query_queue([job]))

@@ -1,0 +1,84 @@
+"""Checks before a run starts: rules, data, and the checkpoint to resume from. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from launcher.cluster import devices
+from launcher.config import Config, store
+from launcher.config.rules.rule import Machine, World
+from launcher.config.rules.table import broken_rules
+from launcher.data import source
+from launcher.errors import UserError
+from launcher.folders.checkpoint import Checkpoint
+from launcher.folders.run import RunDir
+from launcher.run import resume
+
+
+def check(config: Config) -> World:
+    """Check `config` against the rules and its data files. Returns the ranks it will have.
+
+    Raises ConfigError with all problems.
+    """
+    world = get_world(config)
+    if problems := find_problems(config, world):
+        raise store.ConfigError(problems)
+    return world
+
+
+def find_problems(config: Config, world: World) -> list[str]:
+    """A message for every problem of `config` on `world`, its data included."""
+    return [*find_problems_without_data(config, world), *source.find_problems(config.data)]
+
+
+def find_problems_without_data(config: Config, world: World) -> list[str]:
+    """Broken rules, and what prevents resuming from the checkpoint that `config` names."""
+    return [*broken_rules(config, world), *_find_resume_problems(config)]
+
+
+def _find_resume_problems(config: Config) -> list[str]:
+    try:
+        checkpoint = find_resume_checkpoint(config)
+        return resume.find_problems(checkpoint, config) if checkpoint else []
+    except UserError as error:
+        return [str(error)]
+
+
+def find_resume_checkpoint(config: Config) -> Checkpoint | None:
+    """The checkpoint that a run will resume from if its files are intact, which the ranks check."""
+    checkpoints = RunDir(Path(config.run_dir or "")).checkpoints
+    candidates = resume.candidates(config.resume, checkpoints)
+    return next((each for each in candidates if each.is_finished), None)
+
+
+def get_world(config: Config) -> World:
+    """The ranks that `config` asks for on this machine, or those that torchrun has started."""
+    machine = inspect_machine(config)
+    if not under_torchrun():
+        return World.from_config(config, machine)
+    per_node = int(os.environ["LOCAL_WORLD_SIZE"])
+    return World(int(os.environ["WORLD_SIZE"]) // per_node, per_node, machine, get_rank())
+
+
+def inspect_machine(config: Config) -> Machine:
+    """What is installed on this machine. Checks only what `config` needs."""
+    return Machine(
+        gpus=devices.visible_gpus(),
+        flash_attention=devices.has_flash_attention(),
+        libaio=not config.strategy.on_disk or devices.has_libaio(),
+        missing_trackers=devices.missing_packages(config.tracking.trackers),
+        compiler=config.training.compile == "off" or devices.has_compiler(),
+        liger=devices.has_liger(),
+        triton_interpreter=devices.interprets_triton(),
+    )
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def get_rank() -> int:
+    """The rank of this process, 0 if torchrun did not start it."""
+    return int(os.environ["RANK"]) if under_torchrun() else 0

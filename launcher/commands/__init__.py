@@ -1,0 +1,1 @@
+"""The subcommands of `shardway`, one module each, imported when it is called."""

@@ -1,0 +1,59 @@
+"""What several verbs share on the command line: the parser, sizes, and the path of a picture."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from launcher.errors import UserError
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def command_parser(
+    verb: str, about: str | None, usage: str | None = None
+) -> argparse.ArgumentParser:
+    """The parser of `shardway VERB`. --help prints `about` without reformatting it.
+
+    `usage` is given for a verb that passes words on.
+    """
+    return argparse.ArgumentParser(
+        prog=f"shardway {verb}",
+        usage=usage,
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=usage is None,  # words that are passed on may look like the start of an option
+    )
+
+
+def parse_size(text: str, option: str = "--max-shard-size") -> int:
+    """Bytes: `5GB` is 5·10⁹, `5GiB` is 5·2³⁰. Raises UserError, which names `option`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in UNITS or float(match[1]) <= 0:
+        raise UserError(f"{option} {text} is not a size; write 5GB, 500MB or 5GiB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def picture_path(output: Path | None, name: str, overwrite: bool) -> Path:
+    """Where to write a picture: `output`, or `name` in the working directory, with a number
+    appended if that exists.
+
+    Raises UserError if `output` exists (unless `overwrite`), has another suffix than
+    PICTURE_SUFFIXES, or if its folder does not exist.
+    """
+    default = Path(name)
+    if output is None:
+        numbered = (default.with_stem(f"{default.stem}-{number}") for number in range(2, 1000))
+        return next(path for path in (default, *numbered) if not path.exists())
+    if output.suffix not in PICTURE_SUFFIXES:
+        raise UserError(f"--output {output} is not a picture → a name in .png, .svg or .pdf")
+    if output.exists() and not overwrite:
+        raise UserError(f"{output} exists → another --output, or --overwrite")
+    if not output.parent.is_dir():
+        raise UserError(
+            f"the folder of --output {output} does not exist → create it, or choose another"
+        )
+    return output

@@ -1,0 +1,77 @@
+"""`shardway logs RUN`: the console of a run, or the log of one of its ranks."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from launcher.cluster.control import is_alive
+from launcher.commands.arguments import command_parser
+from launcher.errors import UserError
+from launcher.folders.run import RunDir
+from launcher.run.status import find_run
+
+POLL_SECONDS = 5.0  # between two checks whether the run is alive
+
+
+def main() -> None:
+    parser = command_parser("logs", "Print the console of a run's newest job, or a rank's log.")
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--rank", type=int, help="print the log of this rank")
+    parser.add_argument("--attempt", type=int, help="of this attempt instead of the newest one")
+    parser.add_argument("--follow", action="store_true", help="print new lines until the run ends")
+    arguments = parser.parse_args()
+    run = find_run(arguments.run)
+    if arguments.attempt:
+        run = RunDir(run.path, arguments.attempt)
+    wants_console = arguments.rank is None and not arguments.attempt
+    file = _console(run) if wants_console else _rank_log(run, arguments.rank or 0)
+    texts = _follow(file, run) if arguments.follow else [file.read_text(errors="replace")]
+    for text in texts:
+        print(text, end="", flush=True)
+
+
+def _rank_log(run: RunDir, rank: int) -> Path:
+    file = run.rank_log(rank)
+    if not file.is_file():
+        raise UserError(f"{file} does not exist; there are logs of ranks {_ranks_with_logs(run)}")
+    return file
+
+
+def _console(run: RunDir) -> Path:
+    """The output of the newest job; without a job, the log of rank 0."""
+    consoles = sorted(run.logs.parent.glob("slurm-*.out"), key=lambda file: file.stat().st_mtime)
+    if consoles:
+        return consoles[-1]
+    if not run.rank_log(0).is_file():
+        raise UserError(f"{run.path} has printed nothing yet")
+    return run.rank_log(0)
+
+
+def _ranks_with_logs(run: RunDir) -> str:
+    names = sorted(file.stem.removeprefix("rank-") for file in run.logs.glob("rank-*.log"))
+    return ", ".join(str(int(name)) for name in names) or "none yet"
+
+
+def _follow(file: Path, run: RunDir) -> Iterator[str]:
+    """The text that is added to `file` until the run has ended."""
+    ended, last_check = False, 0.0
+    with file.open(errors="replace") as opened:
+        while True:
+            if time.monotonic() - last_check > POLL_SECONDS:
+                ended, last_check = not _is_alive(run), time.monotonic()
+            if text := opened.read():
+                yield text
+            elif ended:
+                return
+            time.sleep(0.5)
+
+
+def _is_alive(run: RunDir) -> bool:
+    try:
+        return is_alive(run.path)
+    except UserError as error:
+        print(error, file=sys.stderr)  # Slurm's controller is busy: ask again later
+        return True

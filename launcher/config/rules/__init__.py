@@ -1,0 +1,1 @@
+"""The rules between settings. `table.py` has them all."""

@@ -1,0 +1,157 @@
+"""The rules of `model=`, which read the files of a local model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launcher.config import Config
+from launcher.config.rules.rule import Example, Machine, Rule, World
+from launcher.folders import paths
+from launcher.folders.json_file import read_object_or_empty
+from launcher.folders.model import CONFIG, is_hub_id
+
+FLASH_ATTENTION = "flash_attention_2"
+
+
+def _is_missing(config: Config, world: World) -> bool:
+    path = config.model.name_or_path
+    return not is_hub_id(path) and not (Path(path) / CONFIG).is_file()
+
+
+def _has_no_safetensors(config: Config, world: World) -> bool:
+    folder = Path(config.model.name_or_path)
+    return (folder / CONFIG).is_file() and not any(folder.glob("*.safetensors"))
+
+
+def _quantization(config: Config) -> str | None:
+    """The method by which the weights of a local folder are quantized, None if they are not."""
+    settings = read_object_or_empty(Path(config.model.name_or_path) / CONFIG)
+    if not isinstance(scheme := settings.get("quantization_config"), dict):
+        return None
+    return str(scheme["quant_method"]) if "quant_method" in scheme else "an unknown method"
+
+
+def _has_no_chat_template(config: Config, world: World) -> bool:
+    """Whether rows are conversations and the tokenizer has no chat template.
+
+    False for a hub id, which is not downloaded yet, and for a model with its own Python code, which
+    may set a template.
+    """
+    folder = Path(config.model.name_or_path)
+    if config.data.format == "text" or config.data.template or config.model.trust_remote_code:
+        return False
+    if not (folder / "tokenizer_config.json").is_file():
+        return False  # there is no tokenizer: the loader reports that
+    separate_files = (folder / "chat_template.jinja", folder / "additional_chat_templates")
+    settings = read_object_or_empty(folder / "tokenizer_config.json")
+    return not settings.get("chat_template") and not any(path.exists() for path in separate_files)
+
+
+def _uses_flash_attention(config: Config) -> bool:
+    return config.model.attention == FLASH_ATTENTION
+
+
+MODEL_RULES: tuple[Rule, ...] = (
+    Rule(
+        "model-is-there",
+        "model.name_or_path is a model folder or a hub id",
+        _is_missing,
+        lambda c, w: (
+            f"model.name_or_path={c.model.name_or_path} is not a model folder (no config.json)"
+        ),
+        lambda c, w: (
+            f"shardway fetch {c.model.name}"
+            if Path(c.model.name_or_path).is_relative_to(paths.cache())
+            else "model.name_or_path=FOLDER, or a hub id such as owner/name"
+        ),
+        Example("model.name_or_path=./model"),
+    ),
+    Rule(
+        "revision-is-of-the-hub",
+        "model.revision needs a hub id",
+        lambda c, w: c.model.revision is not None and not is_hub_id(c.model.name_or_path),
+        lambda c, w: (
+            f"model.revision={c.model.revision} selects a commit of a hub id, but "
+            f"model.name_or_path={c.model.name_or_path} is a folder"
+        ),
+        lambda c, w: "model.revision=null, or model.name_or_path=OWNER/NAME",
+        Example("model.revision=main"),
+    ),
+    Rule(
+        "model-has-safetensors",
+        "the model folder contains safetensors files",
+        _has_no_safetensors,
+        lambda c, w: f"model.name_or_path={c.model.name_or_path} contains no *.safetensors",
+        lambda c, w: (
+            "convert it once: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        ),
+        Example("model.name_or_path=./model", files={"model/config.json": "{}"}),
+    ),
+    Rule(
+        "model-is-not-quantized",
+        "the model's weights are not quantized",
+        lambda c, w: _quantization(c) is not None,
+        lambda c, w: (
+            f"model.name_or_path={c.model.name_or_path} is quantized ({_quantization(c)}): its "
+            "weights cannot be trained or merged"
+        ),
+        lambda c, w: "model.name_or_path=FOLDER of the 16-bit original",
+        Example(
+            "model.name_or_path=./model",
+            files={
+                "model/config.json": '{"quantization_config": {"quant_method": "fp8"}}',
+                "model/model.safetensors": "",
+            },
+        ),
+    ),
+    Rule(
+        "chat-has-a-template",
+        "the tokenizer has a chat template if rows are conversations",
+        _has_no_chat_template,
+        lambda c, w: (
+            f"the tokenizer of model.name_or_path={c.model.name_or_path} has no chat template, but "
+            f"data.format={c.data.format} turns every row into a conversation"
+        ),
+        lambda c, w: (
+            f"put a chat_template.jinja into {c.model.name_or_path} (an instruct model of the same "
+            "family has one), or data=pretrain data.path=FILE for raw text"
+        ),
+        Example(
+            "model.name_or_path=./model",
+            files={
+                "model/config.json": "{}",
+                "model/model.safetensors": "",
+                "model/tokenizer_config.json": '{"eos_token": "</s>"}',
+            },
+        ),
+    ),
+    Rule(
+        "flash-attention-needs-a-gpu",
+        f"model.attention={FLASH_ATTENTION} needs a GPU",
+        lambda c, w: _uses_flash_attention(c) and w.gpus == 0,
+        lambda c, w: f"model.attention={FLASH_ATTENTION} needs a GPU, and no GPU is visible",
+        lambda c, w: "model.attention=sdpa",
+        Example(f"model.attention={FLASH_ATTENTION} precision=bf16", Machine(gpus=0)),
+    ),
+    Rule(
+        "flash-attention-is-installed",
+        f"model.attention={FLASH_ATTENTION} needs the package flash-attn",
+        lambda c, w: _uses_flash_attention(c) and w.gpus > 0 and not w.machine.flash_attention,
+        lambda c, w: f"model.attention={FLASH_ATTENTION}: flash-attn is not installed",
+        lambda c, w: "model.attention=sdpa, or pip install flash-attn --no-build-isolation",
+        Example(f"model.attention={FLASH_ATTENTION} precision=bf16", Machine(gpus=1)),
+    ),
+    Rule(
+        "flash-attention-needs-16-bits",
+        f"model.attention={FLASH_ATTENTION} computes in bf16 or fp16",
+        lambda c, w: _uses_flash_attention(c) and c.precision.name == "fp32",
+        lambda c, w: (
+            f"model.attention={FLASH_ATTENTION} computes in bf16 or fp16, but not in precision=fp32"
+        ),
+        lambda c, w: "precision=bf16, or model.attention=sdpa",
+        Example(
+            f"model.attention={FLASH_ATTENTION} precision=fp32",
+            Machine(gpus=1, flash_attention=True),
+        ),
+    ),
+)

@@ -1,0 +1,1 @@
+"""The schema of conf/: one module for each group of settings."""

@@ -1,0 +1,22 @@
+"""Schema of `model=`: the weights to start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.config.schema.setting import setting
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """A model folder or hub id, and how to load it."""
+
+    name: str = setting("model", "name of the model, used in the name of the run folder")
+    name_or_path: str = setting(help="a folder with config.json and safetensors, or a hub id")
+    revision: str | None = setting(None, "branch, tag or commit of a hub id")
+    attention: str = setting(
+        "sdpa",
+        "attention implementation of transformers; flash_attention_2 needs a GPU and flash-attn",
+        choices=("sdpa", "eager", "flash_attention_2"),
+    )
+    trust_remote_code: bool = setting(False, "run Python code from the model folder")

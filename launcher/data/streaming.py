@@ -1,0 +1,215 @@
+"""Rows that are tokenized when a step needs them, for data too large to be tokenized in advance.
+
+Each file is read once to find the positions where its rows begin. After that, any row is read
+directly, so training resumes at any step without reading the data before it, and all ranks see the
+same rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import xxhash
+from filelock import FileLock
+from numpy.typing import NDArray
+
+from launcher.config.schema.data import HUB
+from launcher.data import file_rows
+from launcher.data.dataset import Row, cache_error, cache_key
+from launcher.data.file_rows import RawRow
+from launcher.data.source import TextPart
+from launcher.data.tokenize import RowTokenizer
+from launcher.errors import UserError
+from launcher.folders import paths
+
+CACHED_ROWS = 4_096  # tokenized rows in memory: a step needs a row's length first, then the row
+LOGGED_ERRORS = 20  # messages of bad rows in the log; more bad rows are only counted
+BLOCK_BYTES = 1 << 24  # read at a time
+
+
+class IndexedFile(Protocol):
+    """The rows of a file by number."""
+
+    content: str  # a hash that changes when the file does
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, row: int) -> RawRow:
+        """The location and the raw row, which is None for a blank line."""
+
+
+class StreamedRows:
+    """The rows of all sources, concatenated in the order of the sources.
+
+    A row that cannot be trained on is empty; with data.on_bad_row=fail it raises UserError.
+    """
+
+    def __init__(self, row_tokenizers: Sequence[RowTokenizer], say: Callable[[str], None]) -> None:
+        self._files: list[tuple[RowTokenizer, IndexedFile]] = []
+        sizes = [0]
+        for row_tokenizer in row_tokenizers:
+            max_rows = row_tokenizer.source.max_rows
+            remaining = sys.maxsize if max_rows is None else max_rows
+            for file in open_files(row_tokenizer):
+                self._files.append((row_tokenizer, file))
+                sizes.append(min(remaining, len(file)))
+                remaining -= sizes[-1]
+        self._first_rows = np.cumsum(sizes)  # number of each file's first row, and the total
+        self.skipped = 0  # bad rows so far
+        self._say = say
+        self._cached = functools.lru_cache(maxsize=CACHED_ROWS)(self._tokenize)
+        content = [f"{file.content}".encode() for _, file in self._files]
+        self.fingerprint = " ".join(cache_key(tokenizer, content) for tokenizer in row_tokenizers)
+
+    def __len__(self) -> int:
+        return int(self._first_rows[-1])
+
+    def __getitem__(self, row: int) -> Row:
+        return self._cached(row)
+
+    def length(self, row: int) -> int:
+        return len(self._cached(row)[0])
+
+    def _tokenize(self, row: int) -> Row:
+        number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        row_tokenizer, file = self._files[number]
+        location, raw_row = file[row - int(self._first_rows[number])]
+        batch = row_tokenizer([(location, raw_row)] if raw_row is not None else [])
+        for message in batch.errors:
+            self.skipped += 1
+            if self.skipped <= LOGGED_ERRORS:
+                self._say(f"skipped: {message}")
+        if len(batch.lengths) > 1:
+            raise UserError(
+                f"{location}: data.streaming=true needs one row per conversation, and this chat "
+                "template makes one of each answer → data.train_on=last_answer, or "
+                "data.streaming=false"
+            )
+        return batch.ids, batch.loss_mask
+
+
+def open_files(row_tokenizer: RowTokenizer) -> list[IndexedFile]:
+    """The files of a source. Raises UserError for a format whose rows cannot be read by number."""
+    path = row_tokenizer.source.path or ""
+    if path.startswith(HUB):
+        raise UserError(
+            f"data.streaming=true reads files, and data.path={path} is downloaded completely → "
+            "data.streaming=false"
+        )
+    files = file_rows.find(path, row_tokenizer.source.format == "text")
+    return [_open_file(file) for file in files]
+
+
+def _open_file(file: Path) -> IndexedFile:
+    if file_rows.suffix_of(file) in (".jsonl", ".txt"):
+        return LineFile(file)
+    if file_rows.suffix_of(file) == ".arrow":
+        return ArrowFile(file)
+    raise UserError(
+        f"data.streaming=true: the rows of {file} cannot be read by number; convert it to .jsonl "
+        "or .arrow → data.streaming=false"
+    )
+
+
+class LineFile:
+    """A .jsonl file, or a .txt file by line. Empty lines are not counted; a line of spaces is an
+    empty row."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._is_text = file_rows.suffix_of(file) == ".txt"
+        self._line_starts, self.content = _line_starts(file)
+
+    def __len__(self) -> int:
+        return len(self._line_starts) - 1
+
+    def __getitem__(self, row: int) -> RawRow:
+        begin, end = int(self._line_starts[row]), int(self._line_starts[row + 1])
+        location = f"{self.file} (byte {begin})"
+        try:
+            with self.file.open("rb") as opened:
+                opened.seek(begin)
+                line = opened.read(end - begin).decode("utf-8-sig")
+            if not line.strip():
+                return location, None
+            return location, TextPart(line.rstrip("\r\n")) if self._is_text else json.loads(line)
+        except (ValueError, RecursionError) as error:
+            return location, UserError(f"{location} is not JSON in UTF-8: {error}")
+
+
+def _line_starts(file: Path) -> tuple[NDArray[np.int64], str]:
+    """The byte positions where the lines that are not empty begin, with the end of the file, and a
+    hash of the file. Cached by path, size and modification time."""
+    status = file.stat()
+    name = f"{file.absolute()} {status.st_size} {status.st_mtime_ns}"
+    cached = paths.cache() / "lines" / f"{xxhash.xxh3_128_hexdigest(name.encode())}.npy"
+    try:
+        if not cached.is_file():
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(cached.with_suffix(".lock")):
+                if not cached.is_file():  # otherwise another rank built it in the meantime
+                    _build_line_starts(file, cached)
+    except OSError as error:
+        raise cache_error(cached.parent, error) from error
+    starts: NDArray[np.int64] = np.load(cached, mmap_mode="r")
+    if len(starts) < 2:
+        raise UserError(f"data.path={file} contains no rows; add at least one")
+    return starts, cached.with_suffix(".hash").read_text()
+
+
+def _build_line_starts(file: Path, cached: Path) -> None:
+    partial = cached.with_suffix(".partial")
+    digest = xxhash.xxh3_128()
+    try:
+        with partial.open("wb") as out:
+            np.save(out, _find_line_starts(file, digest))
+        cached.with_suffix(".hash").write_text(digest.hexdigest())
+        partial.replace(cached)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _find_line_starts(file: Path, digest: xxhash.xxh3_128) -> NDArray[np.int64]:
+    """Where the lines that are not empty begin, with the end of the file; updates `digest`."""
+    ends = []  # positions after each line feed
+    has_return = []  # whether a carriage return is before it
+    position, previous = 0, b""
+    with file.open("rb") as opened:
+        while block := opened.read(BLOCK_BYTES):
+            digest.update(block)
+            with_previous = np.frombuffer(previous.rjust(1) + block, np.uint8)
+            feeds = np.flatnonzero(with_previous[1:] == ord("\n"))
+            ends.append(feeds + position + 1)
+            has_return.append(with_previous[feeds] == ord("\r"))
+            position += len(block)
+            previous = block[-1:]
+    bounds = np.concatenate([[0], *ends, [position]]).astype(np.int64)
+    lengths = np.diff(bounds)
+    lengths[:-1] -= np.concatenate([np.empty(0, np.bool_), *has_return])
+    lengths[-1] += 1  # the last line has no line feed, or is empty
+    return np.concatenate([bounds[:-1][lengths > 1], [position]])
+
+
+class ArrowFile:
+    """A file or a stream of record batches, memory-mapped."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._batches = file_rows.open_record_batches(file)
+        self._first_rows = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+        with file.open("rb") as opened:
+            block = opened.read(BLOCK_BYTES)
+        self.content = f"{file.stat().st_size} {xxhash.xxh3_128_hexdigest(block)}"
+
+    def __len__(self) -> int:
+        return int(self._first_rows[-1])
+
+    def __getitem__(self, row: int) -> RawRow:
+        number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        (raw_row,) = self._batches[number].slice(row - int(self._first_rows[number]), 1).to_pylist()
+        return f"{self.file}[{row}]", file_rows.remove_nulls(raw_row)

@@ -1,0 +1,214 @@
+"""Raw rows to arrays of token ids, on all available cores."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from launcher.config.schema.data import DataConfig, SourceConfig
+from launcher.data import source
+from launcher.data.chat_template import Segment, Tokens, render_segments, tokenize_segments
+from launcher.data.file_rows import RawRow
+from launcher.data.raw_text import tokenize_texts
+from launcher.errors import UserError
+
+CHUNK_ROWS = 512  # tokenized in one call and written as one record batch
+CHUNK_CHARACTERS = 1 << 20  # of raw text
+# Below this number of rows, one process is done before worker processes have started.
+SINGLE_PROCESS_ROWS = 20_000
+MAX_WORKERS = 32
+
+
+@dataclass
+class TokenBatch:
+    """The token ids of several rows, concatenated, and counts of rows that are left out."""
+
+    ids: NDArray[np.int32]  # [total]
+    loss_mask: NDArray[np.bool_]  # [total]
+    lengths: NDArray[np.int32]  # [rows]
+    dropped: int = 0  # rows without a token in the loss within max_length
+    truncated: int = 0  # rows cut at max_length
+    errors: list[str] = field(default_factory=list)  # one message for each row that is skipped
+
+
+@dataclass(frozen=True)
+class RowTokenizer:
+    """Tokenizes raw rows of one source."""
+
+    source: SourceConfig
+    config: DataConfig
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, rows: list[RawRow]) -> TokenBatch:
+        """Raises UserError for the first bad row if data.on_bad_row=fail."""
+        tokens, errors = self._tokenize(rows)
+        return make_batch(tokens, errors, self.concatenates)
+
+    @property
+    def concatenates(self) -> bool:
+        """Whether the rows are texts that `tokenize_source` concatenates afterward."""
+        return self.source.format == "text" and self.config.concatenate
+
+    def _tokenize(self, rows: list[RawRow]) -> tuple[list[Tokens], list[str]]:
+        texts: list[source.TextPart] = []
+        segmented: list[list[Segment]] = []
+        errors: list[str] = []
+        for location, row in rows:
+            try:
+                parsed = source.parse_row(self.source, location, row)
+                if isinstance(parsed, source.TextPart):
+                    texts.append(parsed)
+                else:
+                    segmented += render_segments(
+                        self.tokenizer, parsed, self.config.train_on, location
+                    )
+            except UserError as error:
+                if self.config.on_bad_row == "fail":
+                    raise
+                errors.append(str(error))
+        max_length = None if self.concatenates else self.config.max_length
+        if self.source.format == "text":
+            return list(tokenize_texts(self.tokenizer, texts, max_length)), errors
+        return list(tokenize_segments(self.tokenizer, segmented, self.config.max_length)), errors
+
+
+def make_batch(rows: list[Tokens], errors: list[str], concatenated: bool) -> TokenBatch:
+    """The rows that have a token in the loss; all rows if they will be `concatenated`."""
+    # The first token of a row is never predicted.
+    used = rows if concatenated else [row for row in rows if any(row.loss_mask[1:])]
+    ids = [token for row in used for token in row.ids]
+    loss_mask = [in_loss for row in used for in_loss in row.loss_mask]
+    return TokenBatch(
+        np.asarray(ids, np.int32),
+        np.asarray(loss_mask, np.bool_),
+        np.asarray([len(row.ids) for row in used], np.int32),
+        dropped=len(rows) - len(used),
+        truncated=sum(row.truncated for row in rows),
+        errors=errors,
+    )
+
+
+def tokenize_source(
+    row_tokenizer: RowTokenizer, workers: int | None, on_progress: Callable[[int], None]
+) -> Iterator[TokenBatch]:
+    """All rows of the source, in order.
+
+    `workers` is the number of processes; None: one for a small source, otherwise one per core.
+    `on_progress` receives the number of rows read so far; if it raises, the work stops.
+    """
+    rows = source.iter_rows(row_tokenizer.source, by_line=not row_tokenizer.config.concatenate)
+    batches = _tokenize_rows(row_tokenizer, rows, workers, on_progress)
+    return _concatenate(batches, row_tokenizer) if row_tokenizer.concatenates else batches
+
+
+def _tokenize_rows(
+    row_tokenizer: RowTokenizer,
+    rows: Iterator[RawRow],
+    workers: int | None,
+    on_progress: Callable[[int], None],
+) -> Iterator[TokenBatch]:
+    done = 0
+
+    def chunks(max_rows: int | None = None) -> Iterator[list[RawRow]]:
+        nonlocal done
+        while chunk := _next_chunk(rows):
+            on_progress(done)
+            yield chunk
+            done += len(chunk)
+            if max_rows is not None and done >= max_rows:
+                return
+
+    if workers is None:
+        yield from map(row_tokenizer, chunks(SINGLE_PROCESS_ROWS))
+        workers = min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+    yield from (
+        map(row_tokenizer, chunks())
+        if workers == 1
+        else _tokenize_in_pool(row_tokenizer, chunks(), workers)
+    )
+
+
+def _next_chunk(rows: Iterator[RawRow]) -> list[RawRow]:
+    """The next CHUNK_ROWS rows, or fewer if they are long texts."""
+    chunk, characters = [], 0
+    for raw_row in islice(rows, CHUNK_ROWS):
+        chunk.append(raw_row)
+        row = raw_row[1]
+        characters += len(row.text) if isinstance(row, source.TextPart) else 0
+        if characters > CHUNK_CHARACTERS:
+            break
+    return chunk
+
+
+def _tokenize_in_pool(
+    row_tokenizer: RowTokenizer, chunks: Iterator[list[RawRow]], workers: int
+) -> Iterator[TokenBatch]:
+    """The batches in order. Only as many chunks are in memory as keep the workers busy."""
+    first = next(chunks, None)
+    if first is None:
+        return
+    spawn = multiprocessing.get_context("spawn")  # this process has threads: no fork
+    with ProcessPoolExecutor(workers, spawn, _init_worker, (row_tokenizer,)) as pool:
+        pending: deque[Future[TokenBatch]] = deque([pool.submit(_tokenize_in_worker, first)])
+        try:
+            for chunk in chunks:
+                pending.append(pool.submit(_tokenize_in_worker, chunk))
+                if len(pending) > 3 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_worker_tokenizer: RowTokenizer | None = None  # set in a worker process
+
+
+def _init_worker(row_tokenizer: RowTokenizer) -> None:
+    global _worker_tokenizer
+    _worker_tokenizer = row_tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each core already has a process
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def exit_with_parent() -> None:  # a parent that is killed cannot shut its workers down
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def _tokenize_in_worker(rows: list[RawRow]) -> TokenBatch:
+    assert _worker_tokenizer is not None
+    return _worker_tokenizer(rows)
+
+
+def _concatenate(
+    batches: Iterator[TokenBatch], row_tokenizer: RowTokenizer
+) -> Iterator[TokenBatch]:
+    """All texts as one sequence, cut into rows of max_length; the last row may be shorter."""
+    length = row_tokenizer.config.max_length
+    rest = np.empty(0, np.int32)
+    for batch in batches:
+        rest = np.concatenate([rest, batch.ids])
+        full_rows = len(rest) // length
+        yield _text_batch(rest[: full_rows * length], [length] * full_rows, batch.errors)
+        rest = rest[full_rows * length :]
+    if len(rest) > 1:
+        yield _text_batch(rest, [len(rest)], [])
+
+
+def _text_batch(ids: NDArray[np.int32], lengths: list[int], errors: list[str]) -> TokenBatch:
+    """A batch with all tokens in the loss."""
+    loss_mask = np.ones(len(ids), np.bool_)
+    return TokenBatch(ids.copy(), loss_mask, np.asarray(lengths, np.int32), errors=errors)

@@ -1,0 +1,89 @@
+"""The options and the result of assembling, and what a full model and a sharded adapter share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from launcher.errors import UserError
+from launcher.export import names
+from launcher.export.merge.edits import same_values
+from launcher.export.merge.ties import config_changes, config_value, find_embedding_pair
+from launcher.export.source import Source
+from launcher.folders.kind import Kind
+from launcher.io.tensor import Tensor
+
+# Model types whose names in memory are the names on disk. For them transformers, which takes
+# seconds to import, is not needed. A test compares each of them with transformers.
+SAME_NAMES = ("gpt2", "gemma2", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
+
+Tensors = dict[str, Tensor]
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    max_shard_bytes: int = 5 * 10**9
+    dtype: torch.dtype | None = None  # None: the dtype of the base model
+    tied: Literal["auto", "untie", "error"] = "auto"
+    qlora_base: Literal["original", "dequantized"] = "original"
+    device: str = "cpu"  # where the factors of adapters are multiplied
+    adapter_only: bool = False
+    modelfile: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Assembled:
+    tensors: Tensors  # by their names on disk
+    actions: dict[str, str]  # name → what is done: "copied", "gathered", "merged (LoRA)", …
+    config: Config  # config.json of the result, or adapter_config.json for --adapter-only
+    notes: tuple[str, ...] = ()  # messages for the user
+
+
+def naming_of(source: Source, options: Options, disk: Iterable[str]) -> names.Naming:
+    """The names of the source's model in memory and on disk.
+
+    `disk`: the names of the base's tensors, () if there is no base.
+    """
+    folders = source.extra_file_folders
+    folder = source.base or next(f for f in folders if (f / "config.json").is_file())
+    return names.find_naming(folder, options.trust_remote_code, tuple(disk))
+
+
+def without_twin(tensors: Tensors, config: Config) -> tuple[Tensors, Config, tuple[str, ...]]:
+    """(tensors, config, notes) after removing a tied head that is stored in addition to the
+    embedding.
+
+    It is removed if both are equal. Otherwise the config unties them.
+    """
+    pair = find_embedding_pair(tensors, config)
+    if pair is None or not pair.tied or pair.head not in tensors:
+        return tensors, config, ()
+    if same_values(tensors[pair.head], tensors[pair.embedding]):
+        return {n: tensor for n, tensor in tensors.items() if n != pair.head}, config, ()
+    note = f"{pair.embedding} and {pair.head} differ, and are no longer tied"
+    return tensors, config | config_changes(config, tie_word_embeddings=False), (note,)
+
+
+def with_vocabulary(
+    source: Source, tensors: Tensors, config: Config
+) -> tuple[Config, tuple[str, ...]]:
+    """(config, notes) with a vocabulary size equal to the rows of the trained embedding.
+
+    Raises UserError for fewer rows in a format that does not show whether shards are missing.
+    """
+    pair, stated = find_embedding_pair(tensors, config), config_value(config, "vocab_size")
+    if pair is None or stated is None or (rows := tensors[pair.embedding].shape[0]) == stated:
+        return config, ()
+    if rows < stated and source.kind == Kind.DCP_SAFETENSORS:
+        raise UserError(
+            f"{source.path}: {pair.embedding} has {rows} rows, but config.json has "
+            f"vocab_size={stated}: shards are missing, or the config belongs to another model; "
+            "name the right one with --base"
+        )
+    note = f"the vocabulary was resized from {stated} to {rows} rows"
+    return config | config_changes(config, vocab_size=rows), (note,)

@@ -1,1 +1,0 @@
-"""One module a file format: each gives name → `Tensor` and copies no values."""

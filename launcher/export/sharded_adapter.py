@@ -1,0 +1,174 @@
+"""Adapters in sharded checkpoints, and the base weights that were trained with them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from launcher.errors import UserError
+from launcher.export.assembled import (
+    SAME_NAMES,
+    Assembled,
+    Config,
+    Options,
+    Tensors,
+    naming_of,
+    with_vocabulary,
+    without_twin,
+)
+from launcher.export.merge import Adapter, read_adapter, split_adapters
+from launcher.export.merge.edits import same_values
+from launcher.export.merge.ties import HEAD
+from launcher.export.names import Naming
+from launcher.export.source import Source
+from launcher.folders.json_file import read_object
+from launcher.io.adapter import PREFIX, plain_name
+from launcher.io.adapter_config import is_saved
+from launcher.io.readers.found import FoundModel
+from launcher.io.tensor import Tensor
+
+# Tensors that bitsandbytes stores beside a quantized weight: the base has the weight itself.
+QUANTIZATION_STATE = r".+\.(absmax|quant_map|nested_\w+|quant_state\..+|SCB|weight_format)"
+LISTED = 5  # names in a message
+
+
+@dataclass(frozen=True)
+class FrozenBase:
+    """The weights that adapters are merged into."""
+
+    tensors: Tensors  # by their names in memory
+    config: Config
+    naming: Naming | None  # None: the names on disk are the same
+    trained: frozenset[str] = frozenset()  # names whose values are the checkpoint's
+    notes: tuple[str, ...] = ()
+
+
+def sharded_adapter(source: Source, adapter_tensors: dict[str, Tensors]) -> Adapter:
+    """The adapter of a sharded checkpoint of a PEFT model. `adapter_tensors`: by adapter name.
+
+    Raises UserError if there are several adapters, or if the configuration is missing.
+    """
+    if len(adapter_tensors) > 1:
+        raise UserError(
+            f"{source.path} contains {len(adapter_tensors)} adapters "
+            f"({', '.join(adapter_tensors)}); export one of them with PEFT first"
+        )
+    if source.adapter_config is None:
+        raise UserError(
+            f"{source.path} contains LoRA tensors, but there is no adapter_config.json beside it: "
+            "rank and alpha are unknown; copy the file from the training to that folder"
+        )
+    (tensors,) = adapter_tensors.values()
+    return Adapter(source.path, read_object(source.adapter_config), tensors)
+
+
+def frozen_base(
+    source: Source,
+    base: Tensors,
+    found: FoundModel,
+    model_tensors: Tensors,
+    adapter: Adapter,
+    config: Config,
+    options: Options,
+) -> FrozenBase:
+    """The base folder's tensors, with the trained ones replaced by those of the checkpoint. Without
+    a base folder: the checkpoint's tensors alone.
+
+    `model_tensors`: what the checkpoint contains besides the adapter, by plain names. Raises
+    UserError if it contains a tensor that the model does not have.
+    """
+    if base:
+        same_names = fits(adapter, base) and model_tensors.keys() <= base.keys() | {HEAD}
+        naming = None if same_names else naming_of(source, options, base)
+        memory = naming.to_memory(base) if naming else base
+        tensors, trained = _with_trained(source, memory, found, model_tensors)
+    elif model_tensors:
+        naming = None if config.get("model_type") in SAME_NAMES else naming_of(source, options, ())
+        tensors, trained = model_tensors, set(model_tensors)
+    else:
+        raise UserError(
+            f"{source.path} contains an adapter and no base weights; name them with --base FOLDER"
+        )
+    tensors, config, tie_notes = without_twin(tensors, config)
+    config, vocabulary_notes = with_vocabulary(source, tensors, config)
+    notes = (*tie_notes, *vocabulary_notes)
+    return FrozenBase(tensors, config, naming, frozenset(trained), notes)
+
+
+def fits(adapter: Adapter, base: Iterable[str]) -> bool:
+    """Whether `base` has a weight for each module that the adapter names."""
+    ending = r"\.(lora_|token_adapter\.|base_layer\.|weight$|bias$).*"
+    modules = {re.sub(ending, "", name.removeprefix(PREFIX)) for name in adapter.tensors}
+    known = set(base) | {HEAD}
+    return all(f"{module}.weight" in known for module in modules)
+
+
+def adapter_only_result(source: Source) -> Assembled:
+    """The result of `--adapter-only`: a PEFT adapter, by the names in PEFT's files.
+
+    Raises UserError if the source contains no adapter, or several.
+    """
+    if source.read is not None:
+        found = source.read(False)
+        model_tensors, adapter_tensors = split_adapters(found.tensors)
+        if not adapter_tensors:
+            raise UserError(f"--adapter-only: SOURCE {source.path} contains no adapter")
+        adapter = sharded_adapter(source, adapter_tensors)
+        tensors = adapter.tensors | _saved_with_adapter(adapter, model_tensors)
+        action = "gathered"
+    elif len(source.adapters) == 1:
+        adapter, action = read_adapter(source.adapters[0]), "copied"
+        tensors = adapter.tensors
+    else:
+        raise UserError(f"--adapter-only: SOURCE {source.path} contains no adapter")
+    return Assembled(tensors, dict.fromkeys(tensors, action), adapter.config)
+
+
+def _with_trained(
+    source: Source, memory: Tensors, found: FoundModel, model_tensors: Tensors
+) -> tuple[Tensors, set[str]]:
+    """(`memory` with trained tensors in place of the base's, the names of the trained tensors)."""
+    updated = None if found.trained is None else {plain_name(name) for name in found.trained}
+    result, trained, unmatched = dict(memory), set(), []
+    for name, tensor in model_tensors.items():
+        like = memory.get(name)
+        if like is None and name != HEAD:
+            unmatched += [] if re.fullmatch(QUANTIZATION_STATE, name) else [name]
+        elif not tensor.dtype.is_floating_point or (updated is not None and name not in updated):
+            continue  # quantized or frozen: the base's tensor is at least as precise
+        elif like is None or not (updated is None and _is_rounded(tensor, like)):
+            result[name] = tensor if like is None else tensor.to(like.dtype)
+            trained.add(name)
+    if unmatched:
+        listed = ", ".join(sorted(unmatched)[:LISTED]) + (", …" if len(unmatched) > LISTED else "")
+        raise UserError(
+            f"{source.path} contains {len(unmatched)} tensor(s) that the base model {source.base} "
+            f"does not have ({listed}); does it belong to another model?"
+        )
+    return result, trained
+
+
+def _is_rounded(tensor: Tensor, base: Tensor) -> bool:
+    """Whether `tensor` is the base's tensor rounded to a narrower dtype."""
+    is_narrower = tensor.dtype.itemsize < base.dtype.itemsize
+    return is_narrower and tensor.shape == base.shape and same_values(base.to(tensor.dtype), tensor)
+
+
+def _saved_with_adapter(adapter: Adapter, model_tensors: Tensors) -> Tensors:
+    """The trained tensors that PEFT saves in the adapter's file: biases and modules_to_save. If the
+    checkpoint contains only trained tensors: all of them."""
+    targeted = {re.sub(r"\.lora_.*", "", name.removeprefix(PREFIX)) for name in adapter.tensors}
+    has_frozen = any(f"{module}.weight" in model_tensors for module in targeted - {"lm_head"})
+    bias = adapter.config.get("bias")
+    saved: dict[str, Tensor] = {}
+    for name, tensor in model_tensors.items():
+        module, _, leaf = name.rpartition(".")
+        key = f"{PREFIX}{module}.base_layer.{leaf}" if module in targeted else PREFIX + name
+        is_trained_bias = leaf == "bias" and (
+            bias == "all" or (bias == "lora_only" and module in targeted)
+        )
+        is_wanted = is_trained_bias or is_saved(adapter.config, module) or not has_frozen
+        if is_wanted and key not in adapter.tensors:
+            saved[key] = tensor.renamed(key)
+    return saved

@@ -1,0 +1,102 @@
+"""The files beside the weights that a server needs: config, tokenizer, chat template, index."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from launcher.export.plan import Plan
+from launcher.export.source import Source, tokenizer_folder
+from launcher.folders.adapter import SETTINGS
+from launcher.folders.model import CONFIG, INDEX
+
+MANIFEST = "consolidation_manifest.json"
+TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+)
+PROCESSOR = ("*processor_config.json",)
+# The files in the model's folder that describe the model are copied. Weights, and files that
+# trainers write for themselves, are not.
+COPIED = (
+    *TOKENIZER,
+    *PROCESSOR,
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.py",
+    "*.tiktoken",
+    "*.md",
+    "LICENSE*",
+    "NOTICE*",
+)
+NOT_COPIED = (
+    *("*.index.json", ".*", "zero_to_*.py", "trainer_state.json", "*_results.json", "trainer.json"),
+    *("manifest.json", "ds_config*.json", "*deepspeed*.json", MANIFEST, SETTINGS, CONFIG),
+)
+
+
+def write_extra_files(plan: Plan, folder: Path) -> None:
+    """Write the extra files to `folder`. Existing files are overwritten: a resumed export writes
+    them again."""
+    for name, origin in sorted(find_extra_files(plan.source, plan.options.adapter_only).items()):
+        shutil.copyfile(origin, folder / name)
+    config = SETTINGS if plan.options.adapter_only else CONFIG
+    _write_json(folder / config, plan.config, sort=False)
+    for name, text in plan.extra_texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    if len(plan.shards) > 1:
+        _write_json(folder / INDEX, _index(plan), sort=True)
+
+
+def find_extra_files(source: Source, tokenizer_only: bool) -> dict[str, Path]:
+    """Name → file to copy.
+
+    Files that describe the model come from its folder. All files of the tokenizer come from the
+    first folder that has one.
+    """
+    files: dict[str, Path] = {}
+    home = None
+    if not tokenizer_only:
+        folders = source.extra_file_folders
+        home = source.base or next(f for f in folders if (f / CONFIG).is_file())
+        files |= {p.name: p for p in _files(home, COPIED) if not _matches(p, NOT_COPIED)}
+    folder = tokenizer_folder(source)
+    if folder is not None and folder != home:
+        others = {name: path for name, path in files.items() if not _matches(path, TOKENIZER)}
+        files = others | {path.name: path for path in _files(folder, (*TOKENIZER, *PROCESSOR))}
+    return files
+
+
+def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_file() and _matches(path, patterns)]
+
+
+def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(path.name, pattern) for pattern in patterns)
+
+
+def _index(plan: Plan) -> dict[str, Any]:
+    """The index that transformers, vLLM and SGLang read. A single file needs none."""
+    parameters = sum(tensor.nbytes // tensor.dtype.itemsize for tensor in plan.tensors)
+    weight_map = {
+        tensor.name: plan.file_name(number)
+        for number, shard in enumerate(plan.shards)
+        for tensor in shard
+    }
+    return {
+        "metadata": {"total_parameters": parameters, "total_size": plan.nbytes},
+        "weight_map": weight_map,
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any], sort: bool) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=sort) + "\n", encoding="utf-8")

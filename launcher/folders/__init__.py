@@ -1,0 +1,1 @@
+"""Names on disk: run folders, checkpoints, models, adapters, kinds of folders. No torch."""

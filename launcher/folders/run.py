@@ -1,0 +1,143 @@
+"""The names inside a run folder. Imports no torch.
+
+RUN/config.yaml  launch.json  metrics.jsonl  loss.png
+    tensorboard/  wandb/  mlruns/  trackers.json    written by tracking.trackers
+    deepspeed.json                      DeepSpeed's configuration, under zero1, zero2 and zero3
+    stop                                create it to stop: training ends after a step and saves
+    logs/attempt-1/{config.yaml, steps.json, status.json, rank-00.log, rank-00.error.json, …}
+    checkpoints/step-000045/            launcher/folders/checkpoint.py
+    export/
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from launcher.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run folder, given by its path. All code takes the names inside it from here."""
+
+    path: Path
+    attempt: int = 1  # each start of the run has its own logs
+
+    @classmethod
+    def from_logs(cls, logs: Path) -> RunDir:
+        """The run and the attempt to which `RUN/logs/attempt-N` belongs."""
+        return cls(logs.parents[1], int(logs.name.removeprefix("attempt-")))
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def launch(self) -> Path:
+        return self.path / "launch.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def plot(self) -> Path:
+        return self.path / "loss.png"
+
+    @property
+    def trackers(self) -> Path:
+        return self.path / "trackers.json"  # tracker → id of its run
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    @property
+    def engine_config(self) -> Path:
+        return self.path / "deepspeed.json"
+
+    @property
+    def stop(self) -> Path:
+        return self.path / "stop"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs" / f"attempt-{self.attempt}"
+
+    @property
+    def status(self) -> Path:
+        return self.logs / "status.json"
+
+    @property
+    def steps(self) -> Path:
+        return self.logs / "steps.json"  # total steps of the training, once known
+
+    @property
+    def submitted(self) -> Path:
+        return self.path / "slurm.json"  # the job id and the sbatch command
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Let one process at a time start an attempt or make a checkpoint final.
+
+        Raises UserError if the file system does not support locks.
+        """
+        folder = self.path / "logs"
+        folder.mkdir(exist_ok=True)
+        with (folder / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                raise UserError(
+                    f"{self.path} cannot be locked ({error.strerror}); choose a run_dir on a file "
+                    "system that supports locks"
+                ) from error
+            yield
+
+    def newest_attempt(self) -> RunDir:
+        """The same run at its newest attempt; attempt 0 if there is none yet."""
+        suffixes = (p.name.removeprefix("attempt-") for p in self.path.glob("logs/attempt-*"))
+        return RunDir(self.path, max((int(s) for s in suffixes if s.isdecimal()), default=0))
+
+    @property
+    def job(self) -> Path:
+        return self.logs / "job.json"  # facts about the Slurm job
+
+    @property
+    def rendezvous(self) -> Path:
+        return self.logs / "rendezvous"  # the address of rank 0, for the other nodes
+
+    def agent_log(self, node: int) -> Path:
+        """The output of a node's torchrun."""
+        return self.logs / f"torchrun-{node:02d}.log"
+
+    def rank_log(self, rank: int) -> Path:
+        """stdout and stderr of a rank."""
+        return self.logs / f"rank-{rank:02d}.log"
+
+    def rank_error(self, rank: int) -> Path:
+        """The reason why a rank failed."""
+        return self.logs / f"rank-{rank:02d}.error.json"
+
+
+def new_run_path(label: str) -> Path:
+    """A path in runs/ that does not exist yet: `runs/<time>-<label>`, with a number if that exists.
+
+    The time is local time, which users recognize. Raises UserError if 999 such paths exist.
+    """
+    now = datetime.now(UTC).astimezone().strftime("%Y-%m-%d_%H-%M-%S")
+    name = f"{now}-{label}"
+    names = [name, *(f"{name}-{number}" for number in range(2, 1000))]
+    path = next((path for each in names if not (path := Path("runs") / each).exists()), None)
+    if path is None:
+        raise UserError(f"runs/{name} to runs/{name}-999 exist; choose a path with run_dir=PATH")
+    return path

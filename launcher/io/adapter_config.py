@@ -1,0 +1,91 @@
+"""The settings of adapter_config.json that change the arithmetic, and which of them are
+supported."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from launcher.errors import UserError
+from launcher.io.adapter import Adapter
+
+SUPPORTED_INITS = ("gaussian", "eva", "orthogonal", "mica")  # they leave the base unchanged
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+REFUSED_KEYS = {  # key → what it is, and why its weights are not base + delta
+    "alora_invocation_tokens": "activated LoRA, which is active only after its invocation tokens",
+    "arrow_config": "Arrow, which selects among adapters for every token",
+    "layer_replication": "layer replication, whose layers are not the layers of the base",
+    "use_qalora": "QALoRA, whose delta belongs to a GPTQ-quantized base",
+    "use_bdlora": "BD-LoRA, whose factors are block-diagonal",
+    "kasa_config": "KaSA, which truncates the weights of the base when it is loaded",
+    "velora_config": "VeLoRA, which this tool cannot merge",
+    "monteclora_config": "MonteCLoRA, whose factors are random samples",
+}
+MERGE_WITH_PEFT = "merge it with PEFT and consolidate the result"
+KNOWN_KEYS = {  # keys that are read, or that do not change the arithmetic of merging
+    "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type",
+    "inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
+    "fan_in_fan_out", "bias", "use_rslora", "modules_to_save", "init_lora_weights",
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_config",
+    "megatron_core", "trainable_token_indices", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "use_dora", "qalora_group_size", "runtime_config", "lora_bias",
+    "target_parameters", "ensure_weight_tying", *REFUSED_KEYS,
+}  # fmt: skip
+
+
+def check_mergeable(adapter: Adapter) -> None:
+    """Raises UserError unless the adapter adds low-rank deltas to its base."""
+    config, file = adapter.config, adapter.origin / "adapter_config.json"
+    if (peft_type := config.get("peft_type")) != "LORA":
+        raise UserError(
+            f"{file} has peft_type={peft_type!r}; only LORA is supported, so {MERGE_WITH_PEFT}"
+        )
+    if missing := {"r", "lora_alpha"} - config.keys():
+        raise UserError(f"{file} lacks {', '.join(sorted(missing))}; save the adapter again")
+    for key, description in REFUSED_KEYS.items():
+        if config.get(key):
+            raise UserError(f"{file} sets {key}: {description}; {MERGE_WITH_PEFT}")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
+        raise UserError(
+            f"{file} has init_lora_weights={init!r}: its deltas belong to a base that was changed "
+            "when training started; save it with path_initial_model_for_weight_conversion"
+        )
+    if isinstance(init, str) and init.lower() not in SUPPORTED_INITS:
+        raise UserError(
+            f"{file} has init_lora_weights={init!r}, which is not known; {MERGE_WITH_PEFT}"
+        )
+    if unknown := sorted(key for key in config.keys() - KNOWN_KEYS if config[key]):
+        raise UserError(
+            f"{file} sets {', '.join(unknown)}, which this tool does not know and which may change "
+            f"the merged weights; {MERGE_WITH_PEFT}"
+        )
+
+
+def rank_and_scale(config: dict[str, Any], module: str) -> tuple[int, float]:
+    """The rank and scale of the module with this path: of the pattern that matches the end of the
+    path, or the general setting.
+
+    The scale is alpha / r, or alpha / sqrt(r) (rsLoRA, https://arxiv.org/abs/2312.03732). Raises
+    UserError if the rank is not at least 1.
+    """
+    rank = _module_value(config, "rank_pattern", module, config["r"])
+    alpha = _module_value(config, "alpha_pattern", module, config["lora_alpha"])
+    if not isinstance(rank, int) or rank < 1:
+        raise UserError(f"adapter_config.json gives {module} rank {rank!r}; it must be at least 1")
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def is_saved(config: dict[str, Any], module: str) -> bool:
+    """Whether `modules_to_save` names this module: PEFT then trains a copy of its weights."""
+    return any(module.endswith(name) for name in config.get("modules_to_save") or ())
+
+
+def _module_value(config: dict[str, Any], key: str, module: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of the path, as in PEFT
+    (utils/other.py, get_pattern_key)."""
+    for pattern, value in (config.get(key) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default

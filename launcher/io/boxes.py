@@ -1,0 +1,36 @@
+"""Converts a run of elements of a row-major tensor to boxes of its shape.
+
+Sharded state comes in runs: FSDP2 gives a rank whole rows, ZeRO any range of the flattened tensor.
+Files are read, and distributed checkpoints written, in boxes. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # (offsets, sizes), one value for each dim
+
+
+def boxes(begin: int, count: int, shape: tuple[int, ...]) -> list[Box]:
+    """Elements [begin, begin + count) of a tensor of `shape`, as boxes in the order of the run.
+
+    There are at most 2·dims − 1 boxes; whole rows are one box. The elements of a box are contiguous
+    in the run.
+    """
+    if count == 0:
+        return []
+    if len(shape) == 0:
+        return [((), ())]
+    row = math.prod(shape[1:])
+    first, inside = divmod(begin, row)
+    result: list[Box] = []
+    if inside or count < row:  # the run starts, and perhaps ends, within a row
+        head = min(count, row - inside)
+        inner = boxes(inside, head, shape[1:])
+        result += [((first, *offsets), (1, *sizes)) for offsets, sizes in inner]
+        first, count = first + 1, count - head
+    rows, rest = divmod(count, row)
+    if rows:
+        result.append(((first, *(0 for _ in shape[1:])), (rows, *shape[1:])))
+    tail = boxes(0, rest, shape[1:])
+    return [*result, *(((first + rows, *offsets), (1, *sizes)) for offsets, sizes in tail)]

@@ -1,0 +1,154 @@
+"""Reads a plain Hugging Face folder: safetensors or torch files, one or several with an index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Hashable
+from pathlib import Path, PurePosixPath
+
+from launcher.errors import UserError
+from launcher.folders.model import single_weights_file
+from launcher.io.readers.found import FoundModel
+from launcher.io.readers.safetensors_file import read_header
+from launcher.io.readers.torch_file import read_file, tensors_in
+from launcher.io.readers.wrapper_prefixes import skipped_note, with_stripped_names
+from launcher.io.tensor import InMemory, Tensor
+from launcher.io.tensor.stored import Stored
+
+NOT_MODELS = ("adapter_model", "training_args", "optimizer", "scheduler", "random_states")
+TORCH_FILES = ("pytorch_model.bin", "pytorch_model_fsdp.bin")
+Reader = Callable[[Path], dict[str, Tensor]]
+
+
+def read_model(folder: Path) -> FoundModel:
+    """All tensors that the folder's index lists, or those of its only weights file. Safetensors
+    take precedence over torch files.
+
+    Raises UserError if a file is missing or damaged, or if the index and the files disagree.
+    """
+    if index := _index(folder, "safetensors"):
+        return FoundModel(_read_by_index(index, read_header))
+    if _weights(folder, "safetensors"):
+        return FoundModel(read_header(single_weights_file(folder)))
+    notes: list[str] = []
+    if index := _index(folder, "bin"):
+        state = _read_by_index(index, lambda file: _state_dict(file, notes))
+    else:
+        state = _state_dict(_only_torch_file(folder), notes)
+    tensors = with_stripped_names(state, folder)
+    aliases = find_aliases(tensors)
+    unique = {name: tensor for name, tensor in tensors.items() if name not in aliases}
+    return FoundModel(unique, aliases, tuple(notes))
+
+
+def find_aliases(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Name → the earlier name of a tensor in the same storage: tied weights share one."""
+    first: dict[Hashable, str] = {}
+    aliases = {}
+    for name, tensor in tensors.items():
+        if (storage := _storage_key(tensor)) is None:
+            continue
+        if (earlier := first.setdefault(storage, name)) != name:
+            aliases[name] = earlier
+    return aliases
+
+
+def _storage_key(tensor: Tensor) -> Hashable | None:
+    """Equal for tensors that are read from the same bytes; None for a tensor without elements."""
+    if not tensor.nbytes:
+        return None
+    if isinstance(tensor, Stored):
+        return tensor.pieces, tensor.dtype, tensor.shape
+    if isinstance(tensor, InMemory):
+        values = tensor.values
+        return tensor.origin, values.data_ptr(), values.dtype, values.shape, values.stride()
+    return tensor.renamed("")
+
+
+def _index(folder: Path, extension: str) -> Path | None:
+    stem = {"safetensors": "model", "bin": "pytorch_model"}[extension]
+    default = folder / f"{stem}.{extension}.index.json"
+    indexes = sorted(folder.glob(f"*.{extension}.index.json"))
+    if len(indexes) > 1 and default not in indexes:
+        raise UserError(f"{folder} contains {len(indexes)} indexes, and none is {default.name}")
+    return default if default in indexes else next(iter(indexes), None)
+
+
+def _weights(folder: Path, extension: str) -> list[Path]:
+    return [
+        path
+        for path in sorted(folder.glob(f"*.{extension}"))
+        if not path.name.startswith(NOT_MODELS)
+    ]
+
+
+def _only_torch_file(folder: Path) -> Path:
+    files = _weights(folder, "bin")
+    default = [folder / name for name in TORCH_FILES if folder / name in files]
+    if default or len(files) == 1:
+        return [*default, *files][0]
+    raise UserError(
+        f"{folder} contains {len(files)} .bin files and neither pytorch_model.bin nor an index: it "
+        "is unclear which of them are the model"
+    )
+
+
+def _state_dict(file: Path, notes: list[str]) -> dict[str, Tensor]:
+    """The tensors of a torch file, with or without a "state_dict" entry around them. A note on what
+    is not a tensor is added to `notes`."""
+    content = read_file(file)
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    tensors, other_names = tensors_in(content, file)
+    if not tensors:
+        raise UserError(f"{file} contains no tensors by name: it is not a model")
+    notes += skipped_note(other_names, f"of {file.name} that are not tensors")
+    return tensors
+
+
+def _read_by_index(index: Path, read: Reader) -> dict[str, Tensor]:
+    """Every tensor that the index lists, from the file it names, in the order of the index."""
+    weight_map = _weight_map(index)
+    files = sorted(set(weight_map.values()))
+    contents = {name: read(_listed_file(index, name)) for name in files}
+    file_of: dict[str, str] = {}
+    for file, tensors in contents.items():
+        for name in tensors:
+            if name in file_of:
+                raise UserError(
+                    f"{name} is in both {file_of[name]} and {file} of {index.parent}: it is "
+                    "unclear which of them is the model's"
+                )
+            file_of[name] = file
+    if missing := sorted(name for name, file in weight_map.items() if file_of.get(name) != file):
+        raise UserError(
+            f"{index} lists {missing[0]} ({len(missing)} such tensors) in {weight_map[missing[0]]},"
+            " which does not contain it: the index is stale"
+        )
+    if extra := sorted(file_of.keys() - weight_map.keys()):
+        raise UserError(
+            f"{index.parent / file_of[extra[0]]} contains {extra[0]} ({len(extra)} such tensors), "
+            f"which {index.name} does not list: the index is stale"
+        )
+    return {name: contents[file][name] for name, file in weight_map.items()}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index} is not an index of weights: {error!r}") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} lists no tensors")
+    return {str(name): str(file) for name, file in weight_map.items()}
+
+
+def _listed_file(index: Path, name: str) -> Path:
+    """The path of a file that the index names. Raises UserError if the name lies outside the
+    folder. Links are followed: the files of a hub cache are links to another folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise UserError(f"{index} lists {name}, which lies outside the folder")
+    if not (file := index.parent / path).is_file():
+        raise UserError(f"{file} is missing; {index.name} lists it")
+    return file

@@ -1,0 +1,196 @@
+"""Reads a `torch.save` file without executing its pickle and without reading its tensors.
+
+The file is a zip archive of `data.pkl`, `byteorder` and one uncompressed entry for each storage
+(torch.serialization, "zipfile-based"). An unpickler that knows only the few classes that
+checkpoints contain rebuilds the pickle. Tensors become byte ranges of the file.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from launcher.errors import UserError
+from launcher.io.readers.unpickle import (
+    ByteRange,
+    ByteRanges,
+    Storage,
+    find_class,
+    find_storage,
+    resolve_references,
+)
+from launcher.io.tensor import Tensor, in_memory
+
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the entry's name and extra field
+DAMAGED = (
+    pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, TypeError, AttributeError,
+    ImportError, MemoryError, RecursionError, RuntimeError, AssertionError, OverflowError,
+)  # fmt: skip
+
+
+def read_file(path: Path, begin: int = 0, length: int | None = None) -> Any:
+    """The saved object, with `Tensor`s for tensors and `Inert` objects for unneeded classes.
+
+    `begin`, `length`: the part of the file that contains the archive. Raises UserError if the
+    archive is damaged, truncated or compressed, or if its pickle names a class that checkpoints do
+    not need.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            file.seek(begin)
+            is_archive = file.read(4) == b"PK\x03\x04"
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    end = size if length is None else begin + length
+    if end > size:
+        raise UserError(f"{path} ends before byte {end}: it is truncated")
+    if is_archive:
+        return _read_archive(path, begin, end)
+    if begin == 0 and length is None:
+        return _read_legacy(path)
+    raise UserError(f"{path} contains no torch.save archive at byte {begin}")
+
+
+def _read_archive(path: Path, begin: int, end: int) -> Any:
+    with path.open("rb", buffering=0) as file, io.BufferedReader(_Window(file, begin, end)) as part:
+        try:
+            entries = _entries(path, part, end - begin)
+        except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+            raise UserError(f"{path} is not a complete torch.save archive: {error}") from error
+        if "data.pkl" not in entries:
+            raise UserError(f"{path} is a zip archive, but not of torch.save: it has no data.pkl")
+        if "byteorder" in entries and _content(part, entries["byteorder"]) != b"little":
+            raise UserError(f"{path} was saved on a big-endian machine, which is not supported")
+        data = _content(part, entries["data.pkl"])
+    storages = {
+        name.removeprefix("data/"): (begin + at, size)
+        for name, (at, size) in entries.items()
+        if name.startswith("data/")
+    }
+    return _load(path, data, storages)
+
+
+def unpickle(path: Path) -> Any:
+    """The content of a bare pickle, with the same restrictions. Raises UserError if it is
+    damaged."""
+    try:
+        return _load(path, path.read_bytes(), {})
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _load(path: Path, data: bytes, storages: ByteRanges) -> Any:
+    unpickler = _Unpickler(io.BytesIO(data))
+    unpickler.path, unpickler.storages = path, storages
+    try:
+        return resolve_references(unpickler.load())
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
+    except DAMAGED as error:
+        raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _entries(path: Path, part: IO[bytes], size: int) -> ByteRanges:
+    """The bytes of each entry in the archive. Names are without their first folder, which has the
+    name of the saved file."""
+    ranges = {}
+    for entry in zipfile.ZipFile(part).infolist():
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise UserError(f"{path}: {entry.filename} is compressed; save it with torch.save")
+        part.seek(entry.header_offset)
+        header = part.read(LOCAL_HEADER.size)
+        if len(header) != LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
+            raise UserError(f"{path} is damaged: {entry.filename} is not where the index lists it")
+        _, name, extra = LOCAL_HEADER.unpack(header)
+        at = entry.header_offset + LOCAL_HEADER.size + name + extra
+        if at + entry.file_size > size:
+            raise UserError(f"{path} ends inside {entry.filename}: it is truncated")
+        ranges[entry.filename.partition("/")[2]] = at, entry.file_size
+    return ranges
+
+
+def _content(part: IO[bytes], byte_range: ByteRange) -> bytes:
+    """Does not use zipfile, which would verify a checksum that torch does not have to write."""
+    part.seek(byte_range[0])
+    return part.read(byte_range[1])
+
+
+def _read_legacy(path: Path) -> Any:
+    """A file of torch before 1.6, read completely by torch's own restricted unpickler."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (*DAMAGED, OSError) as error:
+        first = str(error).partition("\n")[0]
+        raise UserError(f"{path} cannot be read as a torch.save file: {first}") from error
+    return _with_lazy_tensors(content, path)
+
+
+def _with_lazy_tensors(content: Any, path: Path) -> Any:
+    """`content` with `InMemory` in place of `torch.Tensor`, in dicts, lists and tuples."""
+    if isinstance(content, torch.Tensor):
+        return in_memory("", content.detach(), path)
+    if isinstance(content, dict):
+        return {key: _with_lazy_tensors(value, path) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_with_lazy_tensors(value, path) for value in content]
+    return content
+
+
+class _Unpickler(pickle.Unpickler):
+    path: Path
+    storages: ByteRanges
+
+    def find_class(self, module: str, name: str) -> Any:
+        return find_class(self.path, module, name)
+
+    def persistent_load(self, pid: Any) -> Storage:
+        return find_storage(self.path, self.storages, pid)
+
+
+class _Window(io.RawIOBase):
+    """Bytes [begin, end) of a file, as a file."""
+
+    def __init__(self, file: io.FileIO, begin: int, end: int) -> None:
+        self.file, self.begin, self.end, self.at = file, begin, end, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.end - self.begin}[whence]
+        if origin + offset < 0:
+            raise OSError("a position before the archive")
+        self.at = origin + offset
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        remaining = max(0, self.end - self.begin - self.at)
+        data = os.pread(self.file.fileno(), min(len(buffer), remaining), self.begin + self.at)
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
+
+
+def tensors_in(content: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """(name → tensor, names of the other entries) of a state dict.
+
+    Raises UserError if `content` is not a dict. `path`: the file, for the message.
+    """
+    if not isinstance(content, dict):
+        raise UserError(f"{path} contains a {type(content).__name__} instead of a state dict")
+    tensors = {str(k): v.renamed(str(k)) for k, v in content.items() if isinstance(v, Tensor)}
+    return tensors, [str(key) for key in content if str(key) not in tensors]

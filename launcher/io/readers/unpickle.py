@@ -1,0 +1,229 @@
+"""The classes and functions that a checkpoint's pickle may name, and what replaces them.
+
+Each is replaced by data, or by an object without behavior. Any other name is refused before
+anything is imported.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.errors import UserError
+from launcher.io.readers.strided import Strided, extent, is_contiguous
+from launcher.io.tensor import Tensor
+from launcher.io.tensor.stored import Stored, run_pieces
+
+ByteRange = tuple[int, int]  # (begin, length) in the file
+ByteRanges = dict[str, ByteRange]  # by the key of a storage, or the name of an archive's entry
+
+
+class Inert:
+    """Replaces an object of a class that is not needed. Keeps its attributes, or its state."""
+
+    def __init__(self, *arguments: Any, **_: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+        else:
+            self.__dict__["state"] = state
+
+
+class Sealed:
+    """An object that a pickle can pass on but not change: otherwise it could make a tensor of any
+    file."""
+
+    def __setstate__(self, _: Any) -> None:
+        raise UserError("a pickle sets the state of a tensor, which no checkpoint does")
+
+
+@dataclass(frozen=True)
+class Storage(Sealed):
+    """A storage in a file."""
+
+    path: Path
+    key: str
+    dtype: torch.dtype  # uint8 for an untyped storage
+    begin: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Reference(Sealed):
+    """Replaces a tensor until its pickle has been read."""
+
+    tensor: Tensor
+
+
+def find_class(path: Path, module: str, name: str) -> Any:
+    """What replaces `module.name` in the pickle of `path`. Raises UserError if the name is not
+    known."""
+    if (module, name) in KNOWN_NAMES:
+        return KNOWN_NAMES[module, name]
+    if module == "torch":
+        storage_type = name.removesuffix("Storage")
+        if name.endswith("Storage") and storage_type in STORAGES:
+            return STORAGES[storage_type]
+        if isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+    raise UserError(
+        f"{path} names {module}.{name}, which no checkpoint needs; nothing of it was executed, "
+        "save only the weights"
+    )
+
+
+def find_storage(path: Path, ranges: ByteRanges, pid: Any) -> Storage:
+    """The storage that a persistent id ("storage", type, key, device, elements) names.
+
+    Raises UserError if the file does not contain all of it.
+    """
+    if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage"):
+        raise UserError(f"{path} is damaged: it refers to {pid!r:.80}")
+    _, dtype, key, _, count = pid
+    if key not in ranges:
+        raise UserError(f"{path} contains no data of storage {key}: it is damaged or truncated")
+    begin, nbytes = ranges[key]
+    if nbytes < count * dtype.itemsize:
+        raise UserError(
+            f"{path}: storage {key} has {nbytes} bytes, not {count * dtype.itemsize}: it is damaged"
+        )
+    return Storage(path, key, dtype, begin, nbytes)
+
+
+def resolve_references(content: Any, resolved: dict[int, Any] | None = None) -> Any:
+    """`content` with tensors in place of references, in dicts, lists and tuples of any depth.
+
+    `resolved`: by id, the containers that were already visited.
+    """
+    resolved = {} if resolved is None else resolved
+    if isinstance(content, Reference):
+        return content.tensor
+    if id(content) in resolved or not isinstance(content, dict | list | tuple):
+        return resolved.get(id(content), content)
+    resolved[id(content)] = content
+    if isinstance(content, tuple):
+        resolved[id(content)] = tuple(resolve_references(value, resolved) for value in content)
+        return resolved[id(content)]
+    for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+        content[key] = resolve_references(value, resolved)
+    return content
+
+
+def _rebuild_tensor(
+    storage: Storage,
+    offset: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Reference:
+    if not (isinstance(storage, Storage) and isinstance(dtype, torch.dtype)):
+        raise UserError("a pickle makes a tensor of something that is not a storage: it is damaged")
+    shape, strides = tuple(shape), tuple(strides)
+    width = dtype.itemsize
+    valid = all(isinstance(number, int) and number >= 0 for number in (offset, *shape, *strides))
+    if not valid or (offset + extent(shape, strides)) * width > storage.nbytes:
+        raise UserError(
+            f"{storage.path} is damaged: a tensor of {list(shape)} from element {offset} does not "
+            f"fit in storage {storage.key} of {storage.nbytes} bytes"
+        )
+    begin = storage.begin + offset * width
+    if extent(shape, strides) and not is_contiguous(shape, strides):
+        return Reference(Strided(storage.key, dtype, shape, storage.path, begin, strides))
+    pieces = run_pieces(storage.path, begin, 0, math.prod(shape), shape, width)
+    return Reference(Stored(storage.key, dtype, shape, tuple(pieces)))
+
+
+def _rebuild_tensor_v2(
+    storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
+) -> Reference:
+    return _rebuild_tensor(storage, offset, shape, strides, storage.dtype)
+
+
+def _rebuild_tensor_v3(
+    storage: Storage,
+    offset: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    _: Any,
+    __: Any,
+    dtype: torch.dtype,
+    *___: Any,
+) -> Reference:
+    """For types without a typed storage: the dtype is saved beside an untyped storage."""
+    return _rebuild_tensor(storage, offset, shape, strides, dtype)
+
+
+def _first_argument(value: Any, *_: Any) -> Any:
+    """A parameter becomes its tensor, an enum its number."""
+    return value
+
+
+def _rebuild_from_type(function: Callable[..., Any], _: Any, arguments: Any, *__: Any) -> Any:
+    """A tensor with additional attributes, which are dropped (the masters of ZeRO-3 have a
+    ds_id)."""
+    return function(*arguments)
+
+
+def _encode(text: str, _: str) -> bytes:
+    """Pickle protocol 2 writes bytes as latin-1 text."""
+    return text.encode("latin-1")
+
+
+STORAGES: dict[str, torch.dtype] = {
+    "Bool": torch.bool,
+    "Byte": torch.uint8,
+    "Char": torch.int8,
+    "Short": torch.int16,
+    "Int": torch.int32,
+    "Long": torch.int64,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Float": torch.float32,
+    "Double": torch.float64,
+}
+BUILTINS = (set, frozenset, dict, list, int, float)
+KNOWN_NAMES: dict[tuple[str, str], Any] = {
+    **{("builtins", builtin.__name__): builtin for builtin in BUILTINS},
+    **{("__builtin__", builtin.__name__): builtin for builtin in BUILTINS},
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "defaultdict"): collections.defaultdict,
+    ("_codecs", "encode"): _encode,
+    ("torch", "Size"): tuple,
+    ("torch", "Tensor"): Inert,
+    ("torch", "device"): Inert,
+    ("torch.serialization", "_get_layout"): Inert,
+    ("torch.nn.parameter", "Parameter"): Inert,
+    ("torch.nn.parameter", "Buffer"): Inert,
+    ("torch.storage", "UntypedStorage"): torch.uint8,
+    ("torch", "UntypedStorage"): torch.uint8,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
+    ("torch._utils", "_rebuild_parameter"): _first_argument,
+    ("torch._utils", "_rebuild_parameter_with_state"): _first_argument,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"): _first_argument,
+}
+for _module, *_names in (
+    ("argparse", "Namespace"),
+    ("deepspeed.runtime.fp16.loss_scaler", "LossScaler", "DynamicLossScaler"),
+    ("deepspeed.utils.tensor_fragment", "fragment_address"),
+    ("deepspeed.runtime.zero.config", "DeepSpeedZeroConfig", "OffloadDeviceEnum"),
+    ("numpy", "dtype", "ndarray"),
+    ("numpy.core.multiarray", "scalar", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar", "_reconstruct"),
+    ("pathlib", "PosixPath", "Path"),
+    ("pathlib._local", "PosixPath", "Path"),
+    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata", "ChunkStorageMetadata",
+     "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
+     "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+):  # fmt: skip
+    KNOWN_NAMES |= {(_module, _name): Inert for _name in _names}

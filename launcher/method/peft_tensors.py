@@ -1,0 +1,61 @@
+"""The tensors of a PEFT adapter: their names in a model and in PEFT's files, and their layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from launcher.errors import UserError
+from launcher.io.adapter import PREFIX
+from launcher.method.initial_delta import LowRankDelta, ScaledDeltas
+from launcher.model.peft import LoraLayer, PeftModel, get_peft_model_state_dict
+
+ADAPTER_NAME = "default"
+
+
+def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
+    """The adapted layers by the module's path in the base."""
+    return {
+        name.removeprefix(PREFIX): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+
+
+def trained_deltas(model: PeftModel, tensors: dict[str, torch.Tensor]) -> ScaledDeltas:
+    """The adapter of each layer, from tensors by PEFT's names."""
+    return {
+        name: (
+            LowRankDelta(
+                tensors[f"{PREFIX}{name}.lora_B.weight"], tensors[f"{PREFIX}{name}.lora_A.weight"]
+            ),
+            layer.scaling[ADAPTER_NAME],
+        )
+        for name, layer in lora_layers(model).items()
+    }
+
+
+def to_peft_names(model: PeftModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename `tensors` from the names in `model` to those in PEFT's files."""
+    renamed: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        model, state_dict=tensors, save_embedding_layers=False
+    )
+    return renamed
+
+
+def to_model_names(
+    model: PeftModel, saved: dict[str, torch.Tensor], folder: Path
+) -> dict[str, torch.Tensor]:
+    """Rename `saved` from the names in PEFT's files to those in `model`. Raises UserError if they
+    are not the tensors of its adapter."""
+    placeholders = {name: torch.empty(0) for name, p in model.named_parameters() if p.requires_grad}
+    # PEFT's own renaming, applied to placeholders, gives the name of each parameter in a file.
+    peft_names = {id(t): name for name, t in to_peft_names(model, placeholders).items()}
+    peft_name_of = {name: peft_names[id(t)] for name, t in placeholders.items()}
+    if differing := sorted(saved.keys() ^ set(peft_name_of.values())):
+        raise UserError(
+            f"{folder} contains a different adapter: {len(differing)} tensors are missing or "
+            f"unexpected, such as {differing[0]}"
+        )
+    return {name: saved[peft_name] for name, peft_name in peft_name_of.items()}

@@ -1,0 +1,104 @@
+"""The output of a rank: its log file, the shared console and its failure report. Imports no torch.
+
+The console is rank 0's stdout as it was when the process started. stdout and stderr themselves go
+to the rank's log, including what C libraries write to them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from launcher.errors import FAILED, REFUSED, UserError
+from launcher.folders.manifest import write_json
+from launcher.folders.run import RunDir
+
+# Parts of gloo's and NCCL's error messages after another rank has gone: the cause is on that rank.
+LOST_PEER_MESSAGES = (
+    "closed by peer",
+    "Connection reset",
+    "Broken pipe",
+    "timed out",
+    "Socket Timeout",
+    "ncclRemoteError",
+    "remote process exited",
+)
+
+
+class Console(io.TextIOBase):
+    """A terminal or pipe. Training continues if it goes away (`| head`, a closed window)."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def write(self, text: str) -> int:
+        # Without a reader this text is lost; metrics.jsonl and the logs are still written.
+        with contextlib.suppress(OSError):
+            os.write(self._descriptor, text.encode())
+        return len(text)
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+
+def open_log(run: RunDir, rank: int) -> Console:
+    """Send stdout and stderr to the rank's log. Returns the console, silent except on rank 0."""
+    _die_with_parent()
+    sys.stdout.flush()
+    console = Console(os.dup(1) if rank == 0 else os.open(os.devnull, os.O_WRONLY))
+    log = os.open(run.rank_log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    return console
+
+
+def _die_with_parent() -> None:
+    """Have the kernel kill this rank when torchrun is killed, which cannot end its ranks then."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, linux/prctl.h
+
+
+@contextmanager
+def report_failure(run: RunDir, rank: int) -> Iterator[None]:
+    """On an exception, write its cause to the rank's log and to a file that the launcher reads, and
+    end the process."""
+    try:
+        yield
+    except Exception as error:
+        refused = isinstance(error, UserError)
+        message = str(error) if refused else f"{type(error).__name__}: {error}"
+        if refused:
+            print(message, file=sys.stderr)
+        else:
+            traceback.print_exc()
+        exit_code = REFUSED if refused else FAILED
+        report = {
+            "rank": rank,
+            "time": time.time(),
+            "message": message,
+            "exit_code": exit_code,
+            "lost_peer": any(part in message for part in LOST_PEER_MESSAGES),
+        }
+        _write_report_and_exit(run, report, exit_code)
+
+
+def _write_report_and_exit(run: RunDir, report: dict[str, Any], exit_code: int) -> NoReturn:
+    try:
+        write_json(run.rank_error(report["rank"]), report)
+        sys.stderr.flush()
+    finally:
+        # Not sys.exit: destroying a process group can hang while its other ranks wait.
+        os._exit(exit_code)

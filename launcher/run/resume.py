@@ -1,0 +1,150 @@
+"""Whether a run can resume, and from which checkpoint. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.config import Config, store
+from launcher.config.schema.scheduler import PlateauConfig
+from launcher.errors import UserError
+from launcher.folders.checkpoint import MANIFEST, Checkpoint, all_checkpoints, finished_checkpoints
+from launcher.folders.run import RunDir
+
+# Settings that may change between two attempts: where and how the run is executed, and what is
+# logged and kept. The same batch with another strategy, number of ranks or micro-batch size has the
+# same sums.
+ALLOWED_SETTINGS = (
+    "run_dir",
+    "resume",
+    "resume_force",
+    "strategy",
+    "cluster",
+    "checkpoint",
+    "tracking",
+    "launch",
+    "model.name",
+    "data.name",
+    "data.path",  # the content of the file is compared, not its path
+    "data.dataset_info",
+    "data.workers",
+    "data.eval_path",
+    "data.pad_to_multiple_of",
+    "training.micro_batch_size",
+    "training.activation_checkpointing",  # the same values
+    "training.loss",  # the same sums
+    "training.compile",
+    "training.kernels",
+    "training.eval_steps",
+    "training.early_stopping_patience",
+    "training.early_stopping_threshold",
+    "training.log_steps",
+    "training.stop_after_steps",
+)
+# ... except these, if the learning rate depends on the evaluations.
+EVALUATION_SETTINGS = ("training.eval_steps", "data.eval_path")
+# Settings that determine which tensors a checkpoint contains, and their shapes.
+TENSOR_SETTINGS = (
+    "method.name",
+    "method.rank",
+    "method.rank_pattern",
+    "method.target_modules",
+    "method.modules_to_save",
+    "method.dora",
+    "method.layers",
+    "method.modules",
+    "method.extra_modules",
+    "optimizer.name",
+)
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Settings that differ, each as `key: old → new`."""
+
+    allowed: list[str]
+    breaking: list[str]  # the training would not be the same
+    incompatible: list[str]  # the tensors of the checkpoint do not fit
+
+
+def candidates(resume: str, checkpoints: Path) -> list[Checkpoint]:
+    """The checkpoints to resume from, best first: the run's own ones, complete or not, then the one
+    that `resume` names."""
+    if resume == "none":
+        return []
+    named = [] if resume == "auto" else [named_checkpoint(resume)]
+    return all_checkpoints(checkpoints) + named
+
+
+def named_checkpoint(resume: str) -> Checkpoint:
+    """The checkpoint of `resume=PATH`: that folder, or the newest checkpoint of that run.
+
+    Raises UserError if PATH is neither a checkpoint nor a run with one.
+    """
+    path = Path(resume)
+    if (path / MANIFEST).is_file():
+        return Checkpoint(path.absolute())
+    finished = finished_checkpoints(RunDir(path).checkpoints)
+    if not finished:
+        raise UserError(
+            f"resume={resume} is neither a checkpoint ({MANIFEST}) nor a run that contains one; "
+            "choose one that exists, or resume=auto with run_dir=RUN"
+        )
+    return finished[0]
+
+
+def compare_configs(frozen: Path, config: Config) -> Differences:
+    """How `config` differs from the frozen configuration of a checkpoint."""
+    before, now = store.leaves(store.load(frozen)), store.leaves(config)
+    differences = Differences([], [], [])
+    for key in dict.fromkeys([*before, *now]):
+        old, new = (side[key] if key in side else None for side in (before, now))
+        if old == new:
+            continue
+        schedule_depends_on_it = key in EVALUATION_SETTINGS and isinstance(
+            config.scheduler, PlateauConfig
+        )
+        if _is_one_of(key, ALLOWED_SETTINGS) and not schedule_depends_on_it:
+            group = differences.allowed
+        elif _is_one_of(key, TENSOR_SETTINGS):
+            group = differences.incompatible
+        else:
+            group = differences.breaking
+        group.append(f"{key}: {old} → {new}")
+    return differences
+
+
+def _is_one_of(key: str, settings: Iterable[str]) -> bool:
+    """Whether `key` is one of `settings`, or inside one of them."""
+    return any(key == setting or key.startswith(f"{setting}.") for setting in settings)
+
+
+def find_problems(checkpoint: Checkpoint, config: Config) -> list[str]:
+    """Why a run with `config` cannot resume from `checkpoint`; empty if it can."""
+    if checkpoint.summary()["content"] != "all":
+        return [
+            f"{checkpoint.path} contains only weights (checkpoint.content=weights), so it can be "
+            "exported but not resumed → choose another checkpoint with resume=PATH, or resume=none"
+        ]
+    differences = compare_configs(checkpoint.config, config)
+    if differences.incompatible:
+        return [
+            f"{checkpoint.path.name} contains other tensors ({'; '.join(differences.incompatible)})"
+            " → change these settings back, or start from scratch with resume=none"
+        ]
+    if differences.breaking and not config.resume_force:
+        return [
+            f"{checkpoint.path.name} was trained with other settings "
+            f"({'; '.join(differences.breaking)}), so resuming would not continue that training "
+            "→ change these settings back, or resume_force=true"
+        ]
+    return []
+
+
+def rename_broken(checkpoint: Checkpoint) -> None:
+    """Rename a broken checkpoint to `broken-N-step-…`, so that its step can be saved again."""
+    number = 1
+    while (path := checkpoint.path.with_name(f"broken-{number}-{checkpoint.path.name}")).exists():
+        number += 1
+    checkpoint.path.rename(path)

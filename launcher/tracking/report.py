@@ -1,0 +1,243 @@
+"""Runs side by side in one HTML page that loads nothing else. Imports no torch."""
+
+from __future__ import annotations
+
+import html
+import os
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.config import Config, store
+from launcher.errors import UserError
+from launcher.folders.run import RunDir
+from launcher.run import sweep
+from launcher.run.status import read_metrics, run_state
+from launcher.tracking import svg
+from launcher.tracking.base import Record
+from launcher.tracking.svg import Curve, Point
+
+HEADER = "<!doctype html>\n<!-- written by shardway report -->\n"  # identifies a report
+CHARTS = (  # title, field of metrics.jsonl, divisor
+    ("loss per target token", "loss", 1.0),
+    ("learning rate", "learning_rate", 1.0),
+    ("tokens / s", "tokens_per_second", 1.0),
+    ("peak memory of rank 0, GB", "peak_memory_bytes", 1e9),
+    ("gradient norm", "grad_norm", 1.0),
+)
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 84rem; margin: 2rem auto;
+  padding: 0 1.5rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem; }
+.charts svg { width: 100%; height: auto; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right;
+  white-space: nowrap; font-variant-numeric: tabular-nums; }
+th { font-weight: 600; } th:first-child, td:first-child { text-align: left; }
+.line { display: inline-block; width: 2rem; margin-right: .5rem; vertical-align: middle; }
+p, pre { color: #555; } pre { overflow-x: auto; }
+"""
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run as read from its folder."""
+
+    name: str
+    run: RunDir
+    config: Config
+    records: list[Record]
+
+    def points(self, field: str, divisor: float = 1.0) -> list[Point]:
+        """(step, value) of each record with a number in `field`, divided by `divisor`."""
+        return [
+            (int(line["step"]), line[field] / divisor)
+            for line in self.records
+            if field in line and isinstance(line[field], (int, float))
+        ]
+
+
+def read_runs(paths: list[Path]) -> list[LoadedRun]:
+    """The runs in `paths`, each once. The runs of a sweep keep their order.
+
+    Raises UserError for a folder that is neither a run nor a sweep, and if no step was logged.
+    """
+    runs = list(dict.fromkeys(run for path in paths for run in _find_runs(path.absolute())))
+    loaded_runs = [
+        LoadedRun(name, run.newest_attempt(), _load_config(run), read_metrics(run))
+        for name, run in zip(_names(runs), runs, strict=True)
+    ]
+    if not any(loaded.points("loss") for loaded in loaded_runs):
+        raise UserError(f"{', '.join(map(str, paths))}: no step has been logged yet")
+    return loaded_runs
+
+
+def render_page(runs: list[LoadedRun]) -> str:
+    """The complete HTML page."""
+    title = html.escape(runs[0].name if len(runs) == 1 else f"{len(runs)} runs")
+    return "\n".join(
+        [
+            f'{HEADER}<html lang="en"><head><meta charset="utf-8">',
+            # If text of a run were ever not escaped, the browser would not execute or load it.
+            '<meta http-equiv="Content-Security-Policy" '
+            "content=\"default-src 'none'; style-src 'unsafe-inline'\">",
+            '<meta name="viewport" content="width=device-width">',
+            f"<title>{title} · Shardway</title><style>{STYLE}</style></head><body>",
+            f"<h1>{title}</h1>",
+            render_body(runs),
+            "</body></html>\n",
+        ]
+    )
+
+
+def render_body(runs: list[LoadedRun]) -> str:
+    """The table of runs, the curves and the settings, for a page that contains STYLE."""
+    charts = [
+        svg.chart(title, [_curve(run, field, divisor) for run in runs])
+        for title, field, divisor in CHARTS
+        if any(run.points(field) for run in runs)
+    ]
+    return "\n".join(
+        [
+            render_table([_row(index, run) for index, run in enumerate(runs)]),
+            f'<h2>Curves</h2><div class="charts">{"".join(charts)}</div>',
+            "<p>Loss and gradient norm: the faint line is the logged value, the strong line its "
+            "moving average (weight 0.8). Dots: the evaluation loss. Tokens/s: the sum over all "
+            "ranks.</p>",
+            _render_settings(runs),
+        ]
+    )
+
+
+def _find_runs(path: Path) -> list[RunDir]:
+    if sweep.is_sweep(path):
+        if not (runs := sweep.list_runs(path)):
+            raise UserError(f"{path} is a sweep in which no run has started")
+        return runs
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{path} is neither a run folder (it has no config.yaml) nor a sweep")
+    return [RunDir(path)]
+
+
+def _names(runs: list[RunDir]) -> list[str]:
+    """The path of each run's folder, without the part that all of them share."""
+    common = Path(os.path.commonpath([run.path.parent for run in runs]))
+    names = [str(run.path.relative_to(common)) for run in runs]
+    return [name.encode("utf-8", "backslashreplace").decode() for name in names]
+
+
+def _load_config(run: RunDir) -> Config:
+    try:
+        return store.load(run.config)
+    except UserError as error:
+        raise UserError(f"{run.config} cannot be read by this version. {error}") from error
+
+
+def output_path(output: Path | None, runs: list[LoadedRun], overwrite: bool) -> Path:
+    """The file to write the page to. Raises UserError if that would replace another file."""
+    if output is None:
+        if len(runs) > 1:
+            raise UserError(f"a report of {len(runs)} runs has no default file → --output FILE")
+        output = runs[0].run.path / "report.html"
+    if not output.parent.is_dir():
+        raise UserError(
+            f"the folder of --output {output} does not exist → create it, or choose another"
+        )
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder → --output {output / 'report.html'}")
+    if output.exists() and not overwrite:
+        with output.open("rb") as file:
+            if file.read(len(HEADER)) != HEADER.encode():
+                raise UserError(f"{output} is not a report → another --output, or --overwrite")
+    return output
+
+
+def _curve(loaded: LoadedRun, field: str, divisor: float) -> Curve:
+    dots = loaded.points("eval_loss") if field == "loss" else []
+    return Curve(loaded.points(field, divisor), dots, smoothed=field in ("loss", "grad_norm"))
+
+
+def _row(index: int, loaded: LoadedRun) -> dict[str, str]:
+    """A row of the table of runs; the values are HTML."""
+    config, losses = loaded.config, loaded.points("loss")
+    eval_losses = [value for _, value in loaded.points("eval_loss")]
+    token_rates = [value for _, value in loaded.points("tokens_per_second")]
+    memory_peaks = [value for _, value in loaded.points("peak_memory_bytes", 1e9)]
+    total_steps = config.training.max_steps
+    values = {
+        "state": run_state(loaded.run, None),
+        "model": config.model.name,
+        "method": config.method.name,
+        "strategy": config.strategy.name,
+        "precision": config.precision.name,
+        "steps": f"{losses[-1][0] if losses else 0}{f' / {total_steps}' if total_steps else ''}",
+        "loss": f"{losses[-1][1]:.4f}" if losses else "",
+        "eval loss": f"{eval_losses[-1]:.4f}" if eval_losses else "",
+        "best": f"{min(eval_losses):.4f}" if eval_losses else "",
+        "tokens/s (median)": f"{statistics.median(token_rates):,.0f}" if token_rates else "",
+        "peak GB": f"{max(memory_peaks):.2f}" if memory_peaks else "",
+        "time in steps": _format_duration(_seconds_in_steps(loaded)) if losses else "",
+    }
+    sample = _line_sample(*svg.line_style(index))
+    escaped = {key: html.escape(value) for key, value in values.items()}
+    return {"run": f"{sample}{html.escape(loaded.name)}", **escaped}
+
+
+def _line_sample(color: str, dashes: str) -> str:
+    """A short piece of a run's line in the charts."""
+    pattern = {"-": "none", "--": "6 3", ":": "2 2", "-.": "6 2 2 2"}[dashes]
+    return (
+        f'<svg class="line" viewBox="0 0 32 8"><path d="M0 4H32" stroke="{color}" '
+        f'stroke-width="3" stroke-dasharray="{pattern}"/></svg>'
+    )
+
+
+def _seconds_in_steps(loaded: LoadedRun) -> float:
+    """The time of the steps alone, without evaluation, saving and pauses between attempts."""
+    token_counts, token_rates = loaded.points("tokens"), loaded.points("tokens_per_second")
+    if not token_counts or len(token_counts) != len(token_rates):
+        return 0.0
+    # A run that was resumed from another run's checkpoint starts with the tokens of that run.
+    previous = 0.0 if token_counts[0][0] == 1 else token_counts[0][1]
+    seconds = 0.0
+    for (_, count), (_, rate) in zip(token_counts, token_rates, strict=True):
+        seconds += (count - previous) / rate if rate else 0.0
+        previous = count
+    return seconds
+
+
+def _format_duration(seconds: float) -> str:
+    total = round(seconds)
+    return f"{total // 3600}:{total // 60 % 60:02d}:{total % 60:02d}"
+
+
+def _render_settings(runs: list[LoadedRun]) -> str:
+    """The settings in which several runs differ; all settings of a single run."""
+    if len(runs) == 1:
+        text = html.escape(store.dump(runs[0].config))
+        return (
+            f"<h2>Settings</h2><details><summary>config.yaml</summary><pre>{text}</pre></details>"
+        )
+    differing = sweep.differing_settings([run.config for run in runs])
+    if not differing[0]:
+        return "<h2>Settings</h2><p>All runs have the same settings.</p>"
+    rows = [
+        {"setting": html.escape(key)}
+        | {
+            html.escape(run.name): html.escape(settings[key])
+            for run, settings in zip(runs, differing, strict=True)
+        }
+        for key in differing[0]
+    ]
+    return f"<h2>Settings that differ</h2>{render_table(rows)}"
+
+
+def render_table(rows: list[dict[str, str]]) -> str:
+    """An HTML table of `rows`; keys and values are HTML."""
+    head = "".join(f"<th>{key}</th>" for key in rows[0])
+    body = "".join(
+        f"<tr>{''.join(f'<td>{value}</td>' for value in row.values())}</tr>\n" for row in rows
+    )
+    return f'<div class="scroll"><table><tr>{head}</tr>\n{body}</table></div>'

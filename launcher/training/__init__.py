@@ -1,0 +1,1 @@
+"""One optimizer step and everything that it needs. `loop.py` is the only training loop."""

@@ -1,0 +1,213 @@
+"""The training loop: the only one, for all methods, strategies and precisions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+
+from launcher.data.loader import StepBatch
+from launcher.strategy import Strategy
+from launcher.tracking.base import Observer, Record
+from launcher.training.loss import token_loss
+from launcher.training.metrics import MetricsBuffer, StepStats
+from launcher.training.nonfinite import first_bad_module
+from launcher.training.state import Progress, TrainState
+from launcher.training.throughput import ThroughputMeter, Work
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When to evaluate, save, log and end, in optimizer steps, and the scalars of a step."""
+
+    total_steps: int  # of the schedule
+    end_step: int  # training ends here; less than total_steps if it is to be resumed later
+    max_grad_norm: float
+    eval_steps: int | None
+    save_steps: int | None
+    log_steps: int
+    label_smoothing: float = 0.0
+    max_nonfinite_steps: int = 20  # the run ends after this many consecutive steps
+    save_best: bool = False  # after every evaluation with the lowest loss until then
+
+    def should_evaluate(self, step: int) -> bool:
+        """Whether to evaluate after `step`."""
+        return step == self.end_step or _is_due(self.eval_steps, step)
+
+    def should_save(self, step: int) -> bool:
+        """Whether to save a checkpoint after `step`, whatever its loss."""
+        return step == self.end_step or _is_due(self.save_steps, step)
+
+    def is_scheduled_evaluation(self, step: int) -> bool:
+        """Whether the evaluation after `step` counts for the schedule and for the lowest loss. An
+        evaluation at an early end does not: an uninterrupted training would not have it."""
+        return step == self.total_steps or _is_due(self.eval_steps, step)
+
+    def should_flush(self, step: int) -> bool:
+        """Whether the records until `step` are logged before the next step."""
+        return self.should_evaluate(step) or self.should_save(step) or _is_due(self.log_steps, step)
+
+
+class StepLoader(Protocol):
+    """The batches of steps, counted from 0 over all epochs."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    def step_batch(self, step: int) -> StepBatch:
+        """This rank's share of step `step`."""
+
+
+class Checkpoints(Protocol):
+    """Saves the trained state. All ranks make the same calls; an error on one is raised on all."""
+
+    def save(self, step: int, tokens: int, eval_loss: float | None) -> None:
+        """Save the state after `step`, now or in the background."""
+
+    def failed(self) -> bool:
+        """Whether a save in the background has failed; the next call raises its error."""
+
+    def finish(self) -> None:
+        """Wait until the last save is on disk."""
+
+
+# Whether this rank wants training to end. All ranks then end after the same step.
+StopRequested = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class StepLoaders:
+    """The rows to train on, and the rows to evaluate on."""
+
+    training: StepLoader
+    evaluation: StepLoader | None = None
+
+
+def fit(
+    state: TrainState,
+    data: StepLoaders,
+    plan: Plan,
+    observers: Sequence[Observer],
+    checkpoints: Checkpoints,
+    stop_requested: StopRequested,
+    progress: Progress,
+    meter: ThroughputMeter,
+) -> int:
+    """Train from `progress` to `plan.end_step`, until a rank requests a stop, or until
+    `state.early_stopping` has stalled. Returns the last step done.
+
+    Saves when a checkpoint is due, and at the end. Steps are counted from 1 in logs and names.
+    Raises UserError if the loss or the gradient is not finite, and if a save fails.
+    """
+    strategy, scheduler, early_stopping = state.strategy, state.scheduler, state.early_stopping
+    device = state.rank_info.device
+    for observer in observers:
+        observer.start(progress.step, plan.end_step)
+
+    def evaluate_now() -> float | None:
+        if data.evaluation is None:
+            return None
+        loss = evaluate(strategy, data.evaluation, device, stop_requested)
+        if loss is not None:
+            _log(observers, [{"step": step, "eval_loss": loss}])
+            if plan.is_scheduled_evaluation(step):
+                scheduler.step_on_evaluation(loss)
+                early_stopping.add(step, loss)
+        return loss
+
+    strategy.model.train()
+    step, saved_step, eval_loss = progress.step, progress.step, None
+    if step and plan.is_scheduled_evaluation(step) and not early_stopping.has_evaluated(step):
+        evaluate_now()  # a stop came before or during this evaluation
+    buffer = MetricsBuffer(strategy.sum, progress.tokens, plan.max_nonfinite_steps, meter)
+    while step < plan.end_step:
+        step_batch = meter.time_data_wait(data.training.step_batch, step)
+        ends = stop_requested() or checkpoints.failed() or early_stopping.has_stalled()
+        counts = torch.stack([*step_batch.counts, torch.tensor(int(ends))])
+        *work_counts, any_ends = strategy.sum(counts).tolist()
+        if any_ends:
+            break
+        work = Work(*work_counts)
+        step, eval_loss = step + 1, None
+        learning_rate = float(scheduler.get_last_lr()[0])
+        buffer.diagnose = partial(first_bad_module, strategy.model, step_batch, device)
+        targets = max(1, work.targets)  # streamed rows may have none: a loss of 0, not 0 / 0
+        stats = train_step(
+            strategy, step_batch, targets, plan.max_grad_norm, device, plan.label_smoothing
+        )
+        if stats.applied:
+            scheduler.step()
+        buffer.add(step, learning_rate, stats, work)
+        if plan.should_flush(step):
+            _log(observers, buffer.flush())
+            eval_loss = evaluate_now() if plan.should_evaluate(step) else None
+            if plan.should_save(step) or (plan.save_best and early_stopping.is_lowest(step)):
+                checkpoints.save(step, buffer.tokens, eval_loss)
+                saved_step = step
+            buffer.restart_clock()
+    if step > saved_step:
+        _log(observers, buffer.flush())
+        checkpoints.save(step, buffer.tokens, eval_loss)
+    checkpoints.finish()
+    for observer in observers:
+        observer.finish()
+    return step
+
+
+def train_step(
+    strategy: Strategy,
+    step_batch: StepBatch,
+    targets: int,
+    max_grad_norm: float,
+    device: torch.device,
+    label_smoothing: float = 0.0,
+) -> StepStats:
+    """One optimizer step. The loss is the sum over the target tokens of all ranks, divided by
+    their number `targets`."""
+    loss = torch.zeros((), device=device)
+    for index, micro_batch in enumerate(step_batch.micro_batches, start=1):
+        strategy.set_last_micro_batch(last=index == len(step_batch.micro_batches))
+        loss_sum = token_loss(strategy.model, micro_batch.to(device), label_smoothing)
+        micro_loss = loss_sum / targets
+        strategy.backward(micro_loss)
+        loss += micro_loss.detach()
+    result = strategy.step(max_grad_norm)
+    return StepStats(
+        loss, result.grad_norm, result.applied, result.skip_if_nonfinite, result.loss_scale
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    strategy: Strategy,
+    loader: StepLoader,
+    device: torch.device,
+    stop_requested: StopRequested = lambda: False,
+) -> float | None:
+    """The mean loss per target token over one epoch of `loader`; None if a rank requests a stop
+    during it. Collective."""
+    strategy.model.eval()
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    targets, any_stops = 0, 0
+    for step_batch in map(loader.step_batch, range(loader.steps_per_epoch)):
+        counts = torch.stack([step_batch.target_tokens, torch.tensor(int(stop_requested()))])
+        step_targets, any_stops = strategy.sum(counts).tolist()
+        if any_stops:
+            break
+        targets += step_targets
+        for micro_batch in step_batch.micro_batches:
+            loss += token_loss(strategy.model, micro_batch.to(device))
+    strategy.model.train()
+    return None if any_stops else strategy.sum(loss).item() / targets
+
+
+def _is_due(interval: int | None, step: int) -> bool:
+    return interval is not None and step % interval == 0
+
+
+def _log(observers: Sequence[Observer], records: list[Record]) -> None:
+    for observer in observers:
+        observer.log(records)

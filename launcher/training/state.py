@@ -1,0 +1,47 @@
+"""The state of a training: everything that a checkpoint saves and restores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from launcher.distributed.process_group import RankInfo
+from launcher.method.base import Method
+from launcher.strategy import Strategy
+from launcher.training.early_stopping import EarlyStopping
+from launcher.training.flops import Flops
+from launcher.training.scheduler import Schedule
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The steps done, and the tokens that all ranks have read in them."""
+
+    step: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class TrainState:
+    """The parts of a run that change while it trains, and a description of their origin."""
+
+    strategy: Strategy
+    method: Method
+    model: nn.Module  # as the method prepared it, without the strategy's wrapper
+    scheduler: Schedule
+    rank_info: RankInfo
+    group: dist.ProcessGroup  # all ranks on CPU, only for checkpoints
+    origin: dict[str, Any]  # base model, data, ranks, strategy; goes into every trainer.json
+    early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
+    flops: Flops | None = None  # of the model; None: not known
+    tokenizer: PreTrainedTokenizerBase | None = None  # saved in checkpoints; None: as in the base
+
+    @property
+    def vocabulary_size(self) -> int:
+        """The number of rows of the input embedding."""
+        embedding: nn.Embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+        return embedding.num_embeddings

@@ -1,0 +1,163 @@
+"""The folders that the page may read and write. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+from launcher.config import Config
+from launcher.config.schema.data import HUB
+from launcher.data import source
+from launcher.errors import UserError
+from launcher.folders import paths
+from launcher.folders.model import is_hub_id
+
+MAX_CHECKED_FILES = 20_000  # in a folder of data
+NAME_PATTERN = re.compile(r"\w[\w.+-]{0,99}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Roots:
+    """The folders that the page may use. Commands run in the first one, which contains `runs/`.
+
+    The page may also read the cache of fetched models and the files of the package.
+    """
+
+    roots: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, folders: list[Path]) -> Roots:
+        """Raises UserError for a root that is not a folder."""
+        for folder in folders:
+            if not folder.is_dir():
+                raise UserError(f"--root {folder} is not a folder → create it, or choose another")
+        return cls(tuple(folder.resolve() for folder in folders))
+
+    @property
+    def home(self) -> Path:
+        """The first root."""
+        return self.roots[0]
+
+    @property
+    def runs(self) -> Path:
+        """The folder of all runs."""
+        return self.home / "runs"
+
+    def to_read(self, path: str | Path) -> Path:
+        """`path` with links resolved. Raises UserError if the page may not read it."""
+        expanded = _expand(path)
+        # The page cannot write to these folders, so links in them can be trusted.
+        read_only = (paths.cache(), paths.PACKAGE)
+        in_read_only = any(expanded.is_relative_to(folder) for folder in read_only)
+        if ".." not in expanded.parts and in_read_only:
+            return expanded
+        return self._resolve(path)
+
+    def to_write(self, path: str | Path) -> Path:
+        """`path` with links resolved. Raises UserError if it lies outside the roots."""
+        return self._resolve(path)
+
+    def run_folder(self, name: str) -> Path:
+        """The folder in runs/ with this name; it may not exist. Raises UserError for a bad name."""
+        if not all(map(NAME_PATTERN.fullmatch, parts := name.split("/"))) or len(parts) > 2:
+            raise UserError(
+                f"{name} is not a valid run name → letters, digits, '.', '_', '+' and '-', at most "
+                "100 characters, the first one a letter or a digit"
+            )
+        return self.to_write(self.runs / name)
+
+    def short_path(self, path: Path) -> str:
+        """`path` relative to the first root, or unchanged if it is not in it."""
+        is_inside = path.is_relative_to(self.home)
+        return str(path.relative_to(self.home) if is_inside else path)
+
+    def refusals(self, config: Config) -> Iterator[str]:
+        """A message for each path in `config` that the page may not use. Opens no file."""
+        for key, path in _paths_in(config):
+            try:
+                self.to_read(path)
+            except UserError as error:
+                yield f"{key}={error}"
+        if config.strategy.on_disk and (folder := getattr(config.strategy, "nvme_path", None)):
+            try:
+                self.to_write(folder)
+            except UserError as error:
+                yield f"strategy.nvme_path={error}"
+
+    def refusals_within(self, config: Config) -> Iterator[str]:
+        """The same for the files in a list of data sets, a folder or a glob, and for their links.
+
+        Reads the list and the names of the files.
+        """
+        try:
+            for each in source.resolve_sources(config.data).values():
+                if each.path and not each.path.startswith(HUB):
+                    self._check_files(each.path)
+        except UserError as error:
+            text = str(error)
+            yield text if text.startswith("data.") else f"data.path={text}"
+
+    def _check_files(self, pattern: str) -> None:
+        """Raises UserError if a file of a folder or a glob lies outside the roots, or if there are
+        too many files."""
+        fixed = Path(*takewhile(lambda part: not re.search(r"[*?\[]", part), Path(pattern).parts))
+        self.to_read(pattern if fixed == Path(pattern) else fixed)
+        remaining = MAX_CHECKED_FILES
+        for folder, folders, names in os.walk(fixed, followlinks=True):  # as the reader does
+            remaining -= len(folders) + len(names)
+            if remaining < 0:
+                raise UserError(
+                    f"{pattern} contains more than {MAX_CHECKED_FILES:,} files → a folder that "
+                    "contains only data"
+                )
+            for name in (*folders, *names):
+                if (link := Path(folder, name)).is_symlink():
+                    self.to_read(link)
+
+    def _resolve(self, path: str | Path) -> Path:
+        resolved = (self.home / _expand(path)).resolve()
+        if not any(resolved.is_relative_to(root) for root in self.roots):
+            raise UserError(
+                f"{path} is outside {', '.join(map(str, self.roots))} → another path, or start "
+                "shardway ui with one more --root"
+            )
+        return resolved
+
+
+def _expand(path: str | Path) -> Path:
+    """`path` with `~` expanded. Raises UserError for an invalid path."""
+    try:
+        expanded = Path(path).expanduser()
+        expanded.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a null byte, a loop, an unknown ~user
+        raise UserError(f"{str(path)[:200]!r} is not a valid path: {error}") from error
+    return expanded
+
+
+def _paths_in(config: Config) -> Iterator[tuple[str, str]]:
+    """(key, path) of every setting of `config` that is a path of a file or folder."""
+    data, method = config.data, config.method
+    if not is_hub_id(config.model.name_or_path):
+        yield "model.name_or_path", config.model.name_or_path
+    yield from (
+        (key, path)
+        for key, path in (
+            ("data.path", data.path),
+            ("data.eval_path", data.eval_path),
+            ("data.dataset_info", data.dataset_info),
+            *((f"data.sources.{name}.path", each.path) for name, each in data.sources.items()),
+        )
+        if path and not path.startswith(HUB)
+    )
+    if data.template and data.template.endswith(".jinja"):
+        yield "data.template", data.template
+    if adapter := getattr(method, "adapter", None):
+        yield "method.adapter", adapter
+    for adapter in getattr(method, "merge_first", []):
+        yield "method.merge_first", adapter
+    if config.resume not in ("none", "auto"):
+        yield "resume", config.resume

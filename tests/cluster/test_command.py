@@ -1,0 +1,23 @@
+"""The command line of torchrun, and its environment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.cluster import command
+
+
+def test_cores_are_shared_among_cpu_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    assert command.rank_environment(2, gpus=0)["OMP_NUM_THREADS"] == "4"
+    assert command.rank_environment(16, gpus=0)["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert command.rank_environment(2, gpus=0)["OMP_NUM_THREADS"] == "3"
+
+
+def test_the_command_keeps_odd_paths_whole() -> None:
+    argv = command.torchrun_command(Path("/runs/a b;c"), 1, 2)
+    assert argv[-4:] == ["-m", "launcher.worker", "/runs/a b;c", "1"]

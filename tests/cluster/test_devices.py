@@ -1,0 +1,51 @@
+"""What is found on this machine without importing it."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from launcher.cluster import devices
+
+
+@pytest.mark.parametrize(("listed", "count"), [("0,1,3", 3), ("", 0), ("-1", 0), ("GPU-1a2b", 1)])
+def test_visible_gpus_are_counted_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch, listed: str, count: int
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    assert devices.visible_gpus() == count
+
+
+def test_flash_attention_is_found_by_its_distribution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    (tmp_path / "flash_attn").mkdir()  # version 4 brings such a folder too
+    assert not devices.has_flash_attention()
+    installed = tmp_path / "flash_attn-2.8.3.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Name: flash-attn\nVersion: 2.8.3\n")
+    importlib.invalidate_caches()
+    assert devices.has_flash_attention()
+
+
+def test_liger_is_its_package_and_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    for name in ("liger_kernel", "triton"):
+        assert not devices.has_liger()
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError  # nothing is imported")
+        importlib.invalidate_caches()
+    assert devices.has_liger()
+
+
+@pytest.mark.parametrize(("value", "interprets"), [(None, False), ("0", False), ("1", True)])
+def test_triton_is_interpreted_where_the_environment_says_so(
+    monkeypatch: pytest.MonkeyPatch, value: str | None, interprets: bool
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert devices.interprets_triton() is interprets

@@ -1,0 +1,148 @@
+"""What becomes of a job when its ranks have ended, with a scontrol of our own on PATH."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.cluster import job
+from launcher.folders.run import RunDir
+from launcher.run import create, sweep
+from tests.helpers.compose import composed
+
+FACTS = "JobId=7 JobName=x Restarts={restarts} {array}JobState=RUNNING"
+
+
+class Job:
+    """A job of one attempt after another in a run folder."""
+
+    def __init__(self, folder: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.path, self.monkeypatch = folder, path, monkeypatch
+        config = composed("cluster=slurm", "cluster.nodes=2", "cluster.requeue_limit=5")
+        path.mkdir(parents=True)
+        (path / "logs").mkdir()
+        (path / "checkpoints").mkdir()
+        create.freeze_config(RunDir(path), config)
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "99")  # leaked by another job: not asked
+        self.says()
+
+    def says(self, restarts: int = 0, array: str = "") -> None:
+        """What scontrol knows of it."""
+        line = FACTS.format(restarts=restarts, array=array)
+        other = line.replace("JobId=7", "JobId=70")
+        script = self.folder / "bin/scontrol"
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(
+            f'#!/bin/bash\n[ "$1" = requeue ] && echo "$2" >> {self.folder}/requeued && exit\n'
+            f"echo '{other}'\necho '{line}'\n"
+        )
+        script.chmod(script.stat().st_mode | stat.S_IXUSR)
+        self.monkeypatch.setenv("PATH", f"{script.parent}:/usr/bin:/bin")
+        job._job_fields.cache_clear()
+
+    def attempt(self, state: str | None, reason: str | None = None, at: int = 0) -> RunDir:
+        """Another, which began at the checkpoint of step `at` and ended so."""
+        run = RunDir(self.path, RunDir(self.path).newest_attempt().attempt + 1)
+        run.logs.mkdir()
+        run.job.write_text(json.dumps({"job": "7", "step": at}))
+        if state:
+            run.status.write_text(json.dumps({"state": state, "reason": reason, "step": 9}))
+        return run
+
+    def requeued(self) -> list[str]:
+        file = self.folder / "requeued"
+        return file.read_text().split() if file.is_file() else []
+
+
+@pytest.fixture
+def a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Job]:
+    def make(path: str = "run") -> Job:
+        return Job(tmp_path, tmp_path / path, monkeypatch)
+
+    return make
+
+
+@pytest.mark.parametrize("reason", ["SIGUSR2", "SIGTERM", "time limit"])
+def test_what_slurm_stopped_goes_back(a_job: Any, reason: str) -> None:
+    made = a_job()
+    assert job.end_attempt(made.attempt("stopped", reason)) == 0
+    assert made.requeued() == ["7"]
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [("finished", None), ("stopped", "shardway stop"), ("stopped", "training.stop_after_steps=3")],
+)
+def test_what_is_done_does_not(a_job: Any, state: str, reason: str | None) -> None:
+    made = a_job()
+    assert job.end_attempt(made.attempt(state, reason)) == 0
+    assert made.requeued() == []
+
+
+def test_a_person_who_stops_it_at_that_moment_is_heard(a_job: Any) -> None:
+    made = a_job()
+    run = made.attempt("stopped", "SIGUSR2")
+    run.stop.write_text("shardway stop")
+    assert job.end_attempt(run) == 0
+    assert made.requeued() == []
+    assert not run.stop.exists()
+    run.stop.write_text("SIGUSR2")  # a rank's, that heard of the signal late
+    assert job.end_attempt(run) == 0
+    assert made.requeued() == ["7"]
+
+
+def test_as_often_as_it_may(a_job: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    made = a_job()
+    made.says(restarts=5)
+    assert job.end_attempt(made.attempt("stopped", "SIGUSR2")) == 75
+    assert "cluster.requeue_limit=5 is reached" in capsys.readouterr().err
+    assert made.requeued() == []
+
+
+def test_three_attempts_without_progress_are_enough(
+    a_job: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = a_job()
+    for number in range(2):
+        assert job.end_attempt(made.attempt("stopped", "SIGUSR2")) == 0
+        assert len(made.requeued()) == number + 1
+    assert job.end_attempt(made.attempt("stopped", "SIGUSR2")) == 75
+    assert "3 attempts in a row got no further than step 0" in capsys.readouterr().err
+
+
+def test_a_node_that_went_away_is_no_failure(a_job: Any) -> None:
+    made = a_job()
+    run = made.attempt(None)
+    error = {"rank": 0, "exit_code": 1, "message": "closed by peer", "time": 1, "lost_peer": True}
+    run.rank_error(0).write_text(json.dumps(error))
+    assert job.end_attempt(run) == 0
+    assert made.requeued() == ["7"]
+    run.rank_error(1).write_text(json.dumps({**error, "rank": 1, "lost_peer": False}))
+    assert job.end_attempt(run) == 1, "the other rank has a cause of its own"
+    assert made.requeued() == ["7"]
+
+
+def test_an_older_attempt_decides_nothing(a_job: Any) -> None:
+    made = a_job()
+    old = made.attempt("stopped", "SIGUSR2")
+    made.attempt(None)
+    assert job.end_attempt(old) == 1
+    assert made.requeued() == []
+
+
+def test_an_element_goes_back_by_its_place_and_a_table_that_fails_is_only_told(
+    a_job: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is no squeue here."""
+    made = a_job("rates/2")
+    made.says(array="ArrayJobId=7 ArrayTaskId=2 ")
+    (made.path.parent / sweep.INDEX).write_text("{}")
+    assert job.end_attempt(made.attempt("stopped", "SIGUSR2")) == 0
+    assert made.requeued() == ["7_2"]
+    assert sweep.run_of_task(made.path.parent, "2").path == made.path

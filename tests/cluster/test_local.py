@@ -1,0 +1,74 @@
+"""Which rank failed first, by what the ranks and their agent have written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher.cluster import local
+from launcher.cluster.local import Failure
+from launcher.folders.run import RunDir
+
+KILLED = """\
+Root Cause (first observed failure):
+  rank      : {rank} (local_rank: 1)
+  exitcode  : -9 (pid: 5)
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    made = RunDir(tmp_path)
+    made.logs.mkdir(parents=True)
+    return made
+
+
+def report(run: RunDir, rank: int, time: float, lost_peer: bool = False) -> None:
+    """What a rank writes of its failure at `time`."""
+    said = {"rank": rank, "exit_code": rank + 1, "message": f"m{rank}", "time": time}
+    run.rank_error(rank).write_text(json.dumps({**said, "lost_peer": lost_peer}))
+
+
+@pytest.mark.parametrize("times", [(1.0, 2.0, 3.0), (3.0, 1.0, 2.0), (2.0, 3.0, 1.0)])
+def test_the_report_with_the_earliest_time_is_the_first_failure(
+    run: RunDir, times: tuple[float, ...]
+) -> None:
+    for rank, time in enumerate(times):
+        report(run, rank, time)
+    first = times.index(1.0)
+    assert local.first_failure(run) == Failure(first, first + 1, f"m{first}")
+
+
+def test_a_killed_rank_goes_before_reports_of_a_lost_peer_alone(run: RunDir) -> None:
+    (run.logs / "torchrun.log").write_text(KILLED.format(rank=1))
+    report(run, 0, time=1.0, lost_peer=True)
+    failure = local.first_failure(run)
+    assert failure is not None
+    assert (failure.rank, failure.exit_code) == (1, 137)
+    report(run, 2, time=0.5)
+    assert local.first_failure(run) == Failure(2, 3, "m2"), "it failed before the other was killed"
+
+
+def test_a_node_is_lost_if_other_ranks_lost_a_peer_and_some_say_nothing(run: RunDir) -> None:
+    assert not local.lost_a_node(run, world_size=3), "nobody has said anything"
+    report(run, 0, time=1.0, lost_peer=True)
+    report(run, 1, time=2.0, lost_peer=True)
+    assert local.lost_a_node(run, world_size=3)
+    report(run, 1, time=2.0)
+    assert not local.lost_a_node(run, world_size=3), "rank 1 has a cause of its own"
+
+
+def test_no_node_is_lost_if_all_ranks_report_a_lost_peer(run: RunDir) -> None:
+    """All are there to say so. The first of them failed, and no requeue would mend it."""
+    for rank in range(3):
+        report(run, rank, time=3.0 - rank, lost_peer=True)
+    assert not local.lost_a_node(run, world_size=3)
+    assert local.first_failure(run) == Failure(2, 3, "m2")
+
+
+def test_no_node_is_lost_if_a_signal_ended_a_rank(run: RunDir) -> None:
+    report(run, 0, time=1.0, lost_peer=True)
+    (run.logs / "torchrun.log").write_text(KILLED.format(rank=1))
+    assert not local.lost_a_node(run, world_size=2)

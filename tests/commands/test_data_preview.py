@@ -1,0 +1,96 @@
+"""`shardway data preview` shows what a run would learn from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launcher.commands import data_preview
+from launcher.model.tiny import byte_tokenizer
+from tests.helpers.commands import shardway
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Thirty rows of which one is too long, one has no answer in reach and one is bad."""
+    path = tmp_path / "rows.jsonl"
+    lines = [{"instruction": f"q{n}", "output": "a" * (1 + n * 2)} for n in range(28)]
+    lines += [{"instruction": "q" * 500, "output": "a"}, {"instruction": "q", "output": ""}]
+    lines += [{"instruction": "q", "output": "a" * 500}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def look(rows: Path, *words: str) -> list[str]:
+    done = shardway(
+        "data", "preview", "model=tiny", f"data.path={rows}", "data.format=alpaca",
+        "data.max_length=128", "data.on_bad_row=skip", "data.pad_to_multiple_of=1", *words,
+        cwd=rows.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_rows_lengths_padding_and_what_is_lost(rows: Path, tiny: Path) -> None:
+    lines = look(rows, "--rows", "1", "training.micro_batch_size=4")
+    text = "\n".join(lines)
+    assert lines[0].startswith("data: 29 rows, ")
+    assert "2 rows cut at data.max_length" in lines[0]
+    assert "1 rows left out" in lines[0]
+    assert f"1 bad rows skipped, the first: {rows}:30: output is empty" in lines[0]
+    assert "q0<|im_end|>\n<|im_start|>assistant\n⟦a<|im_end|>⟧" in text
+    assert "row 1:" not in text
+    assert sum(int(line.split()[-1]) for line in lines if "█" in line) == 29
+    shares = [float(line.split("%")[0].split()[-1]) for line in lines if "steps per epoch" in line]
+    plain, grouped, packed = shares
+    assert plain < grouped < packed <= 100
+    (configured,) = (line for line in lines if "as configured" in line)
+    assert "no packing or grouping" in configured
+    assert (rows.parent / "lengths.png").stat().st_size > 5_000
+
+
+def test_the_shares_are_those_of_the_batches(rows: Path, tiny: Path) -> None:
+    lines = look(rows, "--no-picture", "data.packing=true")
+    (configured,) = (line for line in lines if "as configured" in line)
+    assert "data.packing=true" in configured
+    (said,) = (line for line in lines if line.startswith("packing:"))
+    assert "29 rows in" in said
+    assert not (rows.parent / "lengths.png").exists()
+
+
+def test_what_is_learned_is_green_in_a_terminal() -> None:
+    tokenizer = byte_tokenizer()
+    ids = np.array(tokenizer("abc")["input_ids"])
+    trained = np.array([False, True, True])
+    assert data_preview.colored(tokenizer, (ids, trained), True) == "a\033[32mbc\033[0m"
+
+
+def test_data_do_not_change_the_terminal() -> None:
+    tokenizer = byte_tokenizer()
+    ids = np.array(tokenizer("a\x1b[2Jb\n\u202ec")["input_ids"])
+    shown = data_preview.colored(tokenizer, (ids, np.zeros(len(ids), bool)), True)
+    assert shown == "a\\x1b[2Jb\n\\u202ec"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("data.path=none.jsonl",), "data.path=none.jsonl cannot be read"),
+        (("--row", "999"), "--row 999: there are 166 rows"),
+        (("--row", "-1"), "--row -1: there are 166 rows"),
+        (("--rows", "-1"), "--rows -1 is negative"),
+        (("--output", "a.xyz"), "--output a.xyz is not a picture"),
+        (("data.template=nine",), "data.template=nine is neither"),
+        (("--output", "gone/a.png"), "the folder of --output gone/a.png does not exist"),
+    ],
+)
+def test_bad_input_gets_a_sentence(
+    tmp_path: Path, tiny: Path, words: tuple[str, ...], sentence: str
+) -> None:
+    done = shardway("data", "preview", "model=tiny", *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,275 @@
+"""What is learned of a conversation, under the templates that there are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from launcher.data.chat_template import render_segments, tokenize_segments
+from launcher.data.row_formats import Conversation
+from launcher.errors import UserError
+from launcher.folders import paths
+from launcher.model.tiny import byte_tokenizer
+from launcher.model.tokenizer import load_tokenizer
+
+TALK = [
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "ONE"},
+    {"role": "user", "content": "two?"},
+    {"role": "assistant", "content": "TWO"},
+]
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+WITH_TOOLS = Conversation(
+    [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "It is 2."},
+    ],
+    [{"type": "function", "function": {"name": "add", "parameters": {}}}],
+)
+SAYS_ADD = {"role": "user", "content": "please add"}  # a word that is a tool's name
+THINKS = (  # as Qwen3's: the reasoning of past answers is dropped
+    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{%- if m.reasoning_content and loop.last %}{{ '<think>' + m.reasoning_content + '</think>' }}"
+    "{%- endif %}{{ m.content + '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
+)
+MARKED = (
+    "{%- for m in messages %}{{ '[' + m.role + ']' }}{%- if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+    "{%- else %}{{ m.content }}{%- endif %}{%- endfor %}"
+)
+
+
+def rows(tokenizer: Any, talk: Any, max_length: int = 1000, train_on: str = "answers") -> list[Any]:
+    talk = talk if isinstance(talk, Conversation) else Conversation(talk)
+    return list(
+        tokenize_segments(
+            tokenizer, render_segments(tokenizer, talk, train_on, "row 7"), max_length
+        )
+    )
+
+
+def learned(tokens: Any, tokenizer: Any) -> str:
+    ids = [i for i, t in zip(tokens.ids, tokens.loss_mask, strict=True) if t]
+    return str(tokenizer.decode(ids))
+
+
+def test_every_answer_is_learned_up_to_its_end_and_nothing_else() -> None:
+    tokenizer = byte_tokenizer()
+    (tokens,) = rows(tokenizer, TALK)
+    assert learned(tokens, tokenizer) == "ONE<|im_end|>TWO<|im_end|>"
+    whole = tokenizer.apply_chat_template(TALK, tokenize=False)
+    assert tokenizer.decode(tokens.ids) == whole
+    assert tokens.ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+
+def test_the_last_answer_alone_or_everything() -> None:
+    tokenizer = byte_tokenizer()
+    (last,) = rows(tokenizer, TALK, train_on="last_answer")
+    (everything,) = rows(tokenizer, TALK, train_on="all")
+    (answers,) = rows(tokenizer, TALK)
+    assert learned(last, tokenizer) == "TWO<|im_end|>"
+    assert last.ids == everything.ids == answers.ids
+    whole = tokenizer.apply_chat_template(TALK, tokenize=False)
+    assert learned(everything, tokenizer) == whole.rstrip("\n")
+
+
+def test_a_question_after_the_last_answer_is_left_out() -> None:
+    tokenizer = byte_tokenizer()
+    (tokens,) = rows(tokenizer, TALK[:4])
+    assert "two?" not in tokenizer.decode(tokens.ids)
+
+
+def test_a_long_row_is_cut() -> None:
+    tokenizer = byte_tokenizer()
+    (whole,), (cut,) = rows(tokenizer, TALK), rows(tokenizer, TALK, 50)
+    assert cut.ids == whole.ids[:50]
+    assert cut.loss_mask == whole.loss_mask[:50]
+    assert cut.truncated
+    assert not whole.truncated
+
+
+def test_a_row_of_exactly_the_longest_length_is_not_truncated() -> None:
+    tokenizer = byte_tokenizer()
+    (whole,) = rows(tokenizer, TALK)
+    for length, truncated in ((len(whole.ids), False), (len(whole.ids) - 1, True)):
+        (tokens,) = rows(tokenizer, TALK, length)
+        assert tokens.ids == whole.ids[:length]
+        assert tokens.truncated is truncated
+
+
+def test_where_earlier_turns_are_rewritten_each_answer_is_a_row_as_at_inference() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = THINKS
+    talk = [
+        {"role": "user", "content": "one?"},
+        {"role": "assistant", "content": "ONE", "reasoning_content": "hm"},
+        {"role": "user", "content": "two?"},
+        {"role": "assistant", "content": "TWO", "reasoning_content": "well"},
+    ]
+    first, second = rows(tokenizer, talk)
+    assert learned(first, tokenizer) == "<think>hm</think>ONE<|im_end|>"
+    assert learned(second, tokenizer) == "<think>well</think>TWO<|im_end|>"
+    prompt = tokenizer.apply_chat_template(talk[:3], tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(second.ids).startswith(prompt)
+    assert "hm" not in prompt
+    (last,) = rows(tokenizer, talk, train_on="last_answer")
+    assert last.ids == second.ids
+    everything = rows(tokenizer, talk, train_on="all")
+    assert [tokens.ids for tokens in everything] == [first.ids, second.ids]
+    begin = "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n"
+    assert [learned(tokens, tokenizer) for tokens in everything] == [
+        f"{begin}<think>hm</think>ONE<|im_end|>",
+        # What it shares with the first row is learned there alone.
+        "ONE<|im_end|>\n<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\n"
+        "<think>well</think>TWO<|im_end|>",
+    ]
+    assert tokenizer.decode(everything[1].ids).startswith(begin)
+
+
+def test_a_template_s_own_marks_say_what_is_learned() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = MARKED
+    (tokens,) = rows(tokenizer, TALK)
+    assert learned(tokens, tokenizer) == "ONE<|im_end|>TWO<|im_end|>"
+    marked = tokenizer.apply_chat_template(
+        TALK, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert tokens.ids == marked["input_ids"]
+    assert [int(t) for t in tokens.loss_mask] == marked["assistant_masks"]
+
+
+def test_an_answer_that_is_rewritten_itself_is_refused() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages | length }}{{ messages[-1]['content'] }}"
+    with pytest.raises(UserError, match=r"row 7: .*data\.template"):
+        rows(tokenizer, TALK)
+
+
+@pytest.mark.parametrize("missing", ["tools", "tool_calls", "reasoning_content"])
+def test_what_a_template_leaves_out_is_said(missing: str) -> None:
+    tokenizer = byte_tokenizer()
+    talk = {
+        "tools": Conversation(TALK, WITH_TOOLS.tools),
+        "tool_calls": Conversation(
+            [{"role": "user", "content": "please add"}, *WITH_TOOLS.messages[1:]]
+        ),
+        "reasoning_content": Conversation([*TALK[:4], {**TALK[4], "reasoning_content": "hm"}]),
+    }[missing]
+    with pytest.raises(UserError, match=f"row 7: the chat template leaves out {missing}"):
+        rows(tokenizer, talk)
+
+
+def test_a_tokenizer_that_begins_with_a_space_does_not_begin_answers_with_one() -> None:
+    """As SentencePiece's: whatever it is given has a space put before it."""
+    words = ["▁", "a", "b", "c", "▁a", "▁b", "▁c", "[", "]", "\n", "</s>"]
+    backend = Tokenizer(
+        models.BPE({w: n for n, w in enumerate(words)}, [("▁", each) for each in "abc"])
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '[' + m.content + ']' if m.role == 'user' else "
+        "m.content + eos_token }}{% endfor %}"
+    )
+    talk = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c a"}]
+    (tokens,) = rows(tokenizer, talk)
+    assert tokenizer.convert_ids_to_tokens(tokens.ids) == [
+        "▁", "[", "a", "▁b", "]", "c", "▁a", "</s>",
+    ]  # fmt: skip
+    assert tokens.loss_mask == [False] * 5 + [True] * 3
+
+
+def test_a_second_answer_without_a_question_does_not_learn_its_header() -> None:
+    tokenizer = byte_tokenizer()
+    talk = [*TALK[:3], {"role": "assistant", "content": "MORE"}]
+    (tokens,) = rows(tokenizer, talk)
+    assert learned(tokens, tokenizer) == "ONE<|im_end|>MORE<|im_end|>"
+
+
+def test_what_stands_behind_the_end_of_a_turn_is_not_learned_whatever_the_end_token_is() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    (tokens,) = rows(tokenizer, TALK)
+    assert learned(tokens, tokenizer) == "ONE<|im_end|>TWO<|im_end|>"
+
+
+def test_a_later_system_message_is_not_dropped() -> None:
+    tokenizer = byte_tokenizer()
+    talk = [*TALK[:3], {"role": "system", "content": "SECRET"}, *TALK[3:]]
+    for name in paths.templates():
+        tokenizer.chat_template = paths.templates()[name].read_text()
+        if name in ("gemma", "mistral"):
+            with pytest.raises(UserError, match="a system message that is not the first"):
+                rows(tokenizer, talk)
+        else:
+            (tokens,) = rows(tokenizer, talk)
+            assert "SECRET" in tokenizer.decode(tokens.ids)
+
+
+@pytest.mark.parametrize("text", ["{% if %}", "{{ raise_exception('no') }}", b"\xff"])
+def test_a_template_that_is_none_is_refused(tiny: Path, tmp_path: Path, text: str | bytes) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=r"data\.template=.*mine\.jinja cannot"):
+        load_tokenizer(tiny, False, template=str(file))
+
+
+def test_the_mark_before_an_answer_is_not_its_end(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text("{% for m in messages %}<|im_start|>{{ m.content + eos_token }}{% endfor %}")
+    before = load_tokenizer(tiny, False).eos_token
+    assert load_tokenizer(tiny, False, template=str(file)).eos_token == before != "<|im_start|>"
+
+
+def test_what_a_template_raises_is_told_with_the_row() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system, please') }}"
+    with pytest.raises(UserError, match=r"row 7: .*no system, please"):
+        rows(tokenizer, TALK)
+
+
+def test_calls_are_learned_and_what_tools_answer_is_not(tiny: Path) -> None:
+    tokenizer = load_tokenizer(tiny, False, template="hermes")
+    (tokens,) = rows(tokenizer, WITH_TOOLS)
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    assert learned(tokens, tokenizer) == f"{call}<|im_end|>It is 2.<|im_end|>"
+    assert "<tool_response>\n2\n</tool_response>" in tokenizer.decode(tokens.ids)
+
+
+@pytest.mark.parametrize("name", paths.templates())
+def test_every_template_of_ours_can_be_learned_from(name: str) -> None:
+    """With a tokenizer that has every token: two turns and a system prompt, in order."""
+    tokenizer = byte_tokenizer()
+    marks = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [*marks, "<start_of_turn>", "<end_of_turn>"]}
+    )
+    tokenizer.chat_template = paths.templates()[name].read_text()
+    (tokens,) = rows(tokenizer, [{"role": "system", "content": "Be kind."}, *TALK[1:]])
+    answers = learned(tokens, tokenizer)
+    assert answers.index("ONE") < answers.index("TWO")
+    text = tokenizer.decode(tokens.ids)
+    assert [text.count(word) for word in ("Be kind.", "one?", "two?")] == [1, 1, 1]
+    assert not any(word in answers for word in ("one?", "two?", "kind"))
+
+
+def test_a_template_is_taken_with_the_token_that_ends_its_answers(
+    tiny: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text(THINKS)
+    assert load_tokenizer(tiny, False, template=str(file)).chat_template == THINKS
+    chatml = load_tokenizer(tiny, False, template="chatml")
+    assert chatml.eos_token == "<|im_end|>"
+    with pytest.raises(UserError, match=r"data\.template=gemma writes <end_of_turn>, which is not"):
+        load_tokenizer(tiny, False, template="gemma")

@@ -1,0 +1,83 @@
+"""The agreement of all ranks on one run folder."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from launcher.distributed import run_folder
+from launcher.errors import UserError
+from launcher.folders.run import RunDir
+
+
+def agreement(
+    world: int, prints: list[str], create: Callable[[], RunDir], monkeypatch: pytest.MonkeyPatch
+) -> list[RunDir | str]:
+    """What each rank gets: the folder, or the sentence with which it refuses."""
+    monkeypatch.setattr(run_folder, "TIMEOUT", timedelta(seconds=2))
+    store = dist.HashStore()
+    results: list[RunDir | str] = [""] * world
+
+    def rank_of(rank: int) -> None:
+        try:
+            results[rank] = run_folder.agree_on_run(store, rank, world, prints[rank], create)
+        except UserError as error:
+            results[rank] = str(error)
+
+    threads = [threading.Thread(target=rank_of, args=(rank,)) for rank in range(len(prints))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_ranks_agree_on_the_folder_that_rank_0_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[RunDir] = []
+
+    def create() -> RunDir:
+        made.append(RunDir(tmp_path))
+        return made[-1]
+
+    results = agreement(3, ["a"] * 3, create, monkeypatch)
+    assert results == [RunDir(tmp_path)] * 3
+    assert made == [RunDir(tmp_path)]
+
+
+def test_one_that_differs_refuses_all_and_nothing_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[RunDir] = []
+
+    def create() -> RunDir:
+        made.append(RunDir(Path()))
+        return made[-1]
+
+    results = agreement(3, ["a", "a", "b"], create, monkeypatch)
+    assert len(set(results)) == 1
+    assert "rank 2 has composed a different configuration than rank 0" in str(results[0])
+    assert not made
+
+
+def test_a_folder_that_cannot_be_made_is_told_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create() -> RunDir:
+        raise UserError("no room")
+
+    assert agreement(2, ["a", "a"], create, monkeypatch) == ["no room"] * 2
+
+
+def test_a_folder_that_others_cannot_see_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = agreement(2, ["a", "a"], lambda: RunDir(Path("/not/shared")), monkeypatch)
+    assert "every machine shares" in str(results[1])
+
+
+def test_a_rank_that_never_comes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    (result, _) = agreement(2, ["a"], lambda: RunDir(Path()), monkeypatch)
+    assert "no answer from rank 1" in str(result)

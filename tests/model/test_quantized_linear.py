@@ -1,0 +1,168 @@
+"""Quantized weights are bitsandbytes' to the bit, however they are read, and multiply rightly."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from bitsandbytes import functional as bits
+from torch import nn
+from torch.nn.functional import linear
+
+from launcher.errors import UserError
+from launcher.model.bnb_formats import EightBit, FourBit
+from launcher.model.lazy_weight import read_flat_range, read_full
+from launcher.model.quantized_linear import (
+    QuantizationFormat,
+    QuantizedLinear,
+    QuantizedWeight,
+    quantize,
+)
+
+CPU = torch.device("cpu")
+SHAPES = [(40, 64), (48, 80), (16, 4096)]  # 80 columns: bitsandbytes' CPU kernel is wrong there
+FORMATS = [
+    FourBit("nf4", nested=True),
+    FourBit("nf4", nested=False),
+    FourBit("fp4", nested=True, storage=torch.bfloat16),
+    EightBit(),
+]
+
+
+class InMemory:
+    """A stored tensor that is in memory."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.shape, self.dtype = tensor, tensor.shape, tensor.dtype
+
+    def read(self, offsets: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        return self.tensor[tuple(slice(a, a + n) for a, n in zip(offsets, shape, strict=True))]
+
+
+def weight(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
+    made[0] = 0  # a block, and a row, without a magnitude
+    return made.to(dtype)
+
+
+def packed(form: QuantizationFormat, of: torch.Tensor) -> torch.Tensor:
+    return read_full(QuantizedWeight(InMemory(of), form, CPU))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_four_bits_are_those_of_bitsandbytes(
+    shape: tuple[int, int], kind: str, nested: bool, dtype: torch.dtype
+) -> None:
+    of, form = weight(shape, dtype), FourBit(kind, nested)
+    expected, state = bits.quantize_4bit(of, compress_statistics=nested, quant_type=kind)
+    assert torch.equal(packed(form, of), expected)
+    absmax = state.absmax
+    if nested:
+        absmax = bits.dequantize_blockwise(absmax, state.state2) + state.offset
+    codes = torch.stack([expected.view(-1) >> 4, expected.view(-1) & 15], dim=1).view(-1).long()
+    units = bits.get_4bit_type(kind, device="cpu")[codes].view(-1, 64)
+    values = (units * absmax[:, None]).view(shape)
+    found = form.compute_scales(of).dequantize(expected, torch.float32)
+    # fp4's table in the kernels has a few digits more
+    torch.testing.assert_close(found, values, rtol=1e-4 if kind == "fp4" else 0, atol=0)
+    assert (found - of.float()).abs().max() < of.abs().max() / 3
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_eight_bits_are_those_of_bitsandbytes(shape: tuple[int, int]) -> None:
+    of, form = weight(shape), EightBit()
+    expected, absmax, _ = bits.int8_vectorwise_quant(of.half())
+    assert torch.equal(packed(form, of), expected)
+    found = form.compute_scales(of).dequantize(expected, torch.float32)
+    assert torch.equal(found, bits.int8_vectorwise_dequant(expected, absmax))
+    assert (found - of.float()).abs().max() <= of.abs().max() / 200
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_a_rank_quantizes_its_run_as_if_it_had_the_whole(
+    shape: tuple[int, int], form: QuantizationFormat
+) -> None:
+    stored = QuantizedWeight(InMemory(weight(shape)), form, CPU)
+    whole = read_full(stored).view(-1)
+    draw = random.Random(1)
+    for _ in range(20):
+        begin = draw.randrange(len(whole))
+        count = draw.randrange(len(whole) - begin + 1)
+        run = read_flat_range(stored, begin, count)
+        assert run.dtype == stored.dtype
+        assert torch.equal(run.view(torch.uint8), whole[begin : begin + count].view(torch.uint8))
+
+
+def quantized_linear(form: QuantizationFormat, plain: nn.Linear) -> QuantizedLinear:
+    of = plain.weight.detach()
+    return QuantizedLinear(plain, packed(form, of), form.compute_scales(of))
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_multiplies_by_the_dequantized_weight(
+    form: QuantizationFormat, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(80, 48, dtype=dtype)
+    layer = quantized_linear(form, plain)
+    dequantized = layer.scales.dequantize(layer.weight, dtype)
+    rows = torch.randn(2, 5, 80, dtype=dtype)
+    ours, theirs = rows.clone().requires_grad_(), rows.clone().requires_grad_()
+    found = layer(ours)
+    expected = linear(theirs, dequantized, plain.bias)
+    assert found.dtype == dtype
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    bias, plain.bias.grad = plain.bias.grad, None
+    expected.sum().backward()
+    assert torch.equal(ours.grad, theirs.grad)
+    assert torch.equal(bias, plain.bias.grad)
+    assert layer.weight.grad is None
+
+
+def test_backward_keeps_the_packed_parameter_and_no_weight() -> None:
+    layer = quantized_linear(FourBit("nf4", nested=True), nn.Linear(80, 48))
+    kept: list[torch.Tensor] = []
+    pack: Callable[[torch.Tensor], torch.Tensor] = lambda t: kept.append(t) or t  # type: ignore[func-returns-value]  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(torch.randn(3, 80, requires_grad=True))
+    assert [tensor.data_ptr() for tensor in kept] == [layer.weight.data_ptr()]
+
+
+class Model(nn.Module):
+    def __init__(self, width: int = 80) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 48)
+        self.head = nn.Linear(48, 64)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+def test_all_linear_layers_but_the_head_and_what_is_kept() -> None:
+    model = Model()
+    said = quantize(model, EightBit(), None, CPU, [])
+    assert isinstance(model.up, QuantizedLinear)
+    assert type(model.head) is nn.Linear
+    assert said.startswith("1 linear weights, 0.0 MB, quantized to 0.0 MB")
+    with pytest.raises(UserError, match="Model has no linear layer to quantize"):
+        quantize(Model(), EightBit(), None, CPU, ["up"])
+
+
+def test_what_cannot_be_quantized_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match="up has 624 elements, which is not a multiple of 64"):
+        quantize(Model(13), FourBit("nf4", nested=True), None, CPU, [])
+    broken = Model()
+    broken.up.weight.data[3, 4] = torch.nan
+    with pytest.raises(UserError, match="up has values that are not finite or too large"):
+        quantize(broken, FourBit("nf4", nested=True), None, CPU, [])
+    broken.up.weight.data[3, 4] = 1e5
+    with pytest.raises(UserError, match="up has values that are not finite or too large"):
+        quantize(broken, EightBit(), None, CPU, [])

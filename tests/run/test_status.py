@@ -1,0 +1,46 @@
+"""The state of a run is read from its folder, also from a damaged one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.config import store
+from launcher.errors import UserError
+from launcher.folders.run import RunDir
+from launcher.run.status import run_state, slurm_job_id, total_steps
+from tests.helpers.compose import composed
+
+DAMAGED = [b"[1]", b"\xff\xfe", b"{", b"", b"{}"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path)
+    run.logs.mkdir(parents=True)
+    return run
+
+
+def test_status_job_and_steps_are_read_from_their_files(run: RunDir) -> None:
+    run.status.write_text('{"state": "stopped"}')
+    run.submitted.write_text('{"job": "17_2"}')
+    run.steps.write_text('{"total_steps": 40}')
+    assert run_state(run, None) == "stopped"
+    assert slurm_job_id(run) == "17_2"
+    assert total_steps(run, composed("training.max_steps=7", "training.epochs=null")) == 40
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_damaged_files_are_unknown_and_raise_nothing(run: RunDir, content: bytes) -> None:
+    for file in (run.status, run.submitted, run.job, run.steps):
+        file.write_bytes(content)
+    assert run_state(run, None) == "unknown"
+    assert slurm_job_id(run) is None
+    assert total_steps(run, composed("training.max_steps=7", "training.epochs=null")) == 7
+
+
+def test_a_configuration_that_is_not_utf_8_is_refused_by_its_name(run: RunDir) -> None:
+    run.config.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"config\.yaml is not a frozen configuration"):
+        store.load(run.config)
