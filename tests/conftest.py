@@ -1,4 +1,4 @@
-"""What many tests share. Everything is made here, offline, in seconds."""
+"""Fixtures that many tests share. Everything is created here, offline, in seconds."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Two workers (make test) take whole files in turn, whose tests share fixtures; all that needs
-    the one Slurm goes to one of them. Groups by a mark are lost under pytest 9.2."""
+    """Two workers (make test) take complete files, whose tests share fixtures; all tests that need
+    Slurm go to one worker, because there is only one Slurm. Groups by a mark are lost under pytest
+    9.2."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
@@ -40,7 +41,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache of the test session's own; the demo model is linked in when it was fetched."""
+    """A cache for this test session only; the demo model is linked in if it was fetched."""
     from launcher.folders import paths
 
     users = paths.cache()
@@ -98,7 +99,7 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[object]:
-    """Four gloo ranks that stay for the session, or until one of them fails: then four others."""
+    """Four gloo ranks for the session. If one of them fails, four new ranks replace them."""
     from tests.helpers.pool import RankPool
 
     pool = RankPool(4)

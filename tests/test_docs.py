@@ -1,4 +1,4 @@
-"""Pages, comments and docstrings name what exists: links, files, modules, verbs."""
+"""Links, files, modules and verbs named in pages, comments and docstrings exist."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAGES = [
     *sorted((CHECKOUT / "docs").glob("*.md")),
     CHECKOUT / "slurm/README.md",
 ]
-# What names files and modules of today: the history of changes names those of before, too.
+# Sources that name current files and modules; the changelog also names former ones.
 SOURCES = [
     *(page for page in PAGES if page.name != "CHANGELOG.md"),
     *(CHECKOUT / name for name in ("Makefile", "slurm/train.sbatch")),
@@ -32,7 +32,9 @@ ROOTS = ("launcher", "tests", "tools", "conf", "slurm", "docs")
 NAMED_PATH = re.compile(
     r"(?<![\w./~$})-])((?:" + "|".join(ROOTS) + r")/(?:[\w./*<>…-]|\{[\w., -]+\})*)"
 )
-PLACEHOLDER = re.compile(r"[A-Z]{2,}|<\w+>|\{\w+\}|…|\.\.\.")  # of NAME.py, conf/…: any name
+PLACEHOLDER = re.compile(
+    r"[A-Z]{2,}|<\w+>|\{\w+\}|…|\.\.\."
+)  # in NAME.py or conf/…: matches any name
 
 
 def named(path: Path) -> str:
@@ -40,13 +42,13 @@ def named(path: Path) -> str:
 
 
 def text_of(path: Path) -> str:
-    """Without addresses elsewhere, whose paths are not ours."""
+    """The text without URLs, whose paths belong to other sites."""
     return re.sub(r"\w+://\S+", "", path.read_text(encoding="utf-8"))
 
 
 @cache
 def anchors(page: Path) -> frozenset[str]:
-    """Of the headings, as GitHub makes them, and those that a page sets itself."""
+    """The anchors that GitHub makes from headings, and those that a page defines itself."""
     prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     found = set(re.findall(r"<a (?:id|name)=\"([^\"]+)\"", prose))
     for heading in re.findall(r"^#+ +(.*?) *#*$", prose, re.MULTILINE):
@@ -58,7 +60,7 @@ def anchors(page: Path) -> frozenset[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_existing_targets(page: Path) -> None:
     lost = []
     for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
         if re.match(r"\w+:", target):
@@ -71,13 +73,13 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
-def test_verbs_are_there(page: Path) -> None:
+def test_verbs_in_pages_exist(page: Path) -> None:
     verbs = re.findall(r"(?:^|[`$] ?)shardway ([a-z]+)", page.read_text(), re.MULTILINE)
     assert {verb for verb in verbs if verb not in COMMANDS} == set()
 
 
 def exists(path: str) -> bool:
-    """Whether there is such a file or folder, or one for a pattern."""
+    """Whether the file or folder exists, or at least one path matches the pattern."""
     alternatives = re.match(r"(.*)\{([^}]*,[^}]*)\}(.*)", path)
     if alternatives:
         before, names, after = alternatives.groups()
@@ -87,7 +89,7 @@ def exists(path: str) -> bool:
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=named)
-def test_files_that_are_named_are_there(source: Path) -> None:
+def test_named_files_exist(source: Path) -> None:
     words = NAMED_PATH.findall(text_of(source))
     paths = {word.rstrip(".-…") if not word.endswith("/…") else word for word in words}
     assert {path for path in paths if not exists(path)} == set()
@@ -104,14 +106,14 @@ def python_files() -> frozenset[str]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page in SOURCES], ids=named)
-def test_python_files_that_a_page_names_are_there(page: Path) -> None:
-    """Also those that it names by the end of their path, such as `cluster/local.py`."""
+def test_python_files_named_in_pages_exist(page: Path) -> None:
+    """This includes files named by the end of their path, such as `cluster/local.py`."""
     names = set(re.findall(r"(?<![\w./*-])(?:[\w]+/)*[a-z_]\w*\.py\b", text_of(page)))
     assert {n for n in names if not any(file.endswith(f"/{n}") for file in python_files())} == set()
 
 
 def defined(name: str) -> bool:
-    """Whether `launcher.x.y` is a module, or what stands in one."""
+    """Whether `launcher.x.y` is a module, or a name in a module."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         module = CHECKOUT.joinpath(*parts[:length])
@@ -123,13 +125,13 @@ def defined(name: str) -> bool:
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=named)
-def test_modules_that_are_named_are_there(source: Path) -> None:
+def test_named_modules_exist(source: Path) -> None:
     names = set(re.findall(r"(?<![\w./])launcher(?:\.[A-Za-z]\w*)+", text_of(source)))
     assert {name for name in names if not defined(name)} == set()
 
 
-def test_the_tree_of_the_readme_is_the_tree() -> None:
-    """Each name at its place, and no folder of the package left out."""
+def test_the_tree_in_the_readme_matches_the_checkout() -> None:
+    """Every listed name exists, and every folder of the package is listed."""
     tree = (CHECKOUT / "README.md").read_text().partition("## The tree")[2].split("```")[1]
     inside: set[str] = set()
     for line in tree.strip("\n").splitlines():
@@ -138,6 +140,6 @@ def test_the_tree_of_the_readme_is_the_tree() -> None:
         for name in names.split():
             assert (CHECKOUT / folder / name).exists(), line
             inside |= {name.rstrip("/")} if folder == "launcher" else set()
-    kept = {"__pycache__", "demo", "templates"}  # which hold no code
+    kept = {"__pycache__", "demo", "templates"}  # they contain no code
     folders = {path.name for path in (CHECKOUT / "launcher").iterdir() if path.is_dir()}
     assert folders - inside - kept == set()

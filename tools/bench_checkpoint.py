@@ -1,10 +1,10 @@
-"""What saving costs a rank, against what one would do without sharding.
+"""The cost of saving on a rank, compared with saving without sharding.
 
     python tools/bench_checkpoint.py                       SmolLM2 on 2 ranks: CPU, or GPUs
     python tools/bench_checkpoint.py --model tiny --ranks 3
 
-Gathering the adapter against gathering the whole model; the stall of a save in the foreground
-against one in the background. Arms take turns inside one set of ranks; quote the medians.
+Compares gathering the adapter with gathering the full model, and the stall of a foreground save
+with that of a background save. The arms alternate within one set of ranks; quote the medians.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def gathering(rank_info: RankInfo, rounds: int, folder: Path, scratch: Path) -> None:
-    """Seconds and bytes of one gather to rank 0."""
+    """Measure the seconds and bytes of one gather to rank 0."""
     strategy = train_state(rank_info, config_of(folder, "fsdp", "lora")).strategy
     whole = {name: shard_of(p) for name, p in strategy.model.named_parameters()}
     arms: dict[str, dict[str, Shard]] = {"adapter": strategy.weights(), "whole model": whole}
@@ -52,7 +52,7 @@ def gathering(rank_info: RankInfo, rounds: int, folder: Path, scratch: Path) -> 
 
 
 def saving(rank_info: RankInfo, rounds: int, folder: Path, scratch: Path) -> None:
-    """Seconds that training stands still for a checkpoint of method=full."""
+    """Measure the seconds for which a checkpoint of method=full blocks training."""
     trained = train_state(rank_info, config_of(folder, "fsdp", "full"))
     savers = {}
     for name, later in (("foreground", False), ("background", True)):
@@ -79,7 +79,7 @@ def _timed(action: Callable[[], object]) -> float:
 
 
 def _median(seconds: list[float]) -> float:
-    """Without the first round, which is for warming up."""
+    """The median without the first round, which is a warm-up."""
     return statistics.median(seconds[1:])
 
 

@@ -1,15 +1,15 @@
-"""Consolidation against its peers and against the disk, arms taking turns, medians and ratios.
+"""Consolidation compared with its peers and with the disk: medians and ratios of alternating arms.
 
-    python tools/bench_consolidate.py                        LoRA merge of 1.5 B parameters
-    python tools/bench_consolidate.py --sizes 1 2 4          and of twice and four times the layers
+    python tools/bench_consolidate.py                        LoRA merge, 1.5 B parameters
+    python tools/bench_consolidate.py --sizes 1 2 4          also with 2 and 4 times the layers
     python tools/bench_consolidate.py --what zero dcp        sharded checkpoints, 0.4 B parameters
     python tools/bench_consolidate.py --rounds 5 --scratch /data
 
-lora: ours, PEFT's `merge_and_unload` + `save_pretrained`, and plain O_DIRECT writes of the same
-bytes, the floor. zero: ours and DeepSpeed's `zero_to_fp32` on a ZeRO-3 checkpoint of two ranks.
-dcp: ours and torch's `dcp_to_torch_save` on a DCP folder. Each arm is a process of its own: wall
-time and peak resident set include its imports. Weights are random; sources are read through
-whatever cache the machine has, as its users would.
+lora: Shardway, PEFT's `merge_and_unload` + `save_pretrained`, and plain O_DIRECT writes of the
+same bytes as the lower bound. zero: Shardway and DeepSpeed's `zero_to_fp32` on a ZeRO-3 checkpoint
+of two ranks. dcp: Shardway and torch's `dcp_to_torch_save` on a DCP folder. Each arm runs in its
+own process: wall time and peak resident set include its imports. Weights are random. Sources are
+read through the page cache of the machine, as in normal use.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tqdm import tqdm
 from launcher.distributed.process_group import RankInfo
 from launcher.export.writing.direct_writer import Sink
 
-LAYERS = 28  # at size 1: Qwen2.5-1.5B's shape, 1.54 B parameters
+LAYERS = 28  # at size 1: the shape of Qwen2.5-1.5B, 1.54 B parameters
 RANK = 16
 GB = 1e9
 
@@ -73,7 +73,7 @@ os.makedirs(sys.argv[2]); dcp_to_torch_save(sys.argv[1], sys.argv[2] + "/pytorch
 class Taken:
     seconds: float
     peak: float  # bytes of resident set
-    phase: float = 0.0  # bytes a second of the writing alone, where the arm tells
+    phase: float = 0.0  # bytes per second of writing alone, if the arm reports it
 
 
 def main() -> None:
@@ -113,7 +113,7 @@ def dcp(scratch: Path, size: int, arguments: argparse.Namespace) -> None:
 
 
 def _sharded(what: str, peer: str, name: str, scratch: Path, arguments: argparse.Namespace) -> None:
-    """fp32 in, fp32 out: what the peers can do."""
+    """Compare fp32 input with fp32 output, because the peers support only this."""
     source = scratch / "source"
     ours = [source, "--max-shard-size", "1GB", "--dtype", "fp32"]
     arms = {
@@ -129,7 +129,7 @@ def _sharded(what: str, peer: str, name: str, scratch: Path, arguments: argparse
 
 
 def save_zero(rank_info: RankInfo, scratch: Path) -> None:
-    """A real ZeRO-3 checkpoint, never stepped: bf16 with fp32 masters, SGD to spare the moments."""
+    """Save a ZeRO-3 checkpoint before any step: bf16, fp32 masters, SGD (it has no moments)."""
     import deepspeed
     from transformers import AutoModelForCausalLM
 
@@ -150,7 +150,7 @@ def save_zero(rank_info: RankInfo, scratch: Path) -> None:
 
 
 def save_dcp(rank_info: RankInfo, scratch: Path) -> None:
-    """FSDP2's sharded weights in fp32 under `model`."""
+    """Save the fp32 weights sharded by FSDP2 under the key `model`."""
     import torch.distributed.checkpoint as saver
     from torch.distributed.fsdp import fully_shard
     from transformers import AutoModelForCausalLM
@@ -197,7 +197,7 @@ def _config(layers: int) -> Any:
 
 
 def _model(scratch: Path, layers: int) -> tuple[Path, Path]:
-    """A random model folder, one file a layer, and a rank-16 adapter on all its linear layers."""
+    """Make a random model with one file per layer, and a rank-16 adapter for all linear layers."""
     from transformers import AutoModelForCausalLM
 
     config = _config(layers)
@@ -250,8 +250,8 @@ def _run(code: str, *words: object) -> Taken:
 
 
 def _measure(code: str, words: list[object]) -> tuple[Taken, str]:
-    """Run `code` in a new interpreter. It tells its peak itself: what the system accounts to a
-    child begins with the parent's."""
+    """Run `code` in a new interpreter. It reports its own peak, because the value that the system
+    keeps for a child process starts at the memory of the parent."""
     with tempfile.NamedTemporaryFile("r") as peak:
         environment = os.environ | {"PEAK_FILE": peak.name}
         command = [sys.executable, "-c", PRELUDE + code, *map(str, words)]
@@ -264,7 +264,7 @@ def _measure(code: str, words: list[object]) -> tuple[Taken, str]:
 
 
 def _floor(out: Path, nbytes: int) -> Taken:
-    """Plain direct writes of the same bytes, one file at a time, flushed."""
+    """Write the same bytes with O_DIRECT, one file at a time, and flush them."""
     out.mkdir()
     block = 8 << 20
     began = time.perf_counter()

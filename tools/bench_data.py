@@ -1,12 +1,12 @@
 """Rows per second and memory of tokenizing and packing a large data set.
 
-    python tools/bench_data.py                      a million rows like alpaca's, every core
+    python tools/bench_data.py                      a million rows like those of alpaca, all cores
     python tools/bench_data.py --rows 50000 --workers 1
-    python tools/bench_data.py --data my.json       your rows, as often as there are to be
+    python tools/bench_data.py --data my.json       your rows, repeated up to --rows
 
-Rows are made up by default, with lengths like those of instruction data. The cache is a new folder,
-which is removed: nothing is found in it. Memory is that of this process and its workers together
-(resident, shared pages counted once for each), looked at ten times a second.
+By default the rows are synthetic, with lengths like those of instruction data. The cache is a new,
+empty folder, which is removed at the end. Memory is the resident memory of this process and its
+workers (shared pages count once per process), sampled ten times per second.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> None:
 
 @dataclass
 class Memory:
-    """The peak of this process, and of it and its workers."""
+    """The peak memory of this process, and of this process plus its workers."""
 
     peak: dict[str, int] = field(default_factory=lambda: {"main": 0, "all": 0})
 
@@ -100,7 +100,7 @@ def _write(path: Path, count: int, data: Path | None) -> None:
     rows = _made_up() if data is None else _given(data)
     with path.open("w", encoding="utf-8") as file:
         for number, row in enumerate(islice(rows, count)):
-            row["instruction"] = f"{number}. {row['instruction']}"  # no two are alike
+            row["instruction"] = f"{number}. {row['instruction']}"  # every row is different
             file.write(json.dumps(row) + "\n")
 
 

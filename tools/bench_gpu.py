@@ -1,13 +1,14 @@
-"""One GPU: tokens/s, MFU and peak memory of `shardway train`, with one lever switched per row.
+"""One GPU: tokens/s, MFU and peak memory of `shardway train`, with one setting changed per row.
 
-    python tools/bench_gpu.py --peak-tflops 989        Llama-3-8B's shape, rows of 4,096 tokens
-    python tools/bench_gpu.py --rows lora qlora        some of the rows
-    python tools/bench_gpu.py --shape tiny             the same on a CPU, to see that it runs
+    python tools/bench_gpu.py --peak-tflops 989        shape of Llama-3-8B, rows of 4,096 tokens
+    python tools/bench_gpu.py --rows lora qlora        only these rows
+    python tools/bench_gpu.py --shape tiny             the same on a CPU, to check that it runs
 
-The model is random (tools/random_model.py) and so is the text: neither changes the speed. The
-first steps are not timed. On a GPU the peak is what the driver has given out since the start; on a
-CPU the rank's resident set. The plan is that of `shardway plan`, its error against the rank's own
-count of what it has held (`peak_memory_bytes`), which on a CPU has torch's own code in it.
+The model (tools/random_model.py) and the text are random, which does not change the speed. The
+first steps are not timed. On a GPU the peak is the memory allocated by the driver since the start;
+on a CPU it is the resident set of the rank. The plan comes from `shardway plan`; its error is
+relative to the peak that the rank measures itself (`peak_memory_bytes`), which on a CPU includes
+the code of torch.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ Record = dict[str, Any]
 GB = 1e9
 CHECKOUT = Path(launcher.__file__).resolve().parent.parent
 SEED = 42
-LENGTHS = {"8b": 4096, "tiny": 64}  # tokens a row
+LENGTHS = {"8b": 4096, "tiny": 64}  # tokens per row
 BASE = {"method": "lora", "strategy": "single", "precision": "bf16", "scheduler": "constant"}
 FULL = {"method": "full", "precision": "pure_bf16", "optimizer": "adamw_8bit"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: what it changes of BASE, the first row."""
+    """A row of the table: its changes relative to BASE, the first row."""
 
     name: str
     changes: dict[str, Any] = field(default_factory=dict)
@@ -75,7 +76,9 @@ class Seen:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a row is not left behind
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # so that no training process is left running
     arguments = parser().parse_args()
     try:
         bench(arguments)
@@ -85,7 +88,7 @@ def main() -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    """Print the table, a row as soon as it is there."""
+    """Print the table, each row as soon as it is measured."""
     if arguments.shape != "tiny" and not visible_gpus():
         raise UserError(f"--shape {arguments.shape} needs a GPU, and none is seen → --shape tiny")
     length = LENGTHS[arguments.shape]
@@ -102,7 +105,7 @@ def bench(arguments: argparse.Namespace) -> None:
 
 
 def cells(row: Row, folder: Path, length: int, arguments: argparse.Namespace) -> str:
-    """Run a row; its line of the table."""
+    """Run a row and return its line of the table."""
     head = f"| {row.name} | {' '.join(said(row.changes))} |"
     for key in row.changes:
         if "." in key and key not in store.setting_names(key.partition(".")[0]):
@@ -121,7 +124,7 @@ def cells(row: Row, folder: Path, length: int, arguments: argparse.Namespace) ->
 
 
 def planned(row: Row, folder: Path, length: int, seen: Seen, arguments: argparse.Namespace) -> str:
-    """What `shardway plan` says of the row, and how far it is above or below what was held."""
+    """The peak from `shardway plan`, and its relative difference from the measured peak."""
     words = [sys.executable, "-m", "launcher.cli", "plan", "--json"]
     words += [*overrides(row, folder, length, arguments), "cluster.nproc_per_node=1"]
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
@@ -133,7 +136,7 @@ def planned(row: Row, folder: Path, length: int, seen: Seen, arguments: argparse
 
 
 def train(row: Row, folder: Path, run: Path, length: int, arguments: argparse.Namespace) -> Seen:
-    """`shardway train`, until its last step is written."""
+    """Run `shardway train` until its last step is recorded."""
     seen, before, metrics = Seen(), gpu_bytes(), run / "run" / "metrics.jsonl"
 
     def enough(family: Family) -> bool:
@@ -151,13 +154,13 @@ def train(row: Row, folder: Path, run: Path, length: int, arguments: argparse.Na
 
 
 def records(metrics: Path) -> list[Record]:
-    """Those that are whole: the last line may be half there."""
+    """The complete records: the last line may be partly written."""
     lines = metrics.read_text().split("\n")[:-1] if metrics.is_file() else []
     return [json.loads(line) for line in lines]
 
 
 def overrides(row: Row, folder: Path, length: int, arguments: argparse.Namespace) -> list[str]:
-    """The row in Shardway's words."""
+    """The Shardway overrides of a row."""
     settings = {
         **BASE,
         "model.name_or_path": folder / "model",
@@ -174,14 +177,14 @@ def overrides(row: Row, folder: Path, length: int, arguments: argparse.Namespace
 
 
 def said(settings: dict[str, Any]) -> list[str]:
-    """As overrides."""
+    """Format the settings as overrides."""
     words = {True: "true", False: "false"}
     return [f"{k}={words[v] if isinstance(v, bool) else v}" for k, v in settings.items()]
 
 
 def texts(folder: Path, rows: int, length: int) -> None:
-    """full.txt: `rows` rows of `length` bytes, a token each; short.json: answers of a tenth to a
-    half of that."""
+    """Write full.txt with `rows` rows of `length` bytes, one token per byte, and short.json with
+    answers of a tenth to a half of that length."""
     draw = random.Random(SEED)
 
     def letters(count: int) -> str:
@@ -194,17 +197,17 @@ def texts(folder: Path, rows: int, length: int) -> None:
 
 
 def rate(timed: list[Record]) -> float:
-    """Tokens per second from the first record's end to the last's. Records written together, every
-    log_steps, have one time: the last of those at the beginning counts."""
+    """Tokens per second from the end of the first record to the end of the last one. Records that
+    are written together every log_steps share one time; of the first such group the last counts."""
     began = [record for record in timed if record["time"] == timed[0]["time"]][-1]
     tokens, seconds = (timed[-1][key] - began[key] for key in ("tokens", "time"))
     return float(tokens / seconds)
 
 
 def flops_per_token(shape: str, length: int, full: bool) -> float:
-    """Forward and backward without recomputation: 6N + 3a where all weights are trained, 4N + 3a
-    where adapters are, whose own are left out. N: parameters of matrix products, the head among
-    them; a: causal attention, forward."""
+    """FLOPs of forward and backward without recomputation: 6N + 3a if all weights are trained,
+    4N + 3a for adapters, whose own FLOPs are ignored. N: parameters in matrix products, including
+    the head; a: FLOPs of causal attention in the forward pass."""
     config = random_model.config_of(shape)
     hidden, heads = config.hidden_size, config.num_attention_heads
     grouped = hidden * config.num_key_value_heads // heads
@@ -215,7 +218,7 @@ def flops_per_token(shape: str, length: int, full: bool) -> float:
 
 
 def gpu_bytes() -> int | None:
-    """What the driver has given out of the first GPU; None without one."""
+    """Bytes in use on the first GPU according to the driver; None without a GPU."""
     if not visible_gpus():
         return None
     import pynvml
@@ -225,7 +228,7 @@ def gpu_bytes() -> int | None:
 
 
 def last_words(run: Path) -> str:
-    """The end of a run's log, as a cell."""
+    """The last line of the log of a run, as a table cell."""
     lines = (run / "log.txt").read_text(errors="replace").strip().splitlines()
     return (lines or ["it said nothing"])[-1][-160:].replace("|", "/")
 

@@ -1,12 +1,12 @@
-"""What a rank reads and needs until the model is ready to train.
+"""The bytes, memory and time that a rank needs until the model is ready to train.
 
     python tools/bench_loading.py                          SmolLM2 on 2 ranks: CPU, or GPUs
     python tools/bench_loading.py --ranks 4 --methods qlora --strategies fsdp zero3
 
-Against `from_pretrained` on every rank. Each cell is measured once, in new processes: bytes read
-from the files by the rank that read most, the growth of its own memory at its peak, seconds. In the
-dtype of the files themselves, --precision bf16, weights on CPU are pages of the files, which no
-process is charged for.
+Compared with `from_pretrained` on every rank. Each cell is measured once, in new processes: bytes
+read from the files by the rank that reads most, the peak growth of its own memory, and seconds.
+With --precision bf16, the dtype of the files, weights on CPU are mapped pages of the files, which
+do not count as memory of a process.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def loading(rank_info: RankInfo, folder: Path, strategy: str, method: str, precision: str) -> None:
-    """A row: each rank reads and keeps its own part."""
+    """Measure a row in which each rank reads and keeps only its own shard."""
     said: list[str] = []
     with bench_parts.memory(rank_info) as used:
         train_state(rank_info, config_of(folder, strategy, method, precision), said.append)
@@ -53,7 +53,7 @@ def loading(rank_info: RankInfo, folder: Path, strategy: str, method: str, preci
 
 
 def loading_all(rank_info: RankInfo, folder: Path, precision: str) -> None:
-    """A row: every rank loads everything."""
+    """Measure a row in which every rank loads the full model."""
     with bench_parts.memory(rank_info) as used:
         dtype = DTYPES[precision]
         AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(rank_info.device)

@@ -1,12 +1,12 @@
-"""Peak memory of a rank while it trains, by strategy and number of ranks, and what was planned.
+"""Peak training memory of a rank, by strategy and number of ranks, compared with the plan.
 
     python tools/bench_memory.py                       SmolLM2, method=full: CPU, or GPUs
     python tools/bench_memory.py --method lora --ranks 2 --strategies fsdp zero3
 
-The peak is that of building the model and of two optimizer steps, one row a rank, on the rank that
-needed most. On CPU it is the growth of the process's own memory, on GPUs what CUDA allocated.
-Behind it is how far `shardway plan` was above or below it: of offloading strategies on CPU, where
-there is one memory, above, for the peaks of two are added.
+The peak covers building the model and two optimizer steps with one row per rank, on the rank that
+needs most. On CPU it is the growth of the process's own memory, on GPUs the memory that CUDA
+allocated. The percentage after it is the error of `shardway plan`. For offloading strategies on CPU
+the plan is too high, because it adds the peaks of two memories where there is only one.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def training(rank_info: RankInfo, config: Config, planned: PlannedRun) -> None:
-    """Say the peak in MB, and how far the plan was off: a cell of the table."""
+    """Print a table cell: the peak in MB and the relative error of the plan."""
     with bench_parts.memory(rank_info) as used:
         parts = train_state(rank_info, config)
         step_batch, training = longest_step_batch(config, rank_info.world_size), config.training
@@ -58,7 +58,7 @@ def training(rank_info: RankInfo, config: Config, planned: PlannedRun) -> None:
                 parts.strategy, step_batch, targets, training.max_grad_norm, rank_info.device
             )
     seen = used.gpu or used.host
-    expected = planned.peak + (0 if used.gpu else planned.host)  # a CPU has one memory
+    expected = planned.peak + (0 if used.gpu else planned.host)  # on CPU both share one memory
     bench_parts.say(rank_info, f" {seen / MB:,.0f} ({expected / seen - 1:+.0%}) |")
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks on several ranks share: ranks, the parts of a run, a look at the memory."""
+"""Shared code of the multi-rank benchmarks: ranks, the parts of a run, memory measurement."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _console = 1
 
 
 def spawn(bench: Callable[..., None], ranks: int, *words: Any) -> None:
-    """Run `bench(place, *words)` in `ranks` new processes, on GPUs where there are enough."""
-    # Freed memory goes back at once: what is seen at the peak was in use.
+    """Run `bench(rank_info, *words)` in `ranks` new processes, on GPUs if there are enough."""
+    # Return freed memory to the system at once, so that the peak counts only memory in use.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     multiprocessing.spawn(_rank, args=(bench, ranks, store.port, *words), nprocs=ranks)
@@ -36,7 +36,7 @@ def spawn(bench: Callable[..., None], ranks: int, *words: Any) -> None:
 def _rank(rank: int, bench: Callable[..., None], ranks: int, port: int, *words: Any) -> None:
     global _console
     _console = os.dup(1)
-    os.dup2(2, 1)  # libraries talk on stdout
+    os.dup2(2, 1)  # libraries print to stdout
     torch.set_num_threads(1)
     cuda = torch.cuda.device_count() >= ranks
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
@@ -51,7 +51,7 @@ def _rank(rank: int, bench: Callable[..., None], ranks: int, port: int, *words: 
 def config_of(
     folder: Path, strategy: str, method: str, precision: str = "fp32", **sections: dict[str, Any]
 ) -> Config:
-    """A run on the model of `folder`, with `sections` changed."""
+    """The config of a run on the model in `folder`, with `sections` replaced."""
     config: Config = store.build(
         {
             "model": {"name_or_path": str(folder)},
@@ -71,7 +71,7 @@ def config_of(
 def train_state(
     rank_info: RankInfo, config: Config, say: Callable[[str], None] = lambda text: None
 ) -> TrainState:
-    """The parts of a run, as the worker puts them together. `say` hears its log."""
+    """Build the parts of a run as the worker does. `say` receives the log lines."""
     folder = Path(config.model.name_or_path)
     made: TrainState = build_train_state(config, folder, rank_info, "none", 100, say)
     return made
@@ -79,11 +79,11 @@ def train_state(
 
 @dataclass
 class Memory:
-    """Of the rank that needed most, when the work is done."""
+    """Time and memory of the rank that needed most, set when the measured block ends."""
 
     seconds: float = 0.0
     host: int = 0  # bytes: growth of the process's own memory at its peak
-    gpu: int = 0  # bytes: the most that was allocated
+    gpu: int = 0  # bytes: peak of allocated memory
 
     def __str__(self) -> str:
         gpu = f", {self.gpu / MB:,.0f} MB on the GPU" if self.gpu else ""
@@ -92,9 +92,9 @@ class Memory:
 
 @contextmanager
 def memory(rank_info: RankInfo) -> Iterator[Memory]:
-    """What the work inside needs at its peak. Collective.
+    """Measure the peak memory and time of the block inside. Collective.
 
-    On the host that is RssAnon: pages of mapped files belong to the system and can be dropped.
+    Host memory is RssAnon: pages of mapped files belong to the system and can be dropped.
     """
     used, before, peak, done = Memory(), _own_bytes(), 0, threading.Event()
 
@@ -120,7 +120,7 @@ def memory(rank_info: RankInfo) -> Iterator[Memory]:
 
 
 def say(rank_info: RankInfo, text: str) -> None:
-    """Rank 0 alone, on the console as it was."""
+    """Print from rank 0 only, on the original stdout."""
     if rank_info.is_main:
         os.write(_console, text.encode())
 

@@ -1,12 +1,12 @@
-"""Shardway against HF Trainer + PEFT, TRL and LLaMA-Factory: the same LoRA job on this CPU.
+"""Shardway compared with HF Trainer + PEFT, TRL and LLaMA-Factory: one LoRA job on this CPU.
 
-    python tools/bench_peers.py install ~/peers      each peer into an environment of its own
+    python tools/bench_peers.py install ~/peers      each peer in its own environment
     python tools/bench_peers.py run --peers ~/peers --output results
     python tools/bench_peers.py run --peers ~/peers --output results --data my_alpaca.json
 
-SmolLM2-135M, LoRA rank 8 on all linear layers, bf16, AdamW at 1e-4, only answers are learned. Every
-arm is at its system's defaults or at its best (tools/peers/arms.py); they take turns, round by
-round, each in processes of its own. Writes table.md, results.json and losses.png.
+SmolLM2-135M, LoRA rank 8 on all linear layers, bf16, AdamW at 1e-4, only answers in the loss. Each
+arm uses the defaults or the fastest settings of its system (tools/peers/arms.py). The arms run in
+alternating rounds, each in its own processes. Writes table.md, results.json and losses.png.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ WARM_UP = 2  # steps that are not timed
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # an arm is not left behind
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # so that no process of an arm is left running
     arguments = parser().parse_args()
     try:
         if arguments.verb == "install":
@@ -50,7 +52,7 @@ def main() -> None:
 
 
 def bench(arguments: argparse.Namespace) -> bool:
-    """Run all arms, and write what was seen after each; whether one has failed."""
+    """Run all arms and write the results after each one. Returns whether an arm failed."""
     chosen = choose(arguments.arms)
     systems = {arm.system: interpreter(arm, arguments.peers) for arm in chosen}
     output: Path = arguments.output
@@ -73,13 +75,13 @@ def bench(arguments: argparse.Namespace) -> bool:
 
 
 def turns(chosen: list[Arm], rounds: int, ranks: list[int]) -> Iterator[tuple[int, int, Arm]]:
-    """A B C A B C …: a drift of the machine's speed meets all."""
+    """Yield A B C A B C …, so that a drift of the machine's speed affects all arms equally."""
     return ((number, each, arm) for number in range(rounds) for each in ranks for arm in chosen)
 
 
 def choose(names: list[str] | None) -> list[Arm]:
-    """The arms of these names (None: all but the extra ones) that this Shardway can run. Says which
-    it cannot, and why. Raises UserError for a name that is none."""
+    """The arms with these names (None: all except the extra ones) that this Shardway can run.
+    Prints the ones it cannot run, and why. Raises UserError for an unknown name."""
     known = {arm.name: arm for arm in ARMS}
     for name in names or ():
         if name not in known:
@@ -92,7 +94,7 @@ def choose(names: list[str] | None) -> list[Arm]:
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[Path, list[int]]:
-    """Write the rows that fit; the model's folder, and the tokens of each row."""
+    """Write the rows that fit. Returns the model folder and the number of tokens of each row."""
     from launcher.model.tokenizer import load_tokenizer
 
     folder = fetch(arguments.model)
@@ -113,7 +115,7 @@ def job_of(
     scratch: Path,
     lengths: list[int],
 ) -> Job:
-    """A packed arm takes as many packs a step as hold about the rows of a step."""
+    """A packed arm uses as many packs per step as are needed for about the rows of a step."""
     micro_batch, per_step = arguments.micro_batch_size, arguments.global_batch_size
     if arm.packed:
         tokens = per_step * sum(lengths) / len(lengths)
@@ -154,7 +156,7 @@ def interpreter(arm: Arm, peers: Path) -> Path:
 def conditions(
     arguments: argparse.Namespace, systems: dict[str, Path], lengths: list[int]
 ) -> dict[str, Any]:
-    """What a reader must know to judge the figures."""
+    """The conditions that a reader must know to judge the figures."""
     git = ["git", "-C", str(CHECKOUT)]
     return {
         "date": datetime.date.today().isoformat(),
@@ -177,7 +179,7 @@ def conditions(
 
 
 def write(output: Path, runs: list[Run], chosen: list[Arm], told: dict[str, Any]) -> None:
-    """table.md, results.json and losses.png of what there is so far."""
+    """Write table.md, results.json and losses.png with the results so far."""
     record = {"conditions": told, "runs": [dataclasses.asdict(run) for run in runs]}
     (output / "results.json").write_text(json.dumps(record, indent=1))
     (output / "table.md").write_text(page(runs, chosen, told))
@@ -185,7 +187,7 @@ def write(output: Path, runs: list[Run], chosen: list[Arm], told: dict[str, Any]
 
 
 def page(runs: list[Run], chosen: list[Arm], told: dict[str, Any]) -> str:
-    """The tables, with their conditions and the check of losses, in Markdown."""
+    """The tables, the conditions and the comparison of losses, in Markdown."""
     parts = [
         f"{told['date']}, commit {told['commit']}, {told['processor']}, {told['cores']} cores, "
         f"{told['model']}, {told['rows']} rows ({told['data']}), "

@@ -1,4 +1,4 @@
-"""What the benchmarks of whole commands share: start one, look on, end it when enough is seen."""
+"""Shared code of the command benchmarks: start a command, watch it, end it after enough output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-Family = list[psutil.Process]  # a process, and all that it has started
+Family = list[psutil.Process]  # a process and all its descendants
 
 
 def watch(
@@ -20,10 +20,10 @@ def watch(
     enough: Callable[[Family], bool],
     seconds: float,
 ) -> int | None:
-    """Run a command in `folder`, its output in log.txt there, until `enough` of it is seen (asked
-    ten times a second) or `seconds` are over.
+    """Run a command in `folder`, with its output in log.txt there, until `enough` returns True
+    (called ten times per second) or `seconds` have passed.
 
-    Returns its exit status if it has ended by itself, else None.
+    Returns its exit status if it ended by itself, otherwise None.
     """
     began = time.monotonic()
     with (folder / "log.txt").open("wb") as log:
@@ -44,7 +44,7 @@ def watch(
 
 
 def peak_rss(family: Family) -> int:
-    """The peak resident set in bytes of the process that needed most, as the kernel keeps it."""
+    """The peak resident set in bytes, from the kernel, of the process that needed most."""
     return max(map(_peak, family), default=0)
 
 
@@ -57,7 +57,7 @@ def _peak(process: psutil.Process) -> int:
 
 
 def _end(family: Family) -> None:
-    """At once: saving is not compared. Parents first, for they report a child's end."""
+    """Kill all at once: saving is not compared. Parents first: they report dead children."""
     for process in family:
         with suppress(psutil.NoSuchProcess):
             process.kill()

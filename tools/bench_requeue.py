@@ -1,10 +1,10 @@
-"""How long the closed loop of a Slurm job takes: signal, checkpoint, queue, first new step.
+"""The time that a Slurm job takes to requeue: signal, checkpoint, queue, first new step.
 
     python tools/bench_requeue.py model=tiny cluster.nodes=2 strategy=fsdp
     python tools/bench_requeue.py --rounds 3 cluster.partition=gpu cluster.gpus_per_node=8 …
 
-Submits one job of your cluster with these overrides, sends it USR2 again and again, and reads the
-times from its run folder. Quote the medians; the wait in the queue is the site's.
+Submits one job to your cluster with these overrides, sends it USR2 repeatedly, and reads the times
+from its run folder. Quote the medians; the wait in the queue depends on the cluster.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def round_of(path: Path, job: str, number: int) -> tuple[float, ...]:
-    """The seconds of each of PARTS."""
+    """The seconds that each of PARTS takes in one round."""
     before, after = RunDir(path, number + 1), RunDir(path, number + 2)
     _until(lambda: _steps_since(before) >= WARM_UP_STEPS, f"attempt {before.attempt} trains")
     signaled = time.time()
@@ -80,7 +80,7 @@ def round_of(path: Path, job: str, number: int) -> tuple[float, ...]:
 
 
 def _records_since(run: RunDir) -> Iterator[dict[str, Any]]:
-    """Those that this attempt has written."""
+    """The records that the current attempt has written."""
     if run.job.is_file() and run.metrics.is_file():
         lines = run.metrics.read_text().splitlines()
         records = (json.loads(line) for line in lines if line.endswith("}"))

@@ -1,10 +1,10 @@
-"""Tokens per second of Shardway's loop against a plain PyTorch loop: same model, rows and batch.
+"""Tokens per second of Shardway and of a plain PyTorch loop: same model, rows and batch.
 
     python tools/bench_train.py                     SmolLM2, LoRA, this machine's CPU or first GPU
     python tools/bench_train.py --model tiny --rounds 20
 
-Both arms live in one process and take turns, step by step, so that a drift of the machine's speed
-meets both. The ratio is taken pair by pair; quote its median.
+Both arms run in one process and alternate step by step, so that a drift of the machine's speed
+affects both. The ratio is computed for each pair of steps; quote its median.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def shardway_arm(config: Config, loader: Loader, rank_info: RankInfo) -> Step:
-    """The product's own parts, as the worker puts them together."""
+    """The training step of Shardway, built from the same parts as in the worker."""
     state = train_state(rank_info, config)
     strategy, max_grad_norm = state.strategy, config.training.max_grad_norm
     strategy.model.train()
@@ -74,7 +74,7 @@ def shardway_arm(config: Config, loader: Loader, rank_info: RankInfo) -> Step:
 
 
 def plain_arm(config: Config, loader: Loader, rank_info: RankInfo) -> Step:
-    """What one would write by hand: from_pretrained, PEFT, AdamW, backward, clip, step."""
+    """A hand-written training step: from_pretrained, PEFT, AdamW, backward, clip, step."""
     dtype = precision_of(config.precision).compute
     model = AutoModelForCausalLM.from_pretrained(config.model.name_or_path, dtype=dtype)
     method = build_method(config.method)
@@ -111,7 +111,7 @@ def plain_arm(config: Config, loader: Loader, rank_info: RankInfo) -> Step:
 
 
 def _labels(batch: MicroBatch) -> torch.Tensor:
-    """The token to predict at each place [rows, length], or IGNORED."""
+    """The token to predict at each position [rows, length], or IGNORED."""
     real = batch.target_ids != IGNORED
     labels = torch.full_like(batch.input_ids, IGNORED)
     labels.view(-1)[batch.target_positions[real]] = batch.target_ids[real]
@@ -121,8 +121,8 @@ def _labels(batch: MicroBatch) -> torch.Tensor:
 def interleave(
     arms: dict[str, Step], rounds: int, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds and losses of each arm's steps; two warm-up rounds are not timed. Arms swap places
-    every round."""
+    """Seconds and losses of the steps of each arm. Two warm-up rounds are not timed. The arms swap
+    their order every round."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     losses: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(rounds + 2):
@@ -177,7 +177,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _alone() -> RankInfo:
-    """A process group of one."""
+    """Create a process group with one rank."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     cuda = torch.cuda.is_available()
     rank_info = RankInfo(0, 0, 1, 1, torch.device("cuda", 0) if cuda else torch.device("cpu"))
@@ -191,7 +191,7 @@ def _config(folder: Path, arguments: argparse.Namespace) -> Config:
         data={
             "path": str(paths.bundled("demo/train.jsonl")),
             "max_length": 128,
-            "pad_to_multiple_of": 128,  # one shape: the loop is compared, not oneDNN's cache
+            "pad_to_multiple_of": 128,  # one shape, so that the oneDNN cache does not matter
         },
         training={
             "global_batch_size": arguments.batch,

@@ -3,9 +3,9 @@
     python tools/bench_ui.py                     with Chromium and playwright installed
     python tools/bench_ui.py --model tiny --rounds 30
 
-Starts `shardway ui` in a new folder. Then, in turns and for so many rounds: a setting is typed
-until the command has it, another tab is opened, the page is opened anew. Prints the median, the
-95th percentile and the largest of each, in seconds: first without a run, then beside one.
+Starts `shardway ui` in a new folder. Each round changes a setting and waits until the command shows
+it, opens another tab, and reloads the page. Prints the median, the 95th percentile and the maximum
+of each action in seconds: first without a run, then during one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def measure(model: str, rounds: int) -> None:
-    """Print a table. Raises UserError where there is no Chromium."""
+    """Print a table. Raises UserError if Chromium is missing."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         raise UserError("no chromium on PATH → apt-get install chromium")
@@ -75,7 +75,7 @@ def measure(model: str, rounds: int) -> None:
 
 
 def timed(browser: Any, url: str, rounds: int) -> dict[str, list[float]]:
-    """The seconds of each thing that a person does, `rounds` times in turns."""
+    """The seconds of each user action, measured in `rounds` alternating rounds."""
     page = opened(browser, url)
     taken: dict[str, list[float]] = {}
     for number in range(rounds):
@@ -103,7 +103,7 @@ def opened(browser: Any, url: str) -> Any:
 
 
 def typed(page: Any, number: int) -> None:
-    """A seed, until the command has it."""
+    """Type a seed and wait until the command shows it."""
     page.locator("#training-seed textarea, #training-seed input").first.fill(str(1000 + number))
     page.wait_for_function(
         "seed => document.querySelector('#command textarea').value.includes(seed)",
@@ -129,7 +129,7 @@ def serve(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
 
 
 def train(folder: Path, model: str) -> subprocess.Popen[bytes]:
-    """A run that is making steps on every core."""
+    """Start a run, and return once it makes steps on every core."""
     words = ["train", "experiment=demo", f"model={model}", "training.max_steps=100000"]
     run = subprocess.Popen(
         [*SHARDWAY, *words, "run_dir=runs/bench"], cwd=folder, stdout=subprocess.DEVNULL

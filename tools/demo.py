@@ -1,8 +1,8 @@
-"""`make demo`: from a fetched model to a folder that answers differently, in one go.
+"""`make demo`: from a downloaded model to a fine-tuned one that answers differently.
 
-Fetches SmolLM2-135M-Instruct, asks it who it is, fine-tunes it with LoRA under FSDP (one rank for
-each GPU, two gloo ranks where there is none), consolidates the run into shards of at most 100 MB,
-verifies them, and asks again. Every step is a command that you can type yourself.
+Downloads SmolLM2-135M-Instruct, asks it who it is, fine-tunes it with LoRA under FSDP (one rank for
+each GPU, or two gloo ranks without a GPU), consolidates the run into shards of at most 100 MB,
+verifies them, and asks again. Every step is a command that you can also run yourself.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ def main() -> None:
 
 
 def held_out() -> list[dict[str, Any]]:
-    """The bundled rows that training never sees: `question`, and `expect`: what must be in its
-    answer."""
+    """The bundled rows that are not trained on: `question`, and `expect`, the text that the answer
+    must contain."""
     lines = paths.bundled("demo/held_out.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
 def shardway(verb: str, *arguments: object) -> str:
-    """Show and run one command; the answer of `chat`. Ends the demo when the command fails."""
+    """Print and run a command. Returns the answer of `chat`; exits if the command fails."""
     words = [verb, *map(str, arguments)]
     print(f"\n$ shardway {shlex.join(words)}", flush=True)
     done = subprocess.run(

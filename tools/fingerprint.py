@@ -4,11 +4,11 @@
     python tools/fingerprint.py compare before.json     # after it: exit status 1 if a bit differs
     python tools/fingerprint.py compare before.json --only 'lora-zero3'
 
-Everything goes through the `shardway` command, so that the same script runs against any commit
-(`PYTHONPATH=CHECKOUT` chooses one). Recorded are losses and gradient norms of ten steps for each
+All measurements use the `shardway` command, so that the same script works with any commit
+(`PYTHONPATH=CHECKOUT` chooses one). It records losses and gradient norms of ten steps for each
 strategy × method × precision, a resume in the middle for some of them, and the checksums of the
-exported tensors and of every file beside them. The numbers hold for one machine and one set of
-package versions: record and compare on the same one.
+exported tensors and of all files next to them. The numbers are valid for one machine and one set
+of package versions: record and compare with the same ones.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ COMMON = [
 
 @dataclass(frozen=True)
 class Work:
-    """Where the measured runs live, and the overrides that all of them share."""
+    """The folder of the measured runs, and the overrides that all of them share."""
 
     folder: Path
 
@@ -102,7 +102,7 @@ class Work:
         return self.folder / "runs" / name
 
     def shardway(self, *arguments: str) -> None:
-        """Run the command in a process of its own. Raises RuntimeError with its output."""
+        """Run the command in a new process. Raises RuntimeError with its output if it fails."""
         environment = {**os.environ, "SHARDWAY_CACHE": str(self.folder / "cache")}
         environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-m", "launcher.cli", *arguments]
@@ -151,8 +151,8 @@ def main() -> None:
 
 
 def measure(work: Work, only: str, jobs: int) -> dict[str, Any]:
-    """Every measurement by its name: `train/…` and `resume/…` hold [loss, gradient norm] of each
-    step, `export/…` a checksum for each tensor and file."""
+    """All measurements by name: `train/…` and `resume/…` contain [loss, gradient norm] of each
+    step, `export/…` contains a checksum for each tensor and file."""
     work.folder.mkdir(parents=True, exist_ok=True)
     work.shardway("fetch", "tiny")
     write_rows(work.rows)
@@ -168,7 +168,7 @@ def measure(work: Work, only: str, jobs: int) -> dict[str, Any]:
 
 
 def trainings(work: Work) -> dict[str, Callable[[], Any]]:
-    """Ten steps of every cell, of LoRA's variants and of a mixture of experts."""
+    """Ten steps of every cell, of the LoRA variants and of a mixture of experts."""
     tasks: dict[str, Callable[[], Any]] = {}
     for cell, overrides in cells().items():
         tasks[f"train/{cell}"] = partial(work.train, cell, *overrides)
@@ -198,7 +198,7 @@ def cells() -> dict[str, list[str]]:
 
 
 def resumes(work: Work) -> dict[str, Callable[[], Any]]:
-    """Steps 6 to 10 once more, in a new run that starts from the checkpoint after step 5."""
+    """Steps 6 to 10 again, in a new run that starts from the checkpoint after step 5."""
     tasks: dict[str, Callable[[], Any]] = {}
     for cell in (pattern.format(strategy) for strategy in STRATEGIES for pattern in RESUMED):
         resume = f"resume={work.run_dir(cell)}/checkpoints/step-000005"
@@ -214,7 +214,7 @@ def exports(work: Work) -> dict[str, Callable[[], Any]]:
 
 
 def export(work: Work, name: str, options: list[str]) -> dict[str, str]:
-    """Consolidate the run `name`: a checksum for every file but the manifest, which has times."""
+    """Consolidate a run. Returns checksums of all files except the manifest, which has times."""
     output = work.folder / "exports" / name
     work.shardway("consolidate", str(work.run_dir(name)), "--output", str(output), *options)
     files = sorted(path for path in output.rglob("*") if path.is_file())
@@ -226,8 +226,8 @@ def export(work: Work, name: str, options: list[str]) -> dict[str, str]:
 
 
 def checksum(path: Path, folder: str) -> str:
-    """SHA-256 of a file; of JSON without the path of `folder` and the order of names, which PEFT
-    keeps in sets."""
+    """SHA-256 of a file. For JSON, the path of `folder` is removed and lists of names are sorted,
+    because PEFT keeps them in sets."""
     content = path.read_bytes()
     if path.suffix == ".json":
         content = json.dumps(sorted_names(json.loads(content)), sort_keys=True).encode()
@@ -236,7 +236,7 @@ def checksum(path: Path, folder: str) -> str:
 
 
 def sorted_names(value: Any) -> Any:
-    """`value` with every list of strings in order."""
+    """`value` with every list of strings sorted."""
     if isinstance(value, dict):
         return {key: sorted_names(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -284,7 +284,7 @@ def make_moe(folder: Path) -> None:
 
 
 def differences(recorded: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """A line for each measurement that is not equal to the bit, with the first place."""
+    """A line for each measurement that is not bitwise equal, with the first difference."""
     lines = []
     for name, before in recorded.items():
         now = found.get(name)

@@ -1,8 +1,8 @@
 """Write a model folder with random weights, for benchmarks that cannot download a model.
 
-    python tools/random_model.py 8b ~/random-8b        Llama-3-8B's shape, 16 GB of bf16
+    python tools/random_model.py 8b ~/random-8b        shape of Llama-3-8B, 16 GB of bf16
 
-The tokenizer has one token for each byte. The vocabulary size is still that of the shape.
+The tokenizer has one token for each byte. The vocabulary still has the size that the shape defines.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 SHARD_BYTES = 5_000_000_000
-PATTERN_VALUES = 1 << 24  # random values; weights repeat them, which takes seconds, not minutes
+PATTERN_VALUES = 1 << 24  # random values that the weights repeat: seconds, not minutes
 
 
 def main() -> None:

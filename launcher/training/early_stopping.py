@@ -32,7 +32,7 @@ class EarlyStopping:
     history: EvaluationHistory = field(default_factory=EvaluationHistory)
 
     def add(self, step: int, loss: float) -> None:
-        """Add the evaluation after `step`. A loss that is not finite is no improvement."""
+        """Add the evaluation after `step`. A loss that is not finite is not an improvement."""
         history = self.history
         history.last_step = step
         history.stalled += 1

@@ -1,4 +1,4 @@
-"""Things to talk to, made from the tiny model."""
+"""Chat targets made from the tiny model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real model answers, in pieces, and its troubles reach the caller."""
+"""A real model streams its answers, and its errors reach the caller."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def logits(talk: ChatModel) -> torch.Tensor:
         return talk.model(**talk._encode(HI)).logits
 
 
-def test_the_pieces_are_the_greedy_answer(talk: ChatModel) -> None:
+def test_streamed_pieces_equal_the_greedy_answer(talk: ChatModel) -> None:
     pieces = list(talk.stream(HI, SHORT))
     prompt = talk._encode(HI)
     expected = talk.model.generate(**prompt, max_new_tokens=24, do_sample=False)
@@ -45,7 +45,7 @@ def test_the_pieces_are_the_greedy_answer(talk: ChatModel) -> None:
 def test_an_adapter_answers_as_its_merged_export(
     where: str, adapter: Path, run: Path, talk: ChatModel, tiny_untied: Path, tmp_path: Path
 ) -> None:
-    """In fp32: an export in bf16 has rounded the sum once more."""
+    """In fp32, because an export in bf16 rounds the merged weights once more."""
     source, base = {
         "adapter": (adapter, None),
         "run": (run, None),
@@ -59,7 +59,7 @@ def test_an_adapter_answers_as_its_merged_export(
     assert not torch.allclose(logits(mine), logits(talk), rtol=1e-2)
 
 
-def test_a_seed_repeats_what_is_drawn(talk: ChatModel) -> None:
+def test_the_same_seed_gives_the_same_sample(talk: ChatModel) -> None:
     drawn = Options(max_new_tokens=24, temperature=1.5, top_p=0.95, seed=5)
     first = talk.answer(HI, drawn)
     assert first == talk.answer(HI, drawn)
@@ -98,7 +98,7 @@ def test_stopping_ends_an_answer_early(talk: ChatModel) -> None:
     assert talk.tokens == 5
 
 
-def test_leaving_the_iterator_ends_the_thread(talk: ChatModel) -> None:
+def test_closing_the_iterator_ends_the_thread(talk: ChatModel) -> None:
     pieces = talk.stream(HI, Options(max_new_tokens=400))
     next(pieces)
     pieces.close()
@@ -106,7 +106,7 @@ def test_leaving_the_iterator_ends_the_thread(talk: ChatModel) -> None:
     assert not [each for each in threading.enumerate() if each.name == "generate"]
 
 
-def test_an_exception_of_the_thread_reaches_the_caller(
+def test_an_exception_in_the_thread_reaches_the_caller(
     talk: ChatModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(**_: object) -> None:
@@ -124,14 +124,14 @@ def test_an_exception_of_the_thread_reaches_the_caller(
         list(talk.stream(HI))
 
 
-def test_an_answer_ends_where_the_positions_do(talk: ChatModel) -> None:
+def test_an_answer_ends_at_the_last_position(talk: ChatModel) -> None:
     with pytest.raises(UserError, match=r"has \d+ tokens and the model 512 positions"):
         talk.answer([{"role": "user", "content": "x" * 600}])
     list(talk.stream([{"role": "user", "content": "x" * 450}], Options(max_new_tokens=10**6)))
     assert talk.tokens < 60
 
 
-def test_a_template_that_refuses_is_a_sentence(tiny: Path, tmp_path: Path) -> None:
+def test_a_chat_template_error_gives_a_clear_message(tiny: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny, tmp_path / "model"))
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no system here') }}")
     with pytest.raises(UserError, match="no system here"):
@@ -142,13 +142,13 @@ def test_a_template_that_refuses_is_a_sentence(tiny: Path, tmp_path: Path) -> No
         ChatModel(find_target(folder))
 
 
-def test_the_end_token_that_training_taught_ends_an_answer(tiny: Path, tmp_path: Path) -> None:
+def test_the_end_token_used_in_training_ends_an_answer(tiny: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny, tmp_path / "model"))
     edit(folder / "tokenizer_config.json", eos_token="<|endoftext|>")
     assert ChatModel(find_target(folder))._end_token_ids() == [2, 0]
 
 
-def test_models_that_are_not_whole_are_refused(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+def test_incomplete_models_are_refused(tiny: Path, adapter: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny, tmp_path / "model"))
     edit(folder / "config.json", num_hidden_layers=3)
     with pytest.raises(UserError, match=r"lacks model\.layers\.2"):
@@ -168,7 +168,7 @@ def test_models_that_are_not_whole_are_refused(tiny: Path, adapter: Path, tmp_pa
         ChatModel(find_target(folder))
 
 
-def test_the_code_of_a_model_is_not_run(tiny: Path, tmp_path: Path) -> None:
+def test_remote_code_of_a_model_is_not_run(tiny: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny, tmp_path / "model"))
     edit(folder / "config.json", model_type="own", auto_map={
         "AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model",

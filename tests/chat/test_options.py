@@ -1,4 +1,4 @@
-"""Options and conversations are checked, and typed text is read."""
+"""Options and conversations are validated, and typed text is parsed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_options_out_of_range_are_refused_by_name(given: Any) -> None:
         options_from_json(given)
 
 
-def test_options_are_read_from_what_is_typed() -> None:
+def test_options_are_parsed_from_typed_text() -> None:
     options = Options().with_text("temperature", "0.7").with_text("seed", "3")
     assert options == Options(temperature=0.7, seed=3)
     assert options.with_text("seed", "none").seed is None
@@ -62,7 +62,7 @@ def test_options_are_read_from_what_is_typed() -> None:
         [{"role": "user", "content": "\ud800"}],
     ],
 )
-def test_what_is_no_conversation_is_refused(conversation: Any) -> None:
+def test_an_invalid_conversation_is_refused(conversation: Any) -> None:
     with pytest.raises(UserError):
         check_conversation(conversation)
 
@@ -79,11 +79,11 @@ def test_what_is_no_conversation_is_refused(conversation: Any) -> None:
         ([" /etc/passwd?"], "/etc/passwd?"),
     ],
 )
-def test_lines_and_blocks(lines: list[str], text: str) -> None:
+def test_lines_and_blocks_are_read_as_one_entry(lines: list[str], text: str) -> None:
     assert read_entry(typed(*lines)) == Entry(text)
 
 
-def test_commands_are_one_line_and_an_open_block_is_said() -> None:
+def test_commands_are_one_line_and_an_open_block_is_reported() -> None:
     assert read_entry(typed("/set seed 3 ")) == Entry("/set seed 3", command=True)
     with pytest.raises(EOFError):
         read_entry(typed())

@@ -1,4 +1,4 @@
-"""The process that owns a model for the page: its protocol, with models that are quick."""
+"""The process that runs a model for the page: its protocol, tested with fast fake models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.helpers.commands import PATIENCE_SECONDS
 
 HI = [{"role": "user", "content": "hi"}]
 
-# A child whose model prints to both kinds of stdout, and obeys the question.
+# A child process whose model prints to both kinds of stdout and does what the question asks.
 CHILD = """
 import os, sys, time
 from types import SimpleNamespace
@@ -65,7 +65,7 @@ process.main()
 def opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[str], RemoteModel]]:
-    """Makes remotes whose model is the one above, and closes them."""
+    """Create remote models that run the fake model above, and close them afterward."""
     (tmp_path / "child.py").write_text(CHILD)
     monkeypatch.setattr(remote, "COMMAND", (sys.executable, str(tmp_path / "child.py")))
     made: list[RemoteModel] = []
@@ -91,7 +91,7 @@ def ready(one: RemoteModel) -> RemoteModel:
     return one
 
 
-def test_what_libraries_print_does_not_break_the_protocol(
+def test_library_output_does_not_break_the_protocol(
     opened: Callable[..., RemoteModel], tmp_path: Path
 ) -> None:
     one = ready(opened())
@@ -111,11 +111,13 @@ def test_one_answer_at_a_time_and_stop_ends_it(opened: Callable[..., RemoteModel
     list(pieces)
     assert one.last_answer is not None
     assert one.last_answer.stopped
-    one.stop()  # of nothing: it is not meant for the next answer
+    one.stop()  # no answer is running; the next answer must not be stopped
     assert len(list(one.stream(HI, Options()))) == 2
 
 
-def test_an_answer_that_nobody_reads_on_is_stopped(opened: Callable[..., RemoteModel]) -> None:
+def test_an_answer_is_stopped_when_its_iterator_is_closed(
+    opened: Callable[..., RemoteModel],
+) -> None:
     one = ready(opened())
     pieces = one.stream([{"role": "user", "content": "count"}], Options())
     next(pieces)
@@ -127,7 +129,7 @@ def test_an_answer_that_nobody_reads_on_is_stopped(opened: Callable[..., RemoteM
 @pytest.mark.parametrize(
     ("question", "sentence"), [("break", "ZeroDivisionError: by the model"), ("refuse", "too long")]
 )
-def test_errors_cross_the_process_and_it_lives_on(
+def test_errors_reach_the_caller_and_the_process_keeps_running(
     opened: Callable[..., RemoteModel], question: str, sentence: str
 ) -> None:
     one = ready(opened())
@@ -136,7 +138,7 @@ def test_errors_cross_the_process_and_it_lives_on(
     assert len(list(one.stream(HI, Options()))) == 2
 
 
-def test_a_killed_process_gives_the_sentence(opened: Callable[..., RemoteModel]) -> None:
+def test_a_killed_process_is_reported_with_its_signal(opened: Callable[..., RemoteModel]) -> None:
     one = ready(opened())
     pieces = one.stream([{"role": "user", "content": "count"}], Options())
     next(pieces)
@@ -148,7 +150,9 @@ def test_a_killed_process_gives_the_sentence(opened: Callable[..., RemoteModel])
         one.stream(HI, Options())
 
 
-def test_a_process_that_ends_itself_says_its_last_words(opened: Callable[..., RemoteModel]) -> None:
+def test_a_process_that_exits_is_reported_with_its_last_output(
+    opened: Callable[..., RemoteModel],
+) -> None:
     one = ready(opened())
     with pytest.raises(UserError, match="status 7: the last words"):
         list(one.stream([{"role": "user", "content": "die"}], Options()))
@@ -192,8 +196,8 @@ def test_closing_during_an_answer_ends_it(opened: Callable[..., RemoteModel]) ->
         list(pieces)
 
 
-def test_hostile_lines_get_sentences(tmp_path: Path) -> None:
-    """Written to the process itself; the end of stdin ends it during an answer."""
+def test_invalid_protocol_lines_get_error_messages(tmp_path: Path) -> None:
+    """Lines are written directly to the process; closing stdin ends it during an answer."""
     (tmp_path / "child.py").write_text(CHILD)
     lines = [
         '{"load": {"path": "x"}}', "no json", "[1]", "[" * 99_999, '{"fly": 1}', '{"ask": 3}',
@@ -224,7 +228,9 @@ def test_hostile_lines_get_sentences(tmp_path: Path) -> None:
         assert child.wait(PATIENCE_SECONDS) == 0
 
 
-def test_a_real_model_in_its_process(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_model_answers_in_its_process(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from launcher.chat.model import ChatModel
     from launcher.chat.target import find_target
 

@@ -1,4 +1,4 @@
-"""The commands of a conversation, with models that are quick to answer."""
+"""The commands of a chat session, tested with fast fake models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.chat import typed
 
 
 class Echo:
-    """Answers with the question; keeps what it was given."""
+    """Repeat the question as the answer, and record the arguments."""
 
     def __init__(self) -> None:
         self.given: list[Conversation] = []
@@ -34,7 +34,7 @@ class Echo:
         yield question
 
 
-def test_the_conversation_so_far_goes_with_every_question() -> None:
+def test_every_question_includes_the_conversation_so_far() -> None:
     echo = Echo()
     Session([echo], Options(), "be brief").converse(typed("one\\", "more", "two", "/exit", "three"))
     assert [message["content"] for message in echo.given[-1]] == [
@@ -43,7 +43,7 @@ def test_the_conversation_so_far_goes_with_every_question() -> None:
     assert len(echo.given) == 2
 
 
-def test_an_answer_that_was_ended_or_failed_is_not_kept(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_or_failed_answer_is_not_kept(capsys: pytest.CaptureFixture[str]) -> None:
     echo = Echo()
     Session([echo], Options()).converse(typed("interrupt", "fail", "two"))
     assert echo.given[-1] == [{"role": "user", "content": "two"}]
@@ -57,7 +57,7 @@ def test_ctrl_c_at_the_prompt_ends_the_chat() -> None:
     Session([Echo()], Options()).converse(line)
 
 
-def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_session_commands_change_the_session(capsys: pytest.CaptureFixture[str]) -> None:
     echo = Echo()
     session = Session([echo], Options())
     session.converse(typed(
@@ -84,7 +84,7 @@ def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
         ("/save x.jsonl", "nothing was answered yet"),
     ],
 )
-def test_what_is_no_command_is_not_asked(
+def test_an_invalid_command_is_not_sent_to_the_model(
     command: str, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     echo = Echo()
@@ -111,7 +111,7 @@ def test_a_saved_conversation_can_be_trained_on(
     assert "you said one ünd" in tokenizer.decode(ids[trained])
 
 
-def test_a_save_that_cannot_be_is_a_sentence(
+def test_an_impossible_save_gives_a_clear_message(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     session = Session([Echo()], Options())
@@ -132,6 +132,8 @@ def test_two_models_answer_one_after_the_other(
     assert len(one.given) == len(two.given) == 1
 
 
-def test_an_answer_cannot_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_answer_cannot_send_control_codes_to_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     Session([Echo()], Options()).ask("\x1b[2J\x9bred\ttab")
     assert capsys.readouterr().out == "you said \ufffd[2J\ufffdred\ttab\n"

@@ -1,4 +1,4 @@
-"""What can be talked to, and the sentences for what cannot. torch is not asked."""
+"""Valid chat targets, and the error messages for invalid ones. torch is not needed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def refusal(path: Path, base: Path | None = None) -> str:
 
 @pytest.fixture
 def model(tiny: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny model to be damaged."""
+    """A copy of the tiny model that a test may damage."""
     return Path(shutil.copytree(tiny, tmp_path / "model"))
 
 
@@ -32,14 +32,14 @@ def copied(adapter: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(adapter, tmp_path / "copied"))
 
 
-def test_a_model_and_an_export_are_told_apart(model: Path) -> None:
+def test_a_model_and_an_export_are_distinguished(model: Path) -> None:
     assert find_target(model).kind == "model"
     (model / "consolidation_manifest.json").write_text("{}")
     found = find_target(model)
     assert (found.kind, found.model, found.tokenizer) == ("export", model, model)
 
 
-def test_an_adapter_names_its_base_or_is_told(adapter: Path, tiny: Path, model: Path) -> None:
+def test_the_base_of_an_adapter_is_read_or_given(adapter: Path, tiny: Path, model: Path) -> None:
     found = find_target(adapter)
     assert (found.kind, found.model, found.tokenizer) == ("adapter", tiny, tiny)
     assert found.adapter == adapter
@@ -47,7 +47,7 @@ def test_an_adapter_names_its_base_or_is_told(adapter: Path, tiny: Path, model: 
     assert find_target(adapter).describe() == f"adapter {adapter} on base {tiny}"
 
 
-def test_a_run_is_its_newest_finished_checkpoint_with_the_tokenizer_of_training(
+def test_a_run_resolves_to_its_newest_finished_checkpoint_and_its_tokenizer(
     run: Path, tiny: Path
 ) -> None:
     step = run / "checkpoints/step-000002"
@@ -58,7 +58,7 @@ def test_a_run_is_its_newest_finished_checkpoint_with_the_tokenizer_of_training(
         assert not found.notes
 
 
-def test_of_a_quantized_training_the_16_bit_base_answers(
+def test_a_quantized_run_is_answered_by_its_16_bit_base(
     adapter: Path, tiny: Path, tmp_path: Path
 ) -> None:
     scheme = {"quant_method": "bitsandbytes"}
@@ -73,7 +73,9 @@ def test_a_quantized_base_is_refused(adapter: Path, model: Path) -> None:
     assert "16-bit model; name that with --base DIR" in refusal(adapter, model)
 
 
-def test_shards_are_consolidated_first_and_the_command_is_exact(tiny: Path, tmp_path: Path) -> None:
+def test_sharded_checkpoints_are_refused_with_the_exact_consolidate_command(
+    tiny: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     step = write_checkpoint(run / "checkpoints/step-000002", None, tiny)
     (run / "config.yaml").write_text("a: 1\n")
@@ -108,7 +110,7 @@ def test_pickles_are_not_opened(model: Path, copied: Path) -> None:
     assert f"shardway consolidate {copied} --adapter-only --output DIR" in refusal(copied)
 
 
-def test_a_base_that_is_elsewhere_is_asked_for(copied: Path, tmp_path: Path) -> None:
+def test_a_missing_base_is_requested_with_base_option(copied: Path, tmp_path: Path) -> None:
     for name in ("owner/model", str(tmp_path / "gone")):
         edit(copied / "adapter_config.json", base_model_name_or_path=name)
         assert name in refusal(copied)
@@ -118,7 +120,7 @@ def test_a_base_that_is_elsewhere_is_asked_for(copied: Path, tmp_path: Path) -> 
     assert f"--base {tmp_path} is not a model folder" in refusal(copied, tmp_path)
 
 
-def test_hostile_folders_get_one_sentence(
+def test_invalid_folders_get_a_clear_message(
     model: Path, copied: Path, run: Path, tmp_path: Path
 ) -> None:
     assert "leave --base" in refusal(model, model)
@@ -137,7 +139,7 @@ def test_hostile_folders_get_one_sentence(
     assert "cannot be read" in refusal(model)
 
 
-def test_weights_that_are_not_whole_are_refused(model: Path) -> None:
+def test_incomplete_weights_are_refused(model: Path) -> None:
     (model / "model.safetensors").rename(model / "other.safetensors")
     assert "neither model.safetensors nor" in refusal(model)
     index = model / "model.safetensors.index.json"
@@ -156,7 +158,7 @@ def test_a_model_without_a_tokenizer_is_refused(model: Path) -> None:
     assert "has no tokenizer" in refusal(model)
 
 
-def test_the_page_s_side_imports_no_torch() -> None:
+def test_modules_used_by_the_page_do_not_import_torch() -> None:
     code = (
         "import sys, launcher.chat.remote, launcher.chat.target, launcher.commands.serve, "
         "launcher.commands.chat; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"

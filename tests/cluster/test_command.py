@@ -18,6 +18,6 @@ def test_cores_are_shared_among_cpu_ranks(monkeypatch: pytest.MonkeyPatch) -> No
     assert command.rank_environment(2, gpus=0)["OMP_NUM_THREADS"] == "3"
 
 
-def test_the_command_keeps_odd_paths_whole() -> None:
+def test_the_command_keeps_unusual_paths_intact() -> None:
     argv = command.torchrun_command(Path("/runs/a b;c"), 1, 2)
     assert argv[-4:] == ["-m", "launcher.worker", "/runs/a b;c", "1"]

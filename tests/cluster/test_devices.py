@@ -1,4 +1,4 @@
-"""What is found on this machine without importing it."""
+"""Devices and packages are detected on this machine without importing the packages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_flash_attention_is_found_by_its_distribution(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.path", [str(tmp_path)])
-    (tmp_path / "flash_attn").mkdir()  # version 4 brings such a folder too
+    (tmp_path / "flash_attn").mkdir()  # version 4 has such a folder too
     assert not devices.has_flash_attention()
     installed = tmp_path / "flash_attn-2.8.3.dist-info"
     installed.mkdir()
@@ -31,7 +31,9 @@ def test_flash_attention_is_found_by_its_distribution(
     assert devices.has_flash_attention()
 
 
-def test_liger_is_its_package_and_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_liger_needs_its_package_and_triton(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     for name in ("liger_kernel", "triton"):
         assert not devices.has_liger()
@@ -42,7 +44,7 @@ def test_liger_is_its_package_and_triton(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(("value", "interprets"), [(None, False), ("0", False), ("1", True)])
-def test_triton_is_interpreted_where_the_environment_says_so(
+def test_triton_is_interpreted_if_the_environment_requests_it(
     monkeypatch: pytest.MonkeyPatch, value: str | None, interprets: bool
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -1,4 +1,4 @@
-"""What becomes of a job when its ranks have ended, with a scontrol of our own on PATH."""
+"""What happens to a job after its ranks have ended, with a fake scontrol on PATH."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FACTS = "JobId=7 JobName=x Restarts={restarts} {array}JobState=RUNNING"
 
 
 class Job:
-    """A job of one attempt after another in a run folder."""
+    """A job with several successive attempts in a run folder."""
 
     def __init__(self, folder: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.path, self.monkeypatch = folder, path, monkeypatch
@@ -29,11 +29,11 @@ class Job:
         (path / "checkpoints").mkdir()
         create.freeze_config(RunDir(path), config)
         monkeypatch.setenv("SLURM_JOB_ID", "7")
-        monkeypatch.setenv("SLURM_RESTART_COUNT", "99")  # leaked by another job: not asked
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "99")  # leaked by another job: not read
         self.says()
 
     def says(self, restarts: int = 0, array: str = "") -> None:
-        """What scontrol knows of it."""
+        """Set what scontrol reports for the job."""
         line = FACTS.format(restarts=restarts, array=array)
         other = line.replace("JobId=7", "JobId=70")
         script = self.folder / "bin/scontrol"
@@ -47,7 +47,7 @@ class Job:
         job._job_fields.cache_clear()
 
     def attempt(self, state: str | None, reason: str | None = None, at: int = 0) -> RunDir:
-        """Another, which began at the checkpoint of step `at` and ended so."""
+        """Add an attempt that started at the checkpoint of step `at` and ended in this state."""
         run = RunDir(self.path, RunDir(self.path).newest_attempt().attempt + 1)
         run.logs.mkdir()
         run.job.write_text(json.dumps({"job": "7", "step": at}))
@@ -69,7 +69,7 @@ def a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Job]
 
 
 @pytest.mark.parametrize("reason", ["SIGUSR2", "SIGTERM", "time limit"])
-def test_what_slurm_stopped_goes_back(a_job: Any, reason: str) -> None:
+def test_a_job_that_slurm_stopped_is_requeued(a_job: Any, reason: str) -> None:
     made = a_job()
     assert job.end_attempt(made.attempt("stopped", reason)) == 0
     assert made.requeued() == ["7"]
@@ -79,25 +79,27 @@ def test_what_slurm_stopped_goes_back(a_job: Any, reason: str) -> None:
     ("state", "reason"),
     [("finished", None), ("stopped", "shardway stop"), ("stopped", "training.stop_after_steps=3")],
 )
-def test_what_is_done_does_not(a_job: Any, state: str, reason: str | None) -> None:
+def test_a_finished_or_stopped_job_is_not_requeued(
+    a_job: Any, state: str, reason: str | None
+) -> None:
     made = a_job()
     assert job.end_attempt(made.attempt(state, reason)) == 0
     assert made.requeued() == []
 
 
-def test_a_person_who_stops_it_at_that_moment_is_heard(a_job: Any) -> None:
+def test_a_user_stop_during_a_signal_prevents_the_requeue(a_job: Any) -> None:
     made = a_job()
     run = made.attempt("stopped", "SIGUSR2")
     run.stop.write_text("shardway stop")
     assert job.end_attempt(run) == 0
     assert made.requeued() == []
     assert not run.stop.exists()
-    run.stop.write_text("SIGUSR2")  # a rank's, that heard of the signal late
+    run.stop.write_text("SIGUSR2")  # written by a rank that received the signal late
     assert job.end_attempt(run) == 0
     assert made.requeued() == ["7"]
 
 
-def test_as_often_as_it_may(a_job: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_requeue_limit_is_respected(a_job: Any, capsys: pytest.CaptureFixture[str]) -> None:
     made = a_job()
     made.says(restarts=5)
     assert job.end_attempt(made.attempt("stopped", "SIGUSR2")) == 75
@@ -105,7 +107,7 @@ def test_as_often_as_it_may(a_job: Any, capsys: pytest.CaptureFixture[str]) -> N
     assert made.requeued() == []
 
 
-def test_three_attempts_without_progress_are_enough(
+def test_three_attempts_without_progress_end_the_job(
     a_job: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = a_job()
@@ -116,7 +118,7 @@ def test_three_attempts_without_progress_are_enough(
     assert "3 attempts in a row got no further than step 0" in capsys.readouterr().err
 
 
-def test_a_node_that_went_away_is_no_failure(a_job: Any) -> None:
+def test_a_lost_node_is_requeued_and_not_a_failure(a_job: Any) -> None:
     made = a_job()
     run = made.attempt(None)
     error = {"rank": 0, "exit_code": 1, "message": "closed by peer", "time": 1, "lost_peer": True}
@@ -128,7 +130,7 @@ def test_a_node_that_went_away_is_no_failure(a_job: Any) -> None:
     assert made.requeued() == ["7"]
 
 
-def test_an_older_attempt_decides_nothing(a_job: Any) -> None:
+def test_an_older_attempt_does_not_requeue(a_job: Any) -> None:
     made = a_job()
     old = made.attempt("stopped", "SIGUSR2")
     made.attempt(None)
@@ -136,10 +138,10 @@ def test_an_older_attempt_decides_nothing(a_job: Any) -> None:
     assert made.requeued() == []
 
 
-def test_an_element_goes_back_by_its_place_and_a_table_that_fails_is_only_told(
+def test_an_array_task_is_requeued_by_index_and_a_failing_table_is_only_reported(
     a_job: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """There is no squeue here."""
+    """The table fails because squeue is missing."""
     made = a_job("rates/2")
     made.says(array="ArrayJobId=7 ArrayTaskId=2 ")
     (made.path.parent / sweep.INDEX).write_text("{}")

@@ -1,4 +1,4 @@
-"""Which rank failed first, by what the ranks and their agent have written."""
+"""Which rank failed first, according to the reports of the ranks and their agent."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def report(run: RunDir, rank: int, time: float, lost_peer: bool = False) -> None:
-    """What a rank writes of its failure at `time`."""
+    """Write a rank's report of its failure at `time`."""
     said = {"rank": rank, "exit_code": rank + 1, "message": f"m{rank}", "time": time}
     run.rank_error(rank).write_text(json.dumps({**said, "lost_peer": lost_peer}))
 
@@ -41,7 +41,7 @@ def test_the_report_with_the_earliest_time_is_the_first_failure(
     assert local.first_failure(run) == Failure(first, first + 1, f"m{first}")
 
 
-def test_a_killed_rank_goes_before_reports_of_a_lost_peer_alone(run: RunDir) -> None:
+def test_a_killed_rank_takes_precedence_over_reports_of_a_lost_peer(run: RunDir) -> None:
     (run.logs / "torchrun.log").write_text(KILLED.format(rank=1))
     report(run, 0, time=1.0, lost_peer=True)
     failure = local.first_failure(run)
@@ -51,7 +51,7 @@ def test_a_killed_rank_goes_before_reports_of_a_lost_peer_alone(run: RunDir) -> 
     assert local.first_failure(run) == Failure(2, 3, "m2"), "it failed before the other was killed"
 
 
-def test_a_node_is_lost_if_other_ranks_lost_a_peer_and_some_say_nothing(run: RunDir) -> None:
+def test_a_node_is_lost_if_some_ranks_lost_a_peer_and_others_report_nothing(run: RunDir) -> None:
     assert not local.lost_a_node(run, world_size=3), "nobody has said anything"
     report(run, 0, time=1.0, lost_peer=True)
     report(run, 1, time=2.0, lost_peer=True)
@@ -61,7 +61,7 @@ def test_a_node_is_lost_if_other_ranks_lost_a_peer_and_some_say_nothing(run: Run
 
 
 def test_no_node_is_lost_if_all_ranks_report_a_lost_peer(run: RunDir) -> None:
-    """All are there to say so. The first of them failed, and no requeue would mend it."""
+    """All ranks still exist. The first to report failed, and a requeue would not fix that."""
     for rank in range(3):
         report(run, rank, time=3.0 - rank, lost_peer=True)
     assert not local.lost_a_node(run, world_size=3)

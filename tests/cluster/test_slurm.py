@@ -1,4 +1,4 @@
-"""What Slurm is told, with commands of our own on PATH in its place: the real one is beside it."""
+"""What is passed to Slurm, with fake commands on PATH; tests/slurm uses the real one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HOSTILE = """a b,"c" 'd' $(touch hit) `touch hit`; é \\ =x"""
 
 @pytest.fixture
 def fake(tmp_path: Path) -> dict[str, str]:
-    """sbatch, squeue and scancel that write down how they were called."""
+    """Fake sbatch, squeue and scancel that record their arguments."""
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     for name, answer in (
@@ -50,7 +50,7 @@ def train(cwd: Path, environment: dict[str, str], *words: str) -> subprocess.Com
     )  # fmt: skip
 
 
-def test_every_option_is_one_word_of_sbatch() -> None:
+def test_every_option_is_one_argument_of_sbatch() -> None:
     cluster = SlurmConfig(
         name="slurm", nodes=4, gpus_per_node=8, gpu_type="h100", partition="p", account="a",
         time="4:00:00", cpus_per_task=96, mem="0", exclusive=True, dependency="afterok:1",
@@ -74,7 +74,9 @@ def test_every_option_is_one_word_of_sbatch() -> None:
         ("gres", "h100", "--gres=gpu:h100:8"),
     ],
 )
-def test_gpus_are_asked_for_as_the_site_wants(flag: str, kind: str | None, word: str) -> None:
+def test_gpus_are_requested_with_the_configured_flag(
+    flag: str, kind: str | None, word: str
+) -> None:
     cluster = SlurmConfig(name="slurm", gpus_per_node=8, gpu_type=kind, gpu_flag=flag)
     assert word in slurm.sbatch_flags(cluster)
 
@@ -87,7 +89,7 @@ def test_a_sweep_is_one_array_with_a_log_in_each_run() -> None:
     assert words[-3:] == ["/runs/a b/train.sbatch", "--run", "/runs/a b"]
 
 
-def test_what_is_run_first_is_plain_bash() -> None:
+def test_the_setup_script_is_plain_bash() -> None:
     cluster = SlurmConfig(
         name="slurm", environment={"NCCL_DEBUG": "INFO", "LIST": "a,b c"},
         setup=["module load cuda", 'source "$HOME/venv/bin/activate"'],
@@ -104,7 +106,7 @@ def test_what_is_run_first_is_plain_bash() -> None:
     )
 
 
-def test_setup_quotes_values_and_nothing_of_them_runs(tmp_path: Path) -> None:
+def test_setup_quotes_values_so_that_they_are_not_executed(tmp_path: Path) -> None:
     cluster = SlurmConfig(
         name="slurm", environment={"HARD": HOSTILE}, setup=["export SOFT=1"],
         container=["apptainer", "exec", "a b.sif"], container_python="/opt/a b/python",
@@ -119,7 +121,7 @@ def test_setup_quotes_values_and_nothing_of_them_runs(tmp_path: Path) -> None:
     assert written(tmp_path) == []
 
 
-def test_a_run_is_asked_about_then_frozen_then_queued(
+def test_a_run_is_tested_then_frozen_then_queued(
     tiny: Path, tmp_path: Path, fake: dict[str, str]
 ) -> None:
     run = tmp_path / "my run"
@@ -142,7 +144,7 @@ def test_a_run_is_asked_about_then_frozen_then_queued(
     assert calls(tmp_path)[-1] == ["scancel", "--state=PENDING", "7"]
 
 
-def test_a_dry_run_shows_script_and_command_and_touches_nothing(
+def test_a_dry_run_prints_script_and_command_and_writes_nothing(
     tiny: Path, tmp_path: Path, fake: dict[str, str]
 ) -> None:
     done = train(tmp_path, fake, "launch.dry_run=true", "cluster.nodes=2", "run_dir=here")
@@ -153,7 +155,7 @@ def test_a_dry_run_shows_script_and_command_and_touches_nothing(
     assert not (tmp_path / "here").exists()
 
 
-def test_without_slurm_a_sentence_says_so(tiny: Path, tmp_path: Path) -> None:
+def test_missing_slurm_is_reported(tiny: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     done = train(tmp_path, {**os.environ, "PATH": str(empty)}, "run_dir=here")
@@ -162,7 +164,7 @@ def test_without_slurm_a_sentence_says_so(tiny: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "here").exists()
 
 
-def test_the_script_is_clean_bash() -> None:
+def test_the_script_passes_shellcheck() -> None:
     subprocess.run(["bash", "-n", str(slurm.script_path())], check=True)
     if shutil.which("shellcheck") is None:
         pytest.skip("there is no shellcheck; apt-get install shellcheck")

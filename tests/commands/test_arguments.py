@@ -1,4 +1,4 @@
-"""What several verbs read from a command line."""
+"""Command-line arguments that several verbs share."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def test_sizes_are_decimal_unless_written_binary(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GB", "0GB", "-1GB", "5XB", "5 G B"])
-def test_a_size_that_is_none_is_refused(text: str) -> None:
+def test_an_invalid_size_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="is not a size"):
         parse_size(text)
 
 
-def test_a_picture_without_a_name_takes_the_next_number(
+def test_a_picture_without_a_name_gets_the_next_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

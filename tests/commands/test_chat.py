@@ -1,4 +1,4 @@
-"""`shardway chat` as it is typed."""
+"""`shardway chat` as a user types it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,17 @@ def arguments(*words: object) -> object:
     return chat._parser().parse_args([str(word) for word in words])
 
 
-def test_a_piped_conversation(adapter: Path, tiny: Path, tmp_path: Path) -> None:
-    """Two models, a block, a command, bytes that are no UTF-8, and the file at the end."""
+def test_a_piped_conversation_is_answered_and_saved(
+    adapter: Path, tiny: Path, tmp_path: Path
+) -> None:
+    """Two models, a block, a command, invalid UTF-8, and the saved file at the end."""
     command = [*SHARDWAY, "chat", adapter, "--against", tiny, "--base", tiny]
-    command += ["--temperature", "1.5", "--seed", "1"]  # greedily the tiny model says blanks
+    command += [
+        "--temperature",
+        "1.5",
+        "--seed",
+        "1",
+    ]  # greedy decoding of the tiny model gives only blanks
     lines = b'/set max_new_tokens 8\n"""\nhi\nyou\n"""\n/nothing\ncaf\xe9\n/save talk.jsonl\n'
     done = subprocess.run(
         [*map(str, command)],
@@ -38,7 +45,7 @@ def test_a_piped_conversation(adapter: Path, tiny: Path, tmp_path: Path) -> None
     assert len((tmp_path / "talk.jsonl").read_text().splitlines()) == 2
 
 
-def test_refusals_are_one_sentence_and_status_2(tiny: Path, tmp_path: Path) -> None:
+def test_errors_are_one_line_and_exit_with_status_2(tiny: Path, tmp_path: Path) -> None:
     done = shardway("chat", tmp_path, "--question", "hi", cwd=tmp_path)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
@@ -64,6 +71,6 @@ def test_options_are_checked_before_a_model_is_loaded(
         chat.chat(arguments(tiny, *words))
 
 
-def test_the_base_is_said_of_the_adapters(adapter: Path, tiny: Path, tiny_untied: Path) -> None:
+def test_base_option_applies_to_the_adapters(adapter: Path, tiny: Path, tiny_untied: Path) -> None:
     one, two = chat._targets(tiny, adapter, tiny_untied)
     assert (one.model, two.model) == (tiny, tiny_untied)

@@ -1,4 +1,4 @@
-"""`shardway data preview` shows what a run would learn from."""
+"""`shardway data preview` shows what a run would train on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers.commands import shardway
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    """Thirty rows of which one is too long, one has no answer in reach and one is bad."""
+    """Thirty rows: one is too long, one has no answer within the limit, and one is invalid."""
     path = tmp_path / "rows.jsonl"
     lines = [{"instruction": f"q{n}", "output": "a" * (1 + n * 2)} for n in range(28)]
     lines += [{"instruction": "q" * 500, "output": "a"}, {"instruction": "q", "output": ""}]
@@ -34,7 +34,7 @@ def look(rows: Path, *words: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_rows_lengths_padding_and_what_is_lost(rows: Path, tiny: Path) -> None:
+def test_preview_shows_rows_lengths_padding_and_lost_rows(rows: Path, tiny: Path) -> None:
     lines = look(rows, "--rows", "1", "training.micro_batch_size=4")
     text = "\n".join(lines)
     assert lines[0].startswith("data: 29 rows, ")
@@ -52,7 +52,7 @@ def test_rows_lengths_padding_and_what_is_lost(rows: Path, tiny: Path) -> None:
     assert (rows.parent / "lengths.png").stat().st_size > 5_000
 
 
-def test_the_shares_are_those_of_the_batches(rows: Path, tiny: Path) -> None:
+def test_configured_packing_is_shown_and_no_picture_is_written(rows: Path, tiny: Path) -> None:
     lines = look(rows, "--no-picture", "data.packing=true")
     (configured,) = (line for line in lines if "as configured" in line)
     assert "data.packing=true" in configured
@@ -61,14 +61,14 @@ def test_the_shares_are_those_of_the_batches(rows: Path, tiny: Path) -> None:
     assert not (rows.parent / "lengths.png").exists()
 
 
-def test_what_is_learned_is_green_in_a_terminal() -> None:
+def test_target_tokens_are_green_in_a_terminal() -> None:
     tokenizer = byte_tokenizer()
     ids = np.array(tokenizer("abc")["input_ids"])
     trained = np.array([False, True, True])
     assert data_preview.colored(tokenizer, (ids, trained), True) == "a\033[32mbc\033[0m"
 
 
-def test_data_do_not_change_the_terminal() -> None:
+def test_data_cannot_send_control_codes_to_the_terminal() -> None:
     tokenizer = byte_tokenizer()
     ids = np.array(tokenizer("a\x1b[2Jb\n\u202ec")["input_ids"])
     shown = data_preview.colored(tokenizer, (ids, np.zeros(len(ids), bool)), True)
@@ -87,7 +87,7 @@ def test_data_do_not_change_the_terminal() -> None:
         (("--output", "gone/a.png"), "the folder of --output gone/a.png does not exist"),
     ],
 )
-def test_bad_input_gets_a_sentence(
+def test_bad_input_gets_a_clear_message(
     tmp_path: Path, tiny: Path, words: tuple[str, ...], sentence: str
 ) -> None:
     done = shardway("data", "preview", "model=tiny", *words, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""`shardway plan` says what a run will need, and whether it fits."""
+"""`shardway plan` reports how much memory a run will need, and whether it fits."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def typed(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 @pytest.fixture
 def weightless(tiny: Path, tmp_path: Path) -> Path:
-    """A model of which nobody has fetched anything but its config.json."""
+    """A model folder that contains only config.json."""
     folder = tmp_path / "model"
     folder.mkdir()
     shutil.copy(tiny / "config.json", folder)
     return folder
 
 
-def test_many_runs_are_planned_without_weights(
+def test_multiple_runs_are_planned_without_weights(
     weightless: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [f"model.name_or_path={weightless}", "method=full", "data.max_length=32"]
     words += ["cluster.nproc_per_node=2", "--memory", "1kB", "--json", "--multirun"]
     assert typed(monkeypatch, *words, "strategy=ddp,fsdp,single") == 2
     out, err = capsys.readouterr()
-    ddp, fsdp = json.loads(out)  # what is refused does not keep the others from being planned
+    ddp, fsdp = json.loads(out)  # a refused run does not stop the planning of the others
     assert err.startswith("strategy=single: ")
     assert "[single-is-one-rank]" in err
     assert (ddp["label"], fsdp["label"]) == ("strategy=ddp", "strategy=fsdp")
@@ -53,7 +53,7 @@ def test_many_runs_are_planned_without_weights(
     assert ddp["peak"] > fsdp["peak"] > 0
 
 
-def test_what_does_not_fit_ends_with_one(
+def test_a_plan_that_does_not_fit_exits_with_status_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for peak, status in ((79 * GB, 0), (81 * GB, 1)):
@@ -63,7 +63,7 @@ def test_what_does_not_fit_ends_with_one(
         assert capsys.readouterr().out == f"{plan.format_plan(made)}\n"
 
 
-def test_all_broken_rules_are_said(
+def test_all_broken_rules_are_reported(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = (f"model.name_or_path={tiny}", "cluster.nproc_per_node=3", "method=lora")
@@ -80,7 +80,7 @@ def test_all_broken_rules_are_said(
         ("strategy.offload_param=nvme", "strategy.offload_param=cpu"),
     ],
 )
-def test_what_cannot_be_planned_has_a_way_out(
+def test_an_unplannable_setting_is_refused_with_an_alternative(
     word: str,
     way_out: str,
     tiny: Path,
@@ -95,7 +95,7 @@ def test_what_cannot_be_planned_has_a_way_out(
     assert f"→ {way_out}" in capsys.readouterr().err
 
 
-def test_a_trial_that_fails_says_why(
+def test_an_unreadable_model_is_reported_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
@@ -106,14 +106,14 @@ def test_a_trial_that_fails_says_why(
     assert "no-such-model" in said
 
 
-def test_a_size_that_is_none(
+def test_an_invalid_memory_size_is_refused(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert typed(monkeypatch, f"model.name_or_path={tiny}", "--memory", "much") == 2
     assert capsys.readouterr().err == "--memory much is not a size; write 5GB, 500MB or 5GiB\n"
 
 
-def test_what_is_planned_otherwise_is_said(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replaced_settings_are_listed_in_notes(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [f"model.name_or_path={tiny}", "training.compile=on", "training.kernels=liger"]
     words += ["model.attention=flash_attention_2", "training.loss=liger"]
     monkeypatch.setattr("sys.argv", ["shardway plan", *words])
@@ -139,13 +139,13 @@ def test_what_is_planned_otherwise_is_said(tiny: Path, monkeypatch: pytest.Monke
         ({"memory": None}, "this machine has no GPU to compare with → --memory 80GB"),
     ],
 )
-def test_the_verdict(changes: dict[str, Any], said: str) -> None:
+def test_the_plan_reports_whether_it_fits(changes: dict[str, Any], said: str) -> None:
     planned = dataclasses.replace(FITTING, **changes)
     assert said in plan.format_plan(planned)
     assert planned.fits is (None if planned.memory is None else "does not" not in said)
 
 
-def test_the_page_has_bars() -> None:
+def test_the_plan_is_printed_with_bars() -> None:
     assert plan.format_plan(FITTING).splitlines()[:5] == [
         "the fullest of 8 rank(s)              GB",
         "  weights, masters, buffers         2.00  #",
@@ -155,7 +155,7 @@ def test_the_page_has_bars() -> None:
     ]
 
 
-def test_the_table_has_a_line_a_run() -> None:
+def test_the_table_has_one_line_per_run() -> None:
     large = dataclasses.replace(FITTING, label="strategy=ddp", peak=79 * GB, notes=["a note"])
     head, *lines = plan.format_table([FITTING, large]).splitlines()
     assert head == "GB of the fullest rank  ranks  weights  optimizer  kept  peak  host"

@@ -1,4 +1,4 @@
-"""`shardway schedule` draws what the configuration will do, and overwrites nothing."""
+"""`shardway schedule` draws the configured learning rates, and overwrites nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return in_process(monkeypatch, "schedule", *words)
 
 
-def test_the_curve_in_plain_characters() -> None:
+def test_the_curve_is_drawn_in_plain_characters() -> None:
     assert schedule.format_chart("linear", [0.0, 2.0, 1.5, 1.0, 0.5]).splitlines() == [
         "linear",
         " 2.00e+00 | *",
@@ -43,7 +43,7 @@ def test_the_curve_in_plain_characters() -> None:
     ]
 
 
-def test_a_curve_of_one_step() -> None:
+def test_a_curve_of_one_step_is_drawn() -> None:
     assert "     step  1\n" in schedule.format_chart("constant", [1.0])
 
 
@@ -71,7 +71,7 @@ def test_a_plateau_is_drawn_as_if_the_loss_never_fell(
     assert list(here.iterdir()) == []
 
 
-def test_several_curves_go_into_one_picture(
+def test_several_curves_are_drawn_in_one_picture(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
 ) -> None:
     (here / "schedule.png").write_text("mine")
@@ -108,7 +108,7 @@ def test_a_named_picture_is_overwritten_only_when_asked(
         ([*FIVE, "--output", "x.foo"], "--output x.foo is not a picture → a name in .png"),
     ],
 )
-def test_what_cannot_be_drawn_says_why(
+def test_an_undrawable_schedule_is_reported_with_the_reason(
     words: list[str],
     sentence: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -120,8 +120,8 @@ def test_what_cannot_be_drawn_says_why(
     assert not list(here.iterdir())
 
 
-def test_what_a_file_sets_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the sentence above advises."""
+def test_a_setting_from_a_file_can_be_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the error message in the test above advises."""
     words = ["experiment=demo", "scheduler=constant", "~scheduler.warmup_steps"]
     assert typed(monkeypatch, "--no-picture", *FIVE, *words) == 0
 

@@ -22,7 +22,7 @@ from tests.helpers.chat import edit
 from tests.helpers.commands import SHARDWAY
 
 PACKAGES = {name: packages for name, (packages, _) in engines.ENGINES.items()}
-# What stands in for an engine: says how it was started.
+# A stand-in for an engine: it reports how it was started.
 STAND_IN = """
 import json, os, sys
 config = sys.argv[sys.argv.index("--config") + 1] if "--config" in sys.argv else None
@@ -35,7 +35,7 @@ print(json.dumps(said))
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Says which engines are taken for installed."""
+    """Choose which engines appear to be installed."""
 
     def only(*names: str) -> None:
         there = {package for name in names for package in PACKAGES[name]}
@@ -94,7 +94,9 @@ def test_an_engine_that_is_not_installed_is_refused_with_the_command(
     assert "pip install vllm" in refusal(tiny, "--engine", "vllm")
 
 
-def test_names_and_further_arguments(tiny: Path, installed: Any, tmp_path: Path) -> None:
+def test_the_model_name_and_extra_arguments_reach_the_engine(
+    tiny: Path, installed: Any, tmp_path: Path
+) -> None:
     installed("vllm")
     export = Path(shutil.copytree(tiny, tmp_path / "first run/export"))
     request = engines.ServeRequest(export, "::1", 9, extra=("--dtype", "half"))
@@ -106,7 +108,7 @@ def test_names_and_further_arguments(tiny: Path, installed: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_a_key_is_handed_over_and_never_shown(
+def test_the_key_reaches_the_engine_and_is_never_shown(
     engine: str, tiny: Path, key: Path, tmp_path: Path
 ) -> None:
     """Through the real command, with a stand-in for the engine."""
@@ -136,7 +138,7 @@ def test_a_key_is_handed_over_and_never_shown(
         assert "--config" in done.stderr
 
 
-def test_other_machines_need_a_key(tiny: Path, key: Path, installed: Any) -> None:
+def test_listening_for_other_machines_needs_a_key(tiny: Path, key: Path, installed: Any) -> None:
     installed("vllm", "transformers")
     for host in ("0.0.0.0", "::", "10.0.0.1", "gpu-node", ""):
         assert "--api-key-file FILE" in refusal(tiny, "--host", host, "--dry-run")
@@ -152,7 +154,9 @@ def test_other_machines_need_a_key(tiny: Path, key: Path, installed: Any) -> Non
 @pytest.mark.parametrize(
     "word", ["--host", "--host=0.0.0.0", "--ho", "--port", "--api-key=x", "--api_key", "--served"]
 )
-def test_what_follows_cannot_undo_what_was_checked(tiny: Path, installed: Any, word: str) -> None:
+def test_extra_arguments_cannot_override_checked_settings(
+    tiny: Path, installed: Any, word: str
+) -> None:
     installed("vllm")
     assert f"{word} is not allowed after --" in refusal(tiny, "--dry-run", "--", word)
 
@@ -169,7 +173,7 @@ def test_a_file_without_a_key_is_refused_and_not_shown(
     assert "cannot be read" in refusal(tiny, "--api-key-file", tmp_path / "gone", "--dry-run")
 
 
-def test_a_key_that_others_can_read_is_said(
+def test_a_key_file_that_others_can_read_is_reported(
     tiny: Path, installed: Any, key: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     installed("vllm")
@@ -178,7 +182,7 @@ def test_a_key_that_others_can_read_is_said(
     assert "chmod 600" in capsys.readouterr().err
 
 
-def test_a_taken_port_and_a_host_that_is_none(tiny: Path, installed: Any) -> None:
+def test_a_port_in_use_and_an_invalid_host_are_refused(tiny: Path, installed: Any) -> None:
     installed("vllm")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -190,14 +194,18 @@ def test_a_taken_port_and_a_host_that_is_none(tiny: Path, installed: Any) -> Non
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "-1", "http", "8000.0"])
-def test_a_port_is_a_number(tiny: Path, port: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_port_is_refused(
+    tiny: Path, port: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as left:
         parsed(tiny, "--port", port)
     assert left.value.code == 2
     assert "is not a port" in capsys.readouterr().err
 
 
-def test_what_servers_cannot_load_is_refused(tiny: Path, installed: Any, tmp_path: Path) -> None:
+def test_a_folder_that_servers_cannot_load_is_refused(
+    tiny: Path, installed: Any, tmp_path: Path
+) -> None:
     installed("transformers")
     assert "no config.json" in refusal(tmp_path)
     adapter = tmp_path / "adapter"
@@ -224,7 +232,7 @@ def free_port() -> int:
 
 
 def with_path(folder: Path) -> dict[str, str]:
-    """The environment with `folder` where modules are looked for."""
+    """The environment with `folder` on the module search path."""
     paths = [str(folder), os.environ.get("PYTHONPATH", ""), os.getcwd()]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
@@ -234,8 +242,8 @@ def with_path(folder: Path) -> dict[str, str]:
     bool(engines.missing_packages("transformers")),
     reason="needs pip install 'transformers[serving]'",
 )
-def test_a_completion_comes_back_over_http(tiny: Path, tmp_path: Path) -> None:
-    """The printed request, asked of transformers' own server."""
+def test_a_completion_is_returned_over_http(tiny: Path, tmp_path: Path) -> None:
+    """The printed request is sent to the server of transformers."""
     port = free_port()
     words = ("--engine", "transformers", "--port", str(port))
     with (tmp_path / "log").open("w") as log:

@@ -1,4 +1,4 @@
-"""The gate: what fits the schema passes, everything else is named with the way out."""
+"""Settings that fit the schema are accepted; all others are named with a suggested fix."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def problems(**changes: dict[str, Any]) -> list[str]:
     return refused.value.problems
 
 
-def test_defaults_fill_what_is_left_out() -> None:
+def test_defaults_fill_missing_settings() -> None:
     config = store.build(composed_raw(training={"max_steps": "7"}))
     assert isinstance(config.method, LoraConfig)
     assert (config.method.rank, config.method.resolved_alpha()) == (8, 16)
     assert config.training.max_steps == 7, "text from a command line becomes a number"
 
 
-def test_everything_wrong_is_named_at_once() -> None:
+def test_all_errors_are_reported_at_once() -> None:
     found = problems(
         method={"rnk": 4, "dropout": 1.5},
         optimizer={"learning_rate": "fast"},
@@ -61,11 +61,11 @@ def test_everything_wrong_is_named_at_once() -> None:
         ({"optimizer": {"learning_rate": 0}}, "optimizer.learning_rate=0.0 must be > 0"),
     ],
 )
-def test_one_sentence_each(changes: dict[str, Any], sentence: str) -> None:
+def test_each_error_has_its_own_message(changes: dict[str, Any], sentence: str) -> None:
     assert sentence in "\n".join(problems(**changes))
 
 
-def test_a_setting_of_another_choice_says_whose_it_is() -> None:
+def test_a_setting_of_another_choice_names_that_choice() -> None:
     (found,) = problems(scheduler={"name": "constant", "warmup_ratio": 0.1})
     assert found == (
         "scheduler.warmup_ratio is a setting of scheduler=linear, cosine, cosine_with_restarts, "
@@ -91,7 +91,7 @@ def test_freezing_and_loading_keep_every_value(tmp_path: Path) -> None:
     assert store.load(tmp_path / "config.yaml") == config
 
 
-def test_the_fingerprint_sees_values_and_not_the_folder() -> None:
+def test_the_fingerprint_depends_on_values_and_not_on_the_folder() -> None:
     config = store.build(composed_raw())
     assert store.fingerprint(config) == store.fingerprint(dataclasses.replace(config, run_dir="x"))
     other = store.build(composed_raw(method={"rank": 9}))
@@ -103,7 +103,7 @@ def conf_files() -> list[Path]:
 
 
 @pytest.mark.parametrize("path", conf_files(), ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_conf_file_begins_with_its_command(path: Path) -> None:
+def test_every_conf_file_starts_with_its_command(path: Path) -> None:
     lines = path.read_text().splitlines()
     first = next(line for line in lines if not line.startswith("# @package"))
     assert first.startswith("# shardway ")
@@ -115,7 +115,7 @@ def test_every_conf_file_begins_with_its_command(path: Path) -> None:
     [path for path in conf_files() if path.parent.name != "experiment"],
     ids=lambda path: f"{path.parent.name}/{path.stem}",
 )
-def test_every_conf_file_lists_all_settings_with_the_schema_s_defaults(path: Path) -> None:
+def test_every_conf_file_lists_all_settings_with_their_defaults(path: Path) -> None:
     """Hydra accepts an override only of a key that a file lists."""
     values = yaml.safe_load(path.read_text())
     for base in values.pop("defaults", ["_self_"])[:-1]:
@@ -152,7 +152,7 @@ def test_composing_and_checking_import_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-# What only strategies may use, and the interface by which the loop uses them.
+# Modules that only strategies may use, and the interface that the loop uses instead.
 DISTRIBUTION = (
     "torch.distributed", "torch.nn.parallel", "deepspeed", "launcher.distributed",
     "launcher.strategy",
@@ -161,7 +161,7 @@ INTERFACE = {"launcher.strategy.Strategy"}
 
 
 def names_used(code: str) -> set[str]:
-    """Dotted names that code imports or reads from a module, and strings that are such a name."""
+    """Dotted names that code imports or reads from a module, and strings with such a name."""
     tree = ast.parse(code)
     bound: dict[str, str] = {}  # a name in the code → what it was imported as
     used = set()
@@ -186,7 +186,7 @@ def names_used(code: str) -> set[str]:
 
 
 def origin(name: str) -> str:
-    """Where what is imported from a module of ours comes from: it may have been imported there."""
+    """The original location of a name imported from one of our modules, which may re-export it."""
     module, _, attribute = name.rpartition(".")
     if not (paths.PACKAGE.parent / f"{module.replace('.', '/')}.py").is_file():
         return name
@@ -206,7 +206,7 @@ def is_distribution(name: str) -> bool:
 
 
 def test_the_loop_data_and_methods_import_no_distribution() -> None:
-    """Neither directly, by another name, nor through a module of ours: strategies own it."""
+    """Not directly, under another name, or through our modules: only strategies may use it."""
     package = paths.PACKAGE
     files = [
         package / "training/loop.py",
@@ -231,5 +231,5 @@ def test_the_loop_data_and_methods_import_no_distribution() -> None:
         "def f():\n    import deepspeed",
     ],
 )
-def test_every_way_to_import_distribution_is_noticed(code: str) -> None:
+def test_every_way_to_import_distribution_is_detected(code: str) -> None:
     assert distribution_in(code)

@@ -1,4 +1,4 @@
-"""What is learned of a conversation, under the templates that there are."""
+"""Which tokens of a conversation are in the loss, for the bundled chat templates."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ WITH_TOOLS = Conversation(
     ],
     [{"type": "function", "function": {"name": "add", "parameters": {}}}],
 )
-SAYS_ADD = {"role": "user", "content": "please add"}  # a word that is a tool's name
-THINKS = (  # as Qwen3's: the reasoning of past answers is dropped
+SAYS_ADD = {"role": "user", "content": "please add"}  # contains the name of a tool
+THINKS = (  # like Qwen3's: drops the reasoning of past answers
     "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{%- if m.reasoning_content and loop.last %}{{ '<think>' + m.reasoning_content + '</think>' }}"
     "{%- endif %}{{ m.content + '<|im_end|>\n' }}{%- endfor %}"
@@ -61,7 +61,7 @@ def learned(tokens: Any, tokenizer: Any) -> str:
     return str(tokenizer.decode(ids))
 
 
-def test_every_answer_is_learned_up_to_its_end_and_nothing_else() -> None:
+def test_loss_mask_covers_each_answer_and_its_end_token_only() -> None:
     tokenizer = byte_tokenizer()
     (tokens,) = rows(tokenizer, TALK)
     assert learned(tokens, tokenizer) == "ONE<|im_end|>TWO<|im_end|>"
@@ -70,7 +70,7 @@ def test_every_answer_is_learned_up_to_its_end_and_nothing_else() -> None:
     assert tokens.ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
 
 
-def test_the_last_answer_alone_or_everything() -> None:
+def test_train_on_last_answer_and_train_on_all() -> None:
     tokenizer = byte_tokenizer()
     (last,) = rows(tokenizer, TALK, train_on="last_answer")
     (everything,) = rows(tokenizer, TALK, train_on="all")
@@ -87,7 +87,7 @@ def test_a_question_after_the_last_answer_is_left_out() -> None:
     assert "two?" not in tokenizer.decode(tokens.ids)
 
 
-def test_a_long_row_is_cut() -> None:
+def test_a_long_row_is_truncated() -> None:
     tokenizer = byte_tokenizer()
     (whole,), (cut,) = rows(tokenizer, TALK), rows(tokenizer, TALK, 50)
     assert cut.ids == whole.ids[:50]
@@ -96,7 +96,7 @@ def test_a_long_row_is_cut() -> None:
     assert not whole.truncated
 
 
-def test_a_row_of_exactly_the_longest_length_is_not_truncated() -> None:
+def test_a_row_of_exactly_max_length_is_not_truncated() -> None:
     tokenizer = byte_tokenizer()
     (whole,) = rows(tokenizer, TALK)
     for length, truncated in ((len(whole.ids), False), (len(whole.ids) - 1, True)):
@@ -105,7 +105,7 @@ def test_a_row_of_exactly_the_longest_length_is_not_truncated() -> None:
         assert tokens.truncated is truncated
 
 
-def test_where_earlier_turns_are_rewritten_each_answer_is_a_row_as_at_inference() -> None:
+def test_if_earlier_turns_are_rewritten_each_answer_is_a_row_as_at_inference() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = THINKS
     talk = [
@@ -127,14 +127,14 @@ def test_where_earlier_turns_are_rewritten_each_answer_is_a_row_as_at_inference(
     begin = "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n"
     assert [learned(tokens, tokenizer) for tokens in everything] == [
         f"{begin}<think>hm</think>ONE<|im_end|>",
-        # What it shares with the first row is learned there alone.
+        # The tokens shared with the first row are in the loss of that row only.
         "ONE<|im_end|>\n<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\n"
         "<think>well</think>TWO<|im_end|>",
     ]
     assert tokenizer.decode(everything[1].ids).startswith(begin)
 
 
-def test_a_template_s_own_marks_say_what_is_learned() -> None:
+def test_generation_tags_of_a_template_set_the_loss_mask() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = MARKED
     (tokens,) = rows(tokenizer, TALK)
@@ -146,7 +146,7 @@ def test_a_template_s_own_marks_say_what_is_learned() -> None:
     assert [int(t) for t in tokens.loss_mask] == marked["assistant_masks"]
 
 
-def test_an_answer_that_is_rewritten_itself_is_refused() -> None:
+def test_a_template_that_rewrites_the_answer_itself_is_refused() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ messages | length }}{{ messages[-1]['content'] }}"
     with pytest.raises(UserError, match=r"row 7: .*data\.template"):
@@ -154,7 +154,7 @@ def test_an_answer_that_is_rewritten_itself_is_refused() -> None:
 
 
 @pytest.mark.parametrize("missing", ["tools", "tool_calls", "reasoning_content"])
-def test_what_a_template_leaves_out_is_said(missing: str) -> None:
+def test_a_field_that_the_template_leaves_out_is_named(missing: str) -> None:
     tokenizer = byte_tokenizer()
     talk = {
         "tools": Conversation(TALK, WITH_TOOLS.tools),
@@ -167,8 +167,8 @@ def test_what_a_template_leaves_out_is_said(missing: str) -> None:
         rows(tokenizer, talk)
 
 
-def test_a_tokenizer_that_begins_with_a_space_does_not_begin_answers_with_one() -> None:
-    """As SentencePiece's: whatever it is given has a space put before it."""
+def test_a_prefix_space_of_the_tokenizer_is_not_added_to_answers() -> None:
+    """Like SentencePiece: the tokenizer puts a space before every input."""
     words = ["▁", "a", "b", "c", "▁a", "▁b", "▁c", "[", "]", "\n", "</s>"]
     backend = Tokenizer(
         models.BPE({w: n for n, w in enumerate(words)}, [("▁", each) for each in "abc"])
@@ -189,14 +189,14 @@ def test_a_tokenizer_that_begins_with_a_space_does_not_begin_answers_with_one() 
     assert tokens.loss_mask == [False] * 5 + [True] * 3
 
 
-def test_a_second_answer_without_a_question_does_not_learn_its_header() -> None:
+def test_the_header_of_a_second_answer_in_a_row_is_not_in_the_loss() -> None:
     tokenizer = byte_tokenizer()
     talk = [*TALK[:3], {"role": "assistant", "content": "MORE"}]
     (tokens,) = rows(tokenizer, talk)
     assert learned(tokens, tokenizer) == "ONE<|im_end|>MORE<|im_end|>"
 
 
-def test_what_stands_behind_the_end_of_a_turn_is_not_learned_whatever_the_end_token_is() -> None:
+def test_text_after_the_end_of_a_turn_is_not_in_the_loss_with_any_end_token() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = "<|endoftext|>"
     (tokens,) = rows(tokenizer, TALK)
@@ -217,28 +217,28 @@ def test_a_later_system_message_is_not_dropped() -> None:
 
 
 @pytest.mark.parametrize("text", ["{% if %}", "{{ raise_exception('no') }}", b"\xff"])
-def test_a_template_that_is_none_is_refused(tiny: Path, tmp_path: Path, text: str | bytes) -> None:
+def test_an_invalid_template_is_refused(tiny: Path, tmp_path: Path, text: str | bytes) -> None:
     file = tmp_path / "mine.jinja"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=r"data\.template=.*mine\.jinja cannot"):
         load_tokenizer(tiny, False, template=str(file))
 
 
-def test_the_mark_before_an_answer_is_not_its_end(tiny: Path, tmp_path: Path) -> None:
+def test_the_token_before_an_answer_is_not_its_end_token(tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.jinja"
     file.write_text("{% for m in messages %}<|im_start|>{{ m.content + eos_token }}{% endfor %}")
     before = load_tokenizer(tiny, False).eos_token
     assert load_tokenizer(tiny, False, template=str(file)).eos_token == before != "<|im_start|>"
 
 
-def test_what_a_template_raises_is_told_with_the_row() -> None:
+def test_an_error_that_a_template_raises_names_the_row() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no system, please') }}"
     with pytest.raises(UserError, match=r"row 7: .*no system, please"):
         rows(tokenizer, TALK)
 
 
-def test_calls_are_learned_and_what_tools_answer_is_not(tiny: Path) -> None:
+def test_tool_calls_are_in_the_loss_and_tool_results_are_not(tiny: Path) -> None:
     tokenizer = load_tokenizer(tiny, False, template="hermes")
     (tokens,) = rows(tokenizer, WITH_TOOLS)
     call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
@@ -247,8 +247,8 @@ def test_calls_are_learned_and_what_tools_answer_is_not(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("name", paths.templates())
-def test_every_template_of_ours_can_be_learned_from(name: str) -> None:
-    """With a tokenizer that has every token: two turns and a system prompt, in order."""
+def test_every_bundled_template_can_be_trained_on(name: str) -> None:
+    """Two turns and a system prompt, in order, with a tokenizer that has every token."""
     tokenizer = byte_tokenizer()
     marks = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     tokenizer.add_special_tokens(
@@ -263,9 +263,7 @@ def test_every_template_of_ours_can_be_learned_from(name: str) -> None:
     assert not any(word in answers for word in ("one?", "two?", "kind"))
 
 
-def test_a_template_is_taken_with_the_token_that_ends_its_answers(
-    tiny: Path, tmp_path: Path
-) -> None:
+def test_a_template_sets_the_token_that_ends_its_answers(tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.jinja"
     file.write_text(THINKS)
     assert load_tokenizer(tiny, False, template=str(file)).chat_template == THINKS

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's dataset_info.json is read as it is."""
+"""LLaMA-Factory's dataset_info.json is read without changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launcher.config.schema.data import DataConfig
 from launcher.data import source
 from launcher.data.source import TextPart
 
-# The shapes of entries in its data/README.md.
+# The forms of entries in LLaMA-Factory's data/README.md.
 INFO: dict[str, Any] = {
     "identity": {"file_name": "identity.json"},
     "mapped": {
@@ -73,7 +73,7 @@ def info(tmp_path: Path) -> Path:
     return path
 
 
-def test_its_sets_are_read_by_name(info: Path) -> None:
+def test_datasets_are_read_by_name(info: Path) -> None:
     config = DataConfig(dataset_info=str(info), name="identity, mapped,tools,openai,openai2")
     sources = source.resolve_sources(config)
     assert list(sources) == ["identity", "mapped", "tools", "openai", "openai2"]
@@ -83,7 +83,7 @@ def test_its_sets_are_read_by_name(info: Path) -> None:
         assert [row.messages for row in rows] == [PAIR], "num_samples is one"
 
 
-def test_raw_text_and_the_hub(info: Path) -> None:
+def test_entries_with_raw_text_and_hub_datasets_are_read(info: Path) -> None:
     config = DataConfig(dataset_info=str(info), name="c4", format="text")
     (each,) = source.resolve_sources(config).values()
     assert [source.parse_row(each, p, r) for p, r in source.iter_rows(each, False)] == [
@@ -106,7 +106,9 @@ def test_raw_text_and_the_hub(info: Path) -> None:
         ("nowhere", "has neither file_name nor hf_hub_url"),
     ],
 )
-def test_what_cannot_be_read_is_said(info: Path, name: str, sentence: str) -> None:
+def test_an_entry_that_cannot_be_read_is_refused_with_the_reason(
+    info: Path, name: str, sentence: str
+) -> None:
     (found,) = source.find_problems(DataConfig(dataset_info=str(info), name=name))
     assert sentence in found
     assert str(info) in found

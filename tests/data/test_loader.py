@@ -1,4 +1,4 @@
-"""How sequences are dealt to ranks and laid out in batches."""
+"""How sequences are distributed to ranks and arranged in batches."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def targets(loader: Any, step: int) -> list[list[int]]:
 
 
 def by_place(batch: MicroBatch) -> torch.Tensor:
-    """The token to predict at each place [sequences, length], or IGNORED."""
+    """The token to predict at each position [sequences, length], or IGNORED."""
     real = batch.target_ids != IGNORED
     places = torch.full_like(batch.input_ids, IGNORED)
     places.view(-1)[batch.target_positions[real]] = batch.target_ids[real]
@@ -64,7 +64,7 @@ def by_place(batch: MicroBatch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 1), (1, 4), (2, 1), (2, 3), (3, 2), (5, 1)])
-def test_a_step_s_rows_do_not_depend_on_the_ranks(
+def test_the_rows_of_a_step_do_not_depend_on_the_world_size(
     rows: TokenizedRows, world: int, micro: int
 ) -> None:
     alone = deal(rows, micro=30, batch=30)
@@ -78,7 +78,7 @@ def test_a_step_s_rows_do_not_depend_on_the_ranks(
         assert total == sum(map(len, targets(alone, step)))
 
 
-def test_the_last_step_of_an_epoch_takes_what_is_left(rows: TokenizedRows) -> None:
+def test_the_last_step_of_an_epoch_has_the_remaining_rows(rows: TokenizedRows) -> None:
     loader = deal(rows)
     assert loader.steps_per_epoch == 3
     assert [len(targets(loader, step)) for step in range(4)] == [6, 6, 1, 6]
@@ -105,8 +105,8 @@ def test_targets_are_the_next_tokens(rows: TokenizedRows) -> None:
                 assert predicted[row, place] == IGNORED
 
 
-def test_rows_of_like_length_meet(rows: TokenizedRows) -> None:
-    """Less padding than in the order they come, and ranks that wait less for each other."""
+def test_rows_of_similar_length_share_a_micro_batch(rows: TokenizedRows) -> None:
+    """This gives less padding than the original order, and ranks wait less for each other."""
     loaders = [deal(rows, rank, 2, 2, 12) for rank in range(2)]
     shapes = [
         [batch.input_ids.shape[1] for batch in loader.step_batch(0).micro_batches]
@@ -134,8 +134,8 @@ def packed(rows: TokenizedRows, rank: int = 0, world_size: int = 1, **options: A
     return deal(rows, rank, world_size, micro=2, batch=4, **options)
 
 
-def test_packed_sequences_hold_every_row_once_with_its_own_targets(rows: TokenizedRows) -> None:
-    """What is learned is what unpacked rows are, and no document's end predicts the next one."""
+def test_packed_sequences_contain_every_row_once_with_its_own_targets(rows: TokenizedRows) -> None:
+    """Targets equal those of unpacked rows; no document's last token predicts the next document."""
     loader = packed(rows)
     dealt = [row for step in range(loader.steps_per_epoch) for row in targets(loader, step)]
     alone = targets(deal(rows, micro=13, batch=13), 0)
@@ -146,7 +146,7 @@ def test_packed_sequences_hold_every_row_once_with_its_own_targets(rows: Tokeniz
     assert sorted(targets(two[0], 0) + targets(two[1], 0)) == sorted(targets(loader, 0))
 
 
-def test_documents_say_where_rows_lie(rows: TokenizedRows) -> None:
+def test_documents_give_the_position_of_each_row(rows: TokenizedRows) -> None:
     a, b, c = (rows[number] for number in (0, 1, 2))
     batch = collate([[a, b], [c]], multiple=64, pad_token_id=0, packed=True)
     documents = batch.documents
@@ -162,10 +162,10 @@ def test_documents_say_where_rows_lie(rows: TokenizedRows) -> None:
     assert by_place(batch)[0, sizes[0] - 1] == IGNORED, "the first token of b is not predicted"
 
 
-def test_packing_the_rows_of_each_step_learns_the_same_tokens_in_fewer_sequences(
+def test_packing_each_step_gives_the_same_targets_in_fewer_sequences(
     rows: TokenizedRows,
 ) -> None:
-    """As streaming does."""
+    """Streaming packs this way."""
     loader = deal(rows, packed=True, step_packing_length=96)
     plain = deal(rows)
     for step in range(3):
@@ -188,8 +188,8 @@ def test_a_batch_without_sequences_is_padding() -> None:
     assert batch.documents.lengths == (8,)
 
 
-def test_the_next_step_is_made_meanwhile(rows: TokenizedRows) -> None:
-    """The same step batches as without, in any order, and each made once where steps follow."""
+def test_the_next_step_is_prefetched(rows: TokenizedRows) -> None:
+    """Step batches equal those without prefetching; consecutive steps are made once each."""
     loader = deal(rows)
     asked: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Which rows are held out, and how sources are mixed."""
+"""Which rows are held out for evaluation, and how sources are mixed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def mixed(*weights: float, sizes: Any = SIZES, seed: int = 1, **options: Any) ->
     return mix_sources(np.arange(sum(sizes)), sizes, sources, config, seed)
 
 
-def test_splitting_holds_rows_out_for_good() -> None:
+def test_the_same_seed_holds_out_the_same_rows() -> None:
     config = DataConfig(eval_rows=4)
     training, held_out = split_rows(13, config, seed=1)
     assert sorted([*training, *held_out]) == list(range(13))
@@ -39,7 +39,7 @@ def test_a_fraction_is_held_out() -> None:
         split_rows(13, DataConfig(eval_fraction=0.01), seed=1)
 
 
-def test_an_epoch_ends_when_the_first_source_is_used_up() -> None:
+def test_an_epoch_ends_when_the_first_source_is_exhausted() -> None:
     rows = mixed(1, 1)
     counts = np.bincount(rows >= 1000)
     assert max(counts) <= 3000
@@ -49,7 +49,7 @@ def test_an_epoch_ends_when_the_first_source_is_used_up() -> None:
     assert rows[rows < 1000].tolist() == list(range(1000)), "each in its own order"
 
 
-def test_or_when_all_are_and_the_smaller_begins_anew() -> None:
+def test_all_exhausted_repeats_the_smaller_source() -> None:
     rows = mixed(1, 1, stopping="all_exhausted")
     larger = rows[rows >= 1000].tolist()
     assert larger == list(range(1000, 4000)), "all of it, once"
@@ -58,7 +58,7 @@ def test_or_when_all_are_and_the_smaller_begins_anew() -> None:
     assert smaller[:2500].tolist() == [*range(1000), *range(1000), *range(500)]
 
 
-def test_weights_are_chances() -> None:
+def test_weights_are_probabilities() -> None:
     rows = mixed(1, 3)
     share = (rows >= 1000).mean()
     assert 0.72 < share < 0.78
@@ -72,6 +72,6 @@ def test_concatenation_takes_every_row_once() -> None:
     assert rows.tolist() == list(range(10, 30))
 
 
-def test_a_source_of_which_all_is_held_out_is_named() -> None:
+def test_a_source_without_training_rows_is_named() -> None:
     with pytest.raises(UserError, match="no row of data source a is left"):
         mix_sources(np.arange(5, 9), (5, 4), EQUAL, DataConfig(mixing="interleave"), 1)

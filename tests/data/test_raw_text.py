@@ -1,4 +1,4 @@
-"""Raw text: what becomes a row, and that every token is learned."""
+"""Raw text: how it is divided into rows, and that every token is in the loss."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_file_is_cut_into_full_rows_and_nothing_is_lost(book: Path) -> None:
     assert (summary.truncated, summary.dropped) == (0, 0)
 
 
-def test_each_line_is_a_row_and_what_is_longer_is_cut(book: Path) -> None:
+def test_each_line_is_a_row_and_long_lines_are_truncated(book: Path) -> None:
     end = byte_tokenizer().eos_token
     data = data_of(book, 12, concatenate=False)
     assert texts(data) == [f"first line{end}", "a second one", f"end{end}"]
@@ -81,7 +81,7 @@ def test_a_file_is_read_in_parts_and_loses_nothing(
     assert "".join(whole) == path.read_text() + end, "one end, at the end"
 
 
-def test_evaluation_rows_are_read_as_all_sources_are(book: Path) -> None:
+def test_evaluation_rows_are_read_in_the_same_way_as_the_sources(book: Path) -> None:
     config = DataConfig(
         sources={"a": {"path": str(book), "format": "text"}}, eval_path=str(book), max_length=10
     )
@@ -89,7 +89,7 @@ def test_evaluation_rows_are_read_as_all_sources_are(book: Path) -> None:
     assert texts(load_evaluation(config, byte_tokenizer())) == texts(data_of(book, 10, True))
 
 
-def test_rows_of_json_stand_end_to_end(tmp_path: Path) -> None:
+def test_json_rows_are_concatenated(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"text": text, "id": 1}) for text in ("one", "two")))
     end = byte_tokenizer().eos_token
@@ -97,7 +97,7 @@ def test_rows_of_json_stand_end_to_end(tmp_path: Path) -> None:
     assert texts(data_of(path, 100, concatenate=False)) == [f"one{end}", f"two{end}"]
 
 
-def test_the_two_ways_are_kept_apart_in_the_cache(book: Path) -> None:
+def test_concatenated_and_separate_rows_have_different_cache_entries(book: Path) -> None:
     joined, lines = (data_of(book, 50, concatenate) for concatenate in (True, False))
     assert joined.fingerprint != lines.fingerprint
     assert not np.array_equal(joined.rows.lengths, lines.rows.lengths)
@@ -113,7 +113,7 @@ def test_the_two_ways_are_kept_apart_in_the_cache(book: Path) -> None:
         ("a.xml", b"x", "is not a .json, .jsonl, .csv, .parquet, .arrow, .txt file"),
     ],
 )
-def test_what_is_wrong_is_said_before_launch(
+def test_a_bad_file_is_reported_before_launch(
     tmp_path: Path, name: str, content: bytes, sentence: str
 ) -> None:
     path = tmp_path / name
@@ -122,7 +122,7 @@ def test_what_is_wrong_is_said_before_launch(
     assert sentence in found
 
 
-def test_raw_text_without_its_format_says_which(book: Path) -> None:
+def test_raw_text_without_its_format_names_the_format(book: Path) -> None:
     (found,) = source.find_problems(DataConfig(path=str(book)))
     assert "raw text is data=pretrain" in found
     with pytest.raises(UserError, match="raw text is data=pretrain"):

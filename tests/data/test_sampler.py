@@ -1,4 +1,4 @@
-"""The order of an epoch: every sequence once, another order every epoch, the same for a seed."""
+"""The order of an epoch: every sequence once, reshuffled each epoch, fixed by the seed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", [shuffled, grouped, blocks])
-def test_every_epoch_is_a_permutation_of_its_own(kind: Any) -> None:
+def test_every_epoch_is_a_different_permutation(kind: Any) -> None:
     first, second = (kind(1)(epoch, 0, LENGTH) for epoch in (0, 1))
     assert sorted(first) == sorted(second) == list(range(LENGTH))
     assert first != second
@@ -48,19 +48,19 @@ def test_every_epoch_is_a_permutation_of_its_own(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [shuffled, grouped, blocks])
-def test_a_part_of_it_is_the_same_part(kind: Any) -> None:
+def test_a_range_of_an_epoch_equals_the_same_range_of_all_of_it(kind: Any) -> None:
     made = kind(1)
     whole = made(3, 0, LENGTH)
     for begin, end in ((0, 8), (635, 650), (9_990, 10_000), (100, 100)):
         assert kind(1)(3, begin, end) == whole[begin:end]
 
 
-def test_in_order() -> None:
+def test_the_sequential_sampler_keeps_the_order() -> None:
     assert sequential(5, 3, 6) == [3, 4, 5]
 
 
-def test_grouped_steps_hold_like_lengths() -> None:
-    """Less padding than by chance, and long ones at any time."""
+def test_grouped_steps_contain_similar_lengths() -> None:
+    """There is less padding than in random order, and long sequences occur at any time."""
     found = LENGTHS[grouped(1)(0, 0, LENGTH)].reshape(-1, 8)
     chance = LENGTHS[shuffled(1)(0, 0, LENGTH)].reshape(-1, 8)
     padding = [1 - steps.sum() / (steps.max(axis=1) * 8).sum() for steps in (found, chance)]
@@ -71,7 +71,7 @@ def test_grouped_steps_hold_like_lengths() -> None:
     assert 0.4 < grows.mean() < 0.6, "from step to step; in sorted groups nearly never"
 
 
-def test_blocks_read_a_file_in_few_places_at_a_time() -> None:
+def test_the_block_sampler_reads_few_blocks_of_a_file_at_a_time() -> None:
     found = blocks(1)(0, 0, 640)
     assert len({row // 64 for row in found}) == 10, "of 157 blocks"
     assert np.abs(np.diff(found)).mean() > 640, "mixed among each other"

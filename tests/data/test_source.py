@@ -1,4 +1,4 @@
-"""Rows are read, recognized, and refused with their place."""
+"""Rows are read, their format is recognized, and errors name the file and line."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_sharegpt_becomes_messages_with_tools() -> None:
     )
 
 
-def test_sharegpt_in_other_words() -> None:
+def test_sharegpt_with_other_field_and_role_names() -> None:
     row = {"conversations": [{"who": "asker", "says": "q"}, {"who": "teacher", "says": "a"}]}
     tags = {"role": "who", "content": "says", "user": "asker", "assistant": "teacher"}
     assert messages(row, "sharegpt", **tags) == TURNS
@@ -113,7 +113,9 @@ def test_prompt_and_completion(row: dict[str, Any]) -> None:
     assert messages(row) == TURNS
 
 
-def test_every_kind_of_file_reads_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_file_format_gives_the_same_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = pa.Table.from_pylist(ALPACA)
     (tmp_path / "a.json").write_text(json.dumps(ALPACA))
     (tmp_path / "a.jsonl").write_bytes(
@@ -135,8 +137,8 @@ def test_every_kind_of_file_reads_alike(tmp_path: Path, monkeypatch: pytest.Monk
     assert read(SourceConfig(path=str(tmp_path / "a.json"))) == expected, "read row by row"
 
 
-def test_what_arrow_adds_to_calls_is_no_argument(tmp_path: Path) -> None:
-    """A struct of a column has the fields of every row's."""
+def test_null_fields_that_arrow_adds_to_calls_are_removed(tmp_path: Path) -> None:
+    """An Arrow struct column has the fields of all rows."""
     rows = [
         {"messages": [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [
             {"function": {"name": name, "arguments": arguments}}]}]}
@@ -148,7 +150,7 @@ def test_what_arrow_adds_to_calls_is_no_argument(tmp_path: Path) -> None:
     assert calls == [{"city": "Paris"}, {"a": 1, "b": 2}]
 
 
-def test_what_a_folder_holds_and_is_not_read_is_said(tmp_path: Path) -> None:
+def test_files_of_a_folder_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "A.JSONL").write_text(json.dumps(ALPACA[0]))
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "gone")
     (found,) = problems(tmp_path)
@@ -160,7 +162,7 @@ def test_what_a_folder_holds_and_is_not_read_is_said(tmp_path: Path) -> None:
     assert "b.jsonl.gz, which cannot be read; unpack it" in found
 
 
-def test_folders_globs_and_the_first_rows(tmp_path: Path) -> None:
+def test_folders_and_globs_are_read_and_max_rows_limits_them(tmp_path: Path) -> None:
     for name in ("b", "a"):
         row = {"instruction": name, "output": name}
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
@@ -171,8 +173,8 @@ def test_folders_globs_and_the_first_rows(tmp_path: Path) -> None:
     assert len(read(SourceConfig(path=str(tmp_path), max_rows=1))) == 1
 
 
-def test_a_hub_data_set_comes_through_datasets(tmp_path: Path) -> None:
-    """`load_dataset` takes a folder of files for a data set of the hub: no network is here."""
+def test_a_hub_dataset_is_read_with_the_datasets_library(tmp_path: Path) -> None:
+    """`load_dataset` accepts a folder in place of a hub dataset, so no network is needed."""
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, ALPACA)))
     (tmp_path / "test.jsonl").write_text(json.dumps(ALPACA[0]) + "\n")
     hub = SourceConfig(path=f"hub:{tmp_path}")
@@ -264,7 +266,7 @@ def test_a_bad_file_is_named(
     assert str(path) in found
 
 
-def test_a_large_file_is_only_looked_at_at_submit(
+def test_only_the_first_rows_of_a_large_file_are_checked_at_submit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "rows.jsonl"
@@ -276,7 +278,7 @@ def test_a_large_file_is_only_looked_at_at_submit(
         read(SourceConfig(path=str(path)))
 
 
-def test_the_bundled_rows_are_what_the_readme_says() -> None:
+def test_the_bundled_rows_match_the_readme() -> None:
     rows = read(SourceConfig(path=str(paths.bundled("demo/train.jsonl"))))
     text = paths.bundled("demo/train.jsonl").read_text()
     held_out = [

@@ -1,4 +1,4 @@
-"""Rows that are tokenized while training are those that would have been stored."""
+"""Rows tokenized during training equal the rows that would have been stored."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def contents(loader: Loader) -> list[list[int]]:
 
 @pytest.fixture
 def config(rows_file: Path, tmp_path: Path) -> DataConfig:
-    """Thirteen rows, between empty lines."""
+    """Thirteen rows, separated by empty lines."""
     path = tmp_path / "rows.jsonl"
     path.write_text("\n\n" + rows_file.read_text().replace("\n", "\n\n\r\n"))
     return DataConfig(path=str(path), max_length=64, pad_to_multiple_of=8, streaming=True)
 
 
-def test_the_rows_are_those_of_a_stored_run(config: DataConfig) -> None:
+def test_streamed_rows_equal_stored_rows(config: DataConfig) -> None:
     streamed, stored = loader(config), loader(replace(config, streaming=False))
     assert contents(streamed) == contents(stored)
     sequential = replace(config, shuffle=False)
@@ -72,14 +72,14 @@ def test_the_rows_are_those_of_a_stored_run(config: DataConfig) -> None:
     assert input_ids(loader(sequential), steps) == input_ids(kept, steps)
 
 
-def test_any_step_is_found_again_at_once(config: DataConfig) -> None:
-    """What resuming needs: step 5 of a new process is step 5 of the old one."""
+def test_any_step_can_be_loaded_directly(config: DataConfig) -> None:
+    """Resuming needs this: step 5 of a new process equals step 5 of the old one."""
     whole = input_ids(loader(config), range(8))
     assert input_ids(loader(config), range(5, 8)) == whole[5:]
     assert whole[:4] != whole[4:], "another order in the second epoch"
 
 
-def test_ranks_share_a_step(config: DataConfig) -> None:
+def test_ranks_split_the_rows_of_a_step(config: DataConfig) -> None:
     alone = loader(config)
     ranks = [loader(config, rank, 2) for rank in range(2)]
     for step in range(4):
@@ -109,14 +109,14 @@ def test_an_arrow_file(config: DataConfig, tmp_path: Path) -> None:
     assert contents(loader(replace(config, path=str(path)))) == contents(loader(config))
 
 
-def test_a_changed_file_is_noticed(config: DataConfig) -> None:
+def test_a_changed_file_is_detected(config: DataConfig) -> None:
     assert len(loader(config).rows) == 13
     path = Path(str(config.path))
     path.write_text(path.read_text() + path.read_text())
     assert len(loader(config).rows) == 26
 
 
-def test_other_data_under_the_same_name_are_other_data(config: DataConfig) -> None:
+def test_the_fingerprint_depends_on_the_content_of_the_file(config: DataConfig) -> None:
     path = Path(str(config.path))
     content = path.read_bytes()
 
@@ -127,13 +127,13 @@ def test_other_data_under_the_same_name_are_other_data(config: DataConfig) -> No
     assert loaders(config).fingerprint == before
 
 
-def test_the_first_rows_alone(config: DataConfig) -> None:
+def test_max_rows_keeps_the_first_rows(config: DataConfig) -> None:
     first = replace(config, max_rows=5)
     assert contents(loader(first)) == contents(loader(config))[:5]
 
 
 def test_a_conversation_of_several_rows_is_refused(config: DataConfig) -> None:
-    """They are numbered before it is known that there are several."""
+    """Rows are numbered before it is known that a conversation gives several."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = (
         "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}"
@@ -144,7 +144,7 @@ def test_a_conversation_of_several_rows_is_refused(config: DataConfig) -> None:
         built.training.step_batch(0)
 
 
-def test_a_bad_row_ends_the_run_when_it_comes_or_is_empty(config: DataConfig) -> None:
+def test_a_bad_row_stops_the_run_at_its_step_or_is_skipped(config: DataConfig) -> None:
     path = Path(str(config.path))
     path.write_text(path.read_text() + '{"messages": []}\nbroken\n')
     failing = loader(replace(config, shuffle=False))
@@ -162,7 +162,9 @@ def test_a_bad_row_ends_the_run_when_it_comes_or_is_empty(config: DataConfig) ->
     ("name", "sentence"),
     [("a.json", "cannot be read by number"), ("hub:a/b", "is downloaded completely")],
 )
-def test_what_cannot_be_streamed_is_said(tmp_path: Path, name: str, sentence: str) -> None:
+def test_a_source_that_cannot_be_streamed_is_refused(
+    tmp_path: Path, name: str, sentence: str
+) -> None:
     if name == "a.json":
         (tmp_path / name).write_text('[{"instruction": "q", "output": "a"}]')
         name = str(tmp_path / name)

@@ -1,4 +1,4 @@
-"""Rows are tokenized once, in order, and kept by content."""
+"""Rows are tokenized once, in order, and cached by content."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_tokenizing_happens_once_for_the_same_content(
     assert len(calls) == 6, "another length, mask, a changed file, another template, another end"
 
 
-def test_worker_processes_find_the_same_rows_in_the_same_order(
+def test_worker_processes_return_the_same_rows_in_the_same_order(
     tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = many(tmp_path / "rows.jsonl", 2500)
@@ -85,7 +85,7 @@ def test_worker_processes_find_the_same_rows_in_the_same_order(
     assert alone.summaries == pooled.summaries
 
 
-def test_a_bad_row_ends_the_work_of_processes_too(tmp_path: Path, own_cache: Path) -> None:
+def test_a_bad_row_stops_worker_processes_too(tmp_path: Path, own_cache: Path) -> None:
     path = many(tmp_path / "rows.jsonl", 1200)
     with path.open("a") as file:
         file.write('{"instruction": "q", "output": ""}\n')
@@ -101,7 +101,7 @@ def test_a_bad_row_ends_the_work_of_processes_too(tmp_path: Path, own_cache: Pat
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "told"])
-def test_a_damaged_store_is_made_anew(rows_file: Path, own_cache: Path, damage: str) -> None:
+def test_a_damaged_store_is_rebuilt(rows_file: Path, own_cache: Path, damage: str) -> None:
     config = DataConfig(path=str(rows_file), max_length=64)
     before = content(load_data(config, byte_tokenizer()))
     (store,) = own_cache.rglob("*.arrow")
@@ -114,7 +114,9 @@ def test_a_damaged_store_is_made_anew(rows_file: Path, own_cache: Path, damage: 
     assert content(load_data(config, byte_tokenizer())) == before
 
 
-def test_how_a_tokenizer_last_cut_is_no_part_of_the_key(rows_file: Path, own_cache: Path) -> None:
+def test_the_truncation_state_of_a_tokenizer_is_not_part_of_the_key(
+    rows_file: Path, own_cache: Path
+) -> None:
     config = DataConfig(path=str(rows_file), max_length=64)
     other = byte_tokenizer()
     other.backend_tokenizer.enable_truncation(5)
@@ -122,7 +124,9 @@ def test_how_a_tokenizer_last_cut_is_no_part_of_the_key(rows_file: Path, own_cac
     assert len(keys) == 1
 
 
-def test_rows_that_are_all_bad_are_not_said_to_be_long(tmp_path: Path, own_cache: Path) -> None:
+def test_if_all_rows_are_bad_the_error_does_not_blame_the_length(
+    tmp_path: Path, own_cache: Path
+) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"instruction": "q", "output": ""}\n')
     config = DataConfig(path=str(path), max_length=64, on_bad_row="skip")
@@ -130,7 +134,7 @@ def test_rows_that_are_all_bad_are_not_said_to_be_long(tmp_path: Path, own_cache
         load_data(config, byte_tokenizer())
 
 
-def test_what_is_raised_between_rows_ends_the_work(rows_file: Path, own_cache: Path) -> None:
+def test_an_exception_between_rows_stops_tokenizing(rows_file: Path, own_cache: Path) -> None:
     def stop(done: int) -> None:
         raise KeyboardInterrupt
 
@@ -140,7 +144,7 @@ def test_what_is_raised_between_rows_ends_the_work(rows_file: Path, own_cache: P
     assert len(load_data(config, byte_tokenizer()).rows) == 13
 
 
-def test_rows_without_an_answer_in_reach_are_counted_and_left_out(
+def test_rows_without_an_answer_within_max_length_are_counted_and_dropped(
     tmp_path: Path, own_cache: Path
 ) -> None:
     path = tmp_path / "rows.jsonl"
@@ -155,7 +159,7 @@ def test_rows_without_an_answer_in_reach_are_counted_and_left_out(
 
 
 def test_a_row_is_left_out_if_only_its_first_token_is_in_the_loss() -> None:
-    """Nothing predicts the first token: a target is the next one."""
+    """No position predicts the first token: a target is always the next token."""
     first, second = (
         Tokens([7, 8], loss_mask, truncated=False) for loss_mask in ([True, False], [False, True])
     )
@@ -165,7 +169,7 @@ def test_a_row_is_left_out_if_only_its_first_token_is_in_the_loss() -> None:
     assert (whole.dropped, whole.lengths.tolist()) == (0, [2, 2])
 
 
-def test_several_sources_stand_one_behind_the_other(
+def test_several_sources_are_stored_in_sequence(
     rows_file: Path, tmp_path: Path, own_cache: Path
 ) -> None:
     more = many(tmp_path / "more.jsonl", 5)

@@ -1,4 +1,4 @@
-"""Compiled layers train as layers do, are compiled a few times, and trying them leaves no trace."""
+"""Compiled layers train like eager ones, compile only a few times, and the trial has no effect."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.helpers.parts import CPU, Case
 
 
 def run(rank_info: RankInfo, case: Case, tried: float | None = None) -> dict[str, Any]:
-    """Train some steps; `tried`: after choosing between both ways, compiled layers taking so many
-    seconds on rank 0 and 0.9 on the others, and layers as they are one."""
+    """Train some steps. `tried`: first choose between compiled and eager layers. Compiled layers
+    take this many seconds on rank 0 and 0.9 on the others; eager layers take 1."""
     torch._dynamo.reset()
     counters.clear()
     train_state, loader = parts.set_up(rank_info, case)
@@ -64,7 +64,7 @@ CELLS = [
 
 
 @pytest.mark.parametrize(("method", "strategy", "world", "kept", "precision"), CELLS)
-def test_compiled_layers_train_alike(
+def test_compiled_layers_train_like_eager_layers(
     ranks: Any,
     tiny: Path,
     rows_file: Path,
@@ -74,8 +74,9 @@ def test_compiled_layers_train_alike(
     kept: str,
     precision: str,
 ) -> None:
-    """Rows have many lengths: graphs are made for the first and for all others, twice, because the
-    first layer's input needs no gradient where the embedding is frozen."""
+    """Rows have many lengths: one graph is compiled for the first length and one for all others.
+    Both are compiled twice, because the first layer's input needs no gradient if the embedding
+    is frozen."""
     case = Case(
         tiny, rows_file, method=method, strategy=strategy, precision=precision,
         steps=3, scheduler="constant", training_options={"activation_checkpointing": kept},
@@ -92,11 +93,11 @@ def test_compiled_layers_train_alike(
 
 
 @pytest.mark.parametrize(("seconds", "used"), [(0.5, True), pytest.param(1.5, False, marks=WHOLE)])
-def test_the_faster_is_kept_by_the_slowest_rank_and_nothing_else_changes(
+def test_the_slowest_rank_decides_which_layers_are_kept_and_nothing_else_changes(
     ranks: Any, tiny: Path, rows_file: Path, seconds: float, used: bool
 ) -> None:
-    """With dropout, which draws from the random state; compiled or not, the run is then the same to
-    the bit as with on or off."""
+    """With dropout, which draws from the random state. Whichever is chosen, the run is then
+    equal to the bit to a run with compiling on or off."""
     case = Case(
         tiny, rows_file, strategy="fsdp", method_options={"dropout": 0.1}, steps=2,
         scheduler="constant",

@@ -1,4 +1,4 @@
-"""What goes by the evaluation loss is alike on all ranks and survives a stop to the bit."""
+"""Decisions by the evaluation loss are equal on all ranks and survive a stop to the bit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FACTOR, PATIENCE, THRESHOLD = 0.5, 1, 0.9  # no evaluation improves by nine tent
 
 @dataclass
 class Ended:
-    """What a rank has seen of a run, or of a part of it."""
+    """What a rank has recorded of a run, or of a part of it."""
 
     step: int
     reason: str | None
@@ -44,11 +44,11 @@ class Ended:
 
 @dataclass(frozen=True)
 class Part:
-    """A run from a checkpoint, if `first` is not 0, to `stop`."""
+    """A run to `stop`, from a checkpoint if `first` is not 0."""
 
     first: int = 0
     stop: int = END
-    stop_at_look: int = 10**6  # rank 0 asks to stop at this look of its own
+    stop_at_look: int = 10**6  # rank 0 asks to stop at its check with this number
     patience: int | None = None
     threshold: float = 0.0
     plan: dict[str, Any] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Part:
 def run_part_with(
     rank_info: RankInfo, case: Case, folder: Path, part: Part, eval_losses: list[float]
 ) -> Ended:
-    """… with these evaluation losses."""
+    """A run with these evaluation losses."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "evaluate", lambda *_: eval_losses.pop(0))
         return run_part(rank_info, case, folder, part)
@@ -105,7 +105,7 @@ def case_of(tiny: Path, rows_file: Path, strategy: str) -> Case:
         pytest.param("zero2", 2, [5], marks=pytest.mark.whole),
     ],
 )
-def test_a_plateau_is_torch_s_on_the_evaluations_and_goes_on_to_the_bit(
+def test_plateau_equals_torch_on_the_evaluations_and_resumes_to_the_bit(
     ranks: Any,
     tiny: Path,
     rows_file: Path,
@@ -120,7 +120,7 @@ def test_a_plateau_is_torch_s_on_the_evaluations_and_goes_on_to_the_bit(
     assert [step for step, _ in whole[0].evaluated] == [2, 4, 6, 8]
     assert whole[0].rates == rates_by_torch([loss for _, loss in whole[0].evaluated])
     assert len(set(whole[0].rates)) == 2, "it has been reduced once, after steps 4 and 6"
-    # 5: an evaluation that only the stop brings about says nothing to the schedule.
+    # 5: an evaluation that only the stop causes does not reach the schedule.
     for stop in stops:
         folder = tmp_path / f"parts-{stop}"
         first = ranks.run(world, run_part, case, folder, Part(stop=stop))
@@ -141,10 +141,10 @@ def rates_by_torch(losses: list[float]) -> list[float]:
     return rates
 
 
-def test_an_evaluation_that_a_stop_cut_off_is_made_up_for(
+def test_an_evaluation_that_a_stop_interrupted_is_run_after_resuming(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path
 ) -> None:
-    """Rank 0 looks once a step and twice in an evaluation: the eighth look is in that of step 4."""
+    """Rank 0 checks once a step and twice in an evaluation: check 8 is in that of step 4."""
     case = case_of(tiny, rows_file, "fsdp")
     whole = ranks.run(2, run_part, case, tmp_path / "whole", Part())[0]
     first = ranks.run(2, run_part, case, tmp_path / "parts", Part(stop_at_look=8))[0]
@@ -157,7 +157,7 @@ def test_an_evaluation_that_a_stop_cut_off_is_made_up_for(
 def test_training_ends_when_the_evaluation_loss_has_stalled(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path, strategy: str, world: int
 ) -> None:
-    """… with a checkpoint of that step, which holds its loss; and goes on when it is told to."""
+    """A checkpoint of that step contains its loss, and training can resume from it on request."""
     case = dataclasses.replace(case_of(tiny, rows_file, strategy), learning_rate=1e-6)
     impatient = Part(patience=2, threshold=1.0)
     ended = ranks.run(world, run_part, case, tmp_path, impatient)
@@ -173,7 +173,7 @@ def test_training_ends_when_the_evaluation_loss_has_stalled(
     assert ended[0] + further == whole
 
 
-def test_patience_is_counted_over_a_stop(
+def test_patience_count_survives_a_stop(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     case = dataclasses.replace(case_of(tiny, rows_file, "ddp"), learning_rate=1e-6)
@@ -183,7 +183,7 @@ def test_patience_is_counted_over_a_stop(
     assert [rank.step for rank in ended] == [6, 6]
 
 
-def test_the_best_is_saved_when_it_is_found(
+def test_the_best_checkpoint_is_saved_as_soon_as_it_is_found(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     part = Part(plan={"save_best": True, "save_steps": 6})

@@ -1,4 +1,4 @@
-"""Whatever happens to a checkpoint or in its making, training goes on from the last whole one."""
+"""Whatever damages a checkpoint or interrupts a save, training resumes from the last valid one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Fault = tuple[int, str, str]  # rank, audit event, pattern of the path
 
 @pytest.fixture
 def mortals() -> Iterator[RankPool]:
-    """Two ranks of this test's own."""
+    """Two ranks that only this test uses."""
     pool = RankPool(2, "forkserver")
     yield pool
     pool.close()
@@ -43,7 +43,7 @@ def train_and_save(
     fault: Fault | None = None,
     **options: Any,
 ) -> list[float]:
-    """Losses of three steps, each with a save; `fault` ends a rank."""
+    """Losses of three steps, each with a save; `fault` kills a rank."""
     if fault and fault[0] == rank_info.rank:
         faults.die_at(*fault[1:])
     train_state, loader = parts.set_up(rank_info, case)
@@ -60,7 +60,7 @@ def one_step(train_state: Any, saver: Saver, loader: Any, step: int) -> float:
 
 
 def go_on(rank_info: RankInfo, case: Case, folder: Path) -> tuple[int, list[float], list[str]]:
-    """As a new attempt with resume=auto: the step it begins at, its losses, what it said."""
+    """A new attempt with resume=auto: the step it starts at, its losses, its log output."""
     config = dataclasses.replace(case.config(), resume="auto")
     train_state, loader = parts.set_up(rank_info, case)
     saver = checkpoints.saver(train_state, config, folder)
@@ -93,7 +93,7 @@ KILLS = {
         for later in (False, True)
     ],
 )
-def test_a_save_that_is_killed_costs_one_save(
+def test_a_killed_save_loses_only_that_save(
     ranks: Any, mortals: RankPool, tiny: Path, rows_file: Path, tmp_path: Path, kill: str,
     async_save: bool,
 ) -> None:  # fmt: skip
@@ -139,7 +139,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("method", "name", "damage"), DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_resumed(
     ranks: Any,
     tiny: Path,
     rows_file: Path,
@@ -160,7 +160,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", '{"files": 3}'])
-def test_a_folder_without_a_manifest_is_no_checkpoint(
+def test_a_folder_without_a_manifest_is_not_a_checkpoint(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path, content: str | None
 ) -> None:
     case = six_steps(tiny, rows_file, "lora", "single")
@@ -207,13 +207,13 @@ def test_a_broken_checkpoint_that_resume_names_is_refused_and_keeps_its_name(
 
 
 def fill_the_disk(rank_info: RankInfo, case: Case, disk: Path, check: bool, **options: Any) -> str:
-    """Save once, fill the disk, save again: the error."""
+    """Save once, fill the disk, save again; return the error."""
     train_state, loader = parts.set_up(rank_info, case)
     saver = checkpoints.saver(train_state, case.config(), disk / "run", **options)
     one_step(train_state, saver, loader, 1)
     if rank_info.is_main:
         faults.fill(disk, leave=200_000)
-    if not check:  # the disk fills up between the look at it and the writing
+    if not check:  # the disk fills up between the check and the write
         saver._refuse_without_space = lambda nbytes: None  # type: ignore[method-assign]
     try:
         one_step(train_state, saver, loader, 2)
@@ -225,7 +225,7 @@ def fill_the_disk(rank_info: RankInfo, case: Case, disk: Path, check: bool, **op
 @pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("check", [True, False], ids=["full before", "full meanwhile"])
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
-def test_a_full_disk_is_the_cause_that_all_ranks_give(
+def test_all_ranks_report_a_full_disk_as_the_cause(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path, strategy: str, check: bool,
     async_save: bool,
 ) -> None:  # fmt: skip

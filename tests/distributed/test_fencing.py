@@ -1,4 +1,4 @@
-"""An attempt that was given up keeps no checkpoint beside those of a newer one."""
+"""An abandoned attempt cannot commit a checkpoint next to those of a newer attempt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers.parts import Case
 
 
 def save_twice(rank_info: RankInfo, case: Case, folder: Path) -> str:
-    """Save as attempt 1, before and after attempt 2 begins; what the second save says."""
+    """Save as attempt 1, before and after attempt 2 starts; return what the second save reports."""
     train_state, loader = parts.set_up(rank_info, case)
     saver = checkpoints.saver(train_state, case.config(), folder)
     parts.train_step(train_state.strategy, loader.step_batch(0))

@@ -1,7 +1,7 @@
 """Methods × strategies × precisions × accumulation × evaluation: every cell trains as one process
-does, shards what its strategy promises, keeps its dtypes and goes on from a save bit for bit.
+does, shards what its strategy promises, keeps its dtypes and resumes from a save bit for bit.
 
-`make test` runs cells in which every two values meet, `make test-all` all of them.
+`make test` runs cells that contain every pair of values, `make test-all` runs all cells.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ CELLS = [
 # Relative difference of a loss from that of one process in the same precision. Over every method,
 # strategy and precision the largest were 2.6e-7, 7.0e-5, 7.3e-6 and 8.4e-5.
 BOUNDS = {"fp32": 1e-6, "bf16": 2e-4, "fp16": 2e-5, "pure_bf16": 2.5e-4}
-# … from that of one process in fp32: they were 2.6e-7, 2.7e-4, 2.1e-5 and 4.8e-4.
+# The same, from that of one process in fp32: they were 2.6e-7, 2.7e-4, 2.1e-5 and 4.8e-4.
 ROUNDING = {"fp32": 1e-6, "bf16": 1e-3, "fp16": 6e-5, "pure_bf16": 1.5e-3}
-DTYPES = {  # (of the arithmetic and frozen weights, of what is trained and its moments)
+DTYPES = {  # (of arithmetic and frozen weights, of trained weights and moments)
     "fp32": (torch.float32, torch.float32),
     "bf16": (torch.bfloat16, torch.float32),
     "fp16": (torch.float16, torch.float32),
@@ -82,8 +82,8 @@ def fp16(ranks: Any) -> None:
 
 @pytest.fixture(scope="module")
 def alone(ranks: Any, tiny: Path, rows_file: Path) -> Callable[[str, str], list[float]]:
-    """The losses of a method in one process: of a plain PyTorch loop in fp32, of strategy=single in
-    other precisions."""
+    """The losses of a method in one process: from a plain PyTorch loop in fp32, from
+    strategy=single in other precisions."""
 
     @functools.cache
     def losses(method: str, precision: str) -> list[float]:
@@ -97,7 +97,7 @@ def alone(ranks: Any, tiny: Path, rows_file: Path) -> Callable[[str, str], list[
 
 
 def plain_losses(method: str, data: Path) -> list[float]:
-    """Of a quantized base: beside the weights that it stands for, which bitsandbytes computes."""
+    """For a quantized base: with its dequantized weights, which bitsandbytes computes."""
     unpacked = "lora" if method in PACKED else method
     case = matrix.plain_case(Cell(unpacked, "single", "fp32").config(data))
     model = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32)
@@ -109,7 +109,7 @@ def plain_losses(method: str, data: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_cell(
+def test_cell_trains_like_one_process(
     ranks: Any,
     rows_file: Path,
     tmp_path: Path,
@@ -137,8 +137,8 @@ def check_losses(cell: Cell, rank: Seen, alone: Callable[[str, str], list[float]
 
 
 def check_going_on(rank: Seen) -> None:
-    """To the same losses, norms and bits; an evaluation that there was after the save did not
-    matter."""
+    """Losses, norms and state are equal to the bit; an evaluation after the save makes no
+    difference."""
     assert len(rank.rest) == END - SAVE
     assert rank.rest == rank.steps[SAVE:]
     assert rank.state[0] == rank.state[1]
@@ -156,7 +156,7 @@ def check_dtypes(cell: Cell, rank: Seen) -> None:
 
 
 def check_shards(cell: Cell, seen: list[Seen]) -> None:
-    """No rank holds more than its share, but for uneven rows and padding, and none is lost."""
+    """No rank holds more than its share, except for uneven rows and padding; nothing is lost."""
     for what, shards in cell.shards.items():
         held = [rank.sizes[what][0] for rank in seen]
         (whole,) = {rank.sizes[what][1] for rank in seen}
@@ -164,7 +164,7 @@ def check_shards(cell: Cell, seen: list[Seen]) -> None:
         assert sum(held) >= whole * len(seen) / shards, what
 
 
-def test_every_two_values_that_can_meet_do_so_in_make_test() -> None:
+def test_make_test_covers_every_allowed_pair_of_values() -> None:
     def store(cells: Any) -> set[Any]:
         axes = range(len(Cell._fields))
         return {(a, cell[a], b, cell[b]) for cell in cells for a in axes for b in range(a)}
@@ -173,7 +173,7 @@ def test_every_two_values_that_can_meet_do_so_in_make_test() -> None:
     assert len(CHOSEN) <= len(METHODS) * len(STRATEGIES), "about as few as can be"
 
 
-def test_the_rules_refuse_the_other_cells_with_a_sentence(tiny: Path, rows_file: Path) -> None:
+def test_the_rules_refuse_the_other_cells_with_a_message(tiny: Path, rows_file: Path) -> None:
     for cell in GRID:
         lines = broken_rules(cell.config(rows_file), cell.world)
         said = [re.fullmatch(r"(.+) → ([a-z_.]+=.+) \[([a-z0-9-]+)\]", line) for line in lines]
@@ -194,7 +194,7 @@ def said_without_fp16(rank_info: RankInfo, configs: list[Config]) -> list[str]:
     return said
 
 
-def test_fp16_under_zero_is_refused_where_deepspeed_reports_none(
+def test_fp16_under_zero_is_refused_if_deepspeed_does_not_support_it(
     ranks: Any, tiny: Path, rows_file: Path
 ) -> None:
     names = [name for name in STRATEGIES if name.startswith("zero")]

@@ -1,4 +1,4 @@
-"""What is planned on fake tensors is what real ranks take."""
+"""The memory planned with fake tensors is the memory that real ranks use."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def config(folder: Path, cell: tuple[str, dict[str, Any], str, dict[str, Any]]) 
 
 
 def taken(rank_info: RankInfo, config: Config) -> MemoryUsage:
-    """By a rank that is there."""
+    """Measured by a real rank."""
     source, tracker = config.model, MemTracker()
     compute = precision_of(config.precision).compute
     with tracker.track():
@@ -75,7 +75,7 @@ def taken(rank_info: RankInfo, config: Config) -> MemoryUsage:
     ],
     ids=[f"{cell[0]}-{cell[1]['name']}-{cell[2]}" for cell in CELLS],
 )
-def test_the_plan_is_what_ranks_take(
+def test_the_plan_equals_the_memory_that_ranks_use(
     cell: tuple[str, dict[str, Any], str, dict[str, Any]], tiny: Path, ranks: Any
 ) -> None:
     asked = config(tiny, cell)
@@ -92,7 +92,7 @@ def test_the_plan_is_what_ranks_take(
 
 @pytest.mark.whole
 @pytest.mark.parametrize(("on_gpu", "offloaded"), [("fsdp", "fsdp_offload")])
-def test_offloading_leaves_the_gpu_no_state(on_gpu: str, offloaded: str, tiny: Path) -> None:
+def test_offloading_leaves_no_state_on_the_gpu(on_gpu: str, offloaded: str, tiny: Path) -> None:
     plans = [
         plan.plan_run(config(tiny, ("full", {"name": name}, "bf16", {})))
         for name in (on_gpu, offloaded)
@@ -104,8 +104,8 @@ def test_offloading_leaves_the_gpu_no_state(on_gpu: str, offloaded: str, tiny: P
     assert moved.peak < kept.peak - state
 
 
-def test_zero3_frees_what_it_has_gathered(tiny: Path, ranks: Any) -> None:
-    """Were weights kept from forward to backward, a rank would hold the whole model then."""
+def test_zero3_frees_gathered_weights(tiny: Path, ranks: Any) -> None:
+    """If weights were kept from forward to backward, a rank would then hold the full model."""
     at_once = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
     kept = {}
     for strategy in (

@@ -1,6 +1,6 @@
-"""Every variant of a method learns as a plain loop does, moves what it should and comes back whole.
+"""Every variant of a method trains like a plain loop and is saved and exported completely.
 
-test_matrix.py trains each method under every strategy; here are the settings that it leaves alone.
+test_matrix.py trains each method under every strategy; these are the settings that it omits.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def _filled(value: Any, adapters: dict[str, str]) -> Any:
 def learn(
     rank_info: RankInfo, case: Case, folder: Path, first: int = 0, last: int = STEPS
 ) -> tuple[list[float], torch.Tensor]:
-    """Losses of steps `first` + 1 to `last` and then the logits; goes on from the checkpoint of
-    `first`, saves one at `last`."""
+    """Losses of steps `first` + 1 to `last` and then the logits. Resumes from the checkpoint of
+    `first` and saves one at `last`."""
     train_state, losses = checkpoints.train_from(rank_info, case, folder, first, last)
     return losses, checkpoints.answer(train_state.strategy)
 
@@ -102,7 +102,7 @@ def plain_losses(case: Case) -> list[float]:
 
 
 @pytest.mark.parametrize(("variant", "strategy", "world"), LAYOUTS)
-def test_losses_are_those_of_a_plain_loop(
+def test_losses_equal_those_of_a_plain_loop(
     ranks: Any, case: Any, variant: str, strategy: str, world: int
 ) -> None:
     for losses in ranks.run(world, parts.losses, case(variant, strategy)):
@@ -110,7 +110,7 @@ def test_losses_are_those_of_a_plain_loop(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_what_is_saved_answers_as_the_model_that_was_trained(
+def test_saved_weights_give_the_logits_of_the_trained_model(
     ranks: Any, tmp_path: Path, tiny: Path, case: Any, variant: str
 ) -> None:
     """The export, and an adapter that PEFT loads onto the original base."""
@@ -131,7 +131,7 @@ def test_what_is_saved_answers_as_the_model_that_was_trained(
 @pytest.mark.parametrize(
     ("variant", "strategy", "world"), [("saved", "zero3", 2), ("merged-pissa", "fsdp", 2)]
 )
-def test_stopping_and_going_on_changes_no_bit(
+def test_stop_and_resume_is_exact_to_the_bit(
     ranks: Any, tmp_path: Path, case: Any, variant: str, strategy: str, world: int
 ) -> None:
     cell = case(variant, strategy)
@@ -143,7 +143,7 @@ def test_stopping_and_going_on_changes_no_bit(
         assert torch.equal(logits, answer)
 
 
-def test_frozen_weights_are_exported_as_the_base_has_them(
+def test_frozen_weights_are_exported_unchanged(
     ranks: Any, tmp_path: Path, tiny: Path, case: Any
 ) -> None:
     ranks.run(2, learn, case("freeze-first-and-more", "fsdp"), tmp_path)
@@ -166,7 +166,7 @@ def first_logits(rank_info: RankInfo, case: Case) -> torch.Tensor:
     ("variant", "strategy"),
     [("dora", "fsdp"), ("pissa", "fsdp"), ("pissa-exact", "zero3"), ("saved", "zero3")],
 )
-def test_at_the_start_the_model_answers_as_the_base(
+def test_initial_logits_equal_those_of_the_base(
     ranks: Any, tiny: Path, case: Any, variant: str, strategy: str
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
@@ -177,7 +177,7 @@ def test_at_the_start_the_model_answers_as_the_base(
 
 
 def held(rank_info: RankInfo, case: Case) -> tuple[set[str], int]:
-    """Devices of the parameters when the method is done with them, and how many are real."""
+    """Devices of the parameters after the method has prepared them, and how many are real."""
     model, weights = build_model(
         ModelConfig(name_or_path=str(case.model)), case.model, 0, torch.float32
     )
@@ -226,7 +226,7 @@ def test_lora_plus_trains_b_faster(
         assert min(fast) > 3 * max(slow)
 
 
-def test_the_table_counts_what_is_trained(case: Any) -> None:
+def test_the_table_counts_the_trained_parameters(case: Any) -> None:
     text = describe_parameters(
         parts.plain_model(case("freeze-last")), torch.float32, torch.bfloat16
     )

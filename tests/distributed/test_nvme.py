@@ -1,4 +1,4 @@
-"""Parameters on disk train and resume as parameters in memory do. Needs libaio and a compiler."""
+"""Parameters on disk train and resume like parameters in memory. Needs libaio and a compiler."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.parts import Case
 from tests.helpers.wide import make_wide
 
 pytestmark = [
-    pytest.mark.whole,  # the first time minutes of compiling
+    pytest.mark.whole,  # the first run compiles for minutes
     pytest.mark.skipif(not has_libaio(), reason="no libaio"),
 ]
 
@@ -35,12 +35,12 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="module")
 def wide(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """DeepSpeed leaves tensors of less than 1 MB a rank in memory."""
+    """DeepSpeed keeps tensors of less than 1 MB per rank in memory."""
     return make_wide(tiny, tmp_path_factory.mktemp("models") / "wide", layers=2)
 
 
 def on_disk(strategy: Strategy) -> list[str]:
-    """Parameters that are there and not in memory."""
+    """Parameters that exist and are not in memory."""
     return [
         name
         for name, parameter in strategy.model.named_parameters()
@@ -49,7 +49,7 @@ def on_disk(strategy: Strategy) -> list[str]:
 
 
 def learn(rank_info: RankInfo, case: Case) -> tuple[list[float], list[str]]:
-    """Losses of training, of an evaluation and of one more step; what is on disk then."""
+    """Losses of training, of an evaluation and of one more step; what is on disk afterward."""
     train_state, losses = parts.train(rank_info, case)
     strategy, loader = train_state.strategy, case.loader(rank_info.rank, rank_info.world_size)
     found = loop.evaluate(strategy, loader, torch.device("cpu"))
@@ -74,7 +74,7 @@ def swapping(case: Case, folder: Path, **more: Any) -> Case:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_losses_are_those_without(
+def test_losses_equal_those_without_nvme(
     ranks: Any, wide: Path, rows_file: Path, tmp_path: Path, method: str, precision: str
 ) -> None:
     case = case_of(wide, rows_file, method, steps=3)
@@ -90,7 +90,7 @@ def test_losses_are_those_without(
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_stopping_and_going_on_changes_no_bit(
+def test_stop_and_resume_is_exact_to_the_bit(
     ranks: Any, wide: Path, rows_file: Path, tmp_path: Path, method: str
 ) -> None:
     case = swapping(case_of(wide, rows_file, method), tmp_path, offload_optimizer="cpu")

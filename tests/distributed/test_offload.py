@@ -1,4 +1,4 @@
-"""State in host memory trains, overflows and resumes as state on the device does."""
+"""State in host memory trains, overflows and resumes like state on the device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.helpers.checkpoints import END, STOP, run_steps, six_steps
 from tests.helpers.layouts import OFFLOADED, Layout, pairwise
 from tests.helpers.parts import Case
 
-LAYOUTS: list[Layout] = [  # that test_matrix.py leaves alone
+LAYOUTS: list[Layout] = [  # that test_matrix.py omits
     ("fsdp_offload", 1, {}),
     ("zero2_offload", 1, {}),
     ("zero3_offload", 3, {}),
@@ -52,7 +52,7 @@ def test_losses_equal_a_plain_loop(
         ("full", ("fsdp_offload", 3), ("zero2_offload", 2)),
     ],
 )
-def test_a_run_goes_on_with_offload_and_without(
+def test_a_run_resumes_with_and_without_offload(
     ranks: Any,
     tiny: Path,
     rows_file: Path,
@@ -62,7 +62,7 @@ def test_a_run_goes_on_with_offload_and_without(
     after: tuple[str, int],
 ) -> None:
     case = six_steps(tiny, rows_file, method, before[0])
-    case = dataclasses.replace(case, method_options={})  # other ranks draw other dropouts
+    case = dataclasses.replace(case, method_options={})  # other ranks draw other dropout masks
     whole = ranks.run(before[1], run_steps, case, tmp_path / "whole", 0, END)[0]
     ranks.run(before[1], run_steps, case, tmp_path / "parts", 0, STOP)
     case = dataclasses.replace(case, strategy=after[0])
@@ -79,7 +79,7 @@ def test_a_run_goes_on_with_offload_and_without(
     ],
     ids=lambda each: each[0] if isinstance(each, tuple) else each,
 )
-def test_other_optimizers_step_there_too(
+def test_other_optimizers_also_step_in_host_memory(
     ranks: Any, tiny: Path, rows_file: Path, optimizer: str, layout: Layout
 ) -> None:
     strategy, world, options = layout
@@ -97,7 +97,7 @@ def fp16(ranks: Any) -> None:
 
 @pytest.mark.whole
 @pytest.mark.usefixtures("fp16")
-def test_fp16_scales_follow_the_sequence_of_ddp(ranks: Any, tiny: Path, rows_file: Path) -> None:
+def test_fp16_scales_equal_those_of_ddp(ranks: Any, tiny: Path, rows_file: Path) -> None:
     layouts = [("ddp", 2, {}), *((strategy, 2, options) for strategy, _, options in OFFLOADED)]
     found = []
     for layout in layouts:
@@ -126,8 +126,8 @@ def test_an_overflow_on_one_rank_makes_all_skip_the_step(
 
 
 def poisoned(rank_info: RankInfo, case: Case) -> tuple[bool, bool, bool]:
-    """Whether weights moved in a step whose gradient is nan on one rank; whether its norm was
-    finite; whether they moved in the next."""
+    """Whether weights changed in a step whose gradient is nan on one rank; whether its norm was
+    finite; whether weights changed in the next step."""
     train_state, loader = parts.set_up(rank_info, case)
     strategy = train_state.strategy
     before = precision.copies(strategy)
@@ -148,7 +148,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(
 
 
 class Branches(nn.Module):
-    """`b` has a part in some steps alone, as an expert that no token is sent to."""
+    """`b` is used only in some steps, like an expert that no token is routed to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,8 +190,8 @@ def branching(rank_info: RankInfo, name: str) -> list[dict[str, torch.Tensor]] |
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero2_offload", "zero3", "zero3_offload"])
-def test_what_a_step_did_not_use_is_not_moved_by_an_old_gradient(ranks: Any, strategy: str) -> None:
-    """DeepSpeed's buffers still hold it. A gradient of zero lets moments decay."""
+def test_an_unused_parameter_is_not_updated_by_an_old_gradient(ranks: Any, strategy: str) -> None:
+    """DeepSpeed's buffers still contain it. With a gradient of zero, moments decay."""
     found, _ = ranks.run(2, branching, strategy)
     model = Branches()
     optimizer = adamw(list(model.parameters()))

@@ -1,5 +1,5 @@
-"""Every optimizer steps as its library's own does, under every strategy that it is allowed under,
-and goes on from a checkpoint bit for bit."""
+"""Every optimizer steps like its library's original under every strategy that allows it, and
+resumes from a checkpoint bit for bit."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ RESUMED = [
 
 
 @pytest.mark.parametrize(("optimizer", "strategy", "world", "options"), CELLS)
-def test_losses_equal_the_library_s_own(
+def test_losses_equal_those_of_the_library(
     ranks: Any, tiny: Path, rows_file: Path, optimizer: str, strategy: str, world: int, options: Any
 ) -> None:
     plain = case_of(tiny, rows_file, optimizer, method="full", steps=10)
@@ -61,7 +61,7 @@ def test_losses_equal_the_library_s_own(
 
 
 @pytest.mark.parametrize(("method", "optimizer", "strategy", "world", "options"), RESUMED)
-def test_stopping_and_going_on_changes_no_bit(
+def test_stop_and_resume_is_exact_to_the_bit(
     ranks: Any,
     tiny: Path,
     rows_file: Path,
@@ -75,7 +75,7 @@ def test_stopping_and_going_on_changes_no_bit(
     case = case_of(
         tiny, rows_file, optimizer, method=method, steps=END,
         strategy=strategy, strategy_options=options,
-        method_options={"rank": 32} if method == "lora" else {},  # adapters worth 8 bits
+        method_options={"rank": 32} if method == "lora" else {},  # large enough for 8-bit moments
     )  # fmt: skip
     whole = ranks.run(world, run_steps, case, tmp_path / "whole", 0, END)
     first = ranks.run(world, run_steps, case, tmp_path / "parts", 0, STOP)
@@ -84,7 +84,7 @@ def test_stopping_and_going_on_changes_no_bit(
 
 
 @pytest.mark.parametrize("optimizer", ["lion"])
-def test_moments_go_on_under_another_strategy(
+def test_moments_resume_under_another_strategy(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path, optimizer: str
 ) -> None:
     case = case_of(tiny, rows_file, optimizer, method="full", strategy="zero3", steps=END)
@@ -95,10 +95,10 @@ def test_moments_go_on_under_another_strategy(
     assert found == pytest.approx(whole[STOP:], rel=BOUNDS[optimizer])
 
 
-def test_8bit_blocks_go_on_where_they_were_cut_alone(
+def test_8bit_blocks_resume_only_with_the_same_sharding(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path
 ) -> None:
-    """From single to ddp nothing is cut; fsdp on other ranks is refused with the reason."""
+    """single and ddp shard nothing; fsdp on another number of ranks is refused with the reason."""
     case = case_of(tiny, rows_file, "adamw_8bit", method="full", strategy="single", steps=END)
     ranks.run(1, run_steps, case, tmp_path, 0, STOP)
     case = dataclasses.replace(case, strategy="ddp")
@@ -116,7 +116,7 @@ def state_dtypes(rank_info: RankInfo, case: Case) -> dict[str, set[torch.dtype]]
 
 
 @pytest.mark.parametrize(("strategy", "world"), [("single", 1), ("fsdp", 3)])
-def test_8bit_moments_are_bytes(
+def test_8bit_moments_are_stored_as_bytes(
     ranks: Any, tiny: Path, rows_file: Path, strategy: str, world: int
 ) -> None:
     case = case_of(tiny, rows_file, "adamw_8bit", method="full", strategy=strategy)
@@ -126,7 +126,7 @@ def test_8bit_moments_are_bytes(
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_an_optimizer_without_state_goes_on(
+def test_an_optimizer_without_state_resumes(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path, method: str
 ) -> None:
     case = case_of(tiny, rows_file, "sgd", method=method, strategy="fsdp", steps=END)
@@ -145,7 +145,7 @@ def test_an_optimizer_without_state_goes_on(
 def test_no_optimizer_needs_fp32_masters(
     ranks: Any, tiny: Path, rows_file: Path, optimizer: str, strategy: str, world: int
 ) -> None:
-    """Under pure_bf16 each learns nearly what it learns in fp32."""
+    """Under pure_bf16 the losses of each are close to those in fp32."""
     plain = case_of(tiny, rows_file, optimizer, method="full", steps=10)
     case = dataclasses.replace(plain, strategy=strategy, precision="pure_bf16")
     expected = expected_losses(plain)

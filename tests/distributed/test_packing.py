@@ -1,4 +1,4 @@
-"""Packed sequences train as their rows would by themselves, under every strategy."""
+"""Packed sequences train like separate rows, under every strategy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launcher.training.packing_check import check_document_masking
 from tests.helpers import parts
 from tests.helpers.parts import Case
 
-# All thirteen rows in one step, so that packed and unpacked steps learn from the same.
+# All thirteen rows in one step, so that packed and unpacked steps train on the same rows.
 CASE = {"global_batch_size": 16, "micro_batch_size": 4, "steps": 6, "learning_rate": 3e-3}
 
 
@@ -33,7 +33,7 @@ def shapes(rank_info: RankInfo, case: Case) -> list[tuple[int, ...]]:
         ("zero3", 2, {}),
     ],
 )
-def test_losses_are_those_of_unpacked_rows(
+def test_losses_equal_those_of_unpacked_rows(
     ranks: Any, tiny: Path, rows_file: Path, strategy: str, world: int, options: dict[str, Any]
 ) -> None:
     case = Case(tiny, rows_file, strategy=strategy, **CASE, **options)
@@ -50,7 +50,7 @@ def test_losses_are_those_of_unpacked_rows(
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
-def test_the_trial_of_a_sharded_model_leaves_training_as_it_is(
+def test_the_packing_check_of_a_sharded_model_does_not_change_training(
     ranks: Any, tiny: Path, rows_file: Path, strategy: str
 ) -> None:
     case = Case(tiny, rows_file, strategy=strategy, packing=True, **CASE)

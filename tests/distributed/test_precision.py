@@ -1,4 +1,4 @@
-"""The loss scale is alike under every strategy, and gradients that overflow harm nothing."""
+"""The loss scale is equal under every strategy, and overflowing gradients change no weight."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.helpers.precision import (
     with_gradient,
 )
 
-# A gradient is scaled by the ranks too, whose mean is taken: the same ranks overflow alike.
+# The mean over ranks scales a gradient too: with equal ranks, the same gradients overflow.
 AT_TWO = [
     *((name, 2, {}) for name in ("ddp", "fsdp", "zero1", "zero2", "zero3")),
     ("hsdp", 2, {"shard_size": 2}),
@@ -71,10 +71,10 @@ def test_scales_follow_the_same_sequence_under_every_strategy(
 
 
 @pytest.mark.parametrize(("strategy", "world"), [("fsdp", 2), ("zero1", 2), ("zero3", 2)])
-def test_a_scale_that_grows_changes_no_step(
+def test_a_growing_scale_does_not_change_any_step(
     ranks: Any, tiny: Path, rows_file: Path, strategy: str, world: int
 ) -> None:
-    """By powers of two, which scale exactly. DeepSpeed's own grows before it unscales."""
+    """It grows by powers of two, which scale exactly. DeepSpeed's own grows before it unscales."""
     found = []
     for window in (1, 1000):
         options = {"initial_scale_power": 6, "growth_window": window}
@@ -89,14 +89,14 @@ def test_a_scale_that_grows_changes_no_step(
 
 
 def steps_of(rank_info: RankInfo, case: Case) -> list[dict[str, Any]]:
-    """What the loop records of each step."""
+    """What the loop records for each step."""
     train_state, loader = parts.set_up(rank_info, case)
     recorder = parts.Recorder()
     parts.fit(train_state, loader, parts.plan(case.steps), recorder)
     return recorder.steps
 
 
-def test_a_skipped_step_leaves_the_learning_rate_where_it_was(
+def test_a_skipped_step_does_not_change_the_learning_rate(
     ranks: Any, tiny: Path, rows_file: Path
 ) -> None:
     case = Case(
@@ -127,7 +127,7 @@ def test_an_overflow_on_one_rank_makes_all_skip_the_step(
 
 
 @pytest.mark.parametrize("layout", [("fsdp", 3, {}), ("zero3", 3, {})], ids=lambda each: each[0])
-def test_the_scale_goes_on_with_its_history(
+def test_the_scale_resumes_with_its_history(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path, layout: Any
 ) -> None:
     options = {"initial_scale_power": 20, "growth_window": 2}
@@ -142,8 +142,8 @@ def test_the_scale_goes_on_with_its_history(
 
 
 def poisoned(rank_info: RankInfo, case: Case) -> tuple[list[bool], bool, str]:
-    """Steps with a gradient that is nan or infinite: whether weights moved in each, and in the next
-    step; what is to blame when a weight is not finite."""
+    """Steps with a gradient that is nan or infinite: whether weights changed in each, and in the
+    next step; the reported cause when a weight is not finite."""
     train_state, loader = parts.set_up(rank_info, case)
     strategy = train_state.strategy
     before = copies(strategy)
@@ -183,7 +183,7 @@ def test_a_gradient_that_is_nan_or_infinite_changes_no_weight(
 
 @pytest.fixture(scope="module")
 def stored_in_fp32(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with weights that bf16 does not have."""
+    """The tiny model with weights that bf16 cannot represent."""
     folder = tmp_path_factory.mktemp("models") / "fp32"
     shutil.copytree(tiny, folder)
     dice = torch.Generator().manual_seed(4)
@@ -194,13 +194,13 @@ def stored_in_fp32(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def masters(rank_info: RankInfo, case: Case) -> dict[str, torch.Tensor] | None:
-    """The weights that a run begins with, whole, on rank 0."""
+    """The full weights that a run starts with, on rank 0."""
     strategy = parts.set_up(rank_info, case)[0].strategy
     return strategy.gather(strategy.weights())
 
 
 @pytest.mark.parametrize("layout", [("fsdp", 2, {}), ("zero2", 2, {}), ("zero3", 2, {})])
-def test_masters_begin_at_the_stored_weights_and_not_at_rounded_ones(
+def test_master_weights_start_at_the_stored_weights_and_not_at_rounded_ones(
     ranks: Any, stored_in_fp32: Path, rows_file: Path, layout: Any
 ) -> None:
     case = case_of(stored_in_fp32, rows_file, layout, "bf16", method="full")
@@ -213,8 +213,8 @@ def test_masters_begin_at_the_stored_weights_and_not_at_rounded_ones(
 
 
 class TestLossScale:
-    def test_it_is_deepspeed_s(self) -> None:
-        """Over 300 steps of which some overflow, at every window and hysteresis."""
+    def test_scale_equals_that_of_deepspeed(self) -> None:
+        """Over 300 steps, some of which overflow, for every window and hysteresis."""
         dice = torch.Generator().manual_seed(2)
         for window in (1, 3, 10):
             for hysteresis in (1, 2, 3):
@@ -231,7 +231,7 @@ class TestLossScale:
                     quietly(theirs, overflow)
                     assert ours.scale == theirs.cur_scale
 
-    def test_it_stays_above_its_floor(self) -> None:
+    def test_scale_stays_above_its_minimum(self) -> None:
         scale = LossScale.from_config(
             Fp16Config(name="fp16", initial_scale_power=2, minimum_scale=2.0)
         )
@@ -270,14 +270,14 @@ class TestMetricsBuffer:
         assert (skipped["loss_scale"], taken["loss_scale"]) == (64.0, 32.0)
         assert "skipped" not in taken
 
-    def test_so_many_in_a_row_end_the_run(self) -> None:
+    def test_too_many_skipped_steps_in_a_row_end_the_run(self) -> None:
         buffer = self.buffer(max_nonfinite_steps=3)
         for step in (1, 2, 3):
             buffer.add(step, 0.1, self.stats(math.nan, skip_if_nonfinite=True), WORK)
         with pytest.raises(UserError, match=r"step 3: .* for 3 steps in a row.* lm_head"):
             buffer.flush()
 
-    def test_one_that_changed_weights_ends_it_at_once(self) -> None:
+    def test_an_overflow_that_changed_weights_ends_the_run_immediately(self) -> None:
         buffer = self.buffer(max_nonfinite_steps=3)
         buffer.add(1, 0.1, self.stats(math.nan), WORK)
         with pytest.raises(UserError, match=r"step 1: .* lm_head"):

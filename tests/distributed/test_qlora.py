@@ -1,6 +1,6 @@
-"""A quantized base is multiplied as what it stands for, and never changed.
+"""A quantized base is multiplied as its dequantized weights, and never changed.
 
-test_matrix.py trains nf4 and int8 under every strategy; here are the settings that it leaves alone.
+test_matrix.py trains nf4 and int8 under every strategy; these are the settings that it omits.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def case(
 
 @functools.cache
 def losses_beside_dequantized(cell: Case, form: str) -> list[float]:
-    """LoRA by the plain loop beside weights that were quantized and dequantized at once."""
+    """LoRA in the plain loop on weights that were quantized and immediately dequantized."""
     lora = Case(cell.model, cell.data, steps=STEPS, global_batch_size=12)
     model = AutoModelForCausalLM.from_pretrained(cell.model, dtype=torch.float32)
     for name, module in model.named_modules():
@@ -63,8 +63,8 @@ def learn(rank_info: RankInfo, cell: Case) -> tuple[list[float], dict[str, Any]]
 
 
 def bytes_held(strategy: Strategy) -> dict[str, Any]:
-    """Of the packed weights: how many this rank holds between steps, how many there are, and in
-    which dtypes."""
+    """The number of packed weights that this rank holds between steps, their total number, and
+    their dtypes."""
     layers = [m for m in strategy.model.modules() if isinstance(m, QuantizedLinear)]
     held = whole = 0
     dtypes = set()
@@ -79,7 +79,7 @@ def bytes_held(strategy: Strategy) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
-def test_a_sharded_base_trains_as_the_dequantized_one(
+def test_a_sharded_base_trains_like_the_dequantized_base(
     ranks: Any, tiny: Path, rows_file: Path, strategy: str
 ) -> None:
     cell = case(tiny, rows_file, "fp4-plain", strategy)
@@ -94,7 +94,7 @@ def test_a_sharded_base_trains_as_the_dequantized_one(
 
 @pytest.mark.parametrize(("strategy", "world"), [("fsdp", 2), ("zero3", 2), ("ddp", 2)])
 @pytest.mark.parametrize("precision", ["bf16", "pure_bf16"])
-def test_bytes_in_the_working_dtype_are_left_alone(
+def test_bytes_in_the_working_dtype_are_not_changed(
     ranks: Any, tiny: Path, rows_file: Path, strategy: str, world: int, precision: str
 ) -> None:
     storage = {"quant_storage": "bfloat16"}
@@ -106,7 +106,7 @@ def test_bytes_in_the_working_dtype_are_left_alone(
 
 
 def evaluations(rank_info: RankInfo, cell: Case, between: bool) -> list[list[float]]:
-    """The packed bytes and logits after training; `between`: evaluated before and in the middle."""
+    """The packed bytes and logits after training; `between`: evaluate before and in the middle."""
     train_state, loader = parts.set_up(rank_info, cell)
     strategy = train_state.strategy
 
@@ -126,7 +126,7 @@ def evaluations(rank_info: RankInfo, cell: Case, between: bool) -> list[list[flo
 
 
 @pytest.mark.parametrize(("strategy", "world"), [("single", 1), ("fsdp", 2), ("zero3", 2)])
-def test_evaluation_changes_no_weight(
+def test_evaluation_does_not_change_any_weight(
     ranks: Any, tiny: Path, rows_file: Path, strategy: str, world: int
 ) -> None:
     """bitsandbytes' own layer repacks weights in evaluation on CPUs with AVX512-BF16."""
@@ -138,7 +138,7 @@ def test_evaluation_changes_no_weight(
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_the_export_can_answer_as_what_was_trained(
+def test_the_export_can_give_the_logits_of_the_trained_model(
     ranks: Any, tmp_path: Path, tiny: Path, rows_file: Path, form: str
 ) -> None:
     more = {
@@ -166,10 +166,10 @@ def exported(checkpoint: Checkpoint, folder: Path, base: str) -> torch.Tensor:
     return logits
 
 
-def test_what_was_merged_first_is_quantized_with_the_base(
+def test_an_adapter_merged_first_is_quantized_with_the_base(
     ranks: Any, tmp_path: Path, tiny: Path, rows_file: Path
 ) -> None:
-    """The sum is exported onto the original base; the base that training saw is not known."""
+    """The sum is exported onto the original base; the base used in training is unknown."""
     more = {"merge_first": [str(make_adapter(tiny, tmp_path / "one", r=3))]}
     cell = case(tiny, rows_file, "nf4", "fsdp", more)
     expected, _ = ranks.run(2, save_and_answer, cell, tmp_path)
@@ -190,7 +190,9 @@ def adapted(rank_info: RankInfo, cell: Case) -> set[str]:
     }
 
 
-def test_adapters_are_pefts_own_around_our_layers(ranks: Any, tiny: Path, rows_file: Path) -> None:
+def test_adapters_are_peft_layers_around_quantized_linear(
+    ranks: Any, tiny: Path, rows_file: Path
+) -> None:
     assert ranks.run(1, adapted, case(tiny, rows_file, "nf4")) == [
         {"peft.tuners.lora.layer: QuantizedLinear"}
     ]

@@ -39,7 +39,7 @@ def groups_of(model: Any) -> list[Any]:
 
 
 def policies(rank_info: RankInfo, case: Case) -> tuple[set[Any], int, int]:
-    """What `fully_shard` was told, how many parameters it offloads, how many there are."""
+    """The arguments of `fully_shard`, how many parameters it offloads, how many there are."""
     strategy = parts.set_up(rank_info, case)[0].strategy
     groups = groups_of(strategy.model)
     offloaded = sum(each.offload_to_cpu for group in groups for each in group.fsdp_params)
@@ -58,14 +58,14 @@ def test_fully_shard_offloads_frozen_parameters_too(
 
 
 def shards_and_storages(rank_info: RankInfo, case: Case) -> list[tuple[int, int]]:
-    """Bytes of this rank's part of each parameter, and of the storage that it lies in."""
+    """Bytes of this rank's part of each parameter, and of its storage."""
     strategy = parts.set_up(rank_info, case)[0].strategy
     local = [local_part(p.detach()) for p in strategy.model.parameters()]
     return [(each.nbytes, each.untyped_storage().nbytes()) for each in local]
 
 
 @pytest.mark.parametrize("layout", [("fsdp", 2, {}), OFFLOADED[0]], ids=lambda layout: layout[0])
-def test_shards_are_no_views_of_the_model_file(
+def test_shards_are_not_views_of_the_model_file(
     ranks: Any, tiny: Path, rows_file: Path, layout: Layout
 ) -> None:
     """In the dtype of the file, so that nothing is cast."""
@@ -76,8 +76,8 @@ def test_shards_are_no_views_of_the_model_file(
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_fsdp_shards_what_it_offloads(ranks: Any, tiny: Path, rows_file: Path, method: str) -> None:
-    """As without offload: each rank its share, together one copy."""
+def test_fsdp_shards_offloaded_state(ranks: Any, tiny: Path, rows_file: Path, method: str) -> None:
+    """As without offload: each rank holds its share; all ranks hold one copy."""
     case = case_of(tiny, rows_file, OFFLOADED[0], method=method)
     held = ranks.run(3, held_bytes, case, 3)
     (alone,) = ranks.run(1, held_bytes, case)
@@ -87,7 +87,7 @@ def test_fsdp_shards_what_it_offloads(ranks: Any, tiny: Path, rows_file: Path, m
 
 
 def engine(rank_info: RankInfo, case: Case) -> dict[str, Any]:
-    """What DeepSpeed was told, what it made of it and what it has compiled for it."""
+    """DeepSpeed's settings, the optimizer it made from them and what it compiled for it."""
     from deepspeed.ops.op_builder.builder import OpBuilder
 
     strategy: Any = parts.set_up(rank_info, case)[0].strategy
@@ -102,7 +102,7 @@ def engine(rank_info: RankInfo, case: Case) -> dict[str, Any]:
     }
 
 
-def test_deepspeed_offloads_to_torch_s_adamw(ranks: Any, tiny: Path, rows_file: Path) -> None:
+def test_deepspeed_offloads_to_torch_adamw(ranks: Any, tiny: Path, rows_file: Path) -> None:
     for layout in OFFLOADED[2:]:
         for found in ranks.run(layout[1], engine, case_of(tiny, rows_file, layout)):
             assert found["optimizer"]
@@ -115,7 +115,7 @@ def test_deepspeed_offloads_to_torch_s_adamw(ranks: Any, tiny: Path, rows_file: 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("layout", OFFLOADED[2:], ids=lambda layout: layout[0])
-def test_zero_shards_what_it_offloads(
+def test_zero_shards_offloaded_state(
     ranks: Any, tiny: Path, rows_file: Path, method: str, layout: Layout
 ) -> None:
     case = case_of(tiny, rows_file, layout, method=method)
@@ -142,8 +142,8 @@ def test_buffers_for_the_disk_hold_the_largest_part(
 
 
 def gathered(rank_info: RankInfo, case: Case) -> tuple[int, int, int, list[float]]:
-    """Bytes of the layers that are gathered between forward and backward, and after backward; those
-    of all layers; the losses of some steps."""
+    """Bytes of the gathered layers between forward and backward, and after backward; bytes of all
+    layers; the losses of some steps."""
     train_state, loader = parts.set_up(rank_info, case)
     strategy = train_state.strategy
     strategy.model.train()

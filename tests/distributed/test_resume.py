@@ -1,4 +1,4 @@
-"""What is saved and read back goes on as if nothing had happened."""
+"""A run that is saved and loaded continues as if it had not stopped."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("strategy", "world", "options"), LAYOUTS)
-def test_dropout_goes_on_where_it_stopped(
+def test_dropout_resumes_where_it_stopped(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path, strategy: str, world: int, options: Any
 ) -> None:
-    """To the bit. test_matrix.py does so for every method and precision, without dropout."""
+    """To the bit. test_matrix.py tests this for every method and precision, without dropout."""
     case = six_steps(tiny, rows_file, "lora", strategy, precision="bf16", strategy_options=options)
     whole = ranks.run(world, run_steps, case, tmp_path / "whole", 0, END)
     first = ranks.run(world, run_steps, case, tmp_path / "parts", 0, STOP)
@@ -46,7 +46,7 @@ def test_dropout_goes_on_where_it_stopped(
     ("before", "after"),
     [(("zero3", 2), ("fsdp", 3)), (("fsdp", 3), ("zero2", 2)), (("zero1", 3), ("zero3", 2))],
 )
-def test_any_strategy_goes_on_on_any_number_of_ranks(
+def test_any_strategy_resumes_on_any_number_of_ranks(
     ranks: Any,
     tiny: Path,
     rows_file: Path,
@@ -64,7 +64,7 @@ def test_any_strategy_goes_on_on_any_number_of_ranks(
 
 
 def save_every_step(rank_info: RankInfo, case: Case, folder: Path) -> list[float]:
-    """Train through, with a save in the background after every step."""
+    """Train without a stop, with a save in the background after every step."""
     train_state, loader = parts.set_up(rank_info, case)
     saver = checkpoints.saver(train_state, case.config(), folder, async_save=True)
     recorder = parts.Recorder()
@@ -78,7 +78,7 @@ def save_every_step(rank_info: RankInfo, case: Case, folder: Path) -> list[float
         [("fsdp", 3, {}), ("ddp", 2, {}), ("zero1", 2, {}), ("zero3", 2, {})], ["full", "lora"]
     ),
 )
-def test_training_goes_on_while_a_checkpoint_is_written(
+def test_training_continues_while_a_checkpoint_is_written(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path, method: str, strategy: str, world: int,
     options: Any,
 ) -> None:  # fmt: skip
@@ -122,7 +122,7 @@ def test_a_save_that_fails_on_one_rank_fails_on_all_with_its_cause(
 
 
 def resumed_on_other_rows(rank_info: RankInfo, case: Case, folder: Path) -> tuple[str, Progress]:
-    """The refusal of the checkpoint of step 1, and where training goes on if it is forced."""
+    """The refusal of the checkpoint of step 1, and where training resumes if it is forced."""
     checkpoint = Checkpoint(folder / "checkpoints/step-000001")
     train_state, _ = parts.set_up(rank_info, case)
     before = [each.local.clone() for each in train_state.strategy.weights().values()]
@@ -150,7 +150,7 @@ def test_other_rows_are_refused_unless_resuming_is_forced(
     assert done.tokens > 0
 
 
-def test_weights_alone_can_be_exported_and_not_resumed(
+def test_a_weights_only_checkpoint_can_be_exported_but_not_resumed(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     case = six_steps(tiny, rows_file, "full", "zero2")

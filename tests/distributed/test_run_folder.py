@@ -18,7 +18,7 @@ from launcher.folders.run import RunDir
 def agreement(
     world: int, prints: list[str], create: Callable[[], RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> list[RunDir | str]:
-    """What each rank gets: the folder, or the sentence with which it refuses."""
+    """What each rank gets: the folder, or the message of its refusal."""
     monkeypatch.setattr(run_folder, "TIMEOUT", timedelta(seconds=2))
     store = dist.HashStore()
     results: list[RunDir | str] = [""] * world
@@ -37,7 +37,7 @@ def agreement(
     return results
 
 
-def test_ranks_agree_on_the_folder_that_rank_0_makes(
+def test_all_ranks_use_the_folder_that_rank_0_makes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[RunDir] = []
@@ -51,7 +51,7 @@ def test_ranks_agree_on_the_folder_that_rank_0_makes(
     assert made == [RunDir(tmp_path)]
 
 
-def test_one_that_differs_refuses_all_and_nothing_is_made(
+def test_one_differing_rank_fails_all_ranks_and_no_folder_is_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[RunDir] = []
@@ -66,18 +66,18 @@ def test_one_that_differs_refuses_all_and_nothing_is_made(
     assert not made
 
 
-def test_a_folder_that_cannot_be_made_is_told_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_report_a_folder_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
     def create() -> RunDir:
         raise UserError("no room")
 
     assert agreement(2, ["a", "a"], create, monkeypatch) == ["no room"] * 2
 
 
-def test_a_folder_that_others_cannot_see_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_other_ranks_cannot_see_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     results = agreement(2, ["a", "a"], lambda: RunDir(Path("/not/shared")), monkeypatch)
     assert "every machine shares" in str(results[1])
 
 
-def test_a_rank_that_never_comes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_never_connects_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     (result, _) = agreement(2, ["a"], lambda: RunDir(Path()), monkeypatch)
     assert "no answer from rank 1" in str(result)

@@ -1,4 +1,4 @@
-"""What is gathered is what was trained, and others can load it."""
+"""The gathered weights are the trained weights, and other libraries can load them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_gathered_adapter_gives_the_live_logits_in_peft(
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero1", "zero3"])
-def test_gathering_moves_the_adapter_in_one_message_and_not_the_model(
+def test_gathering_sends_the_adapter_in_one_collective_and_not_the_model(
     ranks: Any, tiny: Path, rows_file: Path, strategy: str
 ) -> None:
     messages, elements = ranks.run(2, count_gathers, Case(tiny, rows_file, strategy=strategy))[0]
@@ -95,7 +95,7 @@ def test_full_run_writes_dcp_shards_that_read_back(
 
 
 def refused_for_space(rank_info: RankInfo, case: Case, folder: Path, content: str) -> list[str]:
-    """What is said before training where one byte too few is free, and where all are."""
+    """The report before training if one byte too few is free, and if enough are free."""
     train_state, _ = parts.set_up(rank_info, case)
     saver = checkpoints.saver(train_state, case.config(), folder, content=content)
     tensors = 3 if content == "all" else 1
@@ -112,7 +112,7 @@ def refused_for_space(rank_info: RankInfo, case: Case, folder: Path, content: st
 
 
 @pytest.mark.parametrize("content", ["all", "weights"])
-def test_the_first_checkpoint_needs_room_for_weights_and_two_moments_or_weights_alone(
+def test_the_first_checkpoint_needs_space_for_weights_and_two_moments_or_only_weights(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path, content: str
 ) -> None:
     case = Case(tiny, rows_file, method="full", strategy="fsdp")
@@ -120,7 +120,7 @@ def test_the_first_checkpoint_needs_room_for_weights_and_two_moments_or_weights_
         assert said.startswith(expected)
 
 
-def test_a_lost_adapter_tensor_is_refused(tiny: Path, rows_file: Path, tmp_path: Path) -> None:
+def test_a_missing_adapter_tensor_is_refused(tiny: Path, rows_file: Path, tmp_path: Path) -> None:
     case = Case(tiny, rows_file)
     model, method = parts.plain_model(case), case.build_method()
     whole = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
@@ -131,9 +131,7 @@ def test_a_lost_adapter_tensor_is_refused(tiny: Path, rows_file: Path, tmp_path:
     assert not (tmp_path / "adapter").exists()
 
 
-def test_the_adapter_folder_says_what_it_belongs_to(
-    tiny: Path, rows_file: Path, tmp_path: Path
-) -> None:
+def test_the_adapter_folder_names_its_base(tiny: Path, rows_file: Path, tmp_path: Path) -> None:
     case = Case(tiny, rows_file, method_options={"alpha": 3.0, "rslora": True})
     model = parts.plain_model(case)
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}

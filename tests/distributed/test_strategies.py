@@ -41,8 +41,8 @@ def expected_gradients(case: Case) -> dict[str, torch.Tensor]:
 
 
 def first_gradients(rank_info: RankInfo, case: Case) -> tuple[dict[str, torch.Tensor], float]:
-    """The gradients of step 1, whole, as the optimizer would see them before clipping; and their
-    norm, as the step reports it."""
+    """The full gradients of step 1 as the optimizer would see them before clipping, and their norm
+    as the step reports it."""
     train_state, loader = parts.set_up(rank_info, case)
     strategy = train_state.strategy
     step_batch = loader.step_batch(0)
@@ -61,9 +61,9 @@ def first_gradients(rank_info: RankInfo, case: Case) -> tuple[dict[str, torch.Te
 
 
 def reduced_gradients(strategy: Any) -> tuple[dict[str, torch.Tensor], float]:
-    """What DeepSpeed's optimizer is about to be given, put together over the ranks; its norm."""
+    """The gradients that DeepSpeed's optimizer is about to receive, from all ranks; their norm."""
     found: dict[str, torch.Tensor] = {}
-    # Before the step: in it the engine shows the optimizer one group at a time.
+    # Before the step: during it, the engine shows the optimizer one group at a time.
     take, flats, weights = strategy.optimizer.step, strategy._flat_masters, strategy.weights()
 
     def spy(*args: Any, **kwargs: Any) -> Any:
@@ -134,7 +134,7 @@ def test_gradient_sync_does_not_change_the_losses(
 def test_fsdp_shards_parameters_and_moments(
     ranks: Any, tiny: Path, rows_file: Path, method: str, world: int
 ) -> None:
-    """Rank 0 holds exactly its share, no rank holds more, and together they hold one copy."""
+    """Rank 0 holds exactly its share, no rank holds more, and all ranks hold one copy."""
     case = case_of(tiny, rows_file, method=method, strategy="fsdp")
     held = ranks.run(world, held_bytes, case, world)
     (alone,) = ranks.run(1, held_bytes, case)
@@ -145,7 +145,7 @@ def test_fsdp_shards_parameters_and_moments(
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_hsdp_shards_inside_groups_and_ddp_nothing(
+def test_hsdp_shards_inside_groups_and_ddp_shards_nothing(
     ranks: Any, tiny: Path, rows_file: Path, method: str
 ) -> None:
     options = {"method": method, "global_batch_size": 12}
@@ -166,10 +166,10 @@ def test_hsdp_shards_inside_groups_and_ddp_nothing(
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_shards_what_its_stage_promises(
+def test_zero_shards_the_state_of_its_stage(
     ranks: Any, tiny: Path, rows_file: Path, method: str, world: int, stage: int
 ) -> None:
-    """Masters and moments stand once over all ranks; under zero3 so do the parameters."""
+    """All ranks hold one copy of master weights and moments; under zero3 also of the parameters."""
     options = {"persistence_threshold": 0} if stage == 3 else {}
     case = case_of(
         tiny, rows_file, method=method, strategy=f"zero{stage}", strategy_options=options

@@ -1,4 +1,4 @@
-"""Activation checkpointing, NEFTune and label smoothing do what they say, under every strategy."""
+"""Activation checkpointing, NEFTune and label smoothing work under every strategy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CELLS = [
 
 
 def counted_losses(rank_info: RankInfo, case: Case) -> tuple[list[float], list[float], int]:
-    """Losses and gradient norms of the steps, and the forwards of attention a micro-batch."""
+    """Losses and gradient norms of the steps, and attention forwards per micro-batch."""
     train_state, loader = parts.set_up(rank_info, case)
     calls = []
     for name, module in train_state.model.named_modules():
@@ -43,7 +43,7 @@ def counted_losses(rank_info: RankInfo, case: Case) -> tuple[list[float], list[f
 
 
 @pytest.mark.parametrize(("method", "strategy", "world", "choice"), CELLS)
-def test_recomputing_activations_changes_no_bit(
+def test_recomputing_activations_is_exact_to_the_bit(
     ranks: Any, tiny: Path, rows_file: Path, method: str, strategy: str, world: int, choice: str
 ) -> None:
     dropout = {"dropout": 0.1} if method == "lora" else {}
@@ -62,7 +62,7 @@ def test_recomputing_activations_changes_no_bit(
 
 
 def saved_bytes(rank_info: RankInfo, case: Case) -> int:
-    """Of what autograd keeps in a forward, each storage once."""
+    """Bytes that autograd keeps in a forward, counting each storage once."""
     train_state, loader = parts.set_up(rank_info, case)
     strategy = train_state.strategy
     kept: dict[int, int] = {}
@@ -77,7 +77,7 @@ def saved_bytes(rank_info: RankInfo, case: Case) -> int:
     return sum(kept.values())
 
 
-def test_recomputing_keeps_less(ranks: Any, tiny: Path, rows_file: Path) -> None:
+def test_recomputing_keeps_fewer_bytes(ranks: Any, tiny: Path, rows_file: Path) -> None:
     case = Case(tiny, rows_file, method="lora", strategy="single", micro_batch_size=6)
     sizes = [
         ranks.run(1, saved_bytes, case.with_training(activation_checkpointing=choice))[0]
@@ -87,7 +87,7 @@ def test_recomputing_keeps_less(ranks: Any, tiny: Path, rows_file: Path) -> None
 
 
 def noisy_evaluation(rank_info: RankInfo, case: Case) -> tuple[float, float, float]:
-    """Evaluation loss, and the loss of one batch twice in training."""
+    """Evaluation loss, and the training loss of one batch, computed twice."""
     train_state, loader = parts.set_up(rank_info, case)
     strategy = train_state.strategy
     batch = loader.step_batch(0).micro_batches[0]
@@ -98,7 +98,7 @@ def noisy_evaluation(rank_info: RankInfo, case: Case) -> tuple[float, float, flo
 
 
 @pytest.mark.parametrize(("strategy", "world"), [("single", 1), ("fsdp", 2)])
-def test_noise_is_in_training_alone(
+def test_noise_is_added_only_in_training(
     ranks: Any, tiny: Path, rows_file: Path, strategy: str, world: int
 ) -> None:
     case = Case(tiny, rows_file, strategy=strategy)
@@ -110,7 +110,7 @@ def test_noise_is_in_training_alone(
         assert len(set(found)) == 3
 
 
-def test_noise_goes_on_where_it_stopped(
+def test_noise_resumes_where_it_stopped(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     case = Case(tiny, rows_file, strategy="fsdp", steps=END).with_training(neftune_alpha=5.0)
@@ -120,7 +120,7 @@ def test_noise_goes_on_where_it_stopped(
     assert [a + b for a, b in zip(first, second, strict=True)] == whole
 
 
-def test_noise_has_the_size_of_the_paper(tiny: Path, rows_file: Path) -> None:
+def test_noise_has_the_magnitude_from_the_paper(tiny: Path, rows_file: Path) -> None:
     model = parts.plain_model(Case(tiny, rows_file, method="full")).train()
     ids = torch.arange(24).view(2, 12)
     embed = model.get_input_embeddings()
@@ -133,7 +133,7 @@ def test_noise_has_the_size_of_the_paper(tiny: Path, rows_file: Path) -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.1, 0.5])
-def test_smoothed_loss_is_torch_s_for_each_token(
+def test_smoothed_loss_equals_torch_for_each_token(
     tiny: Path, rows_file: Path, smoothing: float
 ) -> None:
     case = Case(tiny, rows_file, method="full")

@@ -1,4 +1,4 @@
-"""What the end-to-end suites share."""
+"""Fixtures that the end-to-end suites share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.helpers.commands import SHORT, shardway
 
 @pytest.fixture(scope="session")
 def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with evaluation and intermediate saves."""
+    """A finished run with evaluations and intermediate checkpoints."""
     cwd = tmp_path_factory.mktemp("finished")
     done = shardway(
         *("train", "model=tiny", "cluster.cpu_processes=2", *SHORT, "run_dir=run"),

@@ -1,4 +1,4 @@
-"""Hydra works as its users expect, and every choice on offer composes."""
+"""Hydra works as its users expect, and every config group option composes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_every_conf_file_composes(option: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("method", "strategy", "precision"), itertools.product(METHODS, STRATEGIES, PRECISIONS)
 )
-def test_every_cell_passes_or_is_refused_with_its_sentence(
+def test_every_combination_passes_or_is_refused_by_the_expected_rule(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, method: str, strategy: str, precision: str
 ) -> None:
     words = ("model=tiny", f"method={method}", f"strategy={strategy}", f"precision={precision}")
@@ -58,14 +58,14 @@ def test_every_cell_passes_or_is_refused_with_its_sentence(
                 preflight.check(config)
 
 
-def test_the_demo_is_what_the_issue_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_uses_lora_and_fsdp_on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     config = compose(monkeypatch, "experiment=demo")
     assert (config.method.name, config.strategy.name) == ("lora", "fsdp")
     assert (config.cluster.cpu_processes, config.method.rank) == (2, 16)
     assert compose(monkeypatch, "experiment=demo", "method.rank=4").method.rank == 4
 
 
-def test_help_lists_groups_and_commands_and_each_command_has_its_own(
+def test_help_lists_groups_and_commands_and_each_command_has_help(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = shardway("train", "--help", cwd=tmp_path).stdout
@@ -87,7 +87,7 @@ def test_cfg_job_prints_the_composed_configuration(tmp_path: Path) -> None:
     assert written(tmp_path) == []
 
 
-def test_a_site_adds_its_own_groups(tiny: Path, tmp_path: Path) -> None:
+def test_a_config_dir_can_add_options_to_groups(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "conf/model").mkdir(parents=True)
     (tmp_path / "conf/model/mine.yaml").write_text(f"name: mine\nname_or_path: {tiny}\n")
     words = ("train", "--config-dir", "conf", "model=mine", "launch.dry_run=true")
@@ -97,7 +97,7 @@ def test_a_site_adds_its_own_groups(tiny: Path, tmp_path: Path) -> None:
     assert written(tmp_path) == ["conf", "conf/model", "conf/model/mine.yaml"]
 
 
-def test_a_dry_run_shows_the_command_and_touches_nothing(tiny: Path, tmp_path: Path) -> None:
+def test_a_dry_run_shows_the_command_and_writes_nothing(tiny: Path, tmp_path: Path) -> None:
     done = shardway(
         "train", "model=tiny", "cluster.nproc_per_node=2", "launch.dry_run=true", cwd=tmp_path
     )
@@ -107,7 +107,7 @@ def test_a_dry_run_shows_the_command_and_touches_nothing(tiny: Path, tmp_path: P
     assert written(tmp_path) == []
 
 
-def test_python_dash_m_is_the_same_door(tmp_path: Path) -> None:
+def test_python_dash_m_runs_the_same_command(tmp_path: Path) -> None:
     done = run([sys.executable, "-m", "launcher.train", "method.rank=0"], tmp_path)
     assert done.returncode == 2
     assert "method.rank=0 must be ≥ 1" in done.stderr

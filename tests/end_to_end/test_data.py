@@ -1,4 +1,4 @@
-"""Data of many kinds, from the command to the exported folder."""
+"""Several kinds of data, from the command to the exported folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CALL = {"name": "add", "arguments": {"a": 1, "b": 1}}
 
 @pytest.fixture(scope="module")
 def tools_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Conversations with tool calls, in LLaMA-Factory's sharegpt, and one that is bad."""
+    """Conversations with tool calls in LLaMA-Factory's sharegpt format, one of them invalid."""
     path = tmp_path_factory.mktemp("data") / "tools.jsonl"
     lines = []
     for number in range(24):
@@ -35,7 +35,7 @@ def tools_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_streamed_run_goes_on_exactly_and_its_template_is_exported(
+def test_a_streamed_run_resumes_exactly_and_its_template_is_exported(
     tiny: Path, tools_file: Path, tmp_path: Path
 ) -> None:
     train = (
@@ -57,7 +57,7 @@ def test_a_streamed_run_goes_on_exactly_and_its_template_is_exported(
     assert tokenizer.eos_token == "<|im_end|>"
 
 
-def test_llama_factory_s_list_is_trained_from(
+def test_a_dataset_listed_by_llama_factory_is_trained_on(
     tiny: Path, tools_file: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     info = {

@@ -1,4 +1,4 @@
-"""Early stopping and a schedule that goes by the evaluations, through the command."""
+"""Early stopping and a schedule that follows the evaluations, through the command."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from tests.helpers.commands import TRAIN_TINY, metrics, shardway, status
 pytestmark = pytest.mark.slow
 
 
-def test_a_run_that_no_longer_improves_ends_well_and_says_how_to_go_on(
-    tiny: Path, tmp_path: Path
-) -> None:
+def test_early_stopping_succeeds_and_reports_how_to_resume(tiny: Path, tmp_path: Path) -> None:
     done = shardway(
         *(*TRAIN_TINY, "training.epochs=null", "training.max_steps=6", "run_dir=run"),
         *("data.eval_rows=5", "training.eval_steps=1", "scheduler=reduce_lr_on_plateau"),
@@ -40,7 +38,7 @@ def test_a_run_that_no_longer_improves_ends_well_and_says_how_to_go_on(
     assert rates == [1e-4, 1e-4, 5e-5, 2.5e-5, 1.25e-5, 6.25e-6], "over the stop, too"
 
 
-def test_a_warm_up_longer_than_the_epochs_is_refused_when_the_rows_are_counted(
+def test_a_warm_up_longer_than_the_epochs_is_refused_once_rows_are_counted(
     tiny: Path, tmp_path: Path
 ) -> None:
     words = ("training.epochs=1", "scheduler.warmup_steps=1000", "run_dir=run")

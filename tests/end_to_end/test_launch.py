@@ -1,4 +1,4 @@
-"""One command from configuration to a folder that answers, through every door."""
+"""From a configuration to an exported model that answers, with every launch method."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.helpers.commands import (
 pytestmark = pytest.mark.slow
 
 
-def test_the_run_folder_holds_what_the_plan_of_the_house_says(finished: Path) -> None:
+def test_the_run_folder_contains_the_expected_files(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
         "config.yaml", "launch.json", "metrics.jsonl", "loss.png", "logs", "checkpoints",
     }  # fmt: skip
@@ -45,7 +45,7 @@ def test_the_run_folder_holds_what_the_plan_of_the_house_says(finished: Path) ->
     assert config["run_dir"] == str(finished)
 
 
-def test_metrics_have_a_line_a_step(finished: Path) -> None:
+def test_metrics_have_one_line_per_step(finished: Path) -> None:
     records = metrics(finished)
     steps = [record for record in records if "loss" in record]
     assert [record["step"] for record in steps] == [1, 2, 3, 4]
@@ -59,7 +59,7 @@ def test_metrics_have_a_line_a_step(finished: Path) -> None:
     assert steps[-1]["tokens"] > steps[0]["tokens"] > 0
 
 
-def test_a_finished_run_becomes_a_folder_that_answers(finished: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_exported_to_a_model_that_answers(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "export"
     done = shardway(
         "consolidate", finished, "--output", out, "--max-shard-size", "50KB", cwd=tmp_path
@@ -76,7 +76,7 @@ def test_a_finished_run_becomes_a_folder_that_answers(finished: Path, tmp_path: 
     assert file.name in refused.stderr
 
 
-def test_the_tool_is_the_same_door(finished: Path, tmp_path: Path) -> None:
+def test_the_consolidate_tool_works_like_the_command(finished: Path, tmp_path: Path) -> None:
     tools = Path(__file__).resolve().parents[2] / "tools"
     command = [sys.executable, str(tools / "consolidate.py"), str(finished), "--output", "out"]
     assert run(command, tmp_path).returncode == 0
@@ -115,7 +115,7 @@ def test_torchrun_on_one_host_makes_one_run_folder(tiny: Path, tmp_path: Path) -
 def agents(
     tmp_path: Path, overrides: tuple[tuple[str, ...], ...], folders: tuple[str, ...] = (".", ".")
 ) -> list[subprocess.Popen[str]]:
-    """One torchrun agent for each `overrides`, as on as many hosts, each in its folder."""
+    """Start one torchrun agent per entry of `overrides`, each in its own folder like a host."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -147,7 +147,7 @@ def test_torchrun_on_two_hosts_agrees_on_one_run_folder(tiny: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.whole)])
-def test_two_hosts_without_a_shared_disk_have_the_checkpoints_on_the_first(
+def test_without_a_shared_disk_checkpoints_are_saved_on_the_first_host(
     tiny: Path, tmp_path: Path, method: str
 ) -> None:
     folders = ("one", "two")
@@ -175,7 +175,7 @@ def test_two_hosts_without_a_shared_disk_have_the_checkpoints_on_the_first(
     assert shardway("consolidate", one, "--output", "out", cwd=tmp_path).returncode == 0
 
 
-def test_hosts_that_do_share_a_disk_are_told_so(tiny: Path, tmp_path: Path) -> None:
+def test_shared_disk_false_is_refused_on_a_shared_disk(tiny: Path, tmp_path: Path) -> None:
     words = ("run_dir=run", "launch.shared_disk=false")
     nodes = agents(tmp_path, (words, words))
     outputs = [node.communicate(timeout=180)[0] for node in nodes]
@@ -183,7 +183,7 @@ def test_hosts_that_do_share_a_disk_are_told_so(tiny: Path, tmp_path: Path) -> N
     assert "launch.shared_disk=false: run_dir=run cannot be created: File exists" in outputs[1]
 
 
-def test_a_dry_run_under_torchrun_touches_nothing(tiny: Path, tmp_path: Path) -> None:
+def test_a_dry_run_under_torchrun_writes_nothing(tiny: Path, tmp_path: Path) -> None:
     nodes = agents(tmp_path, (("launch.dry_run=true",), ("launch.dry_run=true",)))
     outputs = [node.communicate(timeout=180)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
@@ -203,7 +203,7 @@ def test_a_host_with_other_overrides_is_refused(tiny: Path, tmp_path: Path) -> N
             node.kill()
 
 
-def test_training_goes_on_when_its_console_has_gone(tiny: Path, tmp_path: Path) -> None:
+def test_training_continues_after_its_console_closes(tiny: Path, tmp_path: Path) -> None:
     process = start(*TRAIN_TINY, *SHORT, "run_dir=run", cwd=tmp_path)
     assert process.stdout is not None
     assert process.stdout.readline().startswith("run folder: ")
@@ -213,7 +213,7 @@ def test_training_goes_on_when_its_console_has_gone(tiny: Path, tmp_path: Path) 
     assert newest_checkpoint(tmp_path / "run/checkpoints").step == 4
 
 
-def test_gpus_that_torch_cannot_use_are_no_silent_cpu_run(
+def test_gpus_that_torch_cannot_use_are_an_error(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if torch.cuda.is_available():
@@ -224,7 +224,7 @@ def test_gpus_that_torch_cannot_use_are_no_silent_cpu_run(
     assert "the launcher found 2 GPU(s), but torch" in done.stdout
 
 
-def test_a_rank_s_own_error_is_the_last_thing_seen(tiny: Path, tmp_path: Path) -> None:
+def test_the_error_of_a_rank_is_printed_last(tiny: Path, tmp_path: Path) -> None:
     done = shardway(
         *TRAIN_TINY,
         *LONG,
@@ -244,8 +244,8 @@ def test_a_rank_s_own_error_is_the_last_thing_seen(tiny: Path, tmp_path: Path) -
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_what_only_the_ranks_can_see_is_told_likewise(tiny: Path, tmp_path: Path) -> None:
-    """The names of a model's modules are known once it is built."""
+def test_errors_that_only_ranks_can_detect_are_reported(tiny: Path, tmp_path: Path) -> None:
+    """The module names of a model are known only after it is built."""
     done = shardway(
         *TRAIN_TINY, *SHORT, "run_dir=run", "method.target_modules=[no_such_module]", cwd=tmp_path
     )

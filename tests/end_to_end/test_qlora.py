@@ -1,4 +1,4 @@
-"""A real model in 4 bits learns the bundled rows, and its exports answer."""
+"""A real model in 4 bits is fine-tuned on the bundled rows, and its exports answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README's commands do what the README says, on the real demo model."""
+"""The commands in the README work as described, on the real demo model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def commands(heading: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def by_hand(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """The folder in which the README's commands were run, and what each said."""
+    """The folder in which the commands of the README were run, and the output of each."""
     if not (cache / "models/smollm2_135m").exists():
         pytest.fail("the demo model is not in the cache: `make test` fetches it first")
     cwd = tmp_path_factory.mktemp("readme")
@@ -44,7 +44,7 @@ def by_hand(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 
 def test_make_demo_runs_the_readme_s_commands() -> None:
-    """Which the grid's `whole` tests below run one by one: the verbs and options are the same."""
+    """Same verbs and options as the commands that the `whole` tests below run one by one."""
     typed = [words[1:] for words in commands("By hand")]
     code = ast.parse((CHECKOUT / "tools/demo.py").read_text())
     calls = [
@@ -62,7 +62,7 @@ def test_make_demo_runs_the_readme_s_commands() -> None:
 
 @pytest.mark.whole
 @pytest.mark.timeout(1200)
-def test_the_commands_run_in_order_and_the_model_knows_itself(
+def test_the_commands_run_in_order_and_the_model_knows_its_name(
     by_hand: tuple[Path, list[str]],
 ) -> None:
     cwd, said = by_hand
@@ -72,16 +72,16 @@ def test_the_commands_run_in_order_and_the_model_knows_itself(
 
 
 @pytest.mark.whole
-def test_held_out_questions_are_answered_and_the_capital_is_kept(
+def test_held_out_questions_are_answered_correctly(
     by_hand: tuple[Path, list[str]],
 ) -> None:
-    """Greedy decoding of the exported folder; the base model knows none of the identity."""
+    """Greedy decoding of the exported folder; the base model does not know the identity."""
     cwd, _ = by_hand
     wrong = wrong_answers(cwd / "runs/first/export")
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_base_model_knows_none_of_it(cache: Path) -> None:
+def test_the_base_model_does_not_know_the_identity(cache: Path) -> None:
     talk = ChatModel(find_target(cache / "models/smollm2_135m"))
     brief = Options(max_new_tokens=32)
     assert "Shardy" not in talk.answer([{"role": "user", "content": "Who are you?"}], brief)

@@ -1,4 +1,4 @@
-"""Bad input gets one clear sentence, status 2, and nothing is written."""
+"""Bad input gets one clear error message and status 2, and nothing is written."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_refused_with_one_sentence(tiny: Path, data: Path, tmp_path: Path, case: str) -> None:
+def test_bad_input_is_refused_with_a_clear_message(
+    tiny: Path, data: Path, tmp_path: Path, case: str
+) -> None:
     overrides, sentence = CASES[case]
     words = [word.replace("DATA", str(data)) for word in overrides]
     done = shardway("train", "model=tiny", *words, cwd=tmp_path)
@@ -51,7 +53,7 @@ def test_refused_with_one_sentence(tiny: Path, data: Path, tmp_path: Path, case:
     assert written(tmp_path) == []
 
 
-def test_all_reasons_come_at_once(tiny: Path, tmp_path: Path) -> None:
+def test_all_reasons_are_reported_at_once(tiny: Path, tmp_path: Path) -> None:
     done = shardway(
         *("train", "model=tiny", "model.name_or_path=/none", "data.path=none.jsonl"),
         *("training.max_steps=3", "training.global_batch_size=7", "cluster.nproc_per_node=2"),
@@ -69,7 +71,7 @@ def test_an_existing_run_folder_is_not_touched(tiny: Path, tmp_path: Path) -> No
     assert written(tmp_path) == ["run"]
 
 
-def test_one_bad_element_refuses_the_whole_sweep(tiny: Path, tmp_path: Path) -> None:
+def test_one_bad_element_refuses_the_entire_sweep(tiny: Path, tmp_path: Path) -> None:
     done = shardway("train", "--multirun", "model=tiny", "method.rank=4,0", cwd=tmp_path)
     assert done.returncode == 2
     assert "method.rank=0 must be ≥ 1" in done.stderr
@@ -79,7 +81,7 @@ def test_one_bad_element_refuses_the_whole_sweep(tiny: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "words", [["chat", "."], ["verify", "."], ["consolidate", ".", "--output", "x"], ["fly"]]
 )
-def test_other_verbs_refuse_likewise(tmp_path: Path, words: list[str]) -> None:
+def test_other_verbs_refuse_with_one_line_and_status_2(tmp_path: Path, words: list[str]) -> None:
     done = shardway(*words, cwd=tmp_path)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1

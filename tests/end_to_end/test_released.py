@@ -1,4 +1,4 @@
-"""Run folders and checkpoints of a released Shardway still resume and consolidate."""
+"""Run folders and checkpoints of released Shardway versions still resume and consolidate."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.helpers.commands import shardway
 pytestmark = pytest.mark.slow
 RELEASED = Path(__file__).resolve().parents[1] / "released"
 EXPECTED: dict[str, Any] = json.loads((RELEASED / "expected.json").read_text())
-RECORDED_IN = "/data/shardway"  # where the runs were made
-WEIGHTS_ARE_COPIED = ("full-fsdp-fp32", "freeze-zero2-fp32")  # the others are merged: computed here
+RECORDED_IN = "/data/shardway"  # where the runs were recorded
+WEIGHTS_ARE_COPIED = ("full-fsdp-fp32", "freeze-zero2-fp32")  # the others are merged here
 
 
 def moved(name: str, folder: Path, tiny: Path) -> Path:
-    """A copy of the run in `folder`; paths in its files are those of this machine."""
+    """A copy of the run in `folder`, with the paths in its files changed to this machine."""
     run = folder / "runs" / name
     shutil.copytree(RELEASED / name, run)
     shutil.copyfile(RELEASED / "rows.jsonl", folder / "rows.jsonl")

@@ -1,4 +1,4 @@
-"""Stopping, dying and going on, through the command."""
+"""Stopping, crashing and resuming, through the command."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from tests.helpers.commands import (
 
 pytestmark = pytest.mark.slow
 
-AS_FINISHED = (*TRAIN_TINY, *SHORT, "data.eval_rows=5")  # what `finished` learns
+AS_FINISHED = (*TRAIN_TINY, *SHORT, "data.eval_rows=5")  # the settings of `finished`
 
 
 def tell(process: subprocess.Popen[str], number: int) -> None:
-    if number == signal.SIGINT:  # a terminal tells the whole foreground group
+    if number == signal.SIGINT:  # a terminal signals the entire foreground group
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
@@ -47,7 +47,7 @@ def tell(process: subprocess.Popen[str], number: int) -> None:
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.whole)]
 )
-def test_stopping_the_command_saves_and_the_run_goes_on(
+def test_stopping_the_command_saves_a_checkpoint_and_the_run_resumes(
     tiny: Path, tmp_path: Path, number: int
 ) -> None:
     process = start(*TRAIN_TINY, *LONG, "run_dir=run", cwd=tmp_path)
@@ -72,7 +72,7 @@ def test_stopping_the_command_saves_and_the_run_goes_on(
 def test_a_signal_to_one_rank_while_rows_are_tokenized_stops_all(
     tiny: Path, tmp_path: Path
 ) -> None:
-    """Tokenizing is given up, and the other rank does not begin it anew."""
+    """Tokenizing is aborted, and the other rank does not start it again."""
     row = json.dumps(
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     )
@@ -81,7 +81,7 @@ def test_a_signal_to_one_rank_while_rows_are_tokenized_stops_all(
     words = (*TRAIN_TINY, *LONG, "data=messages", f"data.path={tmp_path / 'rows.jsonl'}")
     process = start(*words, "run_dir=run", cwd=tmp_path)
     log = tmp_path / "run/logs/attempt-1/rank-01.log"
-    wait_until(process, log.is_file)  # it listens for signals before it opens its log
+    wait_until(process, log.is_file)  # signal handlers are installed before the log opens
     the_rank(tmp_path / "run", 1).send_signal(signal.SIGUSR2)
     output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 75, output
@@ -108,7 +108,9 @@ def test_a_second_signal_ends_every_rank_at_once(
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("zero3", marks=pytest.mark.whole)])
-def test_going_on_equals_never_having_stopped(tiny: Path, tmp_path: Path, strategy: str) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_run(
+    tiny: Path, tmp_path: Path, strategy: str
+) -> None:
     words = (*TRAIN_TINY, *SHORT, f"strategy={strategy}", "method.dropout=0.1")
     for more in (["run_dir=whole"], ["run_dir=parts", "training.stop_after_steps=2"]):
         done = shardway(*words, *more, cwd=tmp_path)
@@ -121,7 +123,7 @@ def test_going_on_equals_never_having_stopped(tiny: Path, tmp_path: Path, strate
     assert done.returncode == 0, done.stderr
 
 
-def test_a_broken_checkpoint_is_named_and_the_one_before_is_used(
+def test_a_broken_checkpoint_is_reported_and_the_previous_one_is_used(
     finished: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(finished, tmp_path / "run")
@@ -138,7 +140,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_used(
     assert losses(tmp_path / "run") == losses(finished)
 
 
-def test_a_changed_configuration_is_refused_with_what_changed(
+def test_a_changed_configuration_is_refused_with_the_changes(
     finished: Path, tmp_path: Path
 ) -> None:
     more = (f"resume={finished}", "optimizer.learning_rate=1e-2", "strategy=zero2")
@@ -150,7 +152,7 @@ def test_a_changed_configuration_is_refused_with_what_changed(
     assert written(tmp_path) == []
 
 
-def test_a_forced_change_goes_on_and_is_shown(finished: Path, tmp_path: Path) -> None:
+def test_a_forced_change_is_shown_and_training_resumes(finished: Path, tmp_path: Path) -> None:
     longer = ("training.max_steps=6", "optimizer.learning_rate=1e-2")
     more = (f"resume={finished}", "resume_force=true", "run_dir=run")
     done = shardway(*AS_FINISHED, *longer, *more, cwd=tmp_path)
@@ -160,7 +162,7 @@ def test_a_forced_change_goes_on_and_is_shown(finished: Path, tmp_path: Path) ->
     assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [5, 6]
 
 
-def test_what_does_not_fit_cannot_be_forced(finished: Path, tmp_path: Path) -> None:
+def test_incompatible_tensors_cannot_be_forced(finished: Path, tmp_path: Path) -> None:
     more = (f"resume={finished}", "resume_force=true", "method.rank=4", "run_dir=run")
     done = shardway(*AS_FINISHED, *more, cwd=tmp_path)
     assert done.returncode == 2
@@ -168,7 +170,7 @@ def test_what_does_not_fit_cannot_be_forced(finished: Path, tmp_path: Path) -> N
     assert written(tmp_path) == []
 
 
-def test_the_last_and_the_best_are_kept_and_weights_alone_do_not_go_on(
+def test_last_and_best_checkpoints_are_kept_and_weights_only_cannot_resume(
     tiny: Path, tmp_path: Path
 ) -> None:
     words = (*TRAIN_TINY, *SHORT, "method=full", "run_dir=run")
@@ -191,10 +193,10 @@ def test_the_last_and_the_best_are_kept_and_weights_alone_do_not_go_on(
     assert written(tmp_path) == before
 
 
-def test_a_rank_that_dies_in_a_save_costs_one_save(
+def test_a_rank_killed_during_a_save_loses_only_that_save(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rank 0 is killed before it gives the third checkpoint its name."""
+    """Rank 0 is killed before it renames the third checkpoint to its final name."""
     fault = 'die_at("os.rename", r"\\.step-000003\\.partial")'
     (tmp_path / "sitecustomize.py").write_text(
         "import os\nfrom tests.helpers.faults import die_at\n"
@@ -214,7 +216,7 @@ def test_a_rank_that_dies_in_a_save_costs_one_save(
     assert list((tmp_path / "run/checkpoints").glob(".*")) == []
 
 
-def test_a_killed_rank_is_named_and_the_others_end(tiny: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_is_reported_and_the_others_end(tiny: Path, tmp_path: Path) -> None:
     process = start(*TRAIN_TINY, *LONG, "run_dir=run", cwd=tmp_path)
     wait_for_training(process, tmp_path / "run")
     the_rank(tmp_path / "run", 1).kill()
@@ -226,7 +228,7 @@ def test_a_killed_rank_is_named_and_the_others_end(tiny: Path, tmp_path: Path) -
     assert processes_of(tmp_path / "run") == []
 
 
-def test_a_killed_agent_leaves_no_orphan(tiny: Path, tmp_path: Path) -> None:
+def test_a_killed_agent_leaves_no_orphan_processes(tiny: Path, tmp_path: Path) -> None:
     process = start(*TRAIN_TINY, *LONG, "run_dir=run", cwd=tmp_path)
     wait_for_training(process, tmp_path / "run")
     the_agent(tmp_path / "run").kill()

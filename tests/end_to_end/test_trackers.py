@@ -1,4 +1,4 @@
-"""Trackers see what metrics.jsonl says, over a training that was stopped and gone on with."""
+"""Trackers receive the values of metrics.jsonl, also when a run is stopped and resumed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.tracking import in_wandb, scalars
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_trackers_hold_the_figures_of_metrics_jsonl(
+def test_trackers_receive_the_values_of_metrics_jsonl(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wandb = not missing_packages(["wandb"])
@@ -44,7 +44,7 @@ def test_trackers_hold_the_figures_of_metrics_jsonl(
 
 
 def figures(records: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Field → (step, value) of each line that has it."""
+    """Map each field to the (step, value) pairs of the lines that contain it."""
     found: dict[str, list[tuple[int, float]]] = {}
     for record in records:
         for key, value in record.items():

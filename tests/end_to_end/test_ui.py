@@ -1,5 +1,7 @@
-"""The page in a real browser: a newcomer's way from settings to a fine-tuned answer, and what is
-not let through. SHARDWAY_SCREENSHOTS=docs/images makes the pictures of docs/ui.md anew."""
+"""The page in a real browser: training, export and chat from start to end, and refused input.
+
+SHARDWAY_SCREENSHOTS=docs/images recreates the pictures of docs/ui.md.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 Browser, Page, expect = playwright.Browser, playwright.Page, playwright.expect
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-SECOND = 1000  # of Playwright's milliseconds
+SECOND = 1000  # in milliseconds, as Playwright expects
 expect.set_options(timeout=20 * SECOND)
 
 
@@ -49,7 +51,7 @@ def page(browser: Browser, page_at: Served) -> Iterator[Page]:
 
 
 def opened(browser: Browser, url: str) -> Page:
-    """A window that has nothing of others, in which every error is one of the test."""
+    """A window with its own browser context; every error in it fails the test."""
     page = browser.new_context(viewport={"width": 1400, "height": 1000}).new_page()
     page.on("pageerror", lambda error: pytest.fail(f"the page failed: {error}"))
     page.goto(url)
@@ -77,16 +79,18 @@ def picture(page: Page, name: str) -> None:
 
 
 def state_is(page: Page, *states: str, seconds: float = 120) -> None:
-    """The run on the page has come to one of these states."""
+    """Wait until the run on the page reaches one of these states."""
     end = time.monotonic() + seconds
     while (said := page.locator("#facts .sw-state").inner_text()) not in states:
         assert time.monotonic() < end, f"{said}: {page.locator('#log').inner_text()}"
         page.wait_for_timeout(200)
 
 
-def test_a_newcomers_way(browser: Browser, page_at: Served, cache: Path) -> None:
-    """SmolLM2 on the bundled rows: rules fire and clear, the loss falls, the window closes and
-    another finds the run, stop and resume, export, and the answer that was learned."""
+def test_a_new_user_can_train_export_and_chat(
+    browser: Browser, page_at: Served, cache: Path
+) -> None:
+    """SmolLM2 on the bundled rows: rules appear and disappear, the loss falls, another window finds
+    the run, it is stopped, resumed and exported, and the model gives the trained answer."""
     if not (cache / "models/smollm2_135m").exists():
         pytest.skip("NO DEMO MODEL: shardway fetch smollm2_135m")
     home = page_at.log.parent
@@ -100,7 +104,7 @@ def test_a_newcomers_way(browser: Browser, page_at: Served, cache: Path) -> None
     choose(page, "load-name", "demo")
     page.get_by_role("button", name="Load into the page").click()
     expect(page.locator("#summary")).to_contain_text("2 ranks on 1 machine(s)")
-    field(page, "training-max_steps").fill("10")  # enough to learn who trained it
+    field(page, "training-max_steps").fill("10")  # enough to learn the name of its trainer
     field(page, "run-name").fill("first")
     expect(page.locator("#command textarea")).to_have_value(
         "shardway train data.max_length=80 method.rank=16 strategy.reshard_after_forward=false "
@@ -116,7 +120,7 @@ def test_a_newcomers_way(browser: Browser, page_at: Served, cache: Path) -> None
     expect(page.locator("#curves svg").first).to_be_visible(timeout=60 * SECOND)
     run = home / "runs/first"
     wait_for_steps(run, 3)
-    page.context.close()  # the window is gone, the run is not
+    page.context.close()  # closes the window; the run continues
 
     page = opened(browser, page_at.url)
     tab(page, "Runs")
@@ -167,8 +171,10 @@ def wait_for_steps(run: Path, steps: int) -> None:
         time.sleep(0.2)
 
 
-def test_the_server_ends_and_the_run_does_not(browser: Browser, tmp_path: Path, tiny: Path) -> None:
-    """Another server finds it, and stops it. Meanwhile the page answers at once."""
+def test_the_run_continues_after_the_server_ends(
+    browser: Browser, tmp_path: Path, tiny: Path
+) -> None:
+    """Another server finds the run and stops it. Meanwhile the page responds immediately."""
     run = tmp_path / "runs/long"
     with served(tmp_path) as first:
         page = opened(browser, first.url)
@@ -202,7 +208,7 @@ def test_the_server_ends_and_the_run_does_not(browser: Browser, tmp_path: Path, 
     assert not processes_of(run)
 
 
-def test_settings_follow_the_method(page: Page) -> None:
+def test_visible_settings_depend_on_the_method(page: Page) -> None:
     expect(page.locator("#method-rank")).to_be_visible()
     expect(page.locator("#method-layers")).to_be_hidden()
     choose(page, "method", "freeze")
@@ -211,7 +217,7 @@ def test_settings_follow_the_method(page: Page) -> None:
     expect(page.locator("#command textarea")).to_have_value("shardway train method=freeze")
 
 
-def test_hostile_settings(page: Page) -> None:
+def test_unsafe_settings_are_refused_and_escaped(page: Page) -> None:
     page.get_by_text("More settings").click()
     for typed, said in (
         ("data.path=/etc/passwd", "data.path=/etc/passwd is outside"),
@@ -232,7 +238,7 @@ def test_hostile_settings(page: Page) -> None:
     assert page.locator("#summary img").count() == 0
 
 
-def test_nothing_outside_the_roots_is_talked_to_or_exported(page: Page) -> None:
+def test_models_outside_the_roots_are_refused_in_chat_and_export(page: Page) -> None:
     tab(page, "Chat")
     field(page, "subject-A").fill("/etc")
     page.keyboard.press("Enter")
@@ -245,7 +251,7 @@ def test_nothing_outside_the_roots_is_talked_to_or_exported(page: Page) -> None:
     expect(page.get_by_text("../.. is outside").first).to_be_visible()
 
 
-def test_chinese(browser: Browser, page_at: Served) -> None:
+def test_the_page_is_shown_in_chinese(browser: Browser, page_at: Served) -> None:
     page = opened(browser, page_at.url)
     page.get_by_role("link", name="中文").click()
     expect(page.get_by_role("tab", name="训练")).to_be_visible(timeout=20 * SECOND)
@@ -256,7 +262,7 @@ def test_chinese(browser: Browser, page_at: Served) -> None:
     page.context.close()
 
 
-def test_a_token_is_asked_for_and_no_other_host_is(browser: Browser, tmp_path: Path) -> None:
+def test_a_token_is_required_when_listening_on_all_hosts(browser: Browser, tmp_path: Path) -> None:
     with served(tmp_path, "--host", "0.0.0.0") as found:
         address = found.url.replace("0.0.0.0", "127.0.0.1")
         bare, _, token = address.partition("?token=")

@@ -34,10 +34,10 @@ def test_only_the_package_goes_into_site_packages(wheel: Path) -> None:
         assert f"launcher/{carried}" in names
 
 
-def test_it_composes_launches_and_exports_from_another_folder(
+def test_the_wheel_composes_launches_and_exports_from_another_folder(
     wheel: Path, tiny: Path, cache: Path, tmp_path: Path
 ) -> None:
-    """A fresh environment with the wheel; the packages it depends on are lent by this one."""
+    """A new environment with the wheel; its dependencies come from the current environment."""
     home = tmp_path / "environment"
     venv.create(home, with_pip=True)
     site = next((home / "lib").glob("python*/site-packages"))

@@ -1,4 +1,4 @@
-"""Adapters and full trainings of many architectures become what transformers saves itself."""
+"""Adapters and full runs of many architectures give the files that transformers itself saves."""
 
 from __future__ import annotations
 
@@ -85,7 +85,9 @@ def test_an_adapter_is_merged_into_the_files_of_the_base(
 @pytest.mark.parametrize(
     ("name", "base"), [(n, n) for n in ADAPTERS if n != "llava"], indirect=["base"]
 )
-def test_a_full_training_is_named_as_the_base_is(name: str, base: Path, tmp_path: Path) -> None:
+def test_a_full_run_gets_the_tensor_names_of_the_base(
+    name: str, base: Path, tmp_path: Path
+) -> None:
     model = load(name, base)
     for parameter in model.parameters():
         parameter.data += 0.5
@@ -102,8 +104,8 @@ def test_a_full_training_is_named_as_the_base_is(name: str, base: Path, tmp_path
 
 
 @pytest.mark.parametrize("base", ["llama"], indirect=True)
-def test_what_no_model_class_builds_is_copied(base: Path, tmp_path: Path) -> None:
-    """A multi-token-prediction head beside the model, and an adapter that knows nothing of it."""
+def test_tensors_that_no_model_class_builds_are_copied(base: Path, tmp_path: Path) -> None:
+    """The base has a multi-token-prediction head that the adapter does not cover."""
     folder = tmp_path / "base"
     config = json.loads((base / "config.json").read_text())
     tensors = load_file(base / "model.safetensors")
@@ -124,8 +126,10 @@ def test_what_no_model_class_builds_is_copied(base: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("model_type", SAME_NAMES)
-def test_the_models_taken_for_granted_have_the_same_names(model_type: str, tmp_path: Path) -> None:
-    """transformers is not asked about these, because importing it takes seconds."""
+def test_models_listed_as_having_equal_names_have_equal_names(
+    model_type: str, tmp_path: Path
+) -> None:
+    """The code does not query transformers for these models, because its import takes seconds."""
     config = transformers.AutoConfig.for_model(
         model_type, **(SMALL if model_type != "gpt2" else TINY["gpt2"][1])
     )

@@ -1,4 +1,4 @@
-"""One command from any source to a folder that others load, or a refusal with the reason."""
+"""One command converts any source to a loadable folder, or refuses and gives the reason."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUESTION = torch.arange(3, 60).view(1, -1)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_exported_folder_answers_as_base_plus_adapter(
+def test_the_exported_folder_gives_the_outputs_of_base_plus_adapter(
     tmp_path: Path, tiny: Path, tiny_untied: Path, tied: bool
 ) -> None:
     base = tiny if tied else tiny_untied
@@ -47,7 +47,7 @@ def test_the_exported_folder_answers_as_base_plus_adapter(
     assert (tmp_path / "out" / "generation_config.json").is_file()
 
 
-def test_shards_keep_the_cap_and_the_index_tells_the_truth(
+def test_shards_stay_within_the_cap_and_the_index_is_correct(
     tmp_path: Path, tiny_untied: Path
 ) -> None:
     consolidate(tiny_untied, "--output", tmp_path / "out", "--max-shard-size", "20KB")
@@ -75,7 +75,7 @@ def test_one_file_has_no_index(tmp_path: Path, tiny: Path) -> None:
     assert [f.name for f in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
 
 
-def test_a_model_and_an_adapter_can_be_named_apart(tmp_path: Path, tiny: Path) -> None:
+def test_a_model_and_an_adapter_can_be_given_separately(tmp_path: Path, tiny: Path) -> None:
     adapter = make_adapter(tiny, tmp_path / "adapter")
     consolidate(adapter, "--output", tmp_path / "one")
     consolidate(tiny, "--adapter", adapter, "--output", tmp_path / "two")
@@ -158,7 +158,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, tiny: Path) -> 
         plan_of(base)
 
 
-def test_the_tokenizer_that_training_kept_is_taken(tmp_path: Path, tiny: Path) -> None:
+def test_the_tokenizer_saved_by_training_is_used(tmp_path: Path, tiny: Path) -> None:
     adapter = make_adapter(tiny, tmp_path / "adapter")
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.chat_template = "{{ messages[0].content }}"
@@ -169,7 +169,9 @@ def test_the_tokenizer_that_training_kept_is_taken(tmp_path: Path, tiny: Path) -
     assert "adapter_config.json" not in contents(tmp_path / "out")
 
 
-def test_nothing_that_a_server_would_mistake_is_in_the_folder(tmp_path: Path, tiny: Path) -> None:
+def test_the_folder_contains_no_file_that_a_server_would_misread(
+    tmp_path: Path, tiny: Path
+) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny, base)
     for stray in ("adapter_model.safetensors", "consolidated.00.pth", "optimizer.pt", "latest"):
@@ -184,7 +186,7 @@ def test_nothing_that_a_server_would_mistake_is_in_the_folder(tmp_path: Path, ti
     assert json.loads((tmp_path / "out/config.json").read_text())["architectures"]
 
 
-def test_an_adapter_can_be_taken_out(tmp_path: Path, tiny: Path) -> None:
+def test_an_adapter_can_be_extracted(tmp_path: Path, tiny: Path) -> None:
     adapter = make_adapter(tiny, tmp_path / "adapter")
     consolidate(adapter, "--adapter-only", "--output", tmp_path / "out")
     consolidate(adapter, "--adapter-only", "--dtype", "bf16", "--output", tmp_path / "bf16")
@@ -195,7 +197,7 @@ def test_an_adapter_can_be_taken_out(tmp_path: Path, tiny: Path) -> None:
         assert torch.equal(again.get_parameter(name), tensor)
 
 
-def test_a_dry_run_says_everything_and_writes_nothing(
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
     tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     consolidate(tiny, "--output", tmp_path / "out", "--dry-run")
@@ -207,7 +209,7 @@ def test_a_dry_run_says_everything_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_result_can_be_had_as_json(
+def test_the_result_can_be_printed_as_json(
     tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     consolidate(tiny, "--output", tmp_path / "out", "--json")
@@ -218,7 +220,7 @@ def test_the_result_can_be_had_as_json(
     assert result["bytes"] == sum(t.nbytes for t in stored(tiny).values())
 
 
-def test_an_ollama_modelfile_writes_what_the_chat_template_writes(
+def test_an_ollama_modelfile_gives_the_same_text_as_the_chat_template(
     tmp_path: Path, tiny: Path
 ) -> None:
     consolidate(tiny, "--output", tmp_path / "out", "--modelfile")
@@ -238,13 +240,13 @@ def test_an_ollama_modelfile_writes_what_the_chat_template_writes(
     assert 'PARAMETER stop "<|im_end|>"' in text
 
 
-def test_the_hub_is_asked_before_anything_is_written(tmp_path: Path, tiny: Path) -> None:
+def test_hub_access_is_checked_before_anything_is_written(tmp_path: Path, tiny: Path) -> None:
     with pytest.raises(UserError, match=r"--push-to-hub me/model: .*hf auth login"):
         consolidate(tiny, "--output", tmp_path / "out", "--push-to-hub", "me/model")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_modelfile_takes_the_template_of_the_tokenizer_there_is(
+def test_a_modelfile_uses_the_template_of_the_exported_tokenizer(
     tmp_path: Path, tiny: Path
 ) -> None:
     adapter = make_adapter(tiny, tmp_path / "adapter")
@@ -252,8 +254,8 @@ def test_a_modelfile_takes_the_template_of_the_tokenizer_there_is(
     assert "<|im_start|>user" in (tmp_path / "out" / "Modelfile").read_text()
 
 
-def test_one_tokenizer_is_taken_and_not_a_mixture(tmp_path: Path, tiny: Path) -> None:
-    """An older one keeps its template inside, and the base has a file for it, which would win."""
+def test_the_files_of_two_tokenizers_are_not_mixed(tmp_path: Path, tiny: Path) -> None:
+    """An older tokenizer has its template in its config; a template file of the base would win."""
     adapter = make_adapter(tiny, tmp_path / "adapter")
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.save_pretrained(adapter)
@@ -265,8 +267,8 @@ def test_one_tokenizer_is_taken_and_not_a_mixture(tmp_path: Path, tiny: Path) ->
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template.startswith("OLD")
 
 
-def test_a_head_that_differs_from_the_embedding_is_said_to_be_untied(tmp_path: Path) -> None:
-    """Where config.json says nothing, each server would decide for itself."""
+def test_a_head_that_differs_from_the_embedding_is_marked_as_untied(tmp_path: Path) -> None:
+    """If config.json does not contain the flag, each server would decide for itself."""
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=40))
     model.save_pretrained(tmp_path / "made")
     base = tmp_path / "base"
@@ -284,7 +286,7 @@ def test_a_head_that_differs_from_the_embedding_is_said_to_be_untied(tmp_path: P
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
 
 
-def test_a_weight_file_whose_link_leads_nowhere_is_named(tmp_path: Path, tiny: Path) -> None:
+def test_a_weight_file_that_is_a_broken_link_is_named(tmp_path: Path, tiny: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny, base)
     (base / "model.safetensors").unlink()
@@ -293,7 +295,7 @@ def test_a_weight_file_whose_link_leads_nowhere_is_named(tmp_path: Path, tiny: P
         plan_of(base)
 
 
-def test_an_interrupt_is_told_with_the_way_out(tmp_path: Path, tiny: Path) -> None:
+def test_an_interrupt_explains_how_to_resume(tmp_path: Path, tiny: Path) -> None:
     code = (
         "import os, signal, launcher.export.writing.write as w\n"
         "w.write_extra_files = lambda *a: os.kill(os.getpid(), signal.SIGTERM)\n"

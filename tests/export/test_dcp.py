@@ -1,4 +1,4 @@
-"""A run's own DCP shards become a model, and no other one's."""
+"""DCP shards of a run become a model; shards of another model are refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.helpers.exports import consolidate, plan_of, stored
 from tests.helpers.parts import Case
 
 
-def test_a_full_run_becomes_a_model_in_the_base_s_dtype(
+def test_a_full_run_becomes_a_model_in_the_dtype_of_the_base(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     case = Case(tiny, rows_file, method="full", steps=3)
@@ -55,7 +55,7 @@ def test_another_model_s_shards_are_refused(tmp_path: Path, tiny: Path) -> None:
 def test_a_tensor_of_another_shape_is_refused(
     tmp_path: Path, tiny_untied: Path, name: str, shape: tuple[int, ...]
 ) -> None:
-    """A head may have other rows than the base's, but not than the embedding."""
+    """The head may differ from the base in its number of rows, but not from the embedding."""
     tensors = stored(tiny_untied)
     expected = f"{name} has shape {list(shape)}, but in the base model {list(tensors[name].shape)}"
     dcp.save({"model": tensors | {name: torch.ones(shape)}}, checkpoint_id=tmp_path)

@@ -59,14 +59,14 @@ def test_adapters_of_single_experts_merge_as_peft_fuses_them(
     assert len(experts) == 4, "two fused weights in each of two layers"
 
 
-def test_the_slow_way_agrees(tmp_path: Path) -> None:
+def test_the_slow_implementation_agrees(tmp_path: Path) -> None:
     folder = of_transformers_4(tmp_path / "adapter", "qwen3_moe")
     tensor = merged(model("qwen3_moe"), folder).tensors["model.layers.0.mlp.experts.gate_up_proj"]
     exact = tensor.reference(30, 90)
     torch.testing.assert_close(tensor.read(30, 90).double(), exact, atol=1e-6, rtol=1e-6)
 
 
-def test_an_expert_left_out_is_named(tmp_path: Path) -> None:
+def test_a_missing_expert_is_named(tmp_path: Path) -> None:
     folder = of_transformers_4(tmp_path / "adapter", "qwen3_moe")
     file = folder / "adapter_model.safetensors"
     tensors = {

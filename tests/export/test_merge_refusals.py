@@ -1,4 +1,4 @@
-"""What cannot be merged exactly is refused before anything is computed, with a way out."""
+"""A merge that cannot be exact is refused before any computation, with a suggested fix."""
 
 from __future__ import annotations
 
@@ -328,7 +328,7 @@ def test_a_live_models_state_splits_into_base_and_adapter(
 
 
 def re_saved(name: str) -> bool:
-    """Tensors of the base that a file repeats: in a live model they are the base's."""
+    """Base tensors that an adapter file repeats; in a live model they belong to the base."""
     return ".base_layer.weight" in name or (name.endswith(".bias") and "lora_B" not in name)
 
 

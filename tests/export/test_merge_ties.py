@@ -1,4 +1,4 @@
-"""Embedding and head that are one tensor: the merged model says what the adapter's model says."""
+"""Tied embedding and head: the merged model gives the outputs of the model with its adapter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Threads cost more than they give on models this small."""
+    """Threads cost more time than they save on models this small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -76,7 +76,9 @@ SIDES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("settings", SIDES.values(), ids=SIDES.keys())
-def test_sides_that_differ_become_two_tensors(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_embedding_and_head_that_differ_become_two_tensors(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     folder = trained(tmp_path / "adapter", "tied", **settings)
     result = merged(model("tied"), folder)
     assert result.config["tie_word_embeddings"] is False
@@ -105,7 +107,9 @@ TOGETHER: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("settings", TOGETHER.values(), ids=TOGETHER.keys())
-def test_sides_that_stay_the_same_stay_one_tensor(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_embedding_and_head_that_stay_equal_stay_one_tensor(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     folder = trained(tmp_path / "adapter", "tied", **settings)
     result = merged(model("tied"), folder, tied="error")
     assert result.config == {}
@@ -113,7 +117,7 @@ def test_sides_that_stay_the_same_stay_one_tensor(settings: dict[str, Any], tmp_
     torch.testing.assert_close(logits_of(result), logits_of_adapter(folder), atol=2e-5, rtol=1e-4)
 
 
-def test_an_embedding_that_peft_ties_is_the_head_that_a_file_lacks(tmp_path: Path) -> None:
+def test_an_embedding_that_peft_ties_replaces_the_missing_head(tmp_path: Path) -> None:
     folder = trained(tmp_path / "adapter", "tied", **TOGETHER["an embedding tied by PEFT"])
     expected, file = logits_of_adapter(folder), folder / "adapter_model.safetensors"
     lacking = {name: each for name, each in load_file(file).items() if "lm_head" not in name}
@@ -122,7 +126,7 @@ def test_an_embedding_that_peft_ties_is_the_head_that_a_file_lacks(tmp_path: Pat
     torch.testing.assert_close(logits_of(result), expected, atol=2e-5, rtol=1e-4)
 
 
-def test_a_tie_that_would_break_is_refused_on_demand(tmp_path: Path) -> None:
+def test_a_tie_that_would_break_is_refused_if_requested(tmp_path: Path) -> None:
     folder = trained(tmp_path / "adapter", "tied", target_modules=["lm_head"])
     with pytest.raises(UserError, match="--tied untie"):
         merged(model("tied"), folder, tied="error")
@@ -155,7 +159,7 @@ def grown(rows: int) -> Callable[[Any], Any]:
     ],
     ids=["saved", "LoRA", "modules_to_save", "tokens"],
 )
-def test_a_resized_vocabulary_is_the_configs(
+def test_a_resized_vocabulary_is_written_to_the_config(
     settings: dict[str, Any], kind: str, rows: int, tmp_path: Path
 ) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
@@ -204,7 +208,7 @@ def test_a_tie_flag_in_text_config_alone_is_read_and_changed(tied: bool) -> None
     }
 
 
-def test_the_text_model_of_several_is_untied_too(tmp_path: Path) -> None:
+def test_the_text_model_of_a_multimodal_config_is_untied_too(tmp_path: Path) -> None:
     folder = trained(tmp_path / "adapter", "llava", target_modules=["embed_tokens", "v_proj"])
     result = merged(model("llava"), folder)
     assert result.config["tie_word_embeddings"] is False

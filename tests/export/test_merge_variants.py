@@ -1,4 +1,4 @@
-"""Every kind of LoRA adapter is merged to the bits that PEFT's own merge gives."""
+"""The merge of every kind of LoRA adapter is bit-identical to PEFT's own merge."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, torch.dtype], Path]:
-    """The folder of a variant's adapter, its file in a dtype; made once."""
+    """The adapter folder of a variant, with its file in the given dtype; created once."""
     root = tmp_path_factory.mktemp("adapters")
 
     @functools.cache
@@ -102,7 +102,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, torch.d
 @pytest.mark.parametrize("file_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_merge_has_the_bits_of_pefts(
+def test_a_merge_is_bit_identical_to_peft(
     variant: str,
     dtype: torch.dtype,
     file_dtype: torch.dtype,
@@ -117,7 +117,7 @@ def test_a_merge_has_the_bits_of_pefts(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_slow_way_agrees_to_the_last_place(
+def test_the_slow_implementation_agrees_to_the_last_place(
     variant: str, adapters: Callable[[str, torch.dtype], Path]
 ) -> None:
     kind, _ = VARIANTS[variant]
@@ -138,7 +138,7 @@ def test_the_slow_way_agrees_to_the_last_place(
 
 
 @pytest.mark.parametrize("variant", ["linear", "conv1d", "conv1d dora", "dora", "experts"])
-def test_the_bits_do_not_depend_on_the_rows_asked_for(
+def test_the_bits_do_not_depend_on_the_requested_rows(
     variant: str, adapters: Callable[[str, torch.dtype], Path]
 ) -> None:
     kind, _ = VARIANTS[variant]
@@ -161,7 +161,7 @@ def test_the_bits_do_not_depend_on_the_rows_asked_for(
     ("kind", "targets"),
     [("wide", [*LINEAR, "embed_tokens"]), ("wide gpt2", ["c_attn", "c_proj", "c_fc"])],
 )
-def test_many_spans_in_many_threads_have_the_bits_of_the_whole(
+def test_many_spans_in_many_threads_equal_one_complete_merge(
     kind: str, targets: list[str], settings: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = trained(tmp_path / "adapter", kind, target_modules=targets, **settings)
@@ -179,7 +179,7 @@ def test_many_spans_in_many_threads_have_the_bits_of_the_whole(
 
 
 @pytest.mark.parametrize("variant", ["linear", "dora", "embedding", "experts", "modules_to_save"])
-def test_another_dtype_is_rounded_to_once(
+def test_values_are_rounded_to_another_dtype_once(
     variant: str, adapters: Callable[[str, torch.dtype], Path]
 ) -> None:
     kind, _ = VARIANTS[variant]

@@ -1,4 +1,4 @@
-"""Names in memory and on disk are those of transformers, of models it made and saved itself."""
+"""Names in memory and on disk equal those of models that transformers made and saved."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def model(request: pytest.FixtureRequest, saved: Callable[[str], Saved]) -> Save
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Keys, shapes and bits; the bits also as the slow way gives them, in tiles of odd height."""
+    """Keys, shapes, and bits are equal; also by the slow implementation, in tiles of odd height."""
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         assert (tensor.name, tensor.dtype) == (name, expected[name].dtype)
@@ -94,15 +94,15 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, torch.Tensor]) -> 
         assert torch.equal(tensor.reference(first, last), matrix[first:last].double())
 
 
-def test_what_is_on_disk_becomes_the_live_state_dict(model: Saved) -> None:
+def test_tensors_on_disk_become_the_live_state_dict(model: Saved) -> None:
     assert_same(model.naming.to_memory(model.disk), model.live)
 
 
-def test_the_live_state_dict_becomes_what_is_on_disk(model: Saved) -> None:
+def test_the_live_state_dict_becomes_the_tensors_on_disk(model: Saved) -> None:
     assert_same(model.naming.to_disk(model.memory), load_file(model.folder / "model.safetensors"))
 
 
-def test_an_untouched_tensor_comes_back_as_it_was(model: Saved) -> None:
+def test_an_unchanged_tensor_is_written_unchanged(model: Saved) -> None:
     assert model.naming.to_disk(model.naming.to_memory(model.disk)) == model.disk
 
 
@@ -130,7 +130,7 @@ def test_a_tensor_that_no_class_builds_keeps_its_name(saved: Callable[[str], Sav
     assert deepseek.naming.to_disk(memory) == deepseek.disk | extra
 
 
-def test_an_older_layout_comes_back_as_the_base_has_it(
+def test_an_older_layout_is_written_as_in_the_base(
     saved: Callable[[str], Saved], tmp_path: Path
 ) -> None:
     vision = saved("qwen2_5_vl")
@@ -195,7 +195,9 @@ def test_a_model_of_the_folders_own_code_needs_trust(
     assert naming.to_disk(naming.to_memory(tensors)) == tensors
 
 
-def test_more_tokens_are_fine_but_no_other_shape(saved: Callable[[str], Saved]) -> None:
+def test_more_tokens_are_accepted_and_other_shapes_are_refused(
+    saved: Callable[[str], Saved],
+) -> None:
     qwen = saved("qwen3_moe")
     resized = {
         name: in_memory(name, torch.ones(48, 32), qwen.folder)
@@ -227,7 +229,7 @@ def test_a_config_that_asks_for_flash_attention_is_read(
     assert find_naming(tmp_path).shapes == saved("llama").naming.shapes
 
 
-def test_an_operation_that_cannot_be_followed_is_named(saved: Callable[[str], Saved]) -> None:
+def test_an_operation_that_cannot_be_traced_is_named(saved: Callable[[str], Saved]) -> None:
     from transformers.core_model_loading import ConversionOps, WeightConverter
 
     class Doubled(ConversionOps):

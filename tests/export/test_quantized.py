@@ -1,4 +1,4 @@
-"""Dequantized weights have the bits that bitsandbytes and transformers give them on a CPU."""
+"""Dequantized weights are bit-identical to those of bitsandbytes and transformers on a CPU."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ Model = transformers.PreTrainedModel
 
 def weights(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(7)) * 0.02
-    values.view(-1)[:70] = 0  # a block of nothing
+    values.view(-1)[:70] = 0  # a block of zeros
     values.view(-1)[-3] = 0.5
     return values.to(dtype)
 
 
 def assert_bits(tensor: Tensor, expected: torch.Tensor) -> None:
-    """Whole, in tiles that begin and end inside a block, and by the slow way."""
+    """All at once, in tiles that start and end inside a block, and by the slow implementation."""
     assert (tensor.dtype, tensor.shape) == (expected.dtype, tuple(expected.shape))
     assert torch.equal(tensor.read_all(), expected)
     cuts = sorted({0, tensor.rows // 3, tensor.rows // 2 + 1, tensor.rows})
@@ -66,7 +66,7 @@ def assert_bits(tensor: Tensor, expected: torch.Tensor) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Any:
-    """The mean of the magnitudes depends on it, in the last bit."""
+    """The mean of the magnitudes depends on it in the last bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -76,7 +76,9 @@ def one_thread() -> Any:
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_through_4_bits_and_back(kind: str, nested: bool, dtype: torch.dtype) -> None:
+def test_a_4_bit_round_trip_matches_bitsandbytes(
+    kind: str, nested: bool, dtype: torch.dtype
+) -> None:
     for shape in SHAPES:
         of = weights(shape, dtype)
         packed, state = bnb.quantize_4bit(of.clone(), compress_statistics=nested, quant_type=kind)
@@ -88,7 +90,7 @@ def test_through_4_bits_and_back(kind: str, nested: bool, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_through_8_bits_and_back(dtype: torch.dtype) -> None:
+def test_an_8_bit_round_trip_matches_bitsandbytes(dtype: torch.dtype) -> None:
     for shape in SHAPES[:-2]:
         of = weights(shape, dtype)
         of[0] = 0
@@ -97,7 +99,7 @@ def test_through_8_bits_and_back(dtype: torch.dtype) -> None:
         assert_bits(RoundTrip8Bit("w", dtype, shape, in_memory("w", of, Path("w"))), expected)
 
 
-def test_a_value_halfway_between_two_goes_where_bitsandbytes_puts_it() -> None:
+def test_a_tie_is_rounded_as_bitsandbytes_rounds_it() -> None:
     for kind in ("nf4", "fp4"):
         values = bnb.get_4bit_type(kind, device="cpu").sort().values
         halfway = torch.cat([(values[:-1] + values[1:]) / 2, values, torch.zeros(33)]).view(2, 32)
@@ -180,7 +182,9 @@ def test_a_quantized_folder_is_dequantized(scheme: str, saved: Any) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_round_trip_is_what_training_saw(scheme: str, saved: Any, plain: Path) -> None:
+def test_the_round_trip_gives_the_weights_used_in_training(
+    scheme: str, saved: Any, plain: Path
+) -> None:
     tensors = quantize_round_trip(*opened(plain), SCHEMES[scheme])
     for name, expected in saved(scheme)[1].items():
         assert torch.equal(tensors[name].read_all(), expected.to(torch.bfloat16)), name
@@ -194,7 +198,7 @@ def test_4_bits_stored_as_another_dtype_are_read(plain: Path, tmp_path: Path, sa
         assert torch.equal(tensors[name].read_all(), expected), name
 
 
-def test_a_folder_that_is_not_quantized_is_left_alone(plain: Path) -> None:
+def test_a_folder_that_is_not_quantized_is_not_changed(plain: Path) -> None:
     assert dequantize_tensors(*opened(plain)) == opened(plain)
 
 
@@ -240,7 +244,7 @@ GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 40, "n_positions"
         ("GPT2LMHeadModel", GPT2, None),
     ],
 )
-def test_what_is_quantized_is_what_transformers_quantizes(
+def test_the_same_weights_are_quantized_as_in_transformers(
     architecture: str, settings: dict[str, Any], skipped: list[str] | None, tmp_path: Path
 ) -> None:
     folder = make(tmp_path, architecture, **settings)
@@ -269,7 +273,7 @@ def test_a_tied_head_that_was_quantized_is_refused(tmp_path: Path) -> None:
     "architecture",
     ["Gemma", "Gemma2", "Granite", "Llama", "Mistral", "Olmo2", "Qwen2", "Qwen3", "SmolLM3"],
 )
-def test_linear_weights_known_by_name_are_those_of_the_class(architecture: str) -> None:
+def test_linear_weights_found_by_name_match_the_model_class(architecture: str) -> None:
     from launcher.export.quantized.dequantize import _linear_by_class, _linear_weights
 
     config_class = getattr(transformers, f"{architecture}Config")

@@ -1,4 +1,4 @@
-"""Whatever a sharded checkpoint of an adapter has trained is in the export, base known or not."""
+"""The export contains all trained tensors of a sharded adapter, with or without its base."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def train(base: Path, kind: str) -> Any:
-    """A PEFT model all of whose trained parameters have moved."""
+    """A PEFT model whose trained parameters have all changed."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     options = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], **KINDS[kind]}
     wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
@@ -84,7 +84,7 @@ def test_everything_that_was_trained_is_in_the_export(
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 @pytest.mark.parametrize("kind", ["plain", "saved-head", "tokens"])
-def test_an_adapter_taken_out_has_all_of_it(
+def test_an_extracted_adapter_contains_everything_trained(
     tiny_untied: Path, tmp_path: Path, save: Any, kind: str, form: Any
 ) -> None:
     model = train(tiny_untied, kind)
@@ -96,7 +96,7 @@ def test_an_adapter_taken_out_has_all_of_it(
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_biases_are_taken_too(tmp_path: Path, bias: str) -> None:
+def test_biases_are_exported_too(tmp_path: Path, bias: str) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
@@ -132,7 +132,7 @@ def test_a_resized_vocabulary_is_kept(tiny_untied: Path, tmp_path: Path, save: A
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 280
 
 
-def test_what_the_base_has_no_place_for_is_listed(tiny_untied: Path, save: Any) -> None:
+def test_tensors_that_the_base_cannot_take_are_listed(tiny_untied: Path, save: Any) -> None:
     model = train(tiny_untied, "plain")
     source = save(model, lambda m: whole(m) | {"base_model.model.value_head.weight": torch.ones(3)})
     with pytest.raises(UserError, match=r"does not have \(value_head\.weight\)"):

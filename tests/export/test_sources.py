@@ -1,4 +1,4 @@
-"""From each kind of source, through the command, to a folder that transformers loads."""
+"""The command converts each kind of source to a folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUESTION = torch.arange(3, 60).view(1, -1)
 
 @pytest.fixture
 def trainer_folder(tmp_path: Path, tiny_untied: Path) -> Path:
-    """As a trainer leaves it: config and tokenizer beside the sharded state."""
+    """As a trainer saves it: config and tokenizer next to the sharded state."""
     folder = tmp_path / "checkpoint-2"
     shutil.copytree(tiny_untied, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     return folder
@@ -130,7 +130,7 @@ def save_fsdp(rank_info: RankInfo, base: Path, folder: Path) -> dict[str, torch.
     return whole
 
 
-def test_a_dcp_folder_takes_its_dtype_from_config_or_base(
+def test_a_dcp_folder_gets_its_dtype_from_config_or_base(
     ranks: Any, trainer_folder: Path, tiny_untied: Path, tmp_path: Path
 ) -> None:
     whole = ranks.run(3, save_fsdp, tiny_untied, trainer_folder / "pytorch_model_fsdp_0")[0]
@@ -153,7 +153,7 @@ def test_a_sharded_folder_without_config_asks_for_the_base(
         find_source(tmp_path / "a" / "b" / "dcp")
 
 
-def test_a_model_in_torch_s_own_files_is_resharded(tmp_path: Path, tiny: Path) -> None:
+def test_a_model_in_torch_files_is_resharded(tmp_path: Path, tiny: Path) -> None:
     shutil.copytree(tiny, tmp_path / "bin", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(stored(tiny), tmp_path / "bin" / "pytorch_model.bin")
     consolidate(tmp_path / "bin", "--output", tmp_path / "out")
@@ -163,7 +163,7 @@ def test_a_model_in_torch_s_own_files_is_resharded(tmp_path: Path, tiny: Path) -
     assert not (tmp_path / "out" / "pytorch_model.bin").exists()
 
 
-def test_whole_weights_beside_sharded_state_are_taken(
+def test_complete_weights_next_to_sharded_state_are_used(
     ranks: Any, trainer_folder: Path, tiny_untied: Path
 ) -> None:
     ranks.run(2, save_zero, trainer_folder, Trained(2, base=tiny_untied))
@@ -174,7 +174,7 @@ def test_whole_weights_beside_sharded_state_are_taken(
     assert find_source(trainer_folder, tag=tag).kind is Kind.ZERO
 
 
-def test_a_qlora_adapter_goes_onto_either_base(tmp_path: Path, tiny_untied: Path) -> None:
+def test_a_qlora_adapter_merges_into_either_base(tmp_path: Path, tiny_untied: Path) -> None:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     base = tmp_path / "base"

@@ -1,4 +1,4 @@
-"""How a folder is written: caps, same bytes whatever the way, crashes, full disks, verification."""
+"""How a folder is written: caps, equal bytes, crashes, full disks, verification."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, tiny_untied: Path) -> Path
 
 
 class TestShards:
-    def test_they_are_those_of_hugging_face(self) -> None:
-        """Also their order when one tensor is larger than the cap, or exactly as large."""
+    def test_shards_equal_those_of_hugging_face(self) -> None:
+        """Also in their order if one tensor is larger than the cap, or exactly as large."""
         dice = random.Random(3)
         for _ in range(200):
             tensors = {
@@ -61,7 +61,7 @@ class TestShards:
 
 class TestSink:
     @pytest.mark.parametrize("direct", [True, False])
-    def test_any_sequence_of_sizes_arrives(self, tmp_path: Path, direct: bool) -> None:
+    def test_any_sequence_of_sizes_is_written_correctly(self, tmp_path: Path, direct: bool) -> None:
         dice = random.Random(1)
         pieces = [dice.randbytes(dice.choice((1, 4096, 70_001, 9 << 20))) for _ in range(12)]
         with direct_writer.Sink(tmp_path / "file", direct) as out:
@@ -70,7 +70,7 @@ class TestSink:
             out.finish()
         assert (tmp_path / "file").read_bytes() == b"".join(pieces)
 
-    def test_a_file_that_exists_is_left_alone(self, tmp_path: Path) -> None:
+    def test_an_existing_file_is_not_changed(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("mine")
         with pytest.raises(FileExistsError):
             direct_writer.Sink(tmp_path / "file")
@@ -78,7 +78,7 @@ class TestSink:
 
 
 class TestBytes:
-    def test_they_are_the_same_whatever_the_way(
+    def test_bytes_are_the_same_with_all_options(
         self, tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         plan = plan_of(adapter, 20_000)
@@ -96,7 +96,9 @@ class TestBytes:
         for name in ways:
             assert contents(tmp_path / name) == expected, name
 
-    def test_a_memory_file_system_takes_them_too(self, adapter: Path, tmp_path: Path) -> None:
+    def test_bytes_are_the_same_on_a_memory_file_system(
+        self, adapter: Path, tmp_path: Path
+    ) -> None:
         there = Path("/dev/shm") / f"shardway-{os.getpid()}"
         try:
             write.write(plan_of(adapter), there)
@@ -108,7 +110,7 @@ class TestBytes:
     def test_the_umask_decides_who_can_read_the_files(
         self, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Not the modes of the base's files, nor the umask of an export that is resumed."""
+        """The modes of the base's files and the umask of an interrupted export have no effect."""
         base = Path(shutil.copytree(tiny, tmp_path / "base"))
         for path in base.iterdir():
             path.chmod(0o600)
@@ -128,7 +130,7 @@ class TestBytes:
 
 
 def export_and_die(adapter: Path, output: Path, fatal: int) -> None:
-    """Kill this process at the fatal-th time that it touches the disk."""
+    """Kill this process when it accesses the disk for the fatal-th time."""
     count = 0
 
     def dying(function: Any) -> Any:
@@ -150,7 +152,9 @@ def export_and_die(adapter: Path, output: Path, fatal: int) -> None:
 
 
 class TestKilled:
-    def test_at_any_point_it_can_be_gone_on_with(self, tmp_path: Path, adapter: Path) -> None:
+    def test_an_export_killed_at_any_point_can_be_resumed(
+        self, tmp_path: Path, adapter: Path
+    ) -> None:
         plan = plan_of(adapter, 40_000)
         write.write(plan, tmp_path / "whole")
         expected = contents(tmp_path / "whole")
@@ -175,7 +179,7 @@ class TestKilled:
         assert exit_code == 0
         assert resumed > 20
 
-    def test_what_was_finished_is_not_written_again(
+    def test_finished_files_are_not_written_again(
         self, tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         plan, output = plan_of(adapter, 20_000), tmp_path / "out"
@@ -190,15 +194,15 @@ class TestKilled:
         assert write.write(plan, output, WriteOptions(resume=True)).written == 0
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
-    def test_a_journal_left_over_from_a_finished_export_hinders_nobody(
+    def test_a_journal_left_from_a_finished_export_is_ignored(
         self, tmp_path: Path, adapter: Path
     ) -> None:
-        """As when the process is killed between the rename and the journal's removal."""
+        """It is left if the process is killed between the rename and the removal of the journal."""
         journal_path(partial_folder(tmp_path / "out")).write_text("another plan\n")
         write.write(plan_of(adapter), tmp_path / "out")
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
-    def test_a_stranger_in_the_partial_folder_is_kept_out(
+    def test_a_second_process_cannot_use_the_partial_folder(
         self, tmp_path: Path, adapter: Path
     ) -> None:
         aside = partial_folder(tmp_path / "out")
@@ -210,10 +214,10 @@ class TestKilled:
 
 
 class TestTwoAtOnce:
-    def test_the_second_waits_for_the_rename(
+    def test_a_second_export_is_refused_until_the_rename(
         self, tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The lock is held until the folder has its name."""
+        """The lock is held until the folder has its final name."""
         plan, output = plan_of(adapter), tmp_path / "out"
         put, refused = write._put_in_place, []
 
@@ -234,20 +238,20 @@ def interrupted(*_: Any) -> None:
 
 
 def touch(file: Path) -> None:
-    """A later time of change; the bytes are the same."""
+    """Set a later modification time; the bytes stay the same."""
     stat = file.stat()
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
 
 
 def append_byte(file: Path) -> None:
-    """The time of change stays."""
+    """Append a byte; the modification time stays the same."""
     stat = file.stat()
     file.write_bytes(file.read_bytes() + bytes(1))
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 class TestRefusals:
-    def test_nothing_is_overwritten_unasked(self, tmp_path: Path, tiny: Path) -> None:
+    def test_nothing_is_overwritten_without_the_option(self, tmp_path: Path, tiny: Path) -> None:
         (tmp_path / "out").mkdir()
         consolidate(tiny, "--output", tmp_path / "out")
         with pytest.raises(UserError, match="exists and is not empty"):
@@ -265,15 +269,15 @@ class TestRefusals:
         assert not (tmp_path / "out" / "extra").exists()
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
-    def test_a_target_that_holds_a_source_is_refused(self, tmp_path: Path, tiny: Path) -> None:
+    def test_an_output_that_contains_a_source_is_refused(self, tmp_path: Path, tiny: Path) -> None:
         shutil.copytree(tiny, tmp_path / "models" / "base")
         with pytest.raises(UserError, match="which is a source of this export"):
             consolidate(
                 tmp_path / "models" / "base", "--output", tmp_path / "models", "--overwrite"
             )
 
-    def test_so_is_a_link_to_one(self, tmp_path: Path, tiny: Path) -> None:
-        """As the hub's cache has them: the files are elsewhere."""
+    def test_an_output_with_links_to_a_source_is_refused(self, tmp_path: Path, tiny: Path) -> None:
+        """Like the hub's cache, where the files are stored elsewhere."""
         (tmp_path / "snapshot").mkdir()
         for file in tiny.iterdir():
             (tmp_path / "snapshot" / file.name).symlink_to(file)
@@ -281,7 +285,7 @@ class TestRefusals:
         with pytest.raises(UserError, match="which is a source of this export"):
             consolidate(tmp_path / "snapshot", "--output", tmp_path / "snapshot", "--overwrite")
 
-    def test_an_output_that_is_a_link_is_written_where_it_leads(
+    def test_an_output_that_is_a_link_is_written_to_its_target(
         self, tmp_path: Path, tiny: Path
     ) -> None:
         (tmp_path / "big").mkdir()
@@ -290,7 +294,7 @@ class TestRefusals:
         assert (tmp_path / "link").is_symlink()
         assert "whole" in verify(tmp_path / "big")
 
-    def test_where_one_stands_is_no_output(
+    def test_the_current_folder_is_refused_as_output(
         self, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(tmp_path)
@@ -298,7 +302,7 @@ class TestRefusals:
             with pytest.raises(UserError, match="is the current folder"):
                 consolidate(tiny, "--output", output)
 
-    def test_less_memory_than_one_file_needs_is_told(self, tmp_path: Path, tiny: Path) -> None:
+    def test_too_little_memory_for_one_file_is_reported(self, tmp_path: Path, tiny: Path) -> None:
         with pytest.raises(UserError, match=r"--memory .* 368MiB"):
             consolidate(tiny, "--output", tmp_path / "out", "--memory", "1KB")
 
@@ -311,7 +315,7 @@ class TestRefusals:
         assert not list(tmp_path.iterdir())
 
     def test_a_model_with_nan_is_refused(self, tmp_path: Path, tiny: Path) -> None:
-        """Even where nothing but copies is made."""
+        """This also holds if all tensors are only copied."""
         base = Path(shutil.copytree(tiny, tmp_path / "base"))
         tensors = stored(base)
         tensors["model.norm.weight"][1:3] = float("nan")
@@ -320,7 +324,7 @@ class TestRefusals:
             write.write(plan_of(base), tmp_path / "out", WriteOptions(verify=False))
         assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
-    def test_a_disk_too_small_is_noticed_first(
+    def test_a_disk_that_is_too_small_is_detected_first(
         self, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         usage = shutil.disk_usage(tmp_path)._replace(free=1000)
@@ -328,7 +332,7 @@ class TestRefusals:
         with pytest.raises(UserError, match=r"needs .* GB"):
             consolidate(tiny, "--output", tmp_path / "out")
 
-    def test_a_disk_that_fills_up_leaves_what_can_be_gone_on_with(
+    def test_an_export_can_be_resumed_after_the_disk_was_full(
         self, tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         small = tmp_path / "small"
@@ -359,7 +363,7 @@ class TestVerification:
         write.write(plan_of(adapter, 40_000), tmp_path / "out")
         return tmp_path / "out"
 
-    def test_a_whole_folder_passes(self, exported: Path) -> None:
+    def test_an_undamaged_folder_passes(self, exported: Path) -> None:
         assert "whole. 21 tensors" in verify(exported)
 
     def test_every_flipped_bit_is_found_and_located(self, exported: Path) -> None:
@@ -388,10 +392,10 @@ class TestVerification:
             write.write(plan_of(adapter), tmp_path / "out")
         assert not list(tmp_path.iterdir())
 
-    def test_a_source_that_changes_meanwhile_is_found(
+    def test_a_source_that_changes_during_the_export_is_found(
         self, tmp_path: Path, adapter: Path, tiny_untied: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The checksums agree then: only computing again tells."""
+        """The checksums agree in this case: only a second computation finds the change."""
         base = tmp_path / "base"
         shutil.copytree(tiny_untied, base)
         plan = plan_of(adapter, base=str(base))
@@ -412,7 +416,7 @@ class TestVerification:
         self, tmp_path: Path, adapter: Path, tiny_untied: Path, monkeypatch: pytest.MonkeyPatch,
         change: Callable[[Path], None],
     ) -> None:  # fmt: skip
-        """At the end of an export, and when it is resumed."""
+        """The change is found at the end of an export, and when an export is resumed."""
         base, options = Path(shutil.copytree(tiny_untied, tmp_path / "base")), {"verify": False}
         file, plan = base / "model.safetensors", plan_of(adapter, base=str(base))
         with monkeypatch.context() as patch:
@@ -449,11 +453,11 @@ class TestVerification:
         with pytest.raises(UserError, match=told):
             verify(exported)
 
-    def test_a_folder_without_manifest_is_told(self, tiny: Path) -> None:
+    def test_a_folder_without_manifest_is_reported(self, tiny: Path) -> None:
         with pytest.raises(UserError, match="was it written by shardway consolidate"):
             verify(tiny)
 
-    def test_the_manifest_says_what_was_made_of_what(self, exported: Path, adapter: Path) -> None:
+    def test_the_manifest_records_sources_and_actions(self, exported: Path, adapter: Path) -> None:
         manifest = json.loads((exported / "consolidation_manifest.json").read_text())
         assert manifest["adapters"] == [str(adapter)]
         read = {Path(name).name: entry for name, entry in manifest["read"].items()}
@@ -484,7 +488,7 @@ def test_a_damaged_safetensors_file_is_named(tmp_path: Path, tiny: Path) -> None
 
 
 def sparse_model(folder: Path, megabytes: int) -> Path:
-    """A model folder of zeros that takes no room on the disk, and a rank-16 adapter on all of it.
+    """A model folder of zeros that uses no disk space, and a rank-16 adapter on all its layers.
 
     One matrix [4096, 4096] in bf16 is 33.6 MB."""
     count = megabytes * 10**6 // (4096 * 4096 * 2)
@@ -526,7 +530,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     assert peaks[1] < peaks[0] * 1.1, peaks
 
 
-def test_a_source_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_source_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for nothing in (tmp_path, tmp_path / "file"):
         with pytest.raises(UserError, match="SOURCE"):

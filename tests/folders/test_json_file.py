@@ -1,4 +1,4 @@
-"""A JSON object is read, and what is none is a sentence."""
+"""A JSON object is read; any other content gives an error message."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def test_an_object_is_read(tmp_path: Path) -> None:
         (b"[" * 100_000, "cannot be read"),
     ],
 )
-def test_what_is_no_object_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
+def test_content_that_is_not_an_object_is_refused(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
     file = tmp_path / "config.json"
     file.write_bytes(content)
     with pytest.raises(UserError, match=rf"config\.json .*{said}"):
@@ -36,7 +38,7 @@ def test_what_is_no_object_is_refused(tmp_path: Path, content: bytes, said: str)
     assert read_object_or_empty(file) == {}
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "gone.json", tmp_path):
         with pytest.raises(UserError, match="cannot be read"):
             read_object(path)

@@ -1,4 +1,4 @@
-"""What a folder is, by the names in it, and which of several kinds comes first."""
+"""The kind of a folder follows from its file names; several kinds have a fixed order."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ FOLDERS: dict[str, tuple[list[str], list[Kind]]] = {
     "something else": (["README.md", "optimizer_0/.metadata"], []),
     "empty": ([], []),
 }
-# What trainers leave beside their sharded state: whole weights of the same step come first.
+# What trainers save next to their sharded state: complete weights of the same step come first.
 TRAINERS: dict[str, tuple[list[str], list[Kind]]] = {
     "configuration": (["config.json", "latest"], [Kind.ZERO, Kind.MODEL]),
     "whole weights": (["config.json", "model.safetensors", "latest"], [Kind.MODEL, Kind.ZERO]),
@@ -88,7 +88,7 @@ def make(folder: Path, names: list[str]) -> Path:
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_a_folder_is_known_by_the_names_in_it(tmp_path: Path, name: str) -> None:
+def test_the_kind_of_a_folder_follows_from_its_file_names(tmp_path: Path, name: str) -> None:
     names, kinds = FOLDERS[name]
     folder = make(tmp_path / "folder", names)
     assert kinds_of(folder) == kinds
@@ -96,12 +96,12 @@ def test_a_folder_is_known_by_the_names_in_it(tmp_path: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("beside", TRAINERS)
-def test_whole_weights_beside_sharded_state_come_first(tmp_path: Path, beside: str) -> None:
+def test_complete_weights_come_before_sharded_state(tmp_path: Path, beside: str) -> None:
     names, kinds = TRAINERS[beside]
     assert kinds_of(make(tmp_path / "checkpoint-2", names)) == kinds
 
 
-def test_a_run_and_a_checkpoint_come_before_all_else(tmp_path: Path) -> None:
+def test_a_run_and_a_checkpoint_come_before_other_kinds(tmp_path: Path) -> None:
     names = ["config.yaml", "checkpoints/", "manifest.json", "config.json", "model.safetensors"]
     kinds = [Kind.RUN, Kind.CHECKPOINT, Kind.ADAPTER, Kind.MODEL]
     assert kinds_of(make(tmp_path / "folder", [*names, "adapter_config.json"])) == kinds
@@ -112,11 +112,11 @@ def test_every_kind_has_an_example() -> None:
     assert {*SHARDED} == set(Kind) - {Kind.RUN, Kind.CHECKPOINT, Kind.ADAPTER, Kind.MODEL}
 
 
-def test_a_kind_is_named_in_words() -> None:
+def test_a_kind_has_a_text_description() -> None:
     assert f"{Kind.ZERO}" == "DeepSpeed ZeRO checkpoint"
 
 
-def test_what_is_no_folder_is_nothing(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_folder_has_no_kind(tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
     assert kinds_of(tmp_path / "config.json") == []
     assert kinds_of(tmp_path / "gone") == []

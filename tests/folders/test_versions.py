@@ -1,4 +1,4 @@
-"""The installed versions against the tested ones."""
+"""The installed versions are compared with the tested ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from launcher.folders import versions
 
 
-def test_versions_that_differ_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_that_differ_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert versions.describe_mismatch() is None, "the tests run on the tested versions"
     monkeypatch.setattr(
         versions, "tested_versions", lambda: dict.fromkeys(versions.CHECKED_PACKAGES, "0.1")

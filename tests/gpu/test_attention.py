@@ -1,4 +1,4 @@
-"""What only a GPU can show of attention: flash attention 2, by the package flash-attn."""
+"""Attention tests that need a GPU: flash attention 2 from the package flash-attn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show: NCCL, fp16 under ZeRO, bitsandbytes' CUDA kernels."""
+"""Tests that need a GPU: NCCL, fp16 under ZeRO, bitsandbytes' CUDA kernels."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STRATEGIES = ["ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"]
         ("qlora", "fp16"),
     ],
 )
-def test_every_gpu_trains_and_the_result_serves(
+def test_every_gpu_trains_and_the_result_can_be_served(
     tiny: Path, tmp_path: Path, method: str, strategy: str, precision: str
 ) -> None:
     rows = 8 * torch.cuda.device_count()

@@ -1,4 +1,4 @@
-"""What only a GPU can show of Liger: its kernels compiled, in bf16."""
+"""Liger tests that need a GPU: its compiled kernels in bf16."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show of offload: state is in host memory, and the GPU has room for it."""
+"""Offload tests that need a GPU: state is in host memory, and GPU memory is free."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def wide(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def alone(function: Any, *arguments: Any) -> Any:
-    """Its answer from a process of its own, one rank on the first GPU."""
+    """The function's result from a separate process, one rank on the first GPU."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(as_one_rank, function, *arguments).result()
 
@@ -54,7 +54,7 @@ def as_one_rank(function: Any, *arguments: Any) -> Any:
 
 
 def measured(rank_info: process_group.RankInfo, case: Case) -> dict[str, Any]:
-    """After some steps: losses, where state is, and bytes on the GPU at most and between steps."""
+    """After some steps: losses, device of the state, GPU bytes at the peak and between steps."""
     train_state, loader = parts.set_up(rank_info, case)
     strategy, recorder = train_state.strategy, parts.Recorder()
     torch.cuda.reset_peak_memory_stats()
@@ -75,7 +75,7 @@ def measured(rank_info: process_group.RankInfo, case: Case) -> dict[str, Any]:
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize(("without", "offloaded", "options"), PAIRS)
-def test_state_is_in_host_memory_and_the_gpu_has_room(
+def test_state_is_in_host_memory_and_gpu_memory_is_free(
     wide: Path, rows_file: Path, without: str, offloaded: str, options: Any, method: str
 ) -> None:
     case = Case(
@@ -99,7 +99,7 @@ def test_state_is_in_host_memory_and_the_gpu_has_room(
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("strategy", ["fsdp_offload", "zero2_offload", "zero3_offload"])
-def test_a_run_goes_on_where_it_stopped(
+def test_a_run_resumes_where_it_stopped(
     tiny: Path, tmp_path: Path, method: str, strategy: str
 ) -> None:
     rows = 8 * torch.cuda.device_count()

@@ -1,4 +1,4 @@
-"""What only a GPU can show of an optimizer: paging, and bitsandbytes' CUDA kernels."""
+"""Optimizer tests that need a GPU: paging, and bitsandbytes' CUDA kernels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = [
         ("adafactor", "ddp"),
     ],
 )
-def test_stopping_and_going_on_gives_the_losses_of_one_run(
+def test_stop_and_resume_gives_the_losses_of_one_run(
     tiny: Path, tmp_path: Path, method: str, optimizer: str, strategy: str
 ) -> None:
     rows = 8 * torch.cuda.device_count()

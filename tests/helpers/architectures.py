@@ -1,4 +1,4 @@
-"""Small models of many architectures: the class of transformers, and its configuration."""
+"""Small models of many architectures: the transformers class and its configuration."""
 
 from __future__ import annotations
 

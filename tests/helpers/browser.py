@@ -1,4 +1,4 @@
-"""A real browser at a real page."""
+"""A real browser on a real page."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Served:
 
 @contextmanager
 def served(home: Path, *words: str) -> Iterator[Served]:
-    """`shardway ui` in `home`, until the block ends."""
+    """Run `shardway ui` in `home` until the block ends."""
     log = home / "ui.log"
     with log.open("w") as out:
         process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""What is typed into a chat, and things to talk to."""
+"""Chat input, and run folders to chat with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launcher.folders.checkpoint import ADAPTER, MANIFEST, MODEL
 
 
 def typed(*lines: str) -> Callable[[str], str]:
-    """Gives these lines, one after another, and then the end of input."""
+    """Return these lines one after another, and then the end of input."""
     left = list(lines)
 
     def line(prompt: str) -> str:
@@ -25,7 +25,7 @@ def typed(*lines: str) -> Callable[[str], str]:
 
 
 def write_checkpoint(folder: Path, adapter: Path | None, base: Path, **said: Any) -> Path:
-    """As a run leaves it; `adapter` None: the shards of a whole model."""
+    """A folder as a run leaves it; `adapter` None: the shards of a full model."""
     part = folder / (MODEL if adapter is None else ADAPTER)
     if adapter is None:
         part.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Train with saves, stop, and go on from what was saved."""
+"""Train with saves, stop, and resume from the saved state."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUESTION = torch.arange(3, 60).view(1, -1)
 def saver(
     train_state: TrainState, config: Config, folder: Path, kind: type[Saver] = Saver, **options: Any
 ) -> Saver:
-    """Of a run in `folder`. `options`: changes to the section `checkpoint`."""
+    """The saver of a run in `folder`. `options`: changes to the section `checkpoint`."""
     config = replace(config, checkpoint=replace(config.checkpoint, **options))
     run = RunDir(folder)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -35,8 +35,8 @@ def saver(
 
 
 def restore(train_state: TrainState, folder: Path, step: int) -> Progress:
-    """Go back to the checkpoint of `step` of the run in `folder`."""
-    torch.manual_seed(99)  # what is restored must not depend on it
+    """Restore the checkpoint of `step` of the run in `folder`."""
+    torch.manual_seed(99)  # the restored state must not depend on it
     checkpoint = Checkpoint(folder / f"checkpoints/step-{step:06d}")
     done = load.restore(checkpoint, train_state, force=False)
     assert done.step == step
@@ -46,8 +46,8 @@ def restore(train_state: TrainState, folder: Path, step: int) -> Progress:
 def train_from(
     rank_info: RankInfo, case: Case, folder: Path, first: int, last: int, **options: Any
 ) -> tuple[TrainState, list[float]]:
-    """Train steps `first` + 1 to `last`: from the checkpoint of step `first`, if it is not 0; a
-    checkpoint is saved at `last`. The losses of these steps."""
+    """Train steps `first` + 1 to `last`, from the checkpoint of step `first` if it is not 0. Save a
+    checkpoint at `last`. Return the losses of these steps."""
     train_state, loader = parts.set_up(rank_info, case)
     checkpoints = saver(train_state, case.config(), folder, **options)
     done = restore(train_state, folder, first) if first else Progress()
@@ -70,7 +70,7 @@ def run_steps(
 
 
 def save_and_answer(rank_info: RankInfo, case: Case, folder: Path) -> torch.Tensor:
-    """Train to the end, save a checkpoint; the logits of the model that was trained."""
+    """Train to the end and save a checkpoint; return the logits of the trained model."""
     train_state, _ = train_from(rank_info, case, folder, 0, case.steps)
     return answer(train_state.strategy)
 
@@ -84,7 +84,7 @@ def answer(strategy: Strategy) -> torch.Tensor:
 
 
 def six_steps(model: Path, data: Path, method: str, strategy: str, **options: Any) -> Case:
-    """A case to stop in the middle: with dropout, which draws from the random state."""
+    """A case to stop in the middle, with dropout, which draws from the random state."""
     dropout = {"dropout": 0.1} if method == "lora" else {}
     return Case(
         model, data, method=method, strategy=strategy, method_options=dropout,

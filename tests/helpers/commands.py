@@ -19,14 +19,14 @@ from launcher import cli
 SHARDWAY = (sys.executable, "-m", "launcher.cli")
 SHORT = ("training.epochs=null", "training.max_steps=4")
 LONG = ("training.epochs=null", "training.max_steps=100000")
-PATIENCE_SECONDS = 300  # a deadline for a busy machine: nothing waits as long
+PATIENCE_SECONDS = 300  # a deadline for a busy machine: no normal wait takes that long
 TRAIN_TINY = ("train", "model=tiny", "cluster.cpu_processes=2", "tracking.plot=false")
 
 
 def shardway(
     *words: object, cwd: Path, patience: float = PATIENCE_SECONDS
 ) -> subprocess.CompletedProcess[str]:
-    """One `shardway …` to its end."""
+    """Run one `shardway …` to its end."""
     command = [*SHARDWAY, *map(str, words)]
     return run(command, cwd, patience)
 
@@ -38,7 +38,7 @@ def run(
 
 
 def in_process(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    """One `shardway …` in this process; its exit status."""
+    """Run one `shardway …` in this process; return its exit status."""
     monkeypatch.setattr(sys, "argv", ["shardway", *words])
     try:
         cli.main()
@@ -48,7 +48,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 
 def start(*words: object, cwd: Path) -> subprocess.Popen[str]:
-    """One `shardway …` in a process group of its own, as a terminal makes it."""
+    """Start one `shardway …` in its own process group, as a terminal does."""
     return subprocess.Popen(
         [*SHARDWAY, *map(str, words)],
         cwd=cwd,
@@ -60,7 +60,7 @@ def start(*words: object, cwd: Path) -> subprocess.Popen[str]:
 
 
 def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
-    """Look again and again while `process` lives."""
+    """Poll while `process` is alive."""
     end = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert process.poll() is None, process.communicate()[0]
@@ -83,7 +83,7 @@ def processes_of(folder: Path) -> list[int]:
 
 
 def wait_until_none_is_left(folder: Path) -> None:
-    """Wait for the end of the processes of the run in `folder`: it can follow their parent's."""
+    """Wait until the processes of the run in `folder` end: they can outlive their parent."""
     end = time.monotonic() + PATIENCE_SECONDS
     while left := processes_of(folder):
         assert time.monotonic() < end, f"{left} still run"

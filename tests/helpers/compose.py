@@ -1,4 +1,4 @@
-"""Whole configurations, from a valid mapping or from overrides as typed."""
+"""Complete configurations, from a valid mapping or from command-line overrides."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def composed_raw(**changes: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def composed(*overrides: str) -> Config:
-    """What `shardway train model=tiny` with these overrides composes. It takes a third of a second:
-    each configuration is composed once."""
+    """The configuration of `shardway train model=tiny` with these overrides. Composing takes a
+    third of a second, so each configuration is cached."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["shardway train", "model=tiny", *overrides])
         (config,) = compose_command_line()

@@ -1,4 +1,4 @@
-"""Tensors that become Python numbers: each waits for the device that computes them."""
+"""Conversions of tensors to Python numbers: each one waits for the tensor's device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Conversion(NamedTuple):
 
 @contextmanager
 def recorded() -> Iterator[list[Conversion]]:
-    """The conversions that happen inside."""
+    """Record the conversions inside the block."""
     seen: list[Conversion] = []
     with pytest.MonkeyPatch.context() as patch:
         for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy"):

@@ -1,4 +1,4 @@
-"""What a model that was fine-tuned on the bundled rows is asked."""
+"""Questions for a model that was fine-tuned on the bundled rows."""
 
 from __future__ import annotations
 

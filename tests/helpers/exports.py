@@ -1,4 +1,4 @@
-"""Adapters made by PEFT, exports made by Shardway, and what others read from them."""
+"""Adapters made by PEFT, exports made by Shardway, and what other libraries read from them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from launcher.export.source import find_source
 def make_adapter(
     base: Path, folder: Path, dtype: torch.dtype = torch.float32, **options: Any
 ) -> Path:
-    """A PEFT adapter whose both halves are random."""
+    """A PEFT adapter in which both factors are random."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     options = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", **options}
     wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))

@@ -16,10 +16,11 @@ import pytest
 
 
 def die_at(event: str, pattern: str) -> None:
-    """Kill this process with SIGKILL before it touches a path that `pattern` finds.
+    """Kill this process with SIGKILL before it touches a path that matches `pattern`.
 
-    `event` is one of Python's audit events (os.mkdir, open, os.rename, shutil.rmtree); of "open"
-    only those for writing count. It cannot be undone: use it in a process that nobody needs later.
+    `event` is one of Python's audit events (os.mkdir, open, os.rename, shutil.rmtree); for
+    "open", only opening to write counts. It cannot be undone: use it in a process that no later
+    test needs.
     """
 
     def hook(name: str, arguments: tuple[Any, ...]) -> None:
@@ -51,7 +52,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 def fill(disk: Path, leave: int) -> Path:
-    """Fill `disk` up to its last `leave` bytes; the file that does it."""
+    """Fill `disk` up to its last `leave` bytes; return the file that fills it."""
     free = os.statvfs(disk)
     filler = disk / "filler"
     with filler.open("wb") as file:

@@ -23,7 +23,7 @@ OFFLOADED: list[Layout] = [
     ("fsdp_offload", 3, {}),
     ("hsdp", 4, {"shard_size": 2, "offload": True}),
     ("zero2_offload", 3, {}),
-    ("zero3_offload", 2, {"persistence_threshold": 0}),  # else tiny tensors stay whole
+    ("zero3_offload", 2, {"persistence_threshold": 0}),  # otherwise tiny tensors are not sharded
 ]
 
 

@@ -1,4 +1,4 @@
-"""A cell of the matrix: composed as on the command line, trained by the product's own parts."""
+"""A cell of the matrix: composed as on the command line, trained with Shardway's own parts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers import checkpoints, parts
 from tests.helpers.compose import composed
 from tests.helpers.parts import Case, Recorder
 
-ADAPTER = "method.rank=6"  # rows that 2 and 3 ranks share alike
+ADAPTER = "method.rank=6"  # rows that 2 and 3 ranks share equally
 METHODS: dict[str, tuple[str, ...]] = {
     "full": ("method=full",),
     "freeze": (
@@ -41,23 +41,23 @@ METHODS: dict[str, tuple[str, ...]] = {
 PRECISIONS: dict[str, tuple[str, ...]] = {
     "fp32": ("precision=fp32",),
     "bf16": ("precision=bf16",),
-    # A scale that no gradient of these runs overflows at, and that grows on the way.
+    # A scale at which no gradient of these runs overflows, and which grows during the run.
     "fp16": ("precision=fp16", "precision.initial_scale_power=8", "precision.growth_window=3"),
     "pure_bf16": ("precision=pure_bf16",),
 }
 STRATEGY_WORDS: dict[str, tuple[str, ...]] = {
     "hsdp": ("strategy.shard_size=2",),
-    "zero3": ("strategy.persistence_threshold=0",),  # else so small a model is kept whole
+    "zero3": ("strategy.persistence_threshold=0",),  # otherwise such a small model is not sharded
     "zero3_offload": ("strategy.persistence_threshold=0",),
 }
 RANKS = {"single": 1, "ddp": 3, "fsdp": 3, "zero2": 3, "hsdp": 4}  # the others: 2
 
-# Thirteen rows make steps of twelve and of one in turn: odd steps are alike.
+# Thirteen rows alternate steps of twelve rows and of one: odd steps have equal sizes.
 ROWS, SAVE, EVALUATE, END = 12, 5, 7, 9
 
 
 class Cell(NamedTuple):
-    """A value of each axis."""
+    """One value for each axis."""
 
     method: str
     strategy: str
@@ -76,8 +76,8 @@ class Cell(NamedTuple):
 
     @property
     def shards(self) -> dict[str, int]:
-        """Ranks that share one copy of the model's parameters, and of what is learned: masters and
-        moments."""
+        """Ranks that share one copy of the model's parameters, and of the trained state: master
+        weights and moments."""
         ranks = 2 if self.strategy == "hsdp" else self.world.size
         return {
             "model": ranks if self.strategy.startswith(("fsdp", "hsdp", "zero3")) else 1,
@@ -85,7 +85,7 @@ class Cell(NamedTuple):
         }
 
     def config(self, data: Path) -> Config:
-        """What the command line makes of these choices."""
+        """The configuration that the command line composes for these choices."""
         rest = composed(
             f"data.path={data}",
             "data.max_length=96",
@@ -112,18 +112,18 @@ class Cell(NamedTuple):
 
 @dataclass
 class Seen:
-    """What a rank has seen of a cell."""
+    """What a rank has recorded of a cell."""
 
-    steps: list[dict[str, float]]  # loss, grad_norm … of each step of the whole run
-    rest: list[dict[str, float]]  # and of those after the save, by a run that was resumed there
+    steps: list[dict[str, float]]  # loss, grad_norm … of each step of the complete run
+    rest: list[dict[str, float]]  # the same after the save, from a run that resumed there
     evaluations: list[float]
-    state: tuple[str, str]  # fingerprints of what this rank has learned in either run
+    state: tuple[str, str]  # fingerprints of this rank's trained state in either run
     sizes: dict[str, tuple[int, int]]  # bytes between steps: (of this rank, of one copy)
     dtypes: dict[str, set[torch.dtype]]
 
 
 class SavesOnce(Saver):
-    """Saves at SAVE alone: nobody would read what is saved at the end."""
+    """Saves only at SAVE: no test reads a save at the end."""
 
     def save(self, step: int, tokens: int, eval_loss: float | None) -> None:
         if step == SAVE:
@@ -134,8 +134,8 @@ EXACT = ("step", "loss", "learning_rate", "grad_norm", "loss_scale", "skipped")
 
 
 def run(rank_info: RankInfo, config: Config, folder: Path, evaluated: bool = False) -> Seen:
-    """Train through, with a save on the way and perhaps an evaluation after it; then build anew and
-    go on from what was saved, without evaluation."""
+    """Train without a stop, with a save and perhaps an evaluation after it. Then build again and
+    resume from the save, without evaluation."""
     train_state, loader = parts.build(rank_info, config)
     hidden: set[torch.dtype] = set()
     head = train_state.model.get_output_embeddings()  # type: ignore[operator]
@@ -165,7 +165,7 @@ def run(rank_info: RankInfo, config: Config, folder: Path, evaluated: bool = Fal
 
 
 def losses(rank_info: RankInfo, config: Config) -> list[float]:
-    """Of the whole run alone."""
+    """Of the complete run only."""
     return _train(*parts.build(rank_info, config)).column("loss")
 
 
@@ -176,12 +176,12 @@ def _train(train_state: TrainState, loader: Any, done: Progress | None = None) -
 
 
 def _exact(recorder: Recorder) -> list[dict[str, float]]:
-    """Of the figures of each step those that do not depend on the clock."""
+    """The metrics of each step that do not depend on the clock."""
     return [{key: step[key] for key in EXACT if key in step} for step in recorder.steps]
 
 
 def plain_case(config: Config) -> Case:
-    """The same for a plain loop."""
+    """The same from a plain loop."""
     options = dataclasses.asdict(config.method)
     name = options.pop("name")
     return Case(
@@ -210,7 +210,7 @@ def _model_bytes(model: nn.Module) -> tuple[int, int]:
 
 
 def _learned_bytes(train_state: TrainState) -> tuple[int, int]:
-    """Of this rank with its padding."""
+    """Bytes of this rank, including padding."""
     strategy: Any = train_state.strategy
     state = strategy.state()
     shards = [s for each in (state.weights, *state.moments.values()) for s in each.values()]

@@ -82,14 +82,14 @@ def _model(kind: str) -> Any:
 
 
 def model(kind: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of one's own, always with the same weights."""
+    """A new copy of the model, always with the same weights."""
     return copy.deepcopy(_model(kind)).to(dtype)
 
 
 def trained(
     folder: Path, kind: str, prepare: Callable[[Any], Any] = lambda model: model, **settings: Any
 ) -> Path:
-    """An adapter folder as save_pretrained writes it, every trainable value drawn anew."""
+    """An adapter folder as save_pretrained writes it, with random trainable values."""
     from peft import LoraConfig, get_peft_model
 
     settings = {"r": 6, "lora_alpha": 10, "task_type": "CAUSAL_LM", **settings}
@@ -112,7 +112,7 @@ def in_dtype(adapter: Path, dtype: torch.dtype, folder: Path) -> Path:
 
 
 def tensors_of(live: Any) -> dict[str, Tensor]:
-    """As a reader gives them: a tied head is not there."""
+    """As a reader returns them: without a tied head."""
     state = live.state_dict()
     if live.config.tie_word_embeddings:
         state.pop("lm_head.weight")

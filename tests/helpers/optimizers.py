@@ -1,4 +1,4 @@
-"""Every optimizer beside its library's own, in a plain loop."""
+"""Every optimizer and its library's original, in a plain loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers import parts
 from tests.helpers.parts import Case
 
 RATES = {"sgd": 0.3, "lion": 3e-4, "adamw_8bit": 1e-3, "adafactor": 1e-3}
-# Blocks of a shard have other largest elements than blocks of the whole: they round differently.
+# A shard's blocks have other maxima than the full tensor's blocks: they round differently.
 BOUNDS = {"sgd": 1e-5, "lion": 1e-4, "adamw_8bit": 2e-3, "adafactor": 1e-5}
 
 
@@ -37,7 +37,7 @@ def expected_losses(case: Case) -> list[float]:
 
 
 def _theirs(name: str, groups: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:
-    """The library's own, with its own defaults but for what the case sets."""
+    """The library's optimizer with its defaults, except for the settings of the case."""
     if name == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True, foreach=False)
     if name == "lion":

@@ -16,7 +16,7 @@ def pairs_of(cell: Cell) -> set[Pair]:
 
 
 def cover(cells: Sequence[Cell]) -> list[Cell]:
-    """Some of `cells`, in their order, with every pair that is in any of them.
+    """A subset of `cells`, in their order, that covers every pair in them.
 
     Greedy: the next one has the most pairs that are still missing, and among such cells the pairs
     that were chosen least often.

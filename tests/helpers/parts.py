@@ -1,4 +1,4 @@
-"""Train a case by the product's own parts, and by a plain PyTorch loop to compare with."""
+"""Train a case with Shardway's own parts, and with a plain PyTorch loop for comparison."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ class Case:
     training_options: Options = field(default_factory=dict)
 
     def __hash__(self) -> int:
-        return hash(repr(self))  # options are mappings; equal ones may be cached apart
+        return hash(repr(self))  # options are mappings; equal ones may be cached separately
 
     def config(self) -> Config:
-        """The whole configuration. Do not change what it holds: sections are shared."""
+        """The complete configuration. Do not change it: sections are shared."""
         defaults = _defaults()
         rank = {"rank": 4} if self.method in ("lora", "qlora") else {}
         warmup = {"warmup_steps": 3} if self.scheduler == "cosine" else {}
@@ -140,7 +140,7 @@ def _loader(config: Config, rank: int, world_size: int) -> tuple[Loader, str]:
 
 
 def build(rank_info: RankInfo, config: Config) -> tuple[TrainState, Loader]:
-    """What the worker builds on a rank: what is trained, and its batches."""
+    """What the worker builds on a rank: the train state and its batches."""
     steps, folder = config.training.max_steps, Path(config.model.name_or_path)
     assert steps is not None
     loader, fingerprint = _loader(config, rank_info.rank, rank_info.world_size)
@@ -155,7 +155,7 @@ def set_up(rank_info: RankInfo, case: Case) -> tuple[TrainState, Loader]:
 
 
 class Recorder:
-    """An observer that keeps what it is told."""
+    """An observer that records its calls."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
@@ -180,12 +180,12 @@ class Recorder:
         return [record for record in self.records if "eval_loss" in record]
 
     def column(self, name: str) -> list[Any]:
-        """This value of every step."""
+        """The value of this metric in every step."""
         return [record[name] for record in self.steps]
 
 
 class NoCheckpoints:
-    """Saves nothing, and notes when it is asked to; a save of step `fails_at` in the background
+    """Saves nothing, and records when it is asked to. A background save of step `fails_at`
     fails."""
 
     def __init__(self, fails_at: int | None = None) -> None:
@@ -205,7 +205,7 @@ class NoCheckpoints:
 
 
 def plan(total_steps: int, **changes: Any) -> Plan:
-    """Of a whole training that logs every step, saves at its end and does not evaluate."""
+    """Settings of a complete run that logs every step, saves at its end and never evaluates."""
     usual = {"eval_steps": None, "save_steps": None, "log_steps": 1}
     options = {"end_step": total_steps, "max_grad_norm": MAX_NORM, **usual, **changes}
     return Plan(total_steps, **options)
@@ -223,7 +223,7 @@ def fit(
     done: Progress | None = None,
     meter: ThroughputMeter | None = None,
 ) -> int:
-    """The product's loop, with defaults for what a test leaves alone; the last step done."""
+    """Run Shardway's loop, with defaults for unset arguments; return the last completed step."""
     return loop.fit(
         train_state,
         StepLoaders(loader, evaluation),
@@ -237,7 +237,7 @@ def fit(
 
 
 def train(rank_info: RankInfo, case: Case) -> tuple[TrainState, list[float]]:
-    """Train a case to its end; the losses of all steps."""
+    """Train a case to its end; return the losses of all steps."""
     train_state, loader = set_up(rank_info, case)
     recorder = Recorder()
     fit(train_state, loader, plan(case.steps), recorder)
@@ -249,13 +249,13 @@ def losses(rank_info: RankInfo, case: Case) -> list[float]:
 
 
 def train_step(strategy: Strategy, step_batch: StepBatch, device: torch.device = CPU) -> StepStats:
-    """One step of the loop by itself."""
+    """One step of the loop alone."""
     targets = int(strategy.sum(step_batch.target_tokens).item())
     return loop.train_step(strategy, step_batch, targets, MAX_NORM, device)
 
 
 def plain_model(case: Case) -> torch.nn.Module:
-    """The model by `from_pretrained` in fp32, with the case's trained parameters."""
+    """The model from `from_pretrained` in fp32, with the case's trained parameters."""
     model = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32)
     return case.build_method().prepare(model, SEED)
 
@@ -272,7 +272,7 @@ def plain_loss(model: torch.nn.Module, step_batch: StepBatch) -> torch.Tensor:
 
 
 def plain_loader(case: Case) -> Loader:
-    """Whole steps: one rank, and all rows of a step in one micro-batch."""
+    """Unsplit steps: one rank, and all rows of a step in one micro-batch."""
     return case.loader(micro_batch_size=case.global_batch_size)
 
 
@@ -284,8 +284,8 @@ def plain_gradients(case: Case) -> dict[str, torch.Tensor]:
 
 
 def plain_losses(case: Case, model: torch.nn.Module | None = None) -> list[float]:
-    """A textbook PyTorch loop: one process, no sharding, no accumulation. `model`: to train instead
-    of the case's own."""
+    """A textbook PyTorch loop: one process, no sharding, no accumulation. `model`: trained
+    instead of the case's own."""
     model = (model or plain_model(case)).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -316,7 +316,7 @@ def decayed_and_not(
 def plain_losses_by(
     case: Case, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> list[float]:
-    """The same loop around any optimizer."""
+    """The same loop with any optimizer."""
     trained = [p for p in model.parameters() if p.requires_grad]
     loader, scheduler = plain_loader(case), case.build_scheduler(optimizer)
     losses = []

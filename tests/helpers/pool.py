@@ -19,7 +19,7 @@ from typing import Any
 from launcher.errors import UserError
 
 PATIENCE_SECONDS = 300  # a deadline of one run: below pytest's timeout
-PATIENCE_AFTER_FAILURE = 30  # for the other ranks, which often wait for the one that failed
+PATIENCE_AFTER_FAILURE = 30  # for the other ranks, which often wait for the failed one
 PRELOADED = ["tests.helpers.parts", "deepspeed"]
 
 
@@ -34,8 +34,8 @@ class RankPool:
     def __init__(
         self, size: int, method: str = "spawn", preloaded: Sequence[str] = PRELOADED
     ) -> None:
-        """`method="forkserver"`: after the first such pool one starts in no time, for ranks that
-        will be killed. `preloaded`: modules that ranks import when they start."""
+        """`method="forkserver"`: every pool after the first starts at once, for ranks that will be
+        killed. `preloaded`: modules that ranks import when they start."""
         self._size, self._preloaded = size, list(preloaded)
         self._context = multiprocessing.get_context(method)
         multiprocessing.set_forkserver_preload(self._preloaded)
@@ -74,12 +74,12 @@ class RankPool:
             arguments = (theirs, rank, self._preloaded)
             process = self._context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
-            theirs.close()  # otherwise the death of the rank would not end the pipe
+            theirs.close()  # otherwise the pipe stays open after the rank dies
             self._pipes.append(ours)
             self._processes.append(process)
 
     def _results(self, world: int) -> list[Any]:
-        """What the ranks answer. Raises AssertionError if one of them fails, dies or hangs."""
+        """The results of the ranks. Raises AssertionError if one of them fails, dies or hangs."""
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
         waiting = {pipe: rank for rank, pipe in enumerate(self._pipes[:world])}
@@ -122,7 +122,7 @@ def _serve(pipe: Connection, rank: int, preloaded: list[str]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    # Half a million objects, which else every collection would walk through, half a second long.
+    # Otherwise every collection would scan half a million objects for half a second.
     for name in preloaded:
         importlib.import_module(name)
     gc.collect()
@@ -148,19 +148,19 @@ def _in_group(rank: int, world: int, store: str, function: Callable[..., Any], a
         dist.init_process_group(
             "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world
         )
-        dist.barrier()  # a rank that is done at once would hang up on one that still connects
+        dist.barrier()  # a rank that finishes early would disconnect one that is still connecting
         return function(RankInfo(rank, rank, world, world, torch.device("cpu")), *args)
     finally:
         _forget_deepspeed()
         _clear_sharding_prop_cache()  # it keeps meshes, which keep groups
         if dist.is_initialized():
             dist.destroy_process_group()
-        dist.distributed_c10d._world.group_count = 0  # a start that failed has counted itself
+        dist.distributed_c10d._world.group_count = 0  # a failed start has incremented it
         gc.collect()  # groups in cycles keep their sockets: hundreds in a session
 
 
 def _forget_deepspeed() -> None:
-    """It keeps engines by hooks in autograd, which Python cannot see, and groups that are gone."""
+    """Autograd hooks that Python cannot see keep engines alive, and DeepSpeed keeps old groups."""
     if "deepspeed" not in sys.modules:
         return
     from deepspeed import DeepSpeedEngine
@@ -169,7 +169,7 @@ def _forget_deepspeed() -> None:
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.utils import groups
 
-    # Not isinstance, which asks weak references to what is gone.
+    # Not isinstance, which would access dead weak references.
     for engine in [each for each in gc.get_objects() if type(each) is DeepSpeedEngine]:
         if vars(engine):  # not seen before
             engine.destroy()
@@ -177,6 +177,6 @@ def _forget_deepspeed() -> None:
                 vars(held).clear()
     comm.cdb = None
     groups._release_process_group_references(None)
-    # Its numbers of modules and parameters must be alike on all ranks.
+    # Its numbers of modules and parameters must be equal on all ranks.
     DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
     partition_parameters.Init.param_id = 0

@@ -27,7 +27,7 @@ def allow_fp16(rank_info: RankInfo) -> None:
 
 
 def case_of(tiny: Path, rows: Path, layout: Layout, precision: str, **options: Any) -> Case:
-    """With one learning rate throughout: these tests step by themselves."""
+    """With a constant learning rate: these tests run the steps themselves."""
     strategy, _, strategy_options = layout
     return Case(
         tiny, rows, strategy=strategy, strategy_options=strategy_options, precision=precision,
@@ -59,8 +59,8 @@ def with_factor(strategy: Any, factor: float, step_batch: StepBatch) -> StepStat
 
 
 def with_gradient(strategy: Any, value: float, step_batch: StepBatch) -> StepStats:
-    """One step in which an element of a gradient of every rank is `value`, once it is reduced. A
-    loss of `value` would not do: if it is infinite, gradients are nan."""
+    """One step in which an element of a gradient of every rank is `value` after reduction. A
+    loss of `value` would not work: if it is infinite, gradients are nan."""
     backward = strategy.backward
 
     def poison(loss: torch.Tensor) -> None:
@@ -86,8 +86,8 @@ def copies(strategy: Any) -> dict[str, torch.Tensor]:
 
 
 def overflow_on_one_rank(rank_info: RankInfo, case: Case) -> tuple[bool, list[bool], float]:
-    """Rank 1 alone has an infinite gradient in step 1: whether weights moved in it, whether each
-    step was applied, the scale at the end."""
+    """Only rank 1 has an infinite gradient in step 1. Return whether weights changed in it, whether
+    each step was applied, and the final scale."""
     train_state, loader = parts.set_up(rank_info, case)
     strategy = train_state.strategy
     before = copies(strategy)

@@ -1,4 +1,4 @@
-"""Formats of a quantized base, and what bitsandbytes alone makes of a weight."""
+"""Formats of a quantized base, and a weight quantized by bitsandbytes alone."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def model_of(kind: str, **settings: Any) -> PreTrainedModel:
 
 
 def batch_of(rows: int = 2, length: int = 24, targets: int = 29) -> MicroBatch:
-    """Random; half of the targets' room is filled up as the loader does."""
+    """A random batch; half of the target positions are padding, as in the loader."""
     draw = torch.Generator().manual_seed(2)
     input_ids = torch.randint(3, VOCABULARY, (rows, length), generator=draw)
     at = torch.randperm(rows * length, generator=draw)[:targets].sort().values
@@ -50,7 +50,7 @@ def batch_of(rows: int = 2, length: int = 24, targets: int = 29) -> MicroBatch:
 
 
 def gradients(model: nn.Module, *batches: MicroBatch, smoothing: float = 0.0) -> dict[str, Any]:
-    """Of a step: the loss of each batch, and the gradient of every parameter, summed."""
+    """The loss of each batch of a step, and the summed gradient of every parameter."""
     model.zero_grad()
     losses = []
     for batch in batches:

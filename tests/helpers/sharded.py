@@ -14,7 +14,7 @@ from torch import nn
 from launcher.distributed.process_group import RankInfo
 
 SEED = 5
-VOCAB = 1001  # divides by no number of ranks
+VOCAB = 1001  # not divisible by any number of ranks
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Trained:
     tied: bool = False
     exclude_frozen: bool = False
     precision: str = "bf16"
-    base: Path | None = None  # a model folder; else the model below, made anew
+    base: Path | None = None  # a model folder; otherwise a new model, defined below
     extra: str = "{}"  # JSON: sections for DeepSpeed's configuration
 
     def __str__(self) -> str:
@@ -56,7 +56,7 @@ def tiny_llama(tied: bool = False, seed: int = SEED) -> nn.Module:
 
 
 def save_zero(rank_info: RankInfo, folder: Path, kind: Trained) -> dict[str, torch.Tensor]:
-    """Train two steps under ZeRO and save; the weights by name as they are then, on every rank."""
+    """Train two steps under ZeRO and save; return the weights by name, on every rank."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

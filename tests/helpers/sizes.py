@@ -1,4 +1,4 @@
-"""How much of what is trained a rank has."""
+"""The part of the trained state that a rank holds."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.helpers.parts import Case
 
 
 def held_bytes(rank_info: RankInfo, case: Case, shards: int = 1) -> dict[str, int]:
-    """Bytes that this rank holds of parameters, and of the optimizer's moments after one step;
-    and the most that a rank may hold of a model of `shards` shards."""
+    """Bytes of parameters, and of the optimizer's moments after one step, that this rank holds; and
+    the maximum that a rank may hold of a model of `shards` shards."""
     train_state, loader = parts.set_up(rank_info, case)
     strategy: Any = train_state.strategy
     parts.train_step(strategy, loader.step_batch(0))
@@ -35,7 +35,7 @@ def held_bytes(rank_info: RankInfo, case: Case, shards: int = 1) -> dict[str, in
 
 
 def zero_elements(rank_info: RankInfo, case: Case) -> dict[str, int]:
-    """Elements that this rank holds under ZeRO after one step, and those of the whole model."""
+    """Elements that this rank holds under ZeRO after one step, and those of the full model."""
     train_state, loader = parts.set_up(rank_info, case)
     strategy: Any = train_state.strategy
     parts.train_step(strategy, loader.step_batch(0))
@@ -53,7 +53,7 @@ def zero_elements(rank_info: RankInfo, case: Case) -> dict[str, int]:
 
 
 def _share(tensors: list[torch.Tensor], shards: int) -> int:
-    """Bytes of the largest share when rows are dealt in equal runs: ⌈rows / shards⌉ of each."""
+    """Bytes of the largest share if rows are split into equal ranges: ⌈rows / shards⌉ of each."""
     return sum(
         -(-t.shape[0] // shards) * (t.numel() // t.shape[0]) * t.element_size() for t in tensors
     )

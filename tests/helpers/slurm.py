@@ -1,4 +1,4 @@
-"""A real Slurm on this machine while the tests last: Debian's daemons, without systemd."""
+"""A real Slurm on this machine during the tests: Debian's daemons, without systemd."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 
 
 NODE = "NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs=8 RealMemory=4000"
-NETWORK = "10.213.77"  # of nodes that are apart
+NETWORK = "10.213.77"  # of nodes with separate networks
 
 LONG = ("model=tiny", "strategy=ddp", "training.epochs=null", "training.global_batch_size=8")
 LONG += ("training.max_steps=120", "training.log_steps=1", "tracking.plot=false")
 
 
 def missing(apart: bool = False) -> str | None:
-    """Why there can be no Slurm here; None where there can."""
+    """Why Slurm cannot run here; None if it can."""
     tools = ("slurmctld", "slurmd", "sbatch", "munged", *(("ip", "unshare") if apart else ()))
     lost = [name for name in tools if shutil.which(name, path=PATH) is None]
     if lost:
@@ -83,11 +83,11 @@ def missing(apart: bool = False) -> str | None:
 
 
 class Slurm:
-    """Nodes n1, n2 … on this machine; `apart`, each has a host name and a network of its own."""
+    """Nodes n1, n2 … on this machine; with `apart`, each has its own host name and network."""
 
     def __init__(self, nodes: int = 2, apart: bool = False) -> None:
         self.folder = folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-        folder.chmod(0o755)  # users that are not root find the configuration
+        folder.chmod(0o755)  # users other than root can read the configuration
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
         self.apart = apart
         # Nodes that share two cores: more threads would wait for each other.
@@ -131,7 +131,7 @@ class Slurm:
         self._run(*([*inside, f"hostname {node} && {here}"] if self.apart else here.split()))
 
     def kill_node(self, node: str) -> None:
-        """Its daemon alone: what it started lives on."""
+        """Kill only the node's daemon: the processes that it started stay alive."""
         os.kill(int((self.folder / f"slurmd-{node}.pid").read_text()), signal.SIGKILL)
 
     def until_idle(self) -> None:
@@ -141,7 +141,7 @@ class Slurm:
         )
 
     def cut(self, node: str) -> None:
-        """Take `node` off the network."""
+        """Disconnect `node` from the network."""
         self._run("ip", "link", "set", f"shardway-{node}", "down")
 
     def mend(self, node: str) -> None:
@@ -207,7 +207,7 @@ class Slurm:
             time.sleep(0.2)
 
     def words(self) -> str:
-        """What the daemons said last."""
+        """The last log lines of the daemons."""
         logs = sorted(self.folder.glob("*.log"))
         return "\n".join(f"{log.name}: {log.read_text()[-600:]}" for log in logs)
 
@@ -216,7 +216,7 @@ class Slurm:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Neighbors in number."""
+    """Consecutive port numbers."""
     for first in range(17000, 30000, count):
         with contextlib.ExitStack() as held:
             try:
@@ -229,7 +229,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def submit(slurm: Slurm, cwd: Path, *words: str) -> str:
-    """Queue a training; the job's number."""
+    """Queue a training run; return the job's number."""
     done = subprocess.run(
         [*SHARDWAY, "train", "cluster=slurm", *words],
         cwd=cwd, env=slurm.environment, capture_output=True, text=True,
@@ -241,7 +241,7 @@ def submit(slurm: Slurm, cwd: Path, *words: str) -> str:
 
 
 def verb(slurm: Slurm, cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """One `shardway …` on the login node."""
+    """Run one `shardway …` on the login node."""
     return subprocess.run(
         [*SHARDWAY, *words], cwd=cwd, env=slurm.environment, capture_output=True, text=True
     )

@@ -1,4 +1,4 @@
-"""Lines of metrics, and what trackers show of them."""
+"""Lines of metrics, and what trackers show for them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def scalars(run: RunDir) -> dict[str, list[tuple[int, float]]]:
 
 
 def wandb_records(data: bytes) -> Iterator[bytes]:
-    """LevelDB's log format behind a header of 7 bytes: blocks of 32 KiB; in them parts of records,
-    each with 4 bytes of checksum, 2 of length and 1 that says whether it is whole (1), the first
-    (2), another (3) or the last (4)."""
+    """LevelDB's log format after a header of 7 bytes: blocks of 32 KiB that contain parts of
+    records. Each part starts with 4 bytes of checksum, 2 of length and 1 of type: a complete
+    record (1), or its first (2), a middle (3) or its last part (4)."""
     at, whole = 7, b""
     while at + 7 <= len(data):
         left = 32768 - at % 32768
@@ -44,7 +44,7 @@ def wandb_records(data: bytes) -> Iterator[bytes]:
 
 
 def in_wandb(run: RunDir) -> dict[str, list[tuple[int, float]]]:
-    """The history of all its offline runs, which are to be one."""
+    """The history of all its offline runs; there must be exactly one."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     found: dict[str, list[tuple[int, float]]] = {}

@@ -1,4 +1,4 @@
-"""What is alive is counted, once, while it lives; fake tensors take no memory."""
+"""Each live storage is counted once; fake tensors take no memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from launcher.memory.mem_tracker import FakeTensors, MemTracker
 KB = 1024
 
 
-def test_a_storage_is_counted_while_it_lives() -> None:
+def test_a_storage_is_counted_while_it_is_alive() -> None:
     tracker = MemTracker()
     with tracker.track():
         one = torch.empty(KB, dtype=torch.uint8)
@@ -39,7 +39,7 @@ def test_views_share_their_storage() -> None:
     assert tracker.current == 0
 
 
-def test_a_storage_that_is_emptied_counts_nothing() -> None:
+def test_a_resized_storage_is_counted_as_empty() -> None:
     tracker = MemTracker()
     with tracker.track():
         tensor = torch.empty(KB, dtype=torch.uint8)
@@ -49,10 +49,10 @@ def test_a_storage_that_is_emptied_counts_nothing() -> None:
         assert tracker.current == KB
     again = torch.empty(KB, dtype=torch.uint8)
     again.untyped_storage().resize_(0)
-    assert tracker.current == KB  # outside nothing is counted
+    assert tracker.current == KB  # outside the tracker, nothing is counted
 
 
-def test_the_phase_of_the_peak_is_kept() -> None:
+def test_the_phase_of_the_peak_is_recorded() -> None:
     tracker = MemTracker()
     with tracker.track():
         tracker.phase = "forward"
@@ -63,7 +63,7 @@ def test_the_phase_of_the_peak_is_kept() -> None:
     assert (tracker.peak, tracker.peak_phase) == (2 * KB, "forward")
 
 
-def test_what_backward_needs_is_alive_until_then() -> None:
+def test_saved_tensors_are_alive_until_backward() -> None:
     tracker, x = MemTracker(), torch.ones(KB, requires_grad=True)
     with tracker.track():
         loss = x.exp().sum()  # exp keeps its result
@@ -73,7 +73,7 @@ def test_what_backward_needs_is_alive_until_then() -> None:
         assert tracker.current == 4 * KB  # the gradient
 
 
-def test_fakes_take_no_memory() -> None:
+def test_fake_tensors_take_no_memory() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tracker = MemTracker()
     with FakeTensors(), tracker.track():
@@ -84,7 +84,7 @@ def test_fakes_take_no_memory() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
 
 
-def test_the_host_is_told_that_all_is_well() -> None:
+def test_fake_scalars_read_as_one_and_finite() -> None:
     with FakeTensors():
         norm = torch.zeros(3).norm()
         assert bool(norm.isfinite()) is True
@@ -109,7 +109,7 @@ def test_tied_parameters_stay_tied_and_on_meta() -> None:
         assert model(torch.ones(2, 4)).shape == (2, 4)
 
 
-def test_grouped_products_have_their_shape_in_fp32_too() -> None:
+def test_grouped_matmul_has_its_shape_in_fp32_too() -> None:
     with FakeTensors():
         left, right = torch.zeros(16, 32), torch.zeros(2, 32, 64)
         ends = torch.tensor([8, 16], dtype=torch.int32)

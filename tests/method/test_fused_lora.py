@@ -1,4 +1,4 @@
-"""Fused LoRA layers compute what PEFT's do, and stay PEFT's."""
+"""Fused LoRA layers compute the same as PEFT's layers, and remain PEFT layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers.parts import Case
 
 
 def model_of(tiny: Path, rows_file: Path, method: str = "lora", **options: Any) -> Any:
-    """With an adapter that does something, in PEFT's own layers."""
+    """A model with a nonzero adapter, in PEFT's own layers."""
     case = Case(tiny, rows_file, method=method, method_options=options)
     model = parts.plain_model(case)
     draw = torch.Generator().manual_seed(4)
@@ -44,7 +44,7 @@ IDS = torch.arange(3, 3 + 48).view(2, 24)
 @pytest.mark.parametrize(
     ("method", "options"), [("lora", {}), ("lora", {"rslora": True}), ("qlora", {})]
 )
-def test_it_is_peft_s_arithmetic(
+def test_fused_arithmetic_equals_peft(
     tiny: Path, rows_file: Path, method: str, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     ours = model_of(tiny, rows_file, method, **options)
@@ -68,7 +68,7 @@ def test_it_is_peft_s_arithmetic(
 
 
 class Made(TorchDispatchMode):
-    """Counts tensors as wide as a layer's output that are made anew."""
+    """Counts newly created tensors that are as wide as a layer's output."""
 
     def __init__(self, elements: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Made(TorchDispatchMode):
         return made
 
 
-def test_a_layer_makes_its_output_once(tiny: Path, rows_file: Path) -> None:
+def test_a_layer_creates_its_output_once(tiny: Path, rows_file: Path) -> None:
     model = model_of(tiny, rows_file)
     layer = next(m for m in model.modules() if type(m) is PeftLinear)
     x = torch.randn(3, 7, layer.in_features)
@@ -98,13 +98,13 @@ def test_a_layer_makes_its_output_once(tiny: Path, rows_file: Path) -> None:
     assert counts["peft"] >= 4
 
 
-def test_what_is_not_plain_stays_peft_s(tiny: Path, rows_file: Path) -> None:
+def test_variants_of_lora_keep_peft_layers(tiny: Path, rows_file: Path) -> None:
     for options in ({"dropout": 0.1}, {"dora": True}):
         assert fuse_adapters(model_of(tiny, rows_file, **options)) == 0
     assert fuse_adapters(parts.plain_model(Case(tiny, rows_file, method="full"))) == 0
 
 
-def test_it_is_saved_merged_switched_off_and_loaded_as_before(
+def test_saving_merging_disabling_and_loading_still_work(
     tiny: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     model = model_of(tiny, rows_file).eval()
@@ -127,7 +127,7 @@ def test_it_is_saved_merged_switched_off_and_loaded_as_before(
     torch.testing.assert_close(merged(input_ids=IDS).logits, before, rtol=1e-4, atol=1e-5)
 
 
-def test_other_dtypes_than_the_adapter_s_are_left_to_peft(tiny: Path, rows_file: Path) -> None:
+def test_inputs_in_another_dtype_use_peft_forward(tiny: Path, rows_file: Path) -> None:
     model = model_of(tiny, rows_file)
     fuse_adapters(model)
     layer = next(m for m in model.modules() if isinstance(m, FusedLoraLinear))

@@ -1,4 +1,4 @@
-"""What a method cannot do with a model is said in one sentence, before anything is trained."""
+"""If a method cannot train a model, it is refused with one message before training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def prepared(model: Path, method: str, **options: Any) -> Any:
             {"rank_pattern": {"w_proj": 4}},
             "rank_pattern: no adapted module is named w_proj",
         ),
-        # A pattern names whole parts of a module's path.
+        # A pattern names complete parts of a module's path.
         ("lora", {"rank_pattern": {"proj": 4}}, "rank_pattern: no adapted module is named proj"),
         ("lora", {"rank_pattern": {"q_pro": 4}}, "rank_pattern: no adapted module is named q_pro"),
         (
@@ -50,7 +50,9 @@ def prepared(model: Path, method: str, **options: Any) -> Any:
         ("lora", {"adapter": "/nowhere"}, "method.adapter=/nowhere contains no adapter"),
     ],
 )
-def test_one_sentence_each(tiny: Path, method: str, options: dict[str, Any], sentence: str) -> None:
+def test_each_refusal_has_its_message(
+    tiny: Path, method: str, options: dict[str, Any], sentence: str
+) -> None:
     with pytest.raises(UserError, match=sentence):
         prepared(tiny, method, **options)
 
@@ -63,7 +65,7 @@ def test_an_adapter_that_is_more_than_lora_is_not_merged_first(tiny: Path, tmp_p
         prepared(tiny, "lora", merge_first=[str(saved)])
 
 
-def test_what_is_merged_first_is_not_trained_whole(tiny: Path, tmp_path: Path) -> None:
+def test_an_adapter_merged_into_a_module_to_save_is_refused(tiny: Path, tmp_path: Path) -> None:
     one = make_adapter(tiny, tmp_path / "one")
     with pytest.raises(UserError, match=r"which method.modules_to_save trains"):
         prepared(
@@ -85,7 +87,7 @@ def test_an_adapter_of_another_model_is_refused(tiny: Path, tmp_path: Path) -> N
             prepared(tiny, "lora", **{key: value})
 
 
-def test_offsets_become_one_adapter_of_larger_rank() -> None:
+def test_initial_deltas_become_one_adapter_of_larger_rank() -> None:
     torch.manual_seed(0)
     own, other = (LowRankDelta(torch.randn(5, r), torch.randn(r, 7)) for r in (2, 3))
     every = add_initial_deltas({"a": (own, 0.5)}, {"a": other, "b": other})

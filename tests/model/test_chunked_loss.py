@@ -1,4 +1,4 @@
-"""The loss in chunks is that of whole logits, and no logits of all positions are made."""
+"""The chunked loss equals the loss of full logits, and full logits are never created."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ WHOLE = ("gemma2", "cohere", "cohere2", "granite")
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The 64 places of a batch are four chunks."""
+    """The 64 positions of a batch are four chunks."""
     monkeypatch.setattr(head_module, "chunk_rows", lambda weight: 16)
 
 
 @pytest.mark.parametrize("kind", [*IN_CHUNKS, *WHOLE])
 @pytest.mark.usefixtures("small_chunks")
-def test_loss_and_gradients_are_those_of_the_model_s_own_logits(kind: str) -> None:
+def test_loss_and_gradients_equal_those_of_full_logits(kind: str) -> None:
     model, batch = model_of(kind).eval(), batch_of()
     whole = gradients(model, batch, smoothing=0.1)
     said = use_chunked_loss(model, "chunked")
@@ -47,8 +47,10 @@ def test_loss_and_gradients_are_those_of_the_model_s_own_logits(kind: str) -> No
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.usefixtures("small_chunks")
-def test_a_step_of_several_batches(smoothing: float, tied: bool, trained: bool) -> None:
-    """One of them without any target."""
+def test_a_step_of_several_batches_equals_full_logits(
+    smoothing: float, tied: bool, trained: bool
+) -> None:
+    """One of them has no target token."""
     model = model_of("llama", tie_word_embeddings=tied)
     model.get_output_embeddings().weight.requires_grad_(trained)
     batches = batch_of(), batch_of(1, 8, targets=0), batch_of(3, 20, targets=60)
@@ -61,7 +63,7 @@ def test_a_step_of_several_batches(smoothing: float, tied: bool, trained: bool) 
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_a_head_with_bias() -> None:
+def test_a_head_with_bias_equals_full_logits() -> None:
     model = model_of("phi")
     assert model.get_output_embeddings().bias is not None
     whole = gradients(model, batch_of())
@@ -71,7 +73,7 @@ def test_a_head_with_bias() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.usefixtures("small_chunks")
-def test_in_half_precision_it_is_as_near_to_fp32_as_whole_logits(dtype: torch.dtype) -> None:
+def test_half_precision_is_as_close_to_fp32_as_full_logits(dtype: torch.dtype) -> None:
     exact = gradients(model_of("llama"), batch_of())
     model = model_of("llama").to(dtype)
     whole = gradients(model, batch_of())
@@ -87,8 +89,8 @@ def test_in_half_precision_it_is_as_near_to_fp32_as_whole_logits(dtype: torch.dt
 def test_gradients_of_many_chunks_are_summed_in_fp32(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 32 chunks with like gradients. In units of the dtype's epsilon, results were 0.2 to 0.3
-    apart; with sums in half precision they were 0.6 to 0.9 apart."""
+    """32 chunks with similar gradients. In units of the dtype's epsilon, results differed by 0.2 to
+    0.3; with sums in half precision they differed by 0.6 to 0.9."""
     monkeypatch.setattr(head_module, "chunk_rows", lambda weight: 8)
     dice = torch.manual_seed(0)
     head = nn.Linear(48, 64).to(dtype)
@@ -110,7 +112,7 @@ def test_gradients_of_many_chunks_are_summed_in_fp32(
 
 
 def test_fp16_gradients_are_scaled_before_they_are_rounded() -> None:
-    """Gradients of 2⁻²⁷ are nothing in fp16; at a loss scale of 2¹⁶ they are there."""
+    """Gradients of 2⁻²⁷ underflow to zero in fp16, but not at a loss scale of 2¹⁶."""
     head = nn.Linear(4, 8, bias=False).half()
     head.__class__ = ChunkedCrossEntropyHead
     targets = head_module.Targets(torch.tensor([0]), torch.tensor([3]), torch.Size([1, 2]), 0.0)
@@ -118,13 +120,13 @@ def test_fp16_gradients_are_scaled_before_they_are_rounded() -> None:
     with head_module.loss_targets(targets):
         (head(hidden) * scale).backward()
     assert head.weight.grad is not None
-    expected = torch.full((8, 4), 2.0**-27)  # all tokens are as likely
+    expected = torch.full((8, 4), 2.0**-27)  # all tokens are equally likely
     expected[3] -= 2.0**-24
     torch.testing.assert_close(head.weight.grad.float() / scale, expected, rtol=1e-3, atol=0)
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that is made."""
+    """Elements of the largest tensor that is created."""
 
     elements = 0
 
@@ -161,7 +163,7 @@ def test_evaluation_computes_no_gradient() -> None:
     assert model(input_ids=batch_of().input_ids).logits.shape == (2, 24, VOCABULARY)
 
 
-def test_what_keeps_whole_logits_says_why(tiny: Path, rows_file: Path) -> None:
+def test_the_reason_for_full_logits_is_reported(tiny: Path, rows_file: Path) -> None:
     said = {kind: use_chunked_loss(model_of(kind), "chunked") for kind in WHOLE}
     assert said["gemma2"] == (
         "whole logits, because Gemma2ForCausalLM changes what its head returns"
@@ -180,7 +182,7 @@ def test_what_keeps_whole_logits_says_why(tiny: Path, rows_file: Path) -> None:
         assert token_loss(wrapped, batch_of()).item() > 0
 
 
-def test_other_ways_to_treat_logits_are_noticed() -> None:
+def test_models_that_transform_logits_are_detected() -> None:
     def halves(model: Any, logits: torch.Tensor) -> torch.Tensor:
         return logits[..., :100]
 
@@ -209,7 +211,7 @@ def test_other_ways_to_treat_logits_are_noticed() -> None:
         assert type(model.get_output_embeddings()) is nn.Linear
 
 
-def test_the_probe_leaves_the_model_as_it_was() -> None:
+def test_the_probe_does_not_change_the_model() -> None:
     model, before = model_of("llama"), copy.deepcopy(model_of("llama"))
     use_chunked_loss(model, "chunked")
     assert vars(model.model).keys() == vars(before.model).keys()
@@ -222,6 +224,6 @@ def test_the_probe_leaves_the_model_as_it_was() -> None:
     [(49152, False, 512), (128256, False, 256), (128256, True, 1024), (259, True, 4096),
      (10_000_000, False, 64)],
 )  # fmt: skip
-def test_chunks_are_of_about_128_mib(vocabulary: int, trained: bool, rows: int) -> None:
+def test_chunks_take_about_128_mib(vocabulary: int, trained: bool, rows: int) -> None:
     weight = nn.Parameter(torch.empty(vocabulary, 8, device="meta"), requires_grad=trained)
     assert head_module.chunk_rows(weight) == rows

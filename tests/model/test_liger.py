@@ -1,7 +1,7 @@
-"""Liger's kernels compute what the chunked head and the modules of transformers do.
+"""Liger's kernels compute the same as the chunked head and the modules of transformers.
 
-They run on CPU, in Triton's interpreter, and in processes of their own: the interpreter is chosen
-as triton is imported, and Liger changes modeling files for the process that it is in.
+They run on CPU in Triton's interpreter, in separate processes: the interpreter is chosen when
+triton is imported, and Liger patches transformers' modeling modules for its entire process.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Found = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[RankPool]:
-    """Two ranks whose triton interprets."""
+    """Two ranks that run Triton's interpreter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         pool = RankPool(2)
@@ -57,7 +57,7 @@ class Head:
     smoothing: float = 0.0
     bias: bool = True
     trained: bool = True
-    below: bool = True  # what is below the head is trained
+    below: bool = True  # layers below the head are trained
 
 
 def both(rank_info: RankInfo, case: Head) -> tuple[Found, Found]:
@@ -67,7 +67,7 @@ def both(rank_info: RankInfo, case: Head) -> tuple[Found, Found]:
 
 
 def head_gradients(case: Head, kind: type[nn.Linear]) -> Found:
-    """Of 20 positions with a target and 12 that fill up."""
+    """20 positions with a target and 12 of padding."""
     torch.manual_seed(4)
     head = nn.Linear(WIDTH, WORDS, bias=case.bias).to(case.dtype).requires_grad_(case.trained)
     head.__class__ = kind
@@ -93,7 +93,7 @@ def head_gradients(case: Head, kind: type[nn.Linear]) -> Found:
         (Head(below=False), {"weight", "bias"}),
     ],
 )
-def test_loss_and_gradients_are_those_of_the_chunked_head(
+def test_loss_and_gradients_equal_those_of_the_chunked_head(
     interpreted: RankPool, case: Head, reached: set[str]
 ) -> None:
     ((chunked, liger),) = interpreted.run(1, both, case)
@@ -102,7 +102,7 @@ def test_loss_and_gradients_are_those_of_the_chunked_head(
     torch.testing.assert_close(liger, chunked, rtol=2e-5, atol=2e-6)
 
 
-def test_in_bf16_it_is_as_near_to_fp32_as_the_chunked_head(interpreted: RankPool) -> None:
+def test_bf16_is_as_close_to_fp32_as_the_chunked_head(interpreted: RankPool) -> None:
     case = Head(torch.bfloat16, smoothing=0.1)
     ((chunked, liger),) = interpreted.run(1, both, case)
     ((exact, _),) = interpreted.run(1, both, dataclasses.replace(case, dtype=torch.float32))
@@ -115,7 +115,7 @@ def test_in_bf16_it_is_as_near_to_fp32_as_the_chunked_head(interpreted: RankPool
 
 
 def whole_model(rank_info: RankInfo) -> tuple[str, Any, Any, bool, torch.Size]:
-    """A step of a batch and of one without any target, by either head; then an evaluation."""
+    """A step with one batch and one batch without targets, with each head; then an evaluation."""
     interpreter.complete()
     batches = batch_of(1, 12, targets=7), batch_of(1, 8, targets=0)
     chunked = model_of("llama")
@@ -132,7 +132,7 @@ def whole_model(rank_info: RankInfo) -> tuple[str, Any, Any, bool, torch.Size]:
     return said, *steps, loss.requires_grad, shape
 
 
-def test_a_model_with_its_head(interpreted: RankPool) -> None:
+def test_a_model_with_the_liger_head_computes_the_same(interpreted: RankPool) -> None:
     ((said, chunked, liger, differentiable, shape),) = interpreted.run(1, whole_model)
     assert said.startswith("by Liger ")
     torch.testing.assert_close(liger, chunked, rtol=2e-5, atol=2e-6)
@@ -142,7 +142,7 @@ def test_a_model_with_its_head(interpreted: RankPool) -> None:
 
 
 def with_kernels(rank_info: RankInfo, kind: str, settings: dict[str, Any]) -> tuple[str, Any, Any]:
-    """Loss and gradients with Liger's kernels and before; all positions have targets but a few."""
+    """Loss and gradients before and with Liger's kernels; nearly all positions have targets."""
     interpreter.complete()
     model, batch = model_of(kind, **settings), batch_of(2, 6, targets=9)
     before = gradients(model, batch)
@@ -160,7 +160,7 @@ def with_kernels(rank_info: RankInfo, kind: str, settings: dict[str, Any]) -> tu
         ("qwen3_moe", {}, "not the experts"),
     ],
 )
-def test_a_model_with_liger_s_modules_computes_the_same(
+def test_a_model_with_liger_modules_computes_the_same(
     interpreted: RankPool, kind: str, settings: dict[str, Any], words: str
 ) -> None:
     ((said, before, found),) = interpreted.run(1, with_kernels, kind, settings)
@@ -197,7 +197,7 @@ def trained(rank_info: RankInfo, case: Case) -> list[float]:
         pytest.param("qlora", "ddp", "off", False, marks=pytest.mark.whole),
     ],
 )
-def test_two_ranks_train_alike(
+def test_two_ranks_train_like_torch_kernels(
     ranks: Any,
     interpreted: RankPool,
     tiny: Path,
@@ -218,7 +218,7 @@ def test_two_ranks_train_alike(
 
 
 @pytest.mark.slow
-def test_a_run_of_the_command_line(
+def test_a_run_from_the_command_line_completes(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(

@@ -1,4 +1,4 @@
-"""Loading slices into a model on meta gives the model that `from_pretrained` gives."""
+"""Loading slices into a model on meta gives the same model as `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_no_parameter_is_real_before_it_is_sharded(tiny: Path) -> None:
 
 
 def bytes_read(rank_info: RankInfo, case: Case) -> tuple[int, int]:
-    """By this rank, and of all weights."""
+    """Bytes read by this rank, and bytes of all weights."""
     config = case.config()
     compute = precision_of(config.precision).compute
     model, weights = build_model(config.model, case.model, parts.SEED, compute)
@@ -113,21 +113,21 @@ def bytes_read(rank_info: RankInfo, case: Case) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("strategy", "world"), [("ddp", 2), ("fsdp", 2), ("fsdp", 3), ("zero3", 3)]
 )
-def test_a_rank_reads_its_own_part(
+def test_a_rank_reads_only_its_own_part(
     ranks: Any, tiny: Path, rows_file: Path, method: str, strategy: str, world: int
 ) -> None:
-    """A quantized base is read once more, whole and one weight at a time, for its scales."""
+    """A quantized base is read once more in full, one weight at a time, for its scales."""
     case = Case(tiny, rows_file, method=method, strategy=strategy, precision="bf16")
     answers = ranks.run(world, bytes_read, case)
     (whole,) = {whole for _, whole in answers}
     shards = 1 if strategy == "ddp" else world
     for found, _ in answers:
         assert found <= (method == "qlora") * whole + whole * (1.1 / shards)
-    # zero3 keeps a whole row where a partition begins or ends within it
+    # zero3 keeps a full row if a partition starts or ends within it
     assert sum(found for found, _ in answers) >= whole * (1 if shards > 1 else world)
 
 
-def test_sharded_files_with_an_index_load_too(
+def test_sharded_files_with_an_index_can_be_loaded(
     ranks: Any, tiny_untied: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_untied, dtype="auto")
@@ -139,7 +139,7 @@ def test_sharded_files_with_an_index_load_too(
     assert torch.equal(ranks.run(2, logits, Case(tmp_path / "split", rows_file))[0], expected)
 
 
-def test_a_model_stored_in_another_layout_is_read_whole(
+def test_a_model_stored_in_another_layout_is_read_in_full(
     ranks: Any, rows_file: Path, tmp_path: Path
 ) -> None:
     """Fused experts have other names on disk than in memory."""
@@ -194,7 +194,7 @@ def test_an_index_that_lists_a_missing_file_is_named(tiny: Path, tmp_path: Path)
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_only_models_that_see_all_earlier_tokens_go_without_a_mask(
+def test_only_models_that_attend_to_all_earlier_tokens_use_no_mask(
     config: Any, maskless: bool
 ) -> None:
     assert (choose_attention("sdpa", config) == CAUSAL) is maskless
@@ -202,7 +202,7 @@ def test_only_models_that_see_all_earlier_tokens_go_without_a_mask(
 
 
 @pytest.mark.parametrize("model_type", MASKLESS_MODEL_TYPES)
-def test_going_without_a_mask_changes_no_bit(model_type: str) -> None:
+def test_omitting_the_mask_is_exact_to_the_bit(model_type: str) -> None:
     """Every architecture on the list, against transformers' own sdpa."""
     config = AutoConfig.for_model(
         model_type, vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -257,7 +257,7 @@ def test_several_weight_files_without_an_index_are_refused(tiny: Path, tmp_path:
         (["lm_head"], "lm_head is tied"),
     ],
 )
-def test_targets_that_would_be_ignored_or_lost_are_refused(
+def test_target_modules_that_would_be_ignored_or_lost_are_refused(
     tiny: Path, rows_file: Path, targets: list[str], sentence: str
 ) -> None:
     case = Case(tiny, rows_file, method_options={"target_modules": targets})
@@ -265,8 +265,8 @@ def test_targets_that_would_be_ignored_or_lost_are_refused(
         parts.plain_model(case)
 
 
-def test_an_attention_that_cannot_be_had_is_refused(tiny: Path) -> None:
-    """Of a hub id the rule table does not know the architecture."""
+def test_an_unavailable_attention_is_refused(tiny: Path) -> None:
+    """For a hub id, the rule table does not know the architecture."""
     config = ModelConfig(name_or_path=str(tiny), attention="flash_attention_2")
     with pytest.raises(UserError, match=r"with model.attention=flash_attention_2 cannot be built"):
         build_model(config, tiny, seed=0, dtype=torch.bfloat16)

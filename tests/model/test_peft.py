@@ -1,4 +1,4 @@
-"""PEFT is there without what it would load."""
+"""PEFT is imported without the libraries that it would load."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ import bitsandbytes.functional
 
 
 @pytest.mark.slow
-def test_a_rank_s_libraries_load_no_compiler() -> None:
+def test_wrapping_a_model_with_peft_loads_no_compiler() -> None:
     done = subprocess.run([sys.executable, "-c", WRAPPED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_only_what_is_not_loaded_can_be_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_modules_that_are_not_loaded_can_be_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     with hide_package("colorsys"), pytest.raises(ImportError):
         import colorsys

@@ -1,4 +1,4 @@
-"""Quantized weights are bitsandbytes' to the bit, however they are read, and multiply rightly."""
+"""Quantized weights equal bitsandbytes' to the bit, read in any way, and multiply correctly."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORMATS = [
 
 
 class InMemory:
-    """A stored tensor that is in memory."""
+    """A stored tensor in memory."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor, self.shape, self.dtype = tensor, tensor.shape, tensor.dtype
@@ -43,7 +43,7 @@ class InMemory:
 
 def weight(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     made = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
-    made[0] = 0  # a block, and a row, without a magnitude
+    made[0] = 0  # a block, and a row, of zeros
     return made.to(dtype)
 
 
@@ -55,7 +55,7 @@ def packed(form: QuantizationFormat, of: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_four_bits_are_those_of_bitsandbytes(
+def test_4bit_weights_equal_bitsandbytes(
     shape: tuple[int, int], kind: str, nested: bool, dtype: torch.dtype
 ) -> None:
     of, form = weight(shape, dtype), FourBit(kind, nested)
@@ -68,13 +68,13 @@ def test_four_bits_are_those_of_bitsandbytes(
     units = bits.get_4bit_type(kind, device="cpu")[codes].view(-1, 64)
     values = (units * absmax[:, None]).view(shape)
     found = form.compute_scales(of).dequantize(expected, torch.float32)
-    # fp4's table in the kernels has a few digits more
+    # the kernels' fp4 table has a few more digits
     torch.testing.assert_close(found, values, rtol=1e-4 if kind == "fp4" else 0, atol=0)
     assert (found - of.float()).abs().max() < of.abs().max() / 3
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_eight_bits_are_those_of_bitsandbytes(shape: tuple[int, int]) -> None:
+def test_8bit_weights_equal_bitsandbytes(shape: tuple[int, int]) -> None:
     of, form = weight(shape), EightBit()
     expected, absmax, _ = bits.int8_vectorwise_quant(of.half())
     assert torch.equal(packed(form, of), expected)
@@ -85,7 +85,7 @@ def test_eight_bits_are_those_of_bitsandbytes(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_a_rank_quantizes_its_run_as_if_it_had_the_whole(
+def test_a_rank_quantizes_its_range_like_the_full_weight(
     shape: tuple[int, int], form: QuantizationFormat
 ) -> None:
     stored = QuantizedWeight(InMemory(weight(shape)), form, CPU)
@@ -127,7 +127,7 @@ def test_a_layer_multiplies_by_the_dequantized_weight(
     assert layer.weight.grad is None
 
 
-def test_backward_keeps_the_packed_parameter_and_no_weight() -> None:
+def test_backward_keeps_the_packed_parameter_and_not_the_weight() -> None:
     layer = quantized_linear(FourBit("nf4", nested=True), nn.Linear(80, 48))
     kept: list[torch.Tensor] = []
     pack: Callable[[torch.Tensor], torch.Tensor] = lambda t: kept.append(t) or t  # type: ignore[func-returns-value]  # noqa: E731
@@ -146,7 +146,7 @@ class Model(nn.Module):
         return self.head
 
 
-def test_all_linear_layers_but_the_head_and_what_is_kept() -> None:
+def test_all_linear_layers_except_the_head_and_kept_ones_are_quantized() -> None:
     model = Model()
     said = quantize(model, EightBit(), None, CPU, [])
     assert isinstance(model.up, QuantizedLinear)
@@ -156,7 +156,7 @@ def test_all_linear_layers_but_the_head_and_what_is_kept() -> None:
         quantize(Model(), EightBit(), None, CPU, ["up"])
 
 
-def test_what_cannot_be_quantized_is_refused_by_name() -> None:
+def test_modules_that_cannot_be_quantized_are_refused_by_name() -> None:
     with pytest.raises(UserError, match="up has 624 elements, which is not a multiple of 64"):
         quantize(Model(13), FourBit("nf4", nested=True), None, CPU, [])
     broken = Model()

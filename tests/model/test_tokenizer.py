@@ -1,4 +1,4 @@
-"""A chat template is asked of a tokenizer where rows are conversations, and there alone."""
+"""A tokenizer needs a chat template only if rows are conversations."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def mute(tiny: Path, tmp_path: Path) -> Path:
 
 
 def test_conversations_need_a_template(mute: Path) -> None:
-    """Of a hub id it is known here and not before."""
+    """For a hub id, this is known only after the tokenizer is loaded."""
     with pytest.raises(UserError, match=r"has no chat template; put a chat_template\.jinja"):
         load_tokenizer(mute, trust_remote_code=False)
     assert load_tokenizer(mute, trust_remote_code=False, chat=False).chat_template is None
 
 
-def test_raw_text_is_learned_without_one(mute: Path, tmp_path: Path) -> None:
+def test_raw_text_needs_no_template(mute: Path, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("once upon a time\n" * 40)
     done = shardway(
         *("train", "model=tiny", "model.name_or_path=./mute", "data=pretrain", "strategy=single"),

@@ -1,4 +1,4 @@
-"""The folder of a new run."""
+"""How the folder of a new run is created."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A time limit is met with a step and a save to spare."""
+"""A run stops early enough before its time limit to finish a step and a save."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_twice_the_longest_step_must_be_left(clock: list[float]) -> None:
+def test_twice_the_longest_step_must_remain(clock: list[float]) -> None:
     limit = Deadline(1000.0 + 100)
     for seconds in (0, 5, 20, 5):
         clock[0] += seconds
-        assert not limit.is_near()  # at 1030: 70 left, 2 × 20 + 10 wanted
+        assert not limit.is_near()  # at 1030: 70 s left, 2 × 20 + 10 s needed
     clock[0] += 19
     assert not limit.is_near()  # 51 left
     clock[0] += 2
     assert limit.is_near()
 
 
-def test_without_a_limit_it_never_comes(clock: list[float]) -> None:
+def test_without_a_limit_the_deadline_never_comes(clock: list[float]) -> None:
     assert not Deadline(None).is_near()
 
 
-def test_a_stop_says_that_it_was_the_time_limit(tmp_path: Path, clock: list[float]) -> None:
+def test_the_stop_reason_is_the_time_limit(tmp_path: Path, clock: list[float]) -> None:
     (tmp_path / "job.json").write_text(json.dumps({"end": 1000.0 + deadline.SPARE_SECONDS - 1}))
     stop = StopRequest(
         tmp_path / "stop", tmp_path / "newer", Deadline.from_job_file(tmp_path / "job.json")

@@ -1,4 +1,4 @@
-"""The state of a run is read from its folder, also from a damaged one."""
+"""The state of a run is read from its folder, even if files in it are damaged."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_status_job_and_steps_are_read_from_their_files(run: RunDir) -> None:
 
 
 @pytest.mark.parametrize("content", DAMAGED)
-def test_damaged_files_are_unknown_and_raise_nothing(run: RunDir, content: bytes) -> None:
+def test_damaged_files_give_unknown_and_raise_no_error(run: RunDir, content: bytes) -> None:
     for file in (run.status, run.submitted, run.job, run.steps):
         file.write_bytes(content)
     assert run_state(run, None) == "unknown"

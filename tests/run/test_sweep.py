@@ -1,4 +1,4 @@
-"""A sweep's folder, and what differs between its runs."""
+"""The folder of a sweep, and the settings that differ between its runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.commands import SHORT, TRAIN_TINY, losses, shardway
 from tests.helpers.compose import composed
 
 
-def test_what_differs_is_told_by_its_overrides() -> None:
+def test_differences_are_named_by_their_overrides() -> None:
     configs = [
         composed("method=lora", "method.rank=8", "optimizer.learning_rate=1e-4"),
         composed("method=lora", "method.rank=16", "optimizer.learning_rate=3e-4"),
@@ -25,7 +25,7 @@ def test_what_differs_is_told_by_its_overrides() -> None:
     ]
 
 
-def test_another_file_of_a_group_stands_for_its_settings() -> None:
+def test_another_file_of_a_group_replaces_its_settings_in_the_name() -> None:
     configs = [composed("strategy=fsdp"), composed("strategy=zero3")]
     assert [each["strategy"] for each in sweep.differing_settings(configs)] == ["fsdp", "zero3"]
 
@@ -44,9 +44,7 @@ def test_a_sweep_has_one_folder_and_one_cluster(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_one_that_fails_does_not_keep_the_others_from_their_turn(
-    tiny: Path, tmp_path: Path
-) -> None:
+def test_a_failing_run_does_not_stop_the_others(tiny: Path, tmp_path: Path) -> None:
     rates = "optimizer.learning_rate=1e38,1e-3"
     words = (*TRAIN_TINY, *SHORT, "training.max_steps=8", "training.skipped_steps=3", "--multirun")
     done = shardway(*words, rates, "run_dir=rates", cwd=tmp_path)
@@ -65,7 +63,7 @@ def test_one_that_fails_does_not_keep_the_others_from_their_turn(
 
 
 @pytest.mark.whole
-def test_a_sweep_goes_on_where_it_was(tiny: Path, tmp_path: Path) -> None:
+def test_a_sweep_resumes_where_it_stopped(tiny: Path, tmp_path: Path) -> None:
     words = (*TRAIN_TINY, *SHORT, "--multirun", "method.rank=2,3", "run_dir=ranks")
     done = shardway(*words, "training.stop_after_steps=2", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

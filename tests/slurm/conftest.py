@@ -1,4 +1,4 @@
-"""Slurms: one for the session, and one whose nodes can be cut off."""
+"""Slurm clusters: one for the session, and one whose nodes can be disconnected."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from tests.helpers import slurm as daemons
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here as on the nodes."""
+    """Use one thread, as on the nodes."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[daemons.Slurm]:
-    """Two nodes."""
+    """A cluster of two nodes."""
     yield from _running(nodes=2)
 
 
 @pytest.fixture
 def apart() -> Iterator[daemons.Slurm]:
-    """Three nodes, each with a network of its own."""
+    """A cluster of three nodes, each in its own network namespace."""
     yield from _running(nodes=3, apart=True)
 
 
@@ -38,7 +38,7 @@ def _running(nodes: int, apart: bool = False) -> Iterator[daemons.Slurm]:
     except (AssertionError, subprocess.CalledProcessError) as error:
         words = made.words()
         made.stop()
-        # A skip alone would hide a helper that is broken.
+        # A skip alone would hide a broken helper.
         warnings.warn(
             f"NO REAL SLURM: its daemons do not start here: {error}\n{words}", stacklevel=1
         )

@@ -1,4 +1,4 @@
-"""What happens to jobs: preempted, on a node that fails or is cut off, spent, another user's."""
+"""Jobs that are preempted, lose a node, reach the requeue limit, or belong to another user."""
 
 from __future__ import annotations
 
@@ -45,9 +45,7 @@ def ranks_of(run: Path, attempt: int) -> list[psutil.Process]:
     return [each for each in found if (each.info["cmdline"] or [])[-3:] == words]
 
 
-def test_a_job_that_is_preempted_saves_and_goes_on_later(
-    slurm: Slurm, tiny: Path, tmp_path: Path
-) -> None:
+def test_a_preempted_job_saves_and_resumes_later(slurm: Slurm, tiny: Path, tmp_path: Path) -> None:
     job, far = submit(slurm, tmp_path, "cluster.nodes=2", "run_dir=far", *LONG), tmp_path / "far"
     slurm.until(lambda: steps(far) > 20, 120)
     words = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
@@ -62,10 +60,10 @@ def test_a_job_that_is_preempted_saves_and_goes_on_later(
 
 @pytest.mark.whole
 @pytest.mark.timeout(600)
-def test_a_node_that_fails_is_left_and_what_lives_on_it_keeps_nothing(
+def test_a_failed_node_is_replaced_and_its_old_attempt_writes_nothing(
     slurm: Slurm, tiny: Path, tmp_path: Path
 ) -> None:
-    """Its daemon is killed; the attempt on it trains on, and saves, until another has begun."""
+    """Its daemon is killed; its attempt keeps training and saving until another one has started."""
     words = (*SAVED, "training.max_steps=100000", "checkpoint.keep_last=3")
     job, far = submit(slurm, tmp_path, "run_dir=far", *words), tmp_path / "far"
     slurm.until(lambda: steps(far) > 20, 120)
@@ -91,7 +89,7 @@ def test_a_node_that_fails_is_left_and_what_lives_on_it_keeps_nothing(
 @pytest.mark.whole
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("lost", ["n1", "n2"], ids=["rank 0 and the script", "another rank"])
-def test_a_node_that_is_cut_off_is_replaced(
+def test_a_disconnected_node_is_replaced(
     apart: Slurm, tiny: Path, tmp_path: Path, lost: str
 ) -> None:
     words = (*SAVED, "training.max_steps=600")
@@ -112,7 +110,7 @@ def test_a_node_that_is_cut_off_is_replaced(
     assert_as_never_disturbed(far, 2, words)
 
 
-def test_a_job_goes_back_as_often_as_it_may_and_a_person_can_go_on(
+def test_a_job_fails_at_the_requeue_limit_and_can_be_resumed_manually(
     slurm: Slurm, tiny: Path, tmp_path: Path
 ) -> None:
     words = (*LONG, "cluster.requeue_limit=0", "training.max_steps=5000")
@@ -135,8 +133,8 @@ def test_a_job_goes_back_as_often_as_it_may_and_a_person_can_go_on(
 
 @pytest.fixture
 def anyone(slurm: Slurm, tiny: Path) -> Iterator[tuple[Path, dict[str, str]]]:
-    """A folder and an environment of the user nobody, who may read this Python and the checkout
-    there, wherever they are."""
+    """A folder and an environment for the user nobody, with this Python and the checkout mounted
+    in the folder so that nobody may read them."""
     home = Path(tempfile.mkdtemp(prefix="nobody-"))
     shutil.copytree(tiny, home / "tiny")
     for path in (home, *home.rglob("*")):

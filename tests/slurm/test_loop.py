@@ -1,4 +1,4 @@
-"""The closed loop on a real Slurm: queued, trained, stopped, queued again, done."""
+"""The full cycle on a real Slurm: queued, trained, stopped, queued again, finished."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ QUICK = ("training.epochs=null", "training.max_steps=6", "training.global_batch_
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("zero2", marks=pytest.mark.whole)])
-def test_two_nodes_learn_what_two_ranks_learn(
+def test_two_nodes_give_the_same_losses_as_two_local_ranks(
     slurm: Slurm, tiny: Path, tmp_path: Path, strategy: str
 ) -> None:
     words = ("model=tiny", f"strategy={strategy}", *QUICK)
@@ -35,10 +35,10 @@ def test_two_nodes_learn_what_two_ranks_learn(
     assert losses(tmp_path / "far") == losses(tmp_path / "near")
 
 
-def test_sbatch_alone_takes_overrides_and_hostile_values(
+def test_sbatch_accepts_overrides_and_values_with_special_characters(
     slurm: Slurm, tiny: Path, tmp_path: Path
 ) -> None:
-    """The other door, with the Python that is first on PATH."""
+    """Submission with sbatch directly, with the first Python on PATH."""
     name = "a b,c $(touch hit) `touch hit` é"
     (tmp_path / name).mkdir()
     path = f"{Path(sys.executable).parent}:{slurm.environment['PATH']}"
@@ -55,8 +55,8 @@ def test_sbatch_alone_takes_overrides_and_hostile_values(
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, f"slurm-{job}.out"])
 
 
-@pytest.mark.whole  # a job that is preempted is told the same
-def test_a_job_that_is_told_to_stop_saves_and_goes_on_in_the_queue(
+@pytest.mark.whole  # a preempted job gets the same signal
+def test_a_job_that_gets_a_stop_signal_saves_and_is_queued_again(
     slurm: Slurm, tiny: Path, tmp_path: Path
 ) -> None:
     job = submit(slurm, tmp_path, "cluster.nodes=2", "run_dir=far", *LONG)
@@ -73,9 +73,9 @@ def test_a_job_that_is_told_to_stop_saves_and_goes_on_in_the_queue(
     assert losses(far) == losses(tmp_path / "near"), "to the bit"
 
 
-@pytest.mark.whole  # five minutes: a limit is a minute at least
+@pytest.mark.whole  # five minutes: the shortest time limit is one minute
 @pytest.mark.timeout(900)
-def test_a_time_limit_is_met_again_and_again_until_the_work_is_done(
+def test_a_job_resumes_after_each_time_limit_until_it_finishes(
     slurm: Slurm, tiny: Path, tmp_path: Path
 ) -> None:
     words = (*LONG, "training.max_steps=1200", "cluster.time=1:00", "cluster.signal_seconds=15")
@@ -91,7 +91,7 @@ def test_a_time_limit_is_met_again_and_again_until_the_work_is_done(
     assert losses(far) == losses(tmp_path / "near"), "to the bit"
 
 
-def test_a_job_that_a_person_stops_stays_stopped(slurm: Slurm, tiny: Path, tmp_path: Path) -> None:
+def test_a_job_that_a_user_stops_stays_stopped(slurm: Slurm, tiny: Path, tmp_path: Path) -> None:
     job = submit(slurm, tmp_path, "run_dir=far", *LONG, "training.max_steps=100000")
     far = tmp_path / "far"
     slurm.until(lambda: (far / "metrics.jsonl").is_file() and len(losses(far)) > 3, 120)
@@ -114,9 +114,7 @@ def test_a_job_that_could_never_start_is_refused_with_slurm_s_reason(
     assert not (tmp_path / "far").exists()
 
 
-def test_a_run_is_looked_after_from_the_login_node(
-    slurm: Slurm, tiny: Path, tmp_path: Path
-) -> None:
+def test_a_run_is_managed_from_the_login_node(slurm: Slurm, tiny: Path, tmp_path: Path) -> None:
     job = submit(slurm, tmp_path, "run_dir=runs/far", *LONG, "training.max_steps=5000")
     far = tmp_path / "runs/far"
     slurm.until(lambda: (far / "metrics.jsonl").is_file() and len(losses(far)) > 30, 120)

@@ -1,4 +1,4 @@
-"""The page before a real Slurm: what its buttons call, without the browser."""
+"""The page with a real Slurm: the functions behind its buttons, without the browser."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from launcher.ui.viewer import Viewer
 from tests.helpers.slurm import Slurm
 
 
-def test_a_job_of_the_page_is_queued_shown_and_done(
+def test_a_job_from_the_page_is_queued_shown_and_finished(
     slurm: Slurm, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in slurm.environment.items():

@@ -12,10 +12,10 @@ from tests.helpers.slurm import LONG, Slurm, out_of, submit, verb
 OVER = ("COMPLETED", "FAILED")
 
 
-def test_a_sweep_is_an_array_and_one_that_fails_fails_alone(
+def test_a_sweep_is_a_job_array_and_a_failed_job_does_not_stop_the_others(
     slurm: Slurm, tiny: Path, tmp_path: Path
 ) -> None:
-    """One rate is so high that nothing is finite; one is told to stop and goes back by itself."""
+    """One rate is so high that the loss is not finite; one job gets a signal and is requeued."""
     words = (*LONG, "cluster.array_limit=2")
     rates = "optimizer.learning_rate=1e-3,1e38,1e-4"
     job = submit(slurm, tmp_path, "--multirun", "run_dir=rates", rates, *words)
@@ -41,7 +41,7 @@ def test_a_sweep_is_an_array_and_one_that_fails_fails_alone(
     ]
 
 
-def test_a_sweep_is_stopped_whole(slurm: Slurm, tiny: Path, tmp_path: Path) -> None:
+def test_stopping_a_sweep_stops_all_its_jobs(slurm: Slurm, tiny: Path, tmp_path: Path) -> None:
     words = (*LONG, "training.max_steps=100000", "cluster.array_limit=1", "run_dir=rates")
     job = submit(slurm, tmp_path, "--multirun", "optimizer.learning_rate=1e-3,1e-4", *words)
     first = tmp_path / "rates/0"

@@ -1,4 +1,4 @@
-"""How many ranks share one copy. That they do so: distributed/test_strategies.py."""
+"""The number of ranks that share one copy. See also distributed/test_strategies.py."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ TWO_NODES = RankInfo(rank=2, local_rank=0, world_size=4, local_world_size=2, dev
         ("hsdp", {"shard_size": 4}, 4),
     ],
 )
-def test_of_two_nodes_with_two_ranks_so_many_share_a_copy(
+def test_ranks_per_copy_on_two_nodes_with_two_ranks(
     strategy: str, options: dict[str, int], size: int
 ) -> None:
     assert shard_size(STRATEGIES[strategy](name=strategy, **options), TWO_NODES) == size
 
 
 @pytest.mark.parametrize(("size", "is_broken"), [("null", False), (3, False), (4, True)])
-def test_hsdp_s_groups_may_be_any_part_of_all_ranks(size: object, is_broken: bool) -> None:
-    """By default the ranks of a node; 3 of two nodes with 3 ranks each, and not 4."""
+def test_hsdp_group_size_must_divide_the_world_size(size: object, is_broken: bool) -> None:
+    """The default is a node's ranks. On two nodes with 3 ranks each, 3 is allowed and 4 is not."""
     config = composed(
         "strategy=hsdp", f"strategy.shard_size={size}", "training.global_batch_size=6"
     )

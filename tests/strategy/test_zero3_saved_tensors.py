@@ -1,4 +1,4 @@
-"""What is computed with gathered weights lets them be freed between forward and backward."""
+"""Gathered weights can be freed between forward and backward."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def taken_away(model: nn.Module) -> Iterator[list[str]]:
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
-def test_results_are_the_same_to_the_bit_and_no_weight_stays(
+def test_results_are_equal_to_the_bit_and_no_weight_stays_in_memory(
     experts: str, dtype: torch.dtype, trained: bool
 ) -> None:
     plain = mixtral(dtype, experts).requires_grad_(trained)
@@ -68,8 +68,8 @@ def test_results_are_the_same_to_the_bit_and_no_weight_stays(
         assert one is None or torch.equal(one, other)
 
 
-def test_views_of_views_and_of_a_part_of_a_storage() -> None:
-    """As in a buffer into which DeepSpeed gathers several parameters."""
+def test_views_of_views_and_of_part_of_a_storage_are_restored() -> None:
+    """Like a buffer into which DeepSpeed gathers several parameters."""
     buffer = torch.arange(40.0)
 
     class Odd(nn.Module):

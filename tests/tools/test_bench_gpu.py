@@ -1,4 +1,4 @@
-"""The benchmark of one GPU: its random model is a model, its figures are counted right."""
+"""The benchmark of one GPU: its random model is valid, and its figures are correct."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module
 
 
-def test_a_random_model_is_whole_and_its_shards_are_capped(tool: Any, tmp_path: Path) -> None:
+def test_a_random_model_is_complete_and_its_shard_size_is_limited(
+    tool: Any, tmp_path: Path
+) -> None:
     tool("random_model").make("tiny", tmp_path / "model", shard_bytes=100_000)
     files = sorted((tmp_path / "model").glob("*.safetensors"))
     model, found = AutoModelForCausalLM.from_pretrained(
@@ -48,7 +50,7 @@ def test_flops_count_the_matrix_products_of_the_model(tool: Any, tmp_path: Path)
     assert count("tiny", 64, full=False) == 4 * parameters + 3 * attention
 
 
-def test_a_rate_begins_where_a_block_of_records_ends(tool: Any) -> None:
+def test_a_rate_is_measured_from_the_end_of_a_block_of_records(tool: Any) -> None:
     times = [10.0, 10.0, 15.0, 15.0]  # log_steps=2
     records = [{"tokens": 100 * at, "time": time} for at, time in enumerate(times, start=1)]
     assert tool("bench_gpu").rate(records) == pytest.approx(200 / 5)

@@ -1,4 +1,4 @@
-"""The benchmark against peers: rows that are the same everywhere, figures that hold."""
+"""The benchmark against peers: every system gets the same rows, and the figures are correct."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def run_of(peers: Any) -> Any:
-    """A run whose nth step takes `seconds[n]` and trains on `trained` of twice as many tokens."""
+    """A run whose nth step takes `seconds[n]` and trains on `trained` of 2 * `trained` tokens."""
     process = peers("process")
 
     def make(
@@ -43,7 +43,7 @@ def run_of(peers: Any) -> Any:
     return make
 
 
-def test_made_up_rows_are_the_same_for_a_seed_alone(peers: Any) -> None:
+def test_synthetic_rows_depend_only_on_the_seed(peers: Any) -> None:
     rows = peers("rows")
     made = rows.made_up(50, seed=1)
     assert made == rows.made_up(50, seed=1)
@@ -51,7 +51,7 @@ def test_made_up_rows_are_the_same_for_a_seed_alone(peers: Any) -> None:
     assert made[:20] == rows.made_up(20, seed=1)
 
 
-def test_made_up_rows_are_uneven_as_real_ones_are(peers: Any) -> None:
+def test_synthetic_rows_vary_in_length_like_real_ones(peers: Any) -> None:
     rows = peers("rows")
     words = [len(row["output"].split()) for row in rows.made_up(1000, seed=42)]
     assert 50 <= statistics.median(words) <= 90
@@ -59,7 +59,7 @@ def test_made_up_rows_are_uneven_as_real_ones_are(peers: Any) -> None:
     assert max(words) <= rows.MOST_WORDS
 
 
-def test_rows_that_a_system_would_cut_are_left_out(peers: Any) -> None:
+def test_rows_that_a_system_would_truncate_are_left_out(peers: Any) -> None:
     rows, tokenizer = peers("rows"), byte_tokenizer()
     made = rows.made_up(40, seed=3)
     kept, lengths = rows.fitting(made, tokenizer, max_length=400)
@@ -80,7 +80,7 @@ def test_rows_that_peers_read_differently_are_refused(peers: Any, tmp_path: Path
         rows.of_file(path, 2)
 
 
-def test_peers_are_asked_what_shardway_is_asked(peers: Any, tmp_path: Path) -> None:
+def test_peers_get_the_same_questions_as_shardway(peers: Any, tmp_path: Path) -> None:
     rows, path = peers("rows"), tmp_path / "rows.json"
     rows.write([{"instruction": "Add.", "input": "1 2", "output": "3"}], path)
     job = peers("job").Job("", str(path), "", 1, 1, 1, 1, 8, {})
@@ -89,7 +89,7 @@ def test_peers_are_asked_what_shardway_is_asked(peers: Any, tmp_path: Path) -> N
     assert [text["question"], text["answer"]] == [turn["content"] for turn in talk.messages]
 
 
-def test_the_rate_leaves_the_warm_up_out(peers: Any, run_of: Any) -> None:
+def test_the_rate_excludes_the_warm_up(peers: Any, run_of: Any) -> None:
     figures, run = peers("figures"), run_of("hf", [30.0, 20.0, 2.0, 3.0])
     assert figures.rate(run, "trained_tokens", warm_up=2) == pytest.approx(200 / 5)
     assert figures.rate(run, "tokens", warm_up=2) == pytest.approx(400 / 5)
@@ -97,7 +97,7 @@ def test_the_rate_leaves_the_warm_up_out(peers: Any, run_of: Any) -> None:
 
 
 def test_a_ratio_is_taken_within_a_round(peers: Any, run_of: Any) -> None:
-    """In the second and third the machine was ten times as slow: for both."""
+    """In the second and third round the machine was ten times slower for both systems."""
     figures = peers("figures")
     ours = [run_of("shardway", [9, 9, 1 * slow], at) for at, slow in enumerate((1, 10, 10))]
     theirs = [run_of("hf", [9, 9, 3 * slow], at) for at, slow in enumerate((1, 10, 10))]
@@ -106,7 +106,7 @@ def test_a_ratio_is_taken_within_a_round(peers: Any, run_of: Any) -> None:
     assert figures.ratio([ours[0], theirs[1]], "shardway", "hf", 1, 2) is None
 
 
-def test_the_table_says_what_did_not_run(peers: Any, run_of: Any) -> None:
+def test_the_table_shows_which_arms_did_not_run(peers: Any, run_of: Any) -> None:
     figures, arms = peers("figures"), {arm.name: arm for arm in peers("arms").ARMS}
     chosen = [arms[name] for name in ("shardway", "hf", "trl", "llamafactory")]
     failed = run_of("hf", [1.0])
@@ -135,20 +135,20 @@ def test_losses_and_tokens_of_arms_in_order_are_compared(peers: Any, run_of: Any
 @pytest.mark.parametrize(
     ("tokens", "ranks", "packs"), [(1600, 1, 3), (1600, 2, 4), (100, 2, 2), (1300, 1, 3)]
 )
-def test_packs_hold_about_the_tokens_of_a_step(
+def test_packs_contain_about_the_tokens_of_a_step(
     peers: Any, tokens: int, ranks: int, packs: int
 ) -> None:
     assert peers("figures").packs(tokens, 512, ranks) == packs
 
 
-def test_arms_are_told_apart_and_name_a_system(peers: Any) -> None:
+def test_arms_have_unique_names_and_a_known_system(peers: Any) -> None:
     arms = peers("arms")
     names = [arm.name for arm in arms.ARMS]
     assert len(set(names)) == len(names)
     assert {arm.system for arm in arms.ARMS} == set(arms.SYSTEMS)
 
 
-def test_an_arm_with_a_setting_that_is_not_there_is_left_out_by_a_sentence(peers: Any) -> None:
+def test_an_arm_with_an_unknown_setting_is_left_out_with_a_message(peers: Any) -> None:
     arms = peers("arms")
     arm = arms.Arm("new", "shardway", "", {"strategy": "ddp", "data.max_lenght": 8})
     assert arms.missing(arm).startswith("data.max_lenght is not a setting; did you mean")

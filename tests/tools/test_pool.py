@@ -1,4 +1,4 @@
-"""The pool of ranks that distributed tests share: a failure in one test does not reach the next."""
+"""The pool of ranks for distributed tests: a failure in one test does not affect the next."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FAULTS: dict[Callable[[RankInfo], None], str] = {
 }
 
 
-def test_ranks_are_used_again_until_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_are_reused_until_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = RankPool(2, "forkserver", preloaded=["torch.distributed.tensor.debug"])
     used = pool.run(2, process_id)
     assert pool.run(2, message_of_error, refuse, "rank") == ["rank 0", "rank 1"]

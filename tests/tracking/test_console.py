@@ -1,4 +1,4 @@
-"""What a person sees of a run in the terminal."""
+"""What the terminal shows of a run."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def test_a_terminal_gets_a_bar_with_loss_learning_rate_speed_and_time_left() -> 
     assert "step 3: eval_loss 1.2500" in text
 
 
-def test_elsewhere_plain_lines() -> None:
+def test_output_that_is_not_a_terminal_gets_plain_lines() -> None:
     text = watched(io.StringIO())
     assert "\r" not in text
     assert "step 3/3  loss 2.5000  rate 1.00e-04  99 tokens/s  0 s left" in text
 
 
-def test_mfu_where_it_is_known_and_a_word_where_data_is_waited_for() -> None:
+def test_mfu_is_shown_if_known_and_waiting_for_data_is_reported() -> None:
     console = io.StringIO()
     progress = ConsoleProgress(console)
     progress.start(0, 1)

@@ -1,4 +1,4 @@
-"""The picture of the loss."""
+"""The plot of the loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from launcher.tracking.plot import draw_loss
 from tests.helpers.tracking import record
 
 
-def test_the_plot_is_a_picture(tmp_path: Path) -> None:
+def test_the_plot_is_an_image(tmp_path: Path) -> None:
     lines = [json.dumps(record(step)) for step in range(1, 9)]
     lines.append(json.dumps({"step": 8, "eval_loss": 2.0}))
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))

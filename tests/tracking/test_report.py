@@ -1,4 +1,4 @@
-"""The page about runs: what it says, that it needs nothing else, and that no run can break it."""
+"""The report page: its content, that it needs no other files, and that no run can break it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VOID = {"meta", "br", "use", "path", "link"}
 
 
 class Page(HTMLParser):
-    """Tags that close, the cells of tables, what would be loaded."""
+    """Closing tags, the cells of tables, and the resources that would be loaded."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Page(HTMLParser):
 
 
 def make_run(folder: Path, steps: int = 4, base: float = 3.0, **sections: dict[str, Any]) -> Path:
-    """A run's folder as a training leaves it, with an evaluation after every other step."""
+    """A run folder as training leaves it, with an evaluation after every second step."""
     (folder / "logs/attempt-1").mkdir(parents=True)
     manifest.write_json(folder / "logs/attempt-1/status.json", {"state": "finished"})
     (folder / "config.yaml").write_text(store.dump(store.build(composed_raw(**sections))))
@@ -88,7 +88,7 @@ def written(*paths: Path) -> str:
     return report.render_page(report.read_runs(list(paths)))
 
 
-def test_the_table_says_how_each_run_went(tmp_path: Path) -> None:
+def test_the_table_shows_the_result_of_each_run(tmp_path: Path) -> None:
     rows = Page(written(make_run(tmp_path / "one"))).rows
     found = dict(zip(rows[0], rows[1], strict=True))
     seconds = 100 / 51 + 100 / 50 + 100 / 51 + 100 / 50
@@ -101,7 +101,7 @@ def test_the_table_says_how_each_run_went(tmp_path: Path) -> None:
     assert found["strategy"] == composed_raw()["strategy"]["name"]
 
 
-def test_several_runs_share_the_charts_and_show_what_differs(tmp_path: Path) -> None:
+def test_several_runs_share_the_charts_and_show_differing_settings(tmp_path: Path) -> None:
     paths = [
         make_run(tmp_path / "low", optimizer={"learning_rate": 1e-5}),
         make_run(tmp_path / "high", base=2.0, optimizer={"learning_rate": 0.01}),
@@ -118,7 +118,7 @@ def test_several_runs_share_the_charts_and_show_what_differs(tmp_path: Path) -> 
         assert sum(color in chart for chart in drawn) == 1 + 5, "its sample and every chart"
 
 
-def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
+def test_the_page_loads_no_other_files(tmp_path: Path) -> None:
     text = written(make_run(tmp_path / "one"), make_run(tmp_path / "two"))
     page = Page(text)
     assert all(target.startswith("#") for target in page.loads)
@@ -128,7 +128,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     assert all(url.startswith("#") for url in re.findall(r"url\(['\"]?([^)]*)", text))
 
 
-def test_what_a_run_is_called_is_text(tmp_path: Path) -> None:
+def test_run_names_are_escaped(tmp_path: Path) -> None:
     name = HOSTILE.replace("/", "∕")
     hostile = make_run(tmp_path / name, model={"name": HOSTILE}, data={"path": f"{HOSTILE}.jsonl"})
     for paths in ([hostile], [hostile, make_run(tmp_path / "tame")]):
@@ -138,13 +138,13 @@ def test_what_a_run_is_called_is_text(tmp_path: Path) -> None:
         assert any(HOSTILE in row for row in page.rows)
 
 
-def test_a_name_that_is_no_utf8_is_shown(tmp_path: Path) -> None:
+def test_a_name_that_is_not_utf8_is_shown(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run\udcff")
     manifest.write_text(tmp_path / "report.html", written(run))
     assert "run\\udcff" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_sweep_is_all_its_runs(tmp_path: Path) -> None:
+def test_a_sweep_shows_all_its_runs(tmp_path: Path) -> None:
     for number in range(3):
         make_run(tmp_path / str(number), training={"seed": number})
     manifest.write_json(tmp_path / sweep.INDEX, {"runs": 3})
@@ -153,13 +153,13 @@ def test_a_sweep_is_all_its_runs(tmp_path: Path) -> None:
     assert rows[-1] == ["training.seed", "0", "1", "2"]
 
 
-def test_a_run_that_has_not_logged_yet_stands_beside_one_that_has(tmp_path: Path) -> None:
+def test_a_run_without_logs_is_shown_next_to_one_with_logs(tmp_path: Path) -> None:
     new = make_run(tmp_path / "new", steps=0)
     rows = Page(written(make_run(tmp_path / "old"), new)).rows
     assert dict(zip(rows[0], rows[2], strict=True))["steps"].startswith("0")
 
 
-def test_long_curves_are_thinned_and_end_where_the_run_did() -> None:
+def test_long_curves_are_thinned_and_keep_their_last_point() -> None:
     points = [(step, float(step)) for step in range(1, 10_001)]
     thinned = svg._thin_out(points)
     assert len(thinned) <= svg.MAX_POINTS
@@ -171,7 +171,7 @@ def report_of(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return shardway("report", *words, cwd=cwd)
 
 
-def test_the_verb_writes_into_the_run_again_and_again(tmp_path: Path) -> None:
+def test_the_command_can_write_into_the_run_repeatedly(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     for _ in range(2):
         done = report_of("run", cwd=tmp_path)
@@ -179,7 +179,7 @@ def test_the_verb_writes_into_the_run_again_and_again(tmp_path: Path) -> None:
     assert (run / "report.html").read_text().startswith(report.HEADER)
 
 
-def test_what_is_no_report_is_replaced_only_when_asked(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_report_is_replaced_only_on_request(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     precious = tmp_path / "thesis.html"
     precious.write_text("precious")
@@ -217,7 +217,7 @@ def strange(run: Path) -> Path:
         (strange, ["run"], "config.yaml cannot be read by this version"),
     ],
 )
-def test_what_cannot_be_shown_is_a_sentence(
+def test_invalid_input_is_refused_with_a_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepare: Any, words: list[str], said: str
 ) -> None:  # fmt: skip
     prepare(make_run(tmp_path / "run"))

@@ -28,7 +28,7 @@ def tracked_run(folder: Path, config: Any = None) -> RunDir:
 
 
 def told(run: RunDir, name: str, done: int, records: list[dict[str, Any]]) -> None:
-    """One attempt as rank 0 has it: `records` after step `done`."""
+    """One attempt on rank 0: `records` after step `done`."""
     tracker = Tracker(name, "house", run, io.StringIO())
     lines = MetricsFile(run.metrics, run.logs / "lost-metrics.jsonl", run.steps)
     for observer in (lines, tracker):
@@ -49,10 +49,10 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", list(READ))
 @pytest.mark.usefixtures("offline")
-def test_a_tracker_shows_every_step_once_though_some_are_done_again(
+def test_a_tracker_shows_every_step_once_even_if_some_are_repeated(
     name: str, tmp_path: Path
 ) -> None:
-    """The second attempt goes on from step 2, and the first came to 4."""
+    """The first attempt reached step 4, and the second resumes from step 2."""
     pytest.importorskip(name)
     run = tracked_run(tmp_path / "a run")
     evaluation = {"step": 2, "eval_loss": 2.25}
@@ -65,7 +65,7 @@ def test_a_tracker_shows_every_step_once_though_some_are_done_again(
 
 
 @pytest.mark.usefixtures("offline")
-def test_the_configuration_goes_along_once(tmp_path: Path) -> None:
+def test_the_configuration_is_logged_once(tmp_path: Path) -> None:
     run = tracked_run(tmp_path / "run")
     for done in (0, 1):
         told(run, "tensorboard", done, [record(done + 1)])
@@ -77,7 +77,7 @@ def test_the_configuration_goes_along_once(tmp_path: Path) -> None:
 
 
 class Gone:
-    """A tracker whose server goes away."""
+    """A tracker whose server becomes unavailable."""
 
     calls = 0
 
@@ -89,7 +89,7 @@ class Gone:
         raise ConnectionError("no route to host")
 
 
-def test_a_tracker_that_fails_says_so_once_and_training_goes_on(
+def test_a_failing_tracker_warns_once_and_training_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gone, console = Gone(), io.StringIO()

@@ -16,8 +16,8 @@ NAN = float("nan")
 
 
 def stalled_after(losses: list[float], patience: int | None, threshold: float = 0.0) -> int | None:
-    """The number of the evaluation after which training ends; its state is saved and brought back
-    after each."""
+    """The number of the evaluation after which training ends. The state is saved and restored after
+    each."""
     early_stopping = EarlyStopping(patience, threshold)
     for number, loss in enumerate(losses, start=1):
         state = json.loads(json.dumps(early_stopping.state(), allow_nan=False))
@@ -42,13 +42,13 @@ def stalled_after(losses: list[float], patience: int | None, threshold: float = 
         ([2.0, NAN, 1.0, NAN, 1.5], 2, 0.0, 5),
     ],
 )
-def test_training_stalls_after_so_many_evaluations_without_improvement(
+def test_training_stalls_after_patience_evaluations_without_improvement(
     losses: list[float], patience: int | None, threshold: float, after: int | None
 ) -> None:
     assert stalled_after(losses, patience, threshold) == after
 
 
-def test_the_best_is_the_lowest_however_little_lower() -> None:
+def test_the_lowest_loss_is_the_best_even_below_the_threshold() -> None:
     early_stopping = EarlyStopping(patience=2, threshold=0.5)
     for step, loss in ((10, 2.0), (20, 1.9), (30, 1.95)):
         early_stopping.add(step, loss)
@@ -61,7 +61,7 @@ def test_the_best_is_the_lowest_however_little_lower() -> None:
     )
 
 
-def test_without_a_finite_loss_the_reason_says_so() -> None:
+def test_the_reason_reports_that_no_loss_was_finite() -> None:
     early_stopping = EarlyStopping(patience=1)
     assert early_stopping.reason() is None
     early_stopping.add(10, NAN)
@@ -69,7 +69,7 @@ def test_without_a_finite_loss_the_reason_says_so() -> None:
 
 
 @pytest.mark.parametrize(("scheduler", "free"), [("cosine", True), ("reduce_lr_on_plateau", False)])
-def test_evaluations_may_change_unless_the_learning_rate_goes_by_them(
+def test_evaluations_may_change_unless_the_learning_rate_depends_on_them(
     scheduler: str, free: bool, tmp_path: Path
 ) -> None:
     before = composed_raw(scheduler={"name": scheduler}, training={"eval_steps": 5})

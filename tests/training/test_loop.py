@@ -1,4 +1,4 @@
-"""The loop does little besides the step, and its bookkeeping is right."""
+"""The loop adds little work to the step, and its bookkeeping is correct."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.parts import Case, NoCheckpoints, Recorder
 def count_conversions(rank_info: RankInfo, case: Case) -> list[torch.dtype]:
     """Dtypes of the tensors that one step turns into Python numbers."""
     train_state, loader = parts.set_up(rank_info, case)
-    for step in range(2):  # FSDP sets itself up in the first
+    for step in range(2):  # FSDP initializes itself in the first
         parts.train_step(train_state.strategy, loader.step_batch(step))
     step_batch = loader.step_batch(2)
     with conversions.recorded() as seen:
@@ -30,7 +30,7 @@ def count_conversions(rank_info: RankInfo, case: Case) -> list[torch.dtype]:
 
 
 def walk_nothing(rank_info: RankInfo, case: Case) -> bool:
-    """One step in which walking over the model's parameters raises."""
+    """One step in which iterating over the model's parameters raises."""
     train_state, loader = parts.set_up(rank_info, case)
     strategy = train_state.strategy
     parts.train_step(strategy, loader.step_batch(0))
@@ -46,7 +46,7 @@ def walk_nothing(rank_info: RankInfo, case: Case) -> bool:
 
 
 @pytest.mark.parametrize(("strategy", "world"), [("single", 1), ("ddp", 2), ("fsdp", 2)])
-def test_a_step_waits_for_nothing_but_a_token_count_on_the_cpu(
+def test_a_step_waits_only_for_a_token_count_on_the_cpu(
     ranks: Any, tiny: Path, rows_file: Path, strategy: str, world: int
 ) -> None:
     case = Case(tiny, rows_file, strategy=strategy, global_batch_size=12)
@@ -81,7 +81,7 @@ def fitted(rank_info: RankInfo, case: Case, log_steps: int) -> tuple[Recorder, l
 
 
 @pytest.mark.parametrize("log_steps", [1, 2, 100])
-def test_events_come_when_they_are_due(
+def test_events_happen_at_their_steps(
     ranks: Any, tiny: Path, rows_file: Path, log_steps: int
 ) -> None:
     case = Case(tiny, rows_file, strategy="single")
@@ -98,7 +98,7 @@ def test_events_come_when_they_are_due(
 def fit_with(
     rank_info: RankInfo, case: Case, stop_at_look: int, fails_at: int | None
 ) -> tuple[int | str, list[int], Recorder]:
-    """Rank 1 asks to stop at its `stop_at_look`-th look, and its save of step `fails_at` fails."""
+    """Rank 1 asks to stop at check `stop_at_look`, and its save of step `fails_at` fails."""
     train_state, loader = parts.set_up(rank_info, case)
     recorder = Recorder()
     saves = NoCheckpoints(fails_at if rank_info.rank == 1 else None)
@@ -167,14 +167,14 @@ def evaluated(rank_info: RankInfo, case: Case) -> float:
 
 
 def evaluated_twice(rank_info: RankInfo, case: Case) -> tuple[float, float]:
-    """After training, for at the start an adapter adds nothing for dropout to drop."""
+    """After training, because a new adapter adds zero and dropout would have no effect."""
     strategy = parts.train(rank_info, case)[0].strategy
     loader = case.loader(rank_info.rank, rank_info.world_size, micro_batch_size=2)
     first, second = (loop.evaluate(strategy, loader, rank_info.device) for _ in range(2))
     return first, second
 
 
-def test_evaluation_drops_nothing_out(ranks: Any, tiny: Path, rows_file: Path) -> None:
+def test_evaluation_does_not_use_dropout(ranks: Any, tiny: Path, rows_file: Path) -> None:
     case = Case(
         tiny, rows_file, strategy="single", method_options={"dropout": 0.5}, steps=4,
         learning_rate=1e-2,
@@ -190,7 +190,7 @@ def stats(loss: float, norm: float = 1.0) -> StepStats:
     return StepStats(torch.tensor(loss), torch.tensor(norm))
 
 
-def test_the_buffer_adds_tokens_over_the_run() -> None:
+def test_the_buffer_sums_tokens_over_the_run() -> None:
     buffer = MetricsBuffer(sum=lambda values: values)
     buffer.add(1, 0.1, stats(2.0), WORK)
     buffer.add(2, 0.1, stats(1.5), WORK)
@@ -201,7 +201,7 @@ def test_the_buffer_adds_tokens_over_the_run() -> None:
 
 
 @pytest.mark.parametrize("bad", [(float("nan"), 1.0), (1.0, float("inf"))])
-def test_a_step_that_is_not_finite_stops_the_run_by_name(bad: tuple[float, float]) -> None:
+def test_a_nonfinite_step_ends_the_run_and_is_named(bad: tuple[float, float]) -> None:
     buffer = MetricsBuffer(sum=lambda values: values)
     buffer.add(1, 0.1, stats(2.0), WORK)
     buffer.add(2, 0.1, stats(*bad), WORK)

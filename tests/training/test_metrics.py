@@ -1,4 +1,4 @@
-"""The figures of a step: counted exactly, timed without a wait, against independent counts."""
+"""The metrics of a step are counted exactly and timed without a wait; counts are independent."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def steps(
         measured.add_step(WORK)
 
 
-def test_the_figures_of_an_interval_are_what_their_names_say(clock: Clock) -> None:
+def test_interval_metrics_have_their_documented_values(clock: Clock) -> None:
     measured = ThroughputMeter(CPU, flops.Flops(per_token=50, per_pair=2), peak=10_000.0)
     clock.passes(7)
-    measured.restart()  # what came before is in nothing
+    measured.restart()  # earlier steps count in no metric
     steps(measured, clock, [1.0, 3.0], waits=0.5)
     figures = measured.read()
     assert figures.pop("peak_memory_bytes") > 1e7
@@ -71,7 +71,7 @@ def test_the_figures_of_an_interval_are_what_their_names_say(clock: Clock) -> No
     assert measured.read()["tokens_per_second"] == 40.0, "the next interval begins with the reading"
 
 
-def test_without_a_known_peak_there_is_no_mfu(clock: Clock) -> None:
+def test_mfu_is_missing_without_a_known_peak(clock: Clock) -> None:
     measured = ThroughputMeter(CPU, flops.Flops(1, 1))
     steps(measured, clock, [1.0])
     assert "mfu" not in measured.read()
@@ -86,7 +86,7 @@ def test_percentiles_are_those_of_the_last_hundred_steps(clock: Clock) -> None:
         assert figures[f"step_seconds_p{percent}"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_on_a_gpu_steps_are_timed_by_events_that_are_read_with_the_figures(
+def test_on_a_gpu_steps_are_timed_by_events_that_are_read_at_a_flush(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[float] = []
@@ -113,9 +113,7 @@ def test_on_a_gpu_steps_are_timed_by_events_that_are_read_with_the_figures(
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_the_counts_of_a_step_batch_are_those_of_its_rows(
-    tiny: Path, rows_file: Path, world: int
-) -> None:
+def test_step_batch_counts_equal_those_of_its_rows(tiny: Path, rows_file: Path, world: int) -> None:
     loaders = [
         Case(tiny, rows_file).loader(rank, world, micro_batch_size=2) for rank in range(world)
     ]
@@ -149,22 +147,22 @@ def prepared(folder: Path, method: str, **options: Any) -> nn.Module:
     return build_method(METHODS[method](name=method, **options)).prepare(model, 0)
 
 
-def test_full_training_costs_what_torch_counts(tiny: Path) -> None:
+def test_flops_of_full_training_equal_torch_counts(tiny: Path) -> None:
     model = prepared(tiny, "full")
     counted = flops.count_flops(model)
     products, attention = counted_by_torch(model, 64)
     assert counted.per_token * 64 == products
-    # torch counts both halves of the square, and the rotary angles.
+    # torch counts both halves of the attention matrix, and the rotary angles.
     assert counted.per_pair * 64**2 == pytest.approx(attention, rel=1e-2)
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
     assert counted.per_token == 6 * sum(m.in_features * m.out_features for m in linear)
 
 
-def test_adapters_save_the_gradients_of_frozen_weights(tiny: Path) -> None:
+def test_adapter_training_skips_the_flops_of_frozen_weight_gradients(tiny: Path) -> None:
     model = prepared(tiny, "lora", rank=4, dropout=0.0)
     products, attention = counted_by_torch(model, 64)
     counted = flops.count_flops(model)
-    # Nothing trained lies before the first layer: torch leaves out the gradient of its input.
+    # Nothing before the first layer is trained: torch omits the gradient of its input.
     first = model.get_submodule("base_model.model.model.layers.0.self_attn")
     spared = sum(
         each.in_features * each.out_features
@@ -175,7 +173,7 @@ def test_adapters_save_the_gradients_of_frozen_weights(tiny: Path) -> None:
     assert counted.per_pair * 64**2 == pytest.approx(attention, rel=1e-2)
 
 
-def test_below_the_first_trained_layer_nothing_goes_backward(tiny_untied: Path) -> None:
+def test_no_backward_flops_are_counted_below_the_first_trained_layer(tiny_untied: Path) -> None:
     model = prepared(tiny_untied, "freeze", layers=1)
     whole, counted = flops.count_flops(prepared(tiny_untied, "full")), flops.count_flops(model)
     products, attention = counted_by_torch(model, 64)
@@ -184,7 +182,7 @@ def test_below_the_first_trained_layer_nothing_goes_backward(tiny_untied: Path) 
     assert counted.per_token < 0.75 * whole.per_token
 
 
-def test_a_quantized_layer_counts_by_its_features(tiny: Path) -> None:
+def test_flops_of_a_quantized_layer_depend_on_its_features(tiny: Path) -> None:
     model = prepared(tiny, "lora", rank=4)
     before = flops.count_flops(model)
     name, plain = next(
@@ -204,7 +202,7 @@ def test_a_quantized_layer_counts_by_its_features(tiny: Path) -> None:
         ("gemma3_text", {}, "do not all have full attention"),
     ],
 )
-def test_models_that_the_formula_does_not_fit_have_no_figure(
+def test_flops_are_missing_for_models_that_the_formula_does_not_cover(
     kind: str, more: dict[str, Any], reason: str
 ) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "vocab_size": 64}
@@ -233,14 +231,14 @@ def test_models_that_the_formula_does_not_fit_have_no_figure(
         ("Tesla V100-SXM2-32GB", torch.float16, None),
     ],
 )
-def test_a_device_is_known_by_its_whole_name(
+def test_a_device_is_matched_by_its_full_name(
     name: str, dtype: torch.dtype, tflops: float | None
 ) -> None:
     found = flops.peak_flops_by_name(name, dtype)
     assert found == (None if tflops is None else pytest.approx(tflops * 1e12))
 
 
-def test_the_peak_that_the_user_states_goes_before_that_of_the_device(
+def test_the_configured_peak_overrides_that_of_the_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
@@ -249,7 +247,7 @@ def test_the_peak_that_the_user_states_goes_before_that_of_the_device(
     assert flops.peak_flops(gpu, torch.bfloat16, None) == pytest.approx(989.4e12)
 
 
-def test_a_cpu_has_no_known_peak_but_a_stated_one() -> None:
+def test_a_cpu_has_only_a_configured_peak() -> None:
     assert flops.peak_flops(CPU, torch.float32, None) is None
     assert flops.peak_flops(CPU, torch.float32, 2.5) == 2.5e12
 
@@ -257,7 +255,7 @@ def test_a_cpu_has_no_known_peak_but_a_stated_one() -> None:
 def conversions_between_flushes(
     rank_info: RankInfo, case: Case
 ) -> list[list[conversions.Conversion]]:
-    """Tensors that became Python numbers in each step of `fit` after the first three."""
+    """Tensors converted to Python numbers in each step of `fit` after the first three."""
     train_state, loader = parts.set_up(rank_info, case)
     marks: list[int] = []
 
@@ -277,10 +275,10 @@ def conversions_between_flushes(
 
 
 @pytest.mark.parametrize(("strategy", "world"), [("single", 1), ("ddp", 2), ("fsdp", 2)])
-def test_between_two_flushes_a_step_reads_its_counts_and_nothing_else(
+def test_between_two_flushes_a_step_reads_only_its_counts(
     ranks: Any, tiny: Path, rows_file: Path, strategy: str, world: int
 ) -> None:
-    """Counts are on the CPU wherever the model is."""
+    """Counts are on the CPU on every device."""
     case = Case(tiny, rows_file, strategy=strategy, steps=9)
     for of_steps in ranks.run(world, conversions_between_flushes, case):
         assert of_steps == [[("tolist", torch.int64, (6,))]] * 5

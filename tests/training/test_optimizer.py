@@ -1,4 +1,4 @@
-"""The optimizers' settings reach the libraries. Whole trainings: distributed/test_optimizers.py."""
+"""The optimizers' settings reach the libraries. Full runs: distributed/test_optimizers.py."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def stepped(build: Any) -> torch.Tensor:
     ("setting", "value"),
     [("clip_threshold", 0.5), ("decay_rate", -0.3), ("scale_parameter", True)],
 )
-def test_adafactor_has_each_setting_of_the_configuration(setting: str, value: Any) -> None:
+def test_adafactor_receives_each_setting_of_the_configuration(setting: str, value: Any) -> None:
     def ours(weight: torch.nn.Parameter, **options: Any) -> Any:
         config = AdafactorConfig(learning_rate=1e-2, weight_decay=0.0, **options)
         return build_optimizer(config, [("weight", weight, weight.shape)])

@@ -1,4 +1,4 @@
-"""Packed documents are computed as if each were alone, in models that can keep them apart."""
+"""Packed documents are computed as if each were alone, in models that can separate them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ RECURRENT = ("mamba2", "qwen3_next")
 def build(name: str, options: dict[str, Any], packed: bool) -> torch.nn.Module:
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, **{**SMALL, **options})
-    choice = "eager" if name == "gemma2" else "sdpa"  # transformers has no other for it
+    choice = "eager" if name == "gemma2" else "sdpa"  # transformers supports no other for it
     attention = choose_attention(choice, config, packed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     return model.eval()
@@ -58,7 +58,7 @@ def rows(seed: int = 0) -> list[Any]:
 
 
 def losses(model: torch.nn.Module, sequences: list[list[Any]], packed: bool) -> torch.Tensor:
-    """Of each target token."""
+    """The loss of each target token."""
     batch = collate(sequences, 8, 0, packed)
     logits = model(**batch.inputs()).logits.flatten(0, 1)[batch.target_positions]
     found = cross_entropy(logits, batch.target_ids, reduction="none")
@@ -77,7 +77,7 @@ def test_packed_and_unpacked_tokens_have_the_same_loss(name: str) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_no_token_sees_another_document(name: str) -> None:
-    """Neither what it is, nor, backwards, by the gradient."""
+    """Neither in forward nor, by the gradient, in backward."""
     model = build(name, ARCHITECTURES[name], True)
     batch = collate([rows()[:3], rows()[3:]], 8, 0, packed=True)
     embedded = model.get_input_embeddings()(batch.input_ids).detach().requires_grad_()
@@ -96,7 +96,7 @@ def test_no_token_sees_another_document(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECURRENT)
-def test_a_model_that_cannot_keep_them_apart_is_refused(name: str) -> None:
+def test_a_model_that_cannot_separate_documents_is_refused(name: str) -> None:
     if name == "mamba2":
         options: dict[str, Any] = {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}
     else:
@@ -113,7 +113,7 @@ def test_a_model_that_cannot_keep_them_apart_is_refused(name: str) -> None:
         check_document_masking(model, CPU, 64)
 
 
-def test_the_builder_takes_the_packed_attention(tiny: Path) -> None:
+def test_the_builder_selects_the_packed_attention(tiny: Path) -> None:
     model, _ = build_model(ModelConfig(name_or_path=str(tiny)), tiny, 0, torch.float32, packed=True)
     assert model.config._attn_implementation == PACKED
 

@@ -1,4 +1,4 @@
-"""Every schedule has the values of transformers' or torch's own, and goes on where it was."""
+"""Every schedule has the values of transformers' or torch's schedule, and resumes exactly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from launcher.training.scheduler import Schedule, build_scheduler
 
 PEAK, STEPS = 3e-4, 57
 
-# (name, our settings, transformers' name if it is another, its keywords)
+# (name, our settings, transformers' name if it differs, its keywords)
 CURVES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("linear", {}, "", {}),
     ("cosine", {}, "", {}),
@@ -74,14 +74,14 @@ def walk(scheduler: Any, steps: int) -> list[list[float]]:
 
 @pytest.mark.parametrize("warmup", [0, 1, 10, STEPS])
 @pytest.mark.parametrize(("name", "ours", "theirs", "keywords"), CURVES)
-def test_every_value_is_transformers_own_to_the_last_bit(
+def test_every_value_equals_transformers_to_the_bit(
     name: str, ours: dict[str, Any], theirs: str, keywords: dict[str, Any], warmup: int
 ) -> None:
     if name != "constant":
         ours = {**ours, "warmup_steps": warmup}
     rates = (PEAK, 16 * PEAK)
     peer = get_scheduler(theirs or name, optimizer(rates), warmup, STEPS, keywords)
-    # At its very end transformers' polynomial divides by the steps that a warm-up leaves: none.
+    # At its last step, transformers' polynomial divides by the steps after the warm-up: zero.
     steps = STEPS - 1 if name == "polynomial" and warmup == STEPS else STEPS + 3
     expected = walk(peer, steps)
     assert walk(schedule(name, rates=rates, **ours), steps) == expected
@@ -94,14 +94,14 @@ def test_every_value_is_transformers_own_to_the_last_bit(
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts", "polynomial"])
 @pytest.mark.parametrize("warmup", [0, 5])
-def test_a_curve_ends_at_its_minimum(name: str, warmup: int) -> None:
+def test_a_schedule_ends_at_its_minimum(name: str, warmup: int) -> None:
     config = SCHEDULERS[name](name=name, minimum_rate=1e-5, warmup_steps=warmup)
     assert PEAK * lr_curve.lr_factor(config, PEAK, STEPS, STEPS) == pytest.approx(1e-5)
     assert min(lr_curve.learning_rates(config, PEAK, STEPS)[warmup:]) > 1e-5
 
 
 @pytest.mark.parametrize(("total", "steps"), [(100, 3), (101, 4), (10, 1)])
-def test_a_ratio_of_warm_up_is_rounded_up_as_by_transformers(total: int, steps: int) -> None:
+def test_a_warmup_ratio_is_rounded_up_like_in_transformers(total: int, steps: int) -> None:
     config = SCHEDULERS["linear"](name="linear", warmup_ratio=0.03)
     by_steps = SCHEDULERS["linear"](name="linear", warmup_steps=steps)
     assert lr_curve.learning_rates(config, PEAK, total) == lr_curve.learning_rates(
@@ -126,7 +126,7 @@ def torch_s_own(options: dict[str, Any], rates: tuple[float, ...]) -> Any:
 
 @pytest.mark.parametrize("options", PLATEAUS)
 @pytest.mark.parametrize("rates", [(PEAK,), (PEAK, 16 * PEAK)])
-def test_a_plateau_is_torch_s_own_on_the_same_losses(
+def test_plateau_equals_torch_on_the_same_losses(
     options: dict[str, Any], rates: tuple[float, ...]
 ) -> None:
     ours, theirs = (
@@ -134,7 +134,7 @@ def test_a_plateau_is_torch_s_own_on_the_same_losses(
         torch_s_own(options, rates),
     )
     for loss in LOSSES:
-        ours.step()  # optimizer steps are nothing to it
+        ours.step()  # optimizer steps do not affect it
         ours.step_on_evaluation(loss)
         theirs.step(loss)
         assert ours.get_last_lr() == theirs.get_last_lr()
@@ -142,7 +142,7 @@ def test_a_plateau_is_torch_s_own_on_the_same_losses(
 
 @pytest.mark.parametrize("options", PLATEAUS)
 @pytest.mark.parametrize("at", range(len(LOSSES)))
-def test_a_plateau_goes_on_to_the_bit(options: dict[str, Any], at: int) -> None:
+def test_plateau_resumes_to_the_bit(options: dict[str, Any], at: int) -> None:
     whole, first, second = (schedule("reduce_lr_on_plateau", **options) for _ in range(3))
     for loss in LOSSES[:at]:
         whole.step_on_evaluation(loss)
@@ -155,7 +155,7 @@ def test_a_plateau_goes_on_to_the_bit(options: dict[str, Any], at: int) -> None:
         assert second.get_last_lr() == whole.get_last_lr()
 
 
-def test_a_changed_learning_rate_is_reduced_as_the_old_one_was() -> None:
+def test_a_changed_learning_rate_is_reduced_like_the_old_one() -> None:
     first = schedule("reduce_lr_on_plateau", patience=0, factor=0.5)
     for loss in (2.0, 2.0):
         first.step_on_evaluation(loss)
@@ -168,7 +168,7 @@ def test_a_changed_learning_rate_is_reduced_as_the_old_one_was() -> None:
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "reduce_lr_on_plateau"])
 @pytest.mark.parametrize("at", [0, 1, 20])
-def test_a_curve_goes_on_to_the_bit(name: str, at: int) -> None:
+def test_a_schedule_resumes_to_the_bit(name: str, at: int) -> None:
     options = {} if name == "constant" else {"warmup_steps": 7}
     whole, first, second = (schedule(name, **options) for _ in range(3))
     rates = walk(whole, STEPS)

@@ -1,4 +1,4 @@
-"""Who is let in, asked over HTTP of what stands before an application that says yes to all."""
+"""The auth middleware over HTTP, in front of an application that accepts every request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def client(token: str | None = None, hosts: frozenset[str] | None = LOOPBACK_NAM
 
 
 def ask(target: str, token: str | None = None, kind: str = "http", **headers: str) -> list[Message]:
-    """What answers a request for exactly `target`: HTTP clients normalize // and .. in it."""
+    """The response to a request for exactly `target`: HTTP clients normalize // and .. in it."""
     path, _, query = target.partition("?")
     named = {"host": "127.0.0.1:7860", **headers}
     scope: Scope = {
@@ -55,22 +55,22 @@ def test_loopback_needs_no_token() -> None:
 @pytest.mark.parametrize(
     "host", ["evil.example", "127.0.0.1.evil.example:7860", "", "[::1", "0.0.0.0"]
 )
-def test_another_name_is_turned_away(host: str) -> None:
-    """DNS that points a stranger's name here gets nothing."""
+def test_a_foreign_host_name_is_refused(host: str) -> None:
+    """A foreign host name whose DNS entry points to this machine is refused."""
     assert client().get("/", headers={"host": host}).status_code == 421
 
 
 @pytest.mark.parametrize("host", ["localhost:7860", "127.0.0.1", "[::1]:7860", "[::1]"])
-def test_names_of_this_machine(host: str) -> None:
+def test_names_of_this_machine_are_accepted(host: str) -> None:
     assert client().get("/", headers={"host": host}).status_code == 200
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1"])
-def test_another_site_is_turned_away(origin: str) -> None:
+def test_a_foreign_origin_is_refused(origin: str) -> None:
     assert client().post("/gradio_api/queue/join", headers={"origin": origin}).status_code == 403
 
 
-def test_the_page_itself_may_ask() -> None:
+def test_the_origin_of_the_page_is_accepted() -> None:
     headers = {"origin": "http://127.0.0.1:7860"}
     assert client().post("/gradio_api/queue/join", headers=headers).status_code == 200
 
@@ -83,20 +83,20 @@ def test_without_the_token_nothing_is_served(path: str) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["", "Secret", "secre", "secrets", "sécret", "%00"])
-def test_a_wrong_token(wrong: str) -> None:
+def test_a_wrong_token_is_refused(wrong: str) -> None:
     assert client("secret").get(f"/?token={wrong}").status_code == 401
     cookie = {"cookie": f"{COOKIE}_7860={wrong}".encode()}
     assert client("secret").get("/", headers=cookie).status_code == 401
 
 
-def test_the_token_moves_into_a_cookie() -> None:
+def test_the_token_is_stored_in_a_cookie() -> None:
     asking = client("secret")
     answer = asking.get("/zh?token=secret")
     assert (answer.status_code, answer.headers["location"]) == (303, "/zh")
     cookie = answer.headers["set-cookie"].lower()
     assert "httponly" in cookie
     assert "samesite=strict" in cookie
-    assert asking.get("/").text == "in"  # which the client now has
+    assert asking.get("/").text == "in"  # the client has the cookie now
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_websocket_with_the_token_reaches_allowed_paths() -> None:
     ],
 )
 def test_paths_that_the_page_does_not_need_are_not_found(path: str) -> None:
-    """Among them all that take files in or give them out."""
+    """These include all paths that upload or download files."""
     assert ask(path)[0].get("status") == 404
 
 

@@ -1,4 +1,4 @@
-"""What there is to talk to and to export, and what it names outside the roots."""
+"""The models offered for chat and export, and references from them to paths outside the roots."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def adapter(folder: Path, base: Path) -> Path:
     return folder
 
 
-def test_an_empty_home_has_fetched_models_alone(roots: Roots, tiny: Path) -> None:
+def test_an_empty_home_offers_only_downloaded_models(roots: Roots, tiny: Path) -> None:
     assert str(tiny) in chat_models.chat_choices(roots)
     assert chat_models.export_choices(roots) == []
 
 
-def test_the_base_that_an_adapter_names_is_confined(
+def test_the_base_of_an_adapter_must_be_inside_the_roots(
     roots: Roots, tmp_path: Path, tiny: Path
 ) -> None:
-    shutil.copytree(tiny, tmp_path / "outside")  # one that could be talked to
+    shutil.copytree(tiny, tmp_path / "outside")  # a valid chat target
     found = adapter(roots.home / "adapter", tmp_path / "outside")
     assert list(chat_models.base_folders(found)) == [str(tmp_path / "outside")]
     tab = object.__new__(ExportTab)
@@ -51,7 +51,7 @@ def test_the_base_that_an_adapter_names_is_confined(
         LoadedModels(roots).load("A", "adapter", "")
 
 
-def test_the_words_of_an_export(roots: Roots, tiny: Path) -> None:
+def test_the_export_command_follows_from_the_form(roots: Roots, tiny: Path) -> None:
     tab = object.__new__(ExportTab)
     tab.context, tab.translate = PageContext(roots), ENGLISH
     words, target = tab._arguments(str(tiny), "", "out", "2GB", "bf16", "auto", False)
@@ -63,7 +63,7 @@ def test_the_words_of_an_export(roots: Roots, tiny: Path) -> None:
     assert tab._arguments(str(tiny), "", "out", "2GB", "bf16", "auto", True)[0][-1] == "--overwrite"
     with pytest.raises(UserError, match="is outside"):
         tab._arguments(str(tiny), "", "../out", "2GB", "bf16", "auto", False)
-    with pytest.raises(UserError, match="is outside"):  # beside a model of the cache
+    with pytest.raises(UserError, match="is outside"):  # next to a model in the cache
         tab._arguments(str(tiny), "", "", "2GB", "bf16", "auto", False)
 
 

@@ -1,4 +1,4 @@
-"""What is typed on the page becomes what is typed in a terminal."""
+"""The values of the page become the command line that a user would type in a terminal."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ def roots(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Roots:
 
 
 def typed(**values: Any) -> form.Values:
-    """The page with the tiny model and these values, `__` for a dot."""
+    """The form values for the tiny model with these changes; `__` in a name means a dot."""
     chosen = {key: value for key, value in values.items() if key in form.HYDRA_GROUPS}
     start = form.initial_values({"model": "tiny", **chosen})
     return start | {key.replace("__", "."): value for key, value in values.items()}
 
 
-def test_every_setting_on_the_page_is_one() -> None:
+def test_every_field_on_the_page_is_a_setting() -> None:
     for key in form.FIELDS:
         section = key.partition(".")[0]
         known = key in SECTIONS or key == form.ACCUMULATION or key in store.setting_names(section)
         assert known, key
 
 
-def test_the_defaults_need_no_word(roots: Roots) -> None:
+def test_the_defaults_need_no_overrides(roots: Roots) -> None:
     assert form.check_form(form.initial_values(), "", roots).overrides == []
 
 
-def test_what_differs_is_typed(roots: Roots) -> None:
+def test_changed_values_become_overrides(roots: Roots) -> None:
     values = typed(method="qlora", method__bits="8", data__packing=True, training__seed="7")
     assert form.check_form(values, "", roots).overrides == [
         *("model=tiny", "method=qlora", "data.packing=true", "method.bits=8", "training.seed=7")
@@ -87,12 +87,12 @@ def test_the_global_batch_follows_from_ranks(roots: Roots) -> None:
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "x", "", "1.5", "9" * 30])
-def test_accumulation_is_a_number(roots: Roots, text: str) -> None:
+def test_an_invalid_accumulation_is_reported(roots: Roots, text: str) -> None:
     (problem,) = form.check_form(typed(accumulation=text), "", roots).problems
     assert problem.startswith(f"accumulation={text}: ")
 
 
-def test_rules_fire_beside_their_group_and_are_mended(roots: Roots) -> None:
+def test_rules_are_shown_in_their_group_and_can_be_fixed(roots: Roots) -> None:
     values = typed(training__max_steps="20")
     (problem,) = form.check_form(values, "", roots).problems
     assert form.group_of(problem) == "Length, batch and saving"
@@ -104,15 +104,15 @@ def test_rules_fire_beside_their_group_and_are_mended(roots: Roots) -> None:
     "lines",
     ["data.path=nothing.jsonl", "data.eval_path=nothing.jsonl"],
 )
-def test_what_is_wrong_is_told_at_once(roots: Roots, lines: str) -> None:
-    """A file that is not there keeps no rule from being told."""
+def test_all_problems_are_reported_at_once(roots: Roots, lines: str) -> None:
+    """A missing file does not hide broken rules."""
     found = form.check_form(typed(training__max_steps="20"), lines, roots)
     said = "\n".join(found.problems)
     assert "nothing.jsonl" in said
     assert "[length-of-training]" in said
 
 
-def test_files_are_read_anew_when_they_change(roots: Roots) -> None:
+def test_files_are_read_again_when_they_change(roots: Roots) -> None:
     rows = roots.home / "rows.jsonl"
     rows.write_text('{"instruction": "a", "output": "b"}\n')
     more = "data.path=rows.jsonl\ndata.format=alpaca"
@@ -146,13 +146,13 @@ def test_files_are_read_anew_when_they_change(roots: Roots) -> None:
         ("training.micro_batch_size=" + "9" * 400, "training.micro_batch_size"),
     ],
 )
-def test_what_a_page_does_not_take(roots: Roots, line: str, said: str) -> None:
+def test_unsafe_or_invalid_overrides_are_refused(roots: Roots, line: str, said: str) -> None:
     found = form.check_form(form.initial_values({"model": "tiny"}), line, roots)
     with pytest.raises(UserError, match=said):
         raise UserError("\n".join(found.problems) or "nothing")
 
 
-def test_another_file_of_a_group_brings_its_values() -> None:
+def test_choosing_another_file_of_a_group_sets_its_values() -> None:
     values = form.initial_values() | {"scheduler": "polynomial", "method.rank": "77"}
     changed = form.switch_file(values, "scheduler")
     assert changed["scheduler.minimum_rate"] == "1e-07"
@@ -160,7 +160,7 @@ def test_another_file_of_a_group_brings_its_values() -> None:
     assert changed["method.rank"] == "77"
 
 
-def test_an_experiment_file_comes_back_as_it_was(roots: Roots) -> None:
+def test_a_saved_experiment_loads_unchanged(roots: Roots) -> None:
     values = typed(method="qlora", data__packing=True, accumulation="2", method__alpha="12.5")
     more = "checkpoint.save_best=true\n+data.columns.output=answer\n+method.rank_pattern.q_proj=16"
     found = form.check_form(values, more, roots)
@@ -185,12 +185,12 @@ def test_the_demo_experiment_loads(roots: Roots) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "../x", "nothing", "a b"])
-def test_what_is_no_experiment(roots: Roots, name: str) -> None:
+def test_a_missing_experiment_is_refused(roots: Roots, name: str) -> None:
     with pytest.raises(UserError, match="does not exist"):
         experiment.load(roots, name)
 
 
-def test_a_file_that_is_none_is_refused(roots: Roots) -> None:
+def test_an_invalid_experiment_file_is_refused(roots: Roots) -> None:
     folder = roots.home / "experiments/experiment"
     folder.mkdir(parents=True)
     (folder / "list.yaml").write_text("- a\n")

@@ -1,4 +1,4 @@
-"""The page in Chinese says all that it says in English."""
+"""Every English text of the page has a Chinese translation."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def asked(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("file", CODE, ids=lambda file: f"{file.parent.name}/{file.stem}")
-def test_every_text_of_the_code_is_there(file: Path) -> None:
+def test_every_text_in_the_code_is_translated(file: Path) -> None:
     assert asked(file) <= chinese().table.keys()
 
 
-def test_texts_are_found() -> None:
+def test_texts_in_the_code_are_found() -> None:
     assert {"Start", "Export"} <= set().union(*map(asked, CODE))
 
 
-def test_groups_and_the_help_of_settings_are_there() -> None:
+def test_groups_and_the_help_of_settings_are_translated() -> None:
     help = {field.metadata["help"] for key in FIELDS if (field := override_syntax.field_of(key))}
     assert (help | GROUPS.keys()) <= chinese().table.keys()
 
 
-def test_no_entry_is_left_over() -> None:
-    """Nor misspelt: each is a text of the code, a setting's help, or stands for a state or a
-    fact."""
+def test_every_entry_is_used() -> None:
+    """No entry is misspelled either: each one is a text in the code, the help of a setting, a
+    state or a fact."""
     help = {field.metadata["help"] for key in FIELDS if (field := override_syntax.field_of(key))}
     known = set().union(*map(asked, CODE)) | help | GROUPS.keys()
     text = "\n".join(file.read_text() for file in [*CODE, *paths.bundled("chat").glob("*.py")])
@@ -57,7 +57,7 @@ def test_no_entry_is_left_over() -> None:
     assert left == set()
 
 
-def test_places_for_values_are_the_same() -> None:
+def test_placeholders_are_the_same_in_both_languages() -> None:
     for english, other in chinese().table.items():
         assert placeholders(english) == placeholders(other)
 
@@ -66,5 +66,5 @@ def placeholders(text: str) -> list[str]:
     return sorted(name for _, name, *_ in string.Formatter().parse(text) if name)
 
 
-def test_english_is_as_in_the_code() -> None:
+def test_english_texts_are_unchanged() -> None:
     assert ENGLISH("Start") == "Start"

@@ -1,4 +1,4 @@
-"""What the page may read and write."""
+"""The paths that the page may read and write."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ def roots(tmp_path: Path) -> Roots:
     return Roots.of([tmp_path / "home"])
 
 
-def test_a_root_must_be_there(tmp_path: Path) -> None:
+def test_a_root_must_exist(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--root .*nowhere is not a folder"):
         Roots.of([tmp_path / "nowhere"])
 
 
-def test_inside_is_allowed_with_or_without_a_slash(roots: Roots) -> None:
+def test_paths_inside_are_allowed_with_or_without_a_slash(roots: Roots) -> None:
     assert roots.to_write("runs/a") == roots.home / "runs/a"
     assert roots.to_write(roots.home / "runs/a") == roots.home / "runs/a"
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../outside", "runs/../../outside", "~root/.ssh"])
-def test_outside_is_refused(roots: Roots, path: str) -> None:
+def test_paths_outside_are_refused(roots: Roots, path: str) -> None:
     with pytest.raises(UserError, match="is outside"):
         roots.to_read(path)
 
 
-def test_a_link_out_is_refused(roots: Roots) -> None:
+def test_a_link_to_the_outside_is_refused(roots: Roots) -> None:
     (roots.home / "link").symlink_to(roots.home.parent / "outside")
     with pytest.raises(UserError, match="is outside"):
         roots.to_read("link/rows.jsonl")
 
 
 @pytest.mark.parametrize("path", ["a\0b", "~nobody-of-that-name/x"])
-def test_what_is_no_path_is_refused(roots: Roots, path: str) -> None:
+def test_an_invalid_path_is_refused(roots: Roots, path: str) -> None:
     with pytest.raises(UserError, match="is not a valid path"):
         roots.to_read(path)
 
 
-def test_cache_and_package_are_read_and_not_written(roots: Roots) -> None:
+def test_cache_and_package_are_readable_but_not_writable(roots: Roots) -> None:
     for path in (paths.cache() / "models/x", paths.bundled("demo/train.jsonl")):
         assert roots.to_read(path)
         with pytest.raises(UserError, match="is outside"):
@@ -58,7 +58,7 @@ def test_cache_and_package_are_read_and_not_written(roots: Roots) -> None:
 @pytest.mark.parametrize(
     "name", ["", ".", "..", "../x", "/x", "a/b/c", ".page", "a b", "x" * 101, "é"]
 )
-def test_names_of_runs(roots: Roots, name: str) -> None:
+def test_invalid_run_names_are_refused(roots: Roots, name: str) -> None:
     with pytest.raises(UserError, match="is not a valid run name"):
         roots.run_folder(name)
 
@@ -82,19 +82,19 @@ def test_an_element_of_a_sweep_is_a_run(roots: Roots) -> None:
         ("resume=/etc", "resume"),
     ],
 )
-def test_every_path_of_a_configuration_is_looked_at(roots: Roots, override: str, key: str) -> None:
+def test_every_path_in_a_configuration_is_checked(roots: Roots, override: str, key: str) -> None:
     config = compose([override.strip("'")])
     assert [refusal.split("=")[0] for refusal in roots.refusals(config)] == [key]
 
 
-def test_a_path_to_write_is_looked_at(roots: Roots) -> None:
+def test_a_path_to_write_is_checked(roots: Roots) -> None:
     config = compose(
         ["strategy=zero3_offload", "strategy.offload_param=nvme", "strategy.nvme_path=/etc"]
     )
     assert [refusal.split("=")[0] for refusal in roots.refusals(config)] == ["strategy.nvme_path"]
 
 
-def test_the_defaults_and_hub_names_are_fine(roots: Roots) -> None:
+def test_the_defaults_and_hub_names_are_accepted(roots: Roots) -> None:
     config = compose(["model.name_or_path=owner/name", "data.path=hub:owner/name"])
     assert list(roots.refusals(config)) == list(roots.refusals_within(config)) == []
     assert list(roots.refusals(compose([]))) == []

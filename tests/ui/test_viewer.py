@@ -1,4 +1,4 @@
-"""Runs as the page shows them, from folders that are written here as a run writes them."""
+"""How the page shows runs; the tests write the run folders in the format of a real run."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def write(run: RunDir, *steps: int, **more: float) -> None:
             file.write(json.dumps({**record, "tokens_per_second": 5.0, **more}) + "\n")
 
 
-def test_no_runs(view: Viewer) -> None:
+def test_without_runs_the_list_is_empty(view: Viewer) -> None:
     assert view.names() == []
 
 
-def test_a_run_that_ended(view: Viewer) -> None:
+def test_a_finished_run_is_shown(view: Viewer) -> None:
     run = make("a", "training.epochs=null", "training.max_steps=4")
     write(run, 1, 2, 3, 4)
     run.status.write_text(json.dumps({"state": "finished"}))
@@ -64,7 +64,7 @@ def test_a_run_that_ended(view: Viewer) -> None:
     assert run_html.charts(shown.records).count("<svg") == 3
 
 
-def test_steps_of_epochs_are_known_once_the_ranks_know(view: Viewer) -> None:
+def test_the_total_steps_of_epochs_are_shown_once_the_ranks_report_them(view: Viewer) -> None:
     run = make("a", "training.epochs=2")
     write(run, 1)
     assert "step 1 /" not in view.view("a", ENGLISH).html
@@ -96,13 +96,13 @@ def test_only_new_lines_are_read(tmp_path: Path) -> None:
         file.write('p": 3}\n')
     assert [record["step"] for record in metrics.read()] == [1, 2, 3]
     assert metrics.records[0] is first
-    other = tmp_path / "other"  # a new attempt's
+    other = tmp_path / "other"  # written by a new attempt
     other.write_text('{"step": 1}\n')
     os.replace(other, path)
     assert [record["step"] for record in metrics.read()] == [1]
 
 
-def test_logs_of_a_run(view: Viewer) -> None:
+def test_logs_are_shown_by_rank(view: Viewer) -> None:
     run = make("a")
     run.rank_log(0).write_text("nought\n")
     run.rank_log(11).write_text("eleven\n")
@@ -111,7 +111,7 @@ def test_logs_of_a_run(view: Viewer) -> None:
     assert view.log("a", "../../etc/passwd") == "nought\n"
 
 
-def test_a_bar_is_shown_as_it_last_stood(view: Viewer) -> None:
+def test_only_the_last_state_of_a_progress_bar_is_shown(view: Viewer) -> None:
     run = make("a")
     run.rank_log(0).write_text("10%\r20%\r30%\ndone\n")
     assert view.log("a", "rank 0") == "30%\ndone\n"
@@ -137,7 +137,9 @@ def test_a_long_log_is_cut_at_a_line(tmp_path: Path) -> None:
         ("slurm.json", "{}"),
     ],
 )
-def test_one_odd_folder_keeps_nobody_from_the_others(view: Viewer, file: str, content: str) -> None:
+def test_an_invalid_run_folder_does_not_hide_the_others(
+    view: Viewer, file: str, content: str
+) -> None:
     write(make("good"), 1)
     (make("odd").path / file).write_text(content)
     assert set(view.names()) == {"good", "odd"}
@@ -145,14 +147,14 @@ def test_one_odd_folder_keeps_nobody_from_the_others(view: Viewer, file: str, co
     assert "error" in view.view("odd", ENGLISH).html
 
 
-def test_names_of_the_command_line_and_backups_of_logs(view: Viewer) -> None:
+def test_unusual_run_names_and_log_backups_are_accepted(view: Viewer) -> None:
     run = make("my run é")
     (run.path / "logs/attempt-1.bak").mkdir()
     assert view.names() == ["my run é"]
     assert view.view("my run é", ENGLISH).state == "failed"
 
 
-def test_a_run_that_a_link_puts_outside_is_none(
+def test_a_run_that_is_a_link_to_the_outside_is_ignored(
     view: Viewer, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     run = make("a")
@@ -165,7 +167,7 @@ def test_a_run_that_a_link_puts_outside_is_none(
 def test_a_slow_queue_is_not_waited_for(
     view: Viewer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And what is not known is not taken for an end."""
+    """An unknown state does not count as the end of the run."""
     (tmp_path / "squeue").write_text("#!/bin/sh\nsleep 30\n")
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -176,12 +178,12 @@ def test_a_slow_queue_is_not_waited_for(
 
 
 @pytest.mark.parametrize("name", ["../x", "nothing", "/etc", "a\0"])
-def test_what_is_no_run(view: Viewer, name: str) -> None:
+def test_an_invalid_run_name_is_refused(view: Viewer, name: str) -> None:
     with pytest.raises(UserError, match="is not"):
         view.run(name)
 
 
-def test_a_comparison_shows_each_run_s_value_of_the_settings_that_differ_alone(
+def test_a_comparison_shows_only_the_settings_that_differ(
     view: Viewer,
 ) -> None:
     for name, rate in (("a", "0.25"), ("b", "0.125")):
@@ -191,8 +193,8 @@ def test_a_comparison_shows_each_run_s_value_of_the_settings_that_differ_alone(
     assert cells == ["setting", "a", "b", "optimizer.learning_rate", "0.25", "0.125"]
 
 
-def test_a_process_outlives_the_server_and_is_known_again(roots: Roots) -> None:
-    """Its session is its own, and another server finds it by what was written."""
+def test_a_process_outlives_the_server_and_is_found_again(roots: Roots) -> None:
+    """It has its own session, and another server finds it through its record file."""
     sleep = "import sys, time; print(sys.argv[1:], flush=True); time.sleep(600)"
     command = (sys.executable, "-c", sleep)
     job = Jobs(roots, command).start("sweep/0", ["train", "x=1"])
@@ -213,7 +215,7 @@ def test_a_process_outlives_the_server_and_is_known_again(roots: Roots) -> None:
     assert not again.is_running
 
 
-def test_another_process_with_its_number_is_not_it(roots: Roots) -> None:
+def test_another_process_with_the_same_pid_is_not_running_as_this_job(roots: Roots) -> None:
     job = Jobs(roots).job("a")
     job.folder.mkdir(parents=True)
     job.record.write_text(json.dumps({"words": [], "pid": os.getpid(), "created": 1.0}))

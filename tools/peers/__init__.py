@@ -1,2 +1,2 @@
-"""What `bench_peers.py` is made of. `hf`, `trl` and `llamafactory` run in the peers' own
-environments, without Shardway: with `job` and `count` they import nothing else from here."""
+"""The modules of `bench_peers.py`. `hf`, `trl` and `llamafactory` run in the environments of the
+peers, without Shardway: from this package they import only `job` and `count`."""

@@ -1,4 +1,4 @@
-"""The arms: each system at its defaults and at its best. Another arm is another line here."""
+"""The arms: each system with its defaults and with its fastest settings. Add new arms here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SYSTEMS = {
 class Arm:
     name: str
     system: str
-    says: str  # in the table
+    says: str  # the description in the table
     settings: dict[str, Any] = field(default_factory=dict)
     packed: bool = False  # a row of a batch is a pack of max_length tokens
     sequential: bool = True  # every step sees the same rows as in the other arms in order
@@ -78,7 +78,7 @@ ARMS = (
 
 
 def missing(arm: Arm) -> str | None:
-    """Why this Shardway cannot run `arm`: a sentence about a setting that it does not have."""
+    """The message about a setting of `arm` that this Shardway does not have; None if it has all."""
     for key in arm.settings if arm.is_ours else ():
         section, dot, _ = key.partition(".")
         if dot and key not in store.setting_names(section):

@@ -1,4 +1,4 @@
-"""Counts what a peer trains on, from its batches, and times its steps. Runs inside the peer."""
+"""Counts the tokens in the batches of a peer and times its steps. Runs inside the peer."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
 class Count(TrainerCallback):
-    """A line a step. The loader reads ahead, so batches are told apart by their order: step n took
-    the nth `accumulation` of them."""
+    """Write one line per step. The loader prefetches, so batches are assigned to steps by their
+    order: step n used the nth group of `accumulation` batches."""
 
     def __init__(self, job: Job) -> None:
         self.accumulation = job.accumulation
@@ -26,7 +26,7 @@ class Count(TrainerCallback):
         self.ended = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
-        loader = parts["train_dataloader"].base_dataloader  # beneath accelerate's
+        loader = parts["train_dataloader"].base_dataloader  # the loader that accelerate wraps
         loader.collate_fn = self._counted(loader.collate_fn)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
@@ -53,14 +53,14 @@ class Count(TrainerCallback):
 
 
 def _tokens(row: dict[str, Any]) -> int:
-    """Some peers pad a pack before the collator sees it, and say so in its mask."""
+    """Tokens without padding: some peers pad a pack before the collator, and mask the padding."""
     if "attention_mask" in row:
         return sum(1 for each in row["attention_mask"] if each)
     return len(row["input_ids"])
 
 
 def arguments(job: Job) -> dict[str, Any]:
-    """What all users of transformers' Trainer are told alike."""
+    """The arguments that all arms based on the Trainer of transformers share."""
     return {
         "output_dir": job.folder,
         "max_steps": job.steps,
@@ -79,7 +79,7 @@ def arguments(job: Job) -> dict[str, Any]:
 
 
 def adapter() -> dict[str, Any]:
-    """PEFT's words for the adapter of every arm."""
+    """The PEFT arguments for the adapter, which is the same in every arm."""
     return {
         "r": RANK,
         "lora_alpha": ALPHA,
@@ -89,7 +89,7 @@ def adapter() -> dict[str, Any]:
 
 
 def prompt(tokenizer: Any, question: str) -> str:
-    """The chat template's text up to where the answer begins."""
+    """The text of the chat template up to the start of the answer."""
     turn = [{"role": "user", "content": question}]
     text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     return str(text)

@@ -12,7 +12,7 @@ MB = 1e6
 
 
 def packs(tokens: float, length: int, ranks: int) -> int:
-    """How many packs of `length` tokens come nearest to `tokens`: a multiple of `ranks`."""
+    """The number of packs of `length` tokens closest to `tokens`, as a multiple of `ranks`."""
     return max(1, round(tokens / length / ranks)) * ranks
 
 
@@ -24,14 +24,14 @@ def rate(run: Run, key: str, warm_up: int) -> float:
 
 
 def usable(runs: Iterable[Run], arm: str, ranks: int, warm_up: int) -> list[Run]:
-    """The runs of an arm that came beyond their warm-up, by round."""
+    """The runs of an arm that finished their warm-up, sorted by round."""
     mine = [run for run in runs if run.arm == arm and run.ranks == ranks]
     return sorted((run for run in mine if len(run.steps) > warm_up), key=lambda run: run.round)
 
 
 def ratio(runs: list[Run], ours: str, theirs: str, ranks: int, warm_up: int) -> float | None:
-    """Trained tokens per second, ours over theirs: the median of the ratios of each round, for the
-    machine's speed drifts. None where no round has both."""
+    """Trained tokens per second, ours over theirs: the median of the ratios of each round, because
+    the machine's speed drifts. None if no round has both."""
     rates = []
     for arm in (ours, theirs):
         mine = usable(runs, arm, ranks, warm_up)
@@ -41,8 +41,8 @@ def ratio(runs: list[Run], ours: str, theirs: str, ranks: int, warm_up: int) -> 
 
 
 def apart(runs: list[Run], arm: str, other: str, ranks: int) -> float | None:
-    """How far the losses of two arms differ at most, step by step, relative to `other`'s. None
-    where one of them has no step."""
+    """The maximum difference between the losses of two arms at the same step, relative to the loss
+    of `other`. None if one of them has no steps."""
     pair = [usable(runs, name, ranks, 0) for name in (arm, other)]
     if not all(pair):
         return None
@@ -51,7 +51,7 @@ def apart(runs: list[Run], arm: str, other: str, ranks: int) -> float | None:
 
 
 def unlike(runs: list[Run], arms: Iterable[Arm], ranks: int) -> list[str]:
-    """The arms in order that did not train on as many tokens a step as the first of them."""
+    """The sequential arms whose trained tokens per step differ from those of the first arm."""
     seen = {
         arm.name: [step.trained_tokens for step in mine[0].steps]
         for arm in arms
@@ -66,8 +66,8 @@ def unlike(runs: list[Run], arms: Iterable[Arm], ranks: int) -> list[str]:
 
 
 def agreement(runs: list[Run], arms: list[Arm], ranks: int) -> str:
-    """Whether the arms that saw the same rows in the same steps trained on the same tokens and had
-    the same losses: a sentence."""
+    """A sentence that reports whether the arms with the same rows in the same steps trained on the
+    same tokens and had the same losses."""
     seen = [arm for arm in arms if arm.sequential and usable(runs, arm.name, ranks, 0)]
     if len(seen) < 2:
         return ""
@@ -83,7 +83,7 @@ def agreement(runs: list[Run], arms: list[Arm], ranks: int) -> str:
 
 
 def table(runs: list[Run], arms: list[Arm], ranks: int, warm_up: int) -> str:
-    """A row an arm, in Markdown."""
+    """A Markdown table with one row per arm."""
     heads = (
         "| | | trained tokens/s | tokens/s | first step | peak RSS of a rank "
         "| trained tokens | last loss |\n|---|---|--:|--:|--:|--:|--:|--:|\n"
@@ -117,7 +117,7 @@ def _why_not(runs: list[Run], arm: Arm, ranks: int) -> str:
 
 
 def ratios(runs: list[Run], arms: list[Arm], ranks: int, warm_up: int) -> str:
-    """Every arm of ours against every one of theirs, in Markdown."""
+    """A Markdown table of the ratio of every arm of ours to every arm of theirs."""
     ours, theirs = ([arm for arm in arms if arm.is_ours is mine] for mine in (True, False))
     lines = [f"| trained tokens/s against | {' | '.join(arm.name for arm in theirs)} |"]
     lines.append("|---|" + "--:|" * len(theirs))

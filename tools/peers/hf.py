@@ -1,4 +1,4 @@
-"""The arm of transformers' Trainer with PEFT, as its documentation puts them together."""
+"""The arm of the Trainer of transformers with PEFT, combined as in the documentation."""
 
 from __future__ import annotations
 

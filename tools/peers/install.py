@@ -1,4 +1,4 @@
-"""The peers' environments: each in a folder of its own beneath the one that the user names."""
+"""The environments of the peers, each in its own subfolder of the folder that the user names."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from launcher.errors import UserError
 from launcher.folders import paths
 
 TRL, FACTORY = "trl==1.16.0", "llamafactory==0.9.5"
-# The first is installed with Shardway's own versions of torch, transformers and PEFT. What the
-# second asks for does not work together without the three pins.
+# The first is installed with the same versions of torch, transformers and PEFT as Shardway. The
+# requirements of the second do not work together without the three pins.
 REQUIREMENTS = {
     "hf": ("torch", "transformers", "peft", "accelerate", TRL, "datasets"),
     "llamafactory": (FACTORY, "torch==2.11.0", "torchaudio==2.11.0", "torchvision==0.26.0"),
@@ -21,7 +21,7 @@ SHOWN = ("torch", "transformers", "peft", "accelerate", "trl", "llamafactory")
 
 
 def install(folder: Path) -> None:
-    """Make both environments in `folder`. Takes minutes, and several GB."""
+    """Create both environments in `folder`. This takes minutes and several GB."""
     for name, requirements in REQUIREMENTS.items():
         subprocess.run([sys.executable, "-m", "venv", folder / name], check=True)
         pip = [str(folder / name / "bin" / "python"), "-m", "pip", "install", *requirements]
@@ -31,7 +31,7 @@ def install(folder: Path) -> None:
 
 
 def python(folder: Path, system: str) -> Path:
-    """The interpreter that `system` is installed for. Raises UserError where there is none."""
+    """The interpreter in which `system` is installed. Raises UserError if there is none."""
     name = "hf" if system == "trl" else system
     path = folder / name / "bin" / "python"
     if not path.exists():
@@ -43,7 +43,7 @@ def python(folder: Path, system: str) -> Path:
 
 
 def versions(interpreter: Path) -> dict[str, str]:
-    """The versions of what matters in an environment."""
+    """The versions of the relevant packages in an environment."""
     script = (
         "import importlib.metadata as m, json, sys\n"
         "found = {d.metadata['Name']: d.version for d in m.distributions()}\n"

@@ -1,4 +1,4 @@
-"""What an arm is asked to do: a JSON file between the benchmark and the arm's process."""
+"""The job of an arm: a JSON file that the benchmark passes to the process of the arm."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-RANK, ALPHA, LEARNING_RATE, SEED = 8, 16, 1e-4, 42  # of every arm
+RANK, ALPHA, LEARNING_RATE, SEED = 8, 16, 1e-4, 42  # used by every arm
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     model: str  # folder
     rows: str  # alpaca rows, JSON
-    folder: str  # scratch of this run; the counts are left here
+    folder: str  # scratch folder of this run; the counts are written here
     ranks: int
     steps: int
     micro_batch_size: int  # rows, or packs, per rank and forward
     accumulation: int  # micro-batches per rank and step
     max_length: int
-    settings: dict[str, Any]  # what this arm changes of its system's defaults
+    settings: dict[str, Any]  # changes to the defaults of the system
 
     def write(self) -> Path:
         path = Path(self.folder) / "job.json"
@@ -29,11 +29,11 @@ class Job:
         return path
 
     def counts(self, rank: int) -> Path:
-        """One JSON object a step: step, tokens, trained_tokens; of peers also loss and time."""
+        """One JSON object per step: step, tokens, trained_tokens; for peers also loss and time."""
         return Path(self.folder) / f"rank-{rank}.jsonl"
 
     def texts(self) -> list[dict[str, str]]:
-        """The rows as question and answer."""
+        """The rows as pairs of question and answer."""
         rows = json.loads(Path(self.rows).read_text(encoding="utf-8"))
         return [{"question": _question(row), "answer": row["output"]} for row in rows]
 
@@ -43,5 +43,5 @@ def _question(row: dict[str, str]) -> str:
 
 
 def read() -> Job:
-    """The job that this process was started for: its first argument."""
+    """Read the job of this process from the file named in its first argument."""
     return Job(**json.loads(Path(sys.argv[1]).read_text()))

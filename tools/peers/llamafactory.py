@@ -18,8 +18,8 @@ TURN = "<|im_start|>user\n{{content}}<|im_end|>\n<|im_start|>assistant\n"
 
 def main() -> None:
     mine = job.read()
-    # Its own smollm2 template trains the newline behind the end of a turn too, and says another
-    # system message than the model's.
+    # The smollm2 template of LLaMA-Factory also trains on the newline after the end of a turn, and
+    # its system message differs from that of the model.
     register_template(
         name="model",
         format_user=StringFormatter(slots=[TURN]),
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def system_message(model: str) -> str:
-    """What the model's own template says before the first question, if it says anything."""
+    """The default system message in the chat template of the model, or an empty string."""
     text = count.prompt(AutoTokenizer.from_pretrained(model), "question")
     before, _, after = SYSTEM.partition("{{content}}")
     return text.removeprefix(before).partition(after)[0] if text.startswith(before) else ""

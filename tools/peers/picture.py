@@ -1,4 +1,4 @@
-"""The loss curves of the arms, side by side: one panel a number of ranks."""
+"""The loss curves of the arms, side by side: one panel per number of ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peers.process import Run
 
 
 def draw(runs: list[Run], arms: list[Arm], path: Path) -> None:
-    """Loss per trained token against trained tokens seen, of each arm's first run."""
+    """Plot the loss per trained token over the trained tokens, for the first run of each arm."""
     numbers = sorted({run.ranks for run in runs})
     figure, panels = pyplot.subplots(
         1, len(numbers), figsize=(7 * len(numbers), 5), sharey=True, squeeze=False

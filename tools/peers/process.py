@@ -1,4 +1,4 @@
-"""Runs one arm in processes of its own, and reads what it says of its steps."""
+"""Runs one arm in its own processes and reads the steps that it reports."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ CHECKOUT = Path(launcher.__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Step:
-    """Of all ranks together: tokens are summed, loss and time are rank 0's."""
+    """A step on all ranks: tokens are summed; loss and time come from rank 0."""
 
     step: int  # counted from 1
     loss: float  # mean over the trained tokens
     tokens: int  # without padding
     trained_tokens: int
-    time: float  # when it had ended, in seconds as time.time() counts
+    time: float  # end of the step, in seconds as from time.time()
 
 
 @dataclass
 class Run:
-    """What was seen of one arm in one round."""
+    """The measurements of one arm in one round."""
 
     arm: str
     ranks: int
     round: int
     steps: list[Step] = field(default_factory=list)
-    began: float = 0.0  # when its first process was started, as a step's time
-    peak_rss: int = 0  # bytes: of the rank that needed most
-    failed: str | None = None  # where its log is
+    began: float = 0.0  # start of its first process, on the clock of Step.time
+    peak_rss: int = 0  # bytes, on the rank that needed most
+    failed: str | None = None  # the path of its log
 
     @property
     def first_step_seconds(self) -> float:
-        """From the start of the process to the end of its first step."""
+        """Seconds from the start of the process to the end of its first step."""
         return self.steps[0].time - self.began
 
 
@@ -66,7 +66,7 @@ def run(arm: Arm, job: Job, python: Path, number: int, seconds: float) -> Run:
 
 
 def command(arm: Arm, job: Job, python: Path) -> list[str]:
-    """Shardway starts its ranks itself; a peer is started by torchrun where there are several."""
+    """The command: Shardway starts its ranks itself; torchrun starts a peer with several ranks."""
     torchrun: list[str] = []
     if job.ranks > 1 and not arm.is_ours:
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={job.ranks}", "-m"]
@@ -74,7 +74,7 @@ def command(arm: Arm, job: Job, python: Path) -> list[str]:
 
 
 def environment(arm: Arm, job: Job) -> dict[str, str]:
-    """Caches are new for every run, so that each tokenizes; cores are shared out among ranks."""
+    """Caches are new for every run, so that each run tokenizes; ranks share the cores."""
     path = [str(TOOLS), *([str(CHECKOUT)] if arm.is_ours else [])]
     threads = max(1, len(os.sched_getaffinity(0)) // job.ranks)
     return {
@@ -89,7 +89,7 @@ def environment(arm: Arm, job: Job) -> dict[str, str]:
 
 
 def steps(job: Job) -> list[Step]:
-    """Those that every rank has ended."""
+    """The steps that every rank has finished."""
     ranks = [_lines(job.counts(rank)) for rank in range(job.ranks)]
     shardways = _lines(Path(job.folder) / "run" / "metrics.jsonl")
     return [
@@ -108,5 +108,5 @@ def steps(job: Job) -> list[Step]:
 def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    whole = path.read_text().split("\n")[:-1]  # behind the last newline one may be half there
+    whole = path.read_text().split("\n")[:-1]  # the last line may be incomplete
     return [json.loads(line) for line in whole]

@@ -1,4 +1,4 @@
-"""The rows that all arms learn: made up, or of a file, none longer than what is kept of a row."""
+"""The rows that all arms train on: synthetic or from a file, none longer than max_length."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from launcher.folders import paths
 
 Row = dict[str, Any]
 FIELDS = ("instruction", "input", "output")
-# Words of instruction and answer, as (mean, standard deviation) of their logarithm: about those of
-# rows that a strong model wrote.
+# Number of words in instruction and answer, as (mean, standard deviation) of the logarithm: similar
+# to rows written by a strong model.
 ASKED, ANSWERED, MOST_WORDS = (2.25, 0.35), (4.2, 1.0), 300
 
 
 def made_up(count: int, seed: int) -> list[Row]:
-    """`count` alpaca rows, the same for the same seed: lengths as in real rows, words out of the
-    bundled ones."""
+    """`count` synthetic alpaca rows, the same for the same seed: lengths as in real rows, words
+    from the bundled rows."""
     draw = random.Random(seed)
     bundled = SourceConfig(path=str(paths.bundled("demo/train.jsonl")), format="messages")
     talks = [_talk(bundled, place, row) for place, row in source.iter_rows(bundled, by_line=False)]
@@ -41,7 +41,7 @@ def made_up(count: int, seed: int) -> list[Row]:
 
 def of_file(path: Path, count: int) -> list[Row]:
     """The first `count` alpaca rows of `path`. Raises UserError for a row with more than a question
-    and an answer: the peers read those in ways of their own."""
+    and an answer, because the peers read such rows differently."""
     rows: list[Row] = []
     alpaca = SourceConfig(path=str(path), format="alpaca", max_rows=count)
     for place, row in source.iter_rows(alpaca, by_line=False):
@@ -54,8 +54,8 @@ def of_file(path: Path, count: int) -> list[Row]:
 
 
 def fitting(rows: list[Row], tokenizer: Any, max_length: int) -> tuple[list[Row], list[int]]:
-    """The rows that fit, with the tokens of each. Longer ones, which every system cuts at another
-    place, are left out. Raises UserError when none fits."""
+    """The rows that fit, with the number of tokens of each. Longer rows are left out, because each
+    system truncates them differently. Raises UserError if no row fits."""
     kept, lengths = [], []
     for number, row in enumerate(rows):
         place = f"row {number}"
@@ -71,7 +71,7 @@ def fitting(rows: list[Row], tokenizer: Any, max_length: int) -> tuple[list[Row]
 
 
 def _talk(where: SourceConfig, place: str, row: Row) -> Conversation:
-    """Raises UserError for a row that is none."""
+    """Convert a row to a conversation. Raises UserError for an invalid row."""
     talk = source.parse_row(where, place, row)
     assert isinstance(talk, Conversation)
     return talk

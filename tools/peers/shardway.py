@@ -1,4 +1,4 @@
-"""The arm of Shardway: `shardway train`, with a count of what the loader deals.
+"""The arm of Shardway: `shardway train`, with a count of the tokens in each step.
 
 python -m peers.shardway JOB                    composes and launches, as the command does
 torchrun … -m peers.shardway JOB RUN ATTEMPT    a rank
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def overrides(mine: Job) -> list[str]:
-    """The job in Shardway's words."""
+    """The Shardway overrides of the job."""
     rows = mine.micro_batch_size * mine.accumulation * mine.ranks
     return [
         f"model.name_or_path={mine.model}",
@@ -64,7 +64,7 @@ def overrides(mine: Job) -> list[str]:
 
 
 def _count(mine: Job) -> None:
-    """Have the loader leave a line a step."""
+    """Make the loader write one line per step."""
     from launcher.data.loader import Loader, StepBatch
 
     lines = mine.counts(int(os.environ["RANK"])).open("w", buffering=1)

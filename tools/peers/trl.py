@@ -1,4 +1,4 @@
-"""The arm of TRL's SFTTrainer: prompt and completion, so that the completion alone is learned."""
+"""The arm of TRL's SFTTrainer: prompt and completion, so only the completion is in the loss."""
 
 from __future__ import annotations
 

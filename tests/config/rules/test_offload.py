@@ -1,4 +1,4 @@
-"""What is said of state in host memory and on disk before anything starts."""
+"""Checks before launch of state in host memory and on disk."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ pytestmark = pytest.mark.usefixtures("tiny")
 
 
 def check(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
-    """As the command line does."""
+    """Check the configuration in the same way as the command line."""
     monkeypatch.setattr(sys, "argv", ["shardway train", "model=tiny", *words])
     for config in compose_command_line():
         preflight.check(config)
 
 
 def told(name: str, **options: Any) -> dict[str, Any]:
-    """What DeepSpeed is told of ZeRO."""
+    """The ZeRO section of the configuration that DeepSpeed receives."""
     config = store.build(composed_raw(strategy={"name": name, **options}))
     assert isinstance(config.strategy, ZeroConfig)
     zero = deepspeed.engine_config(config.strategy, config.training, config.precision, 2)
@@ -35,7 +35,7 @@ def told(name: str, **options: Any) -> dict[str, Any]:
     return zero["zero_optimization"]  # type: ignore[no-any-return]
 
 
-def test_the_names_say_where_state_is() -> None:
+def test_strategy_names_determine_where_state_is_stored() -> None:
     offloaded = [name for name, schema in STRATEGIES.items() if schema(name=name).steps_on_cpu]
     assert offloaded == ["fsdp_offload", "zero2_offload", "zero3_offload"]
     for name in ("zero1", "zero2", "zero3"):
@@ -51,19 +51,23 @@ def test_the_names_say_where_state_is() -> None:
     assert on_disk["stage3_prefetch_bucket_size"] == 0
 
 
-def test_a_strategy_without_offload_says_which_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_strategy_without_offload_names_those_that_have_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with pytest.raises(store.ConfigError, match=r"strategy\.offload is a setting of strategy=fsdp"):
         check(monkeypatch, "strategy=ddp", "+strategy.offload=true")
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
-def test_offload_behind_our_back_is_refused(monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
+def test_offload_through_strategy_extra_is_refused(
+    monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
     key = "strategy.extra.zero_optimization.offload_optimizer.device"
     with pytest.raises(store.ConfigError, match=r"contradicts .*offload_optimizer\.device=none"):
         check(monkeypatch, f"strategy={strategy}", f"+{key}=cpu")
 
 
-def test_the_disk_is_refused_where_its_access_cannot_be_compiled(
+def test_disk_offload_is_refused_if_its_extension_cannot_be_compiled(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CXX", "false")  # a compiler that finds no libaio.h
@@ -73,7 +77,7 @@ def test_the_disk_is_refused_where_its_access_cannot_be_compiled(
     check(monkeypatch, *words, "strategy.offload_param=cpu")
 
 
-def test_a_compiler_that_fails_is_named_with_its_log(
+def test_a_failed_compilation_names_its_log(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = RunDir(tmp_path)

@@ -1,4 +1,4 @@
-"""Every rule breaks by its own example, says so with a fix, and the fix that it prints mends it."""
+"""Every rule is broken by its own example, and the fix in its message solves the problem."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DORA_ADAPTER = {
     "adapter/adapter_config.json": '{"peft_type": "LORA", "r": 8, "use_dora": true}',
     "adapter/adapter_model.safetensors": "",
 }
-# Other commands that break a rule, of whose sentence or fix the example shows one side alone.
+# More commands that break a rule whose example covers only one variant of message or fix.
 MORE: list[tuple[str, str | Example]] = [
     ("length-of-training", "training.epochs=null"),
     ("freeze-has-layers", "method=freeze method.layers=-9"),
@@ -50,7 +50,7 @@ MORE: list[tuple[str, str | Example]] = [
 
 
 def cases() -> list[object]:
-    """(rule, example): of each rule its own, and some more."""
+    """(rule, example) pairs: the example of each rule, and the ones in MORE."""
     own = [pytest.param(rule, rule.example, id=rule.id) for rule in RULES]
     more = [
         pytest.param(
@@ -65,14 +65,14 @@ def cases() -> list[object]:
 
 @pytest.fixture(autouse=True)
 def place(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty folder to work in, but for the model that fixes call FOLDER."""
+    """A working folder that is empty except for FOLDER, the model that fixes refer to."""
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     Path("FOLDER").symlink_to(tiny)
 
 
 def composed(overrides: list[str]) -> Config:
-    """On a model that is there, where the overrides name none."""
+    """Compose with an existing model, unless the overrides name another."""
     return compose(["model=tiny", *overrides])
 
 
@@ -81,7 +81,7 @@ def broken_ids(config: Config, world: World) -> set[str]:
 
 
 def breaking(rule: Rule, example: Example) -> tuple[list[str], str]:
-    """The overrides of the example, which break the rule and no other, and the fix."""
+    """The overrides of the example, which break only this rule, and the fix."""
     rules.write_files(example.files)
     overrides = shlex.split(example.overrides)
     config = composed(overrides)
@@ -106,7 +106,7 @@ def test_a_rule_breaks_alone_and_its_fix_mends_it(rule: Rule, example: Example) 
 
 
 def convert(overrides: list[str], fix: str) -> None:
-    """The tiny model as it was saved before safetensors, and the code of the sentence."""
+    """Save the tiny model in the format before safetensors, and run the code in the message."""
     model = AutoModelForCausalLM.from_pretrained("FOLDER")
     model.config.save_pretrained("model")
     torch.save(model.state_dict(), "model/pytorch_model.bin")
@@ -132,7 +132,7 @@ def leave_name_out(overrides: list[str], fix: str) -> None:
     overrides[:] = [word for word in overrides if "data.columns.sytem" not in word]
 
 
-# Rules whose fix no override is: what the fix says, done by hand.
+# Rules whose fix is not an override: each function applies the fix by hand.
 IN_WORDS: dict[str, Callable[[list[str], str], None]] = {
     "model-has-safetensors": convert,
     "chat-has-a-template": add_template,
@@ -141,7 +141,7 @@ IN_WORDS: dict[str, Callable[[list[str], str], None]] = {
 }
 
 
-def test_a_rule_without_an_example_or_with_an_idle_fix_is_caught() -> None:
+def test_a_rule_without_an_example_or_with_a_useless_fix_is_caught() -> None:
     rule = rules.find_rule("two-betas")
     with pytest.raises(AssertionError, match="its example breaks it"):
         test_a_rule_breaks_alone_and_its_fix_mends_it(rule, Example(""))
@@ -153,7 +153,9 @@ def test_a_rule_without_an_example_or_with_an_idle_fix_is_caught() -> None:
         test_a_rule_breaks_alone_and_its_fix_mends_it(wordy, rule.example)
 
 
-def test_a_model_of_the_cache_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_model_is_fetched_to_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SHARDWAY_CACHE", str(tmp_path / "cache"))
     _, fix = breaking(rules.find_rule("model-is-there"), Example(""))
     assert fix == "shardway fetch tiny"
@@ -175,7 +177,7 @@ def test_a_model_of_the_cache_is_fetched(tmp_path: Path, monkeypatch: pytest.Mon
         ({}, [], False),
     ],
 )
-def test_a_chat_template_is_looked_for_where_transformers_does(
+def test_a_chat_template_is_searched_in_the_same_places_as_in_transformers(
     files: dict[str, str], overrides: list[str], refused: bool
 ) -> None:
     model = {"config.json": "{}", "model.safetensors": "", **files}
@@ -184,13 +186,13 @@ def test_a_chat_template_is_looked_for_where_transformers_does(
     assert broken_ids(config, World(1, 1)) == ({"chat-has-a-template"} if refused else set())
 
 
-def test_one_precision_is_one_choice() -> None:
+def test_settings_of_two_precisions_cannot_be_mixed() -> None:
     with pytest.raises(ConfigError, match="growth_window is a setting of precision=fp16 and not"):
         composed(["precision=fp16", "precision.name=pure_bf16"])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "pure_bf16"])
-def test_flash_attention_passes_where_it_can_run(precision: str) -> None:
+def test_flash_attention_passes_if_it_can_run(precision: str) -> None:
     config = composed(["model.attention=flash_attention_2", f"precision={precision}"])
     assert broken_ids(config, World(1, 1, Machine(gpus=1, flash_attention=True))) == set()
     assert broken_ids(config, World(1, 1, Machine(gpus=1))) == {"flash-attention-is-installed"}
@@ -198,8 +200,8 @@ def test_flash_attention_passes_where_it_can_run(precision: str) -> None:
 
 
 @pytest.mark.parametrize("setting", ["loss", "kernels"])
-def test_liger_passes_where_it_can_run(setting: str) -> None:
-    """On a GPU, or where Triton's interpreter stands in for one."""
+def test_liger_passes_if_it_can_run(setting: str) -> None:
+    """Liger can run on a GPU, or with Triton's interpreter."""
     config = composed([f"training.{setting}=liger", "precision=bf16"])
     assert broken_ids(config, World(1, 1, Machine(gpus=1, liger=True))) == set()
     assert (
@@ -213,7 +215,7 @@ def test_liger_passes_where_it_can_run(setting: str) -> None:
     assert broken_ids(config, World(1, 1, Machine(gpus=1))) == {"liger-is-installed"}
 
 
-def test_liger_s_fix_changes_what_was_asked_for() -> None:
+def test_the_fix_for_liger_changes_the_requested_settings() -> None:
     world = World(1, 1, Machine(gpus=1))
     both = composed(["training.loss=liger", "training.kernels=liger"])
     (line,) = table.broken_rules(both, world)
@@ -226,7 +228,7 @@ def test_liger_s_fix_changes_what_was_asked_for() -> None:
     assert "→ training.kernels=torch, or pip install" in line
 
 
-def test_an_explanation_is_composed_and_leaves_nothing_behind() -> None:
+def test_an_explanation_is_composed_and_leaves_no_files() -> None:
     before = list(Path.cwd().iterdir())
     said = rules.explain(rules.find_rule("adapter-says-its-shape"))
     assert said == EXPLAINED
@@ -266,7 +268,7 @@ This fixes it:
         ("xyzzy", "xyzzy is not a rule; shardway rules lists them all"),
     ],
 )
-def test_an_unknown_rule_is_told_its_neighbors(id: str, sentence: str) -> None:
+def test_an_unknown_rule_id_gets_suggestions(id: str, sentence: str) -> None:
     with pytest.raises(UserError, match=re.escape(sentence)):
         rules.find_rule(id)
 

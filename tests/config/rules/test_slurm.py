@@ -1,4 +1,4 @@
-"""Time limits as sbatch reads them."""
+"""Time limits are parsed in the same way as by sbatch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ from launcher.config.rules.slurm import time_limit_seconds
         ("1:2:3:4", None), ("", None),
     ],
 )  # fmt: skip
-def test_a_limit_in_seconds(limit: str, expected: float | None) -> None:
-    """sbatch(1), --time."""
+def test_a_time_limit_is_converted_to_seconds(limit: str, expected: float | None) -> None:
+    """The formats are those of `--time` in sbatch(1)."""
     assert time_limit_seconds(limit) == expected

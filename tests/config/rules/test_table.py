@@ -1,4 +1,4 @@
-"""What is said of broken rules. That each can be broken and fixed: test_rules.py."""
+"""Messages for broken rules. test_rules.py checks that each can be broken and fixed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_several_broken_rules_are_all_reported(good: dict[str, dict[str, Any]]) 
     assert broken_ids(config, TWO) == {"single-is-one-rank", "batch-divides"}
 
 
-def test_the_batch_sentence_names_values_and_the_fix(good: dict[str, dict[str, Any]]) -> None:
+def test_the_batch_size_message_names_values_and_the_fix(good: dict[str, dict[str, Any]]) -> None:
     (line,) = table.broken_rules(build(good, {"training": {"global_batch_size": 7}}), TWO)
     assert line == (
         "training.global_batch_size=7 is not a multiple of 2 ranks × training.micro_batch_size=2 "
@@ -50,7 +50,7 @@ def test_the_batch_sentence_names_values_and_the_fix(good: dict[str, dict[str, A
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_model_that_can_be_fetched_says_how(
+def test_the_message_for_a_fetchable_model_gives_the_command(
     model: str, good: dict[str, dict[str, Any]], cache: Path
 ) -> None:
     missing = {"model": {"name": model, "name_or_path": str(cache / "models/none")}}
@@ -62,5 +62,5 @@ def test_a_model_that_can_be_fetched_says_how(
     ("name", "is_id"),
     [("owner/model-1.5", True), ("model", False), ("/a/b", False), ("a/b/c", False)],
 )
-def test_hub_ids_are_told_from_paths(name: str, is_id: bool) -> None:
+def test_hub_ids_are_distinguished_from_paths(name: str, is_id: bool) -> None:
     assert is_hub_id(name) is is_id

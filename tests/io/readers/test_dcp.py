@@ -1,4 +1,4 @@
-"""DCP folders are read exactly, whoever wrote them, and their pickles execute nothing."""
+"""DCP folders of any writer are read exactly, and their pickles execute nothing."""
 
 from __future__ import annotations
 
@@ -51,33 +51,33 @@ def assert_same(folder: Path, expected: dict[str, torch.Tensor]) -> None:
         assert torch.equal(found[name].read_all(), tensor), name
 
 
-def test_tensors_come_back_with_shape_and_dtype(saved: Path) -> None:
+def test_tensors_are_read_with_shape_and_dtype(saved: Path) -> None:
     assert kinds_of(saved) == [Kind.DCP]
     assert_same(saved, TENSORS)
 
 
-def test_a_flat_save_is_all_model(tmp_path: Path) -> None:
+def test_a_flat_save_contains_only_the_model(tmp_path: Path) -> None:
     dcp.save(TENSORS, checkpoint_id=tmp_path)
     assert_same(tmp_path, TENSORS)
 
 
-def test_a_model_beside_a_nested_optimizer_is_told_apart(tmp_path: Path) -> None:
+def test_a_model_is_distinguished_from_a_nested_optimizer(tmp_path: Path) -> None:
     dcp.save({**TENSORS, "optim": {"state": {"a": torch.ones(2)}}}, checkpoint_id=tmp_path)
     assert_same(tmp_path, TENSORS)
 
 
-def test_a_model_in_an_application_s_state_is_found(tmp_path: Path) -> None:
+def test_a_model_inside_an_application_state_is_found(tmp_path: Path) -> None:
     state = {"app": {"model": TENSORS, "optim": {"a": torch.ones(1)}}}
     dcp.save(state, checkpoint_id=tmp_path)
     assert_same(tmp_path, TENSORS)
 
 
-def test_the_model_is_told_from_its_average(tmp_path: Path) -> None:
+def test_the_model_is_distinguished_from_its_average(tmp_path: Path) -> None:
     dcp.save({"model": TENSORS, "ema": {"model": {"a": torch.ones(1)}}}, checkpoint_id=tmp_path)
     assert_same(tmp_path, TENSORS)
 
 
-def test_accelerate_s_folder_is_found_from_above(tmp_path: Path) -> None:
+def test_an_accelerate_folder_is_found_from_its_parent(tmp_path: Path) -> None:
     dcp.save({"model": TENSORS}, checkpoint_id=tmp_path / "pytorch_model_fsdp_0")
     dcp.save({"optimizer": {"a": torch.ones(1)}}, checkpoint_id=tmp_path / "optimizer_0")
     assert kinds_of(tmp_path) == [Kind.DCP]
@@ -101,12 +101,12 @@ def save_by_accelerate(rank_info: RankInfo, folder: Path) -> dict[str, torch.Ten
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 
 
-def test_what_accelerate_saves_comes_back(ranks: Any, tmp_path: Path) -> None:
+def test_saves_of_accelerate_are_read_exactly(ranks: Any, tmp_path: Path) -> None:
     whole = ranks.run(2, save_by_accelerate, tmp_path)[0]
     assert_same(tmp_path, whole)
 
 
-def test_what_is_no_weight_is_left_out_with_a_note(tmp_path: Path) -> None:
+def test_entries_that_are_not_weights_are_left_out_with_a_note(tmp_path: Path) -> None:
     extra = {"layer._extra_state": torch.ones(1), "step": 3}
     dcp.save({"model": {**TENSORS, **extra}}, checkpoint_id=tmp_path)
     assert_same(tmp_path, TENSORS)
@@ -115,7 +115,7 @@ def test_what_is_no_weight_is_left_out_with_a_note(tmp_path: Path) -> None:
     assert "step" in note
 
 
-def test_wrappers_names_are_stripped(tmp_path: Path) -> None:
+def test_prefixes_of_wrappers_are_removed(tmp_path: Path) -> None:
     wrapped = {"module.layers.0._orig_mod._checkpoint_wrapped_module.w": torch.ones(2)}
     dcp.save({"model": wrapped}, checkpoint_id=tmp_path / "one")
     assert_same(tmp_path / "one", {"layers.0.w": torch.ones(2)})
@@ -125,7 +125,7 @@ def test_wrappers_names_are_stripped(tmp_path: Path) -> None:
 
 
 def save_fsdp(rank_info: RankInfo, folder: Path, kind: str) -> dict[str, torch.Tensor]:
-    """Shard a model as training does and save it; its whole weights."""
+    """Shard a model as in training and save it; returns its complete weights."""
     model = tiny_llama()
     if kind == "lora":
         from peft import LoraConfig, get_peft_model
@@ -152,7 +152,7 @@ def save_fsdp(rank_info: RankInfo, folder: Path, kind: str) -> dict[str, torch.T
 
 
 @pytest.mark.parametrize(("kind", "world"), [("full", 3), ("lora", 2), ("hsdp", 4), ("optim", 3)])
-def test_fsdp_s_shards_come_together(ranks: Any, tmp_path: Path, kind: str, world: int) -> None:
+def test_fsdp_shards_are_joined(ranks: Any, tmp_path: Path, kind: str, world: int) -> None:
     whole = ranks.run(world, save_fsdp, tmp_path, kind)[0]
     assert_same(tmp_path, whole)
 
@@ -169,7 +169,7 @@ def save_placements(rank_info: RankInfo, folder: Path) -> None:
     dcp.save({"model": state}, checkpoint_id=folder)
 
 
-def test_shards_of_any_dim_come_together(ranks: Any, tmp_path: Path) -> None:
+def test_shards_of_any_dim_are_joined(ranks: Any, tmp_path: Path) -> None:
     ranks.run(3, save_placements, tmp_path)
     torch.manual_seed(0)
     names = {"columns": (4, 7), "middle": (3, 7, 2), "rows": (2, 7), "copies": (3,)}
@@ -191,7 +191,7 @@ def test_a_truncated_shard_is_named(saved: Path) -> None:
 
 
 class Same(StreamTransformExtension):
-    """Stands for zstd, whose library need not be here."""
+    """Stands in for zstd, whose library may be missing."""
 
     @staticmethod
     def from_descriptor(version: str) -> Same:
@@ -234,7 +234,9 @@ def test_a_save_that_did_not_finish_is_named(saved: Path) -> None:
         ("model_world_size_2_rank_0.pt", "verl"),
     ],
 )
-def test_saves_that_cannot_be_read_say_why(tmp_path: Path, name: str, what: str) -> None:
+def test_saves_that_cannot_be_read_are_refused_with_the_reason(
+    tmp_path: Path, name: str, what: str
+) -> None:
     (tmp_path / name).touch()
     assert kinds_of(tmp_path) == [Kind.DCP]
     with pytest.raises(UserError, match=what):
@@ -262,7 +264,7 @@ def test_a_harmful_pickle_is_refused_and_not_run(
     assert not (tmp_path / "harmed").exists()
 
 
-def test_a_lost_part_is_named(ranks: Any, tmp_path: Path) -> None:
+def test_a_missing_part_is_named(ranks: Any, tmp_path: Path) -> None:
     ranks.run(3, save_placements, tmp_path / "good")
     metadata = dcp.FileSystemReader(tmp_path / "good").read_metadata()
     lost = next(i for i in metadata.storage_data if i.fqn == "model.columns" and i.offset[1])

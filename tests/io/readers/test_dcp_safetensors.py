@@ -1,4 +1,4 @@
-"""Sharded safetensors come together where torch's own consolidation fails or writes zeros."""
+"""Sharded safetensors are joined correctly if torch's own consolidation fails or writes zeros."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors().items()}
 
 
-def test_every_kind_of_tensor_comes_back(saved: Path) -> None:
+def test_every_kind_of_tensor_is_read_exactly(saved: Path) -> None:
     assert kinds_of(saved) == [Kind.DCP_SAFETENSORS]
     assert kinds_of(saved.parent) == [Kind.DCP_SAFETENSORS], "the folder above `sharded`"
     found = read_model(saved.parent, shapes())
@@ -67,7 +67,7 @@ def test_every_kind_of_tensor_comes_back(saved: Path) -> None:
         assert torch.equal(found.tensors[name].read_all(), tensor), name
 
 
-def test_without_shapes_a_note_says_what_cannot_be_seen(saved: Path) -> None:
+def test_without_shapes_a_note_names_the_missing_check(saved: Path) -> None:
     assert "files of 3 rank(s)" in read_model(saved).notes[0]
 
 
@@ -79,7 +79,7 @@ def test_a_missing_rank_before_the_last_is_named(saved: Path, rank: int) -> None
         read_model(saved)
 
 
-def test_the_missing_last_rank_shows_in_the_shapes(saved: Path) -> None:
+def test_a_missing_last_rank_is_detected_from_the_shapes(saved: Path) -> None:
     for file in saved.glob("shard-00003-*"):
         file.unlink()
     with pytest.raises(UserError, match=r"has the shape .*: a shard is missing"):

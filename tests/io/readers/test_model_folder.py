@@ -1,4 +1,4 @@
-"""Plain model folders in all their forms; an index and files that disagree are refused."""
+"""Plain model folders in all forms are read; an index that contradicts the files is refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def assert_same(folder: Path, expected: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("size", ["50GB", "50KB"])
-def test_what_transformers_saves_comes_back(tmp_path: Path, size: str) -> None:
+def test_saves_of_transformers_are_read_exactly(tmp_path: Path, size: str) -> None:
     model = tiny_llama()
     model.save_pretrained(tmp_path, max_shard_size=size)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (size == "50KB")
@@ -46,7 +46,7 @@ def test_what_transformers_saves_comes_back(tmp_path: Path, size: str) -> None:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_torch_files_come_back_with_tied_weights_once(tmp_path: Path, legacy: bool) -> None:
+def test_torch_files_are_read_with_tied_weights_once(tmp_path: Path, legacy: bool) -> None:
     model = tiny_llama(tied=True)
     state = {**model.state_dict(), "transposed": torch.randn(4, 6).t()}
     new = not legacy
@@ -57,7 +57,7 @@ def test_torch_files_come_back_with_tied_weights_once(tmp_path: Path, legacy: bo
     assert_same(tmp_path, {k: v for k, v in state.items() if k not in found.aliases})
 
 
-def test_torch_shards_come_back(tmp_path: Path) -> None:
+def test_torch_shards_are_read_exactly(tmp_path: Path) -> None:
     torch.save({"a": A}, tmp_path / "pytorch_model-00001-of-00002.bin")
     torch.save({"b": B}, tmp_path / "pytorch_model-00002-of-00002.bin")
     weight_map = {k: f"pytorch_model-0000{n}-of-00002.bin" for n, k in ((1, "a"), (2, "b"))}
@@ -84,7 +84,7 @@ def test_two_names_that_become_one_are_refused(tmp_path: Path) -> None:
         read_model(tmp_path)
 
 
-def test_shards_in_sub_folders_with_odd_names_come_back(tmp_path: Path) -> None:
+def test_shards_in_subfolders_with_unusual_names_are_read(tmp_path: Path) -> None:
     write(tmp_path, {"x/model.safetensors-00001-of-00002.safetensors": {"a": A}, "y": {"b": B}})
     assert_same(tmp_path, {"a": A, "b": B})
 
@@ -113,7 +113,7 @@ def test_an_index_that_disagrees_is_named(
 ) -> None:
     shards = {"one.safetensors": {"a": A}, "two.safetensors": {"b": B}}
     folder = write(tmp_path, shards, weight_map)
-    if message is None:  # a file that is not listed is not of the model
+    if message is None:  # a file that is not listed does not belong to the model
         assert_same(folder, {"a": A})
         return
     with pytest.raises(UserError, match=message):
@@ -139,7 +139,7 @@ def test_several_files_without_an_index_are_refused(tmp_path: Path) -> None:
         read_model(tmp_path)
 
 
-def test_a_folder_of_an_adapter_alone_is_no_model(tmp_path: Path) -> None:
+def test_a_folder_with_only_an_adapter_is_not_a_model(tmp_path: Path) -> None:
     save_file({"a": A}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(UserError, match=r"0 \.bin files"):
         read_model(tmp_path)

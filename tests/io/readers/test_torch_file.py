@@ -1,4 +1,4 @@
-"""torch.save files come back as they were saved, tile by tile, and nothing in them is executed."""
+"""torch.save files are read exactly, tile by tile, and nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def test_contiguous_tensors_are_ranges_of_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", VIEWS)
-def test_views_are_gathered_by_any_tile_and_both_ways(tmp_path: Path, name: str) -> None:
+def test_views_are_read_in_tiles_of_any_size_by_both_implementations(
+    tmp_path: Path, name: str
+) -> None:
     view = VIEWS[name]
     torch.save(view, tmp_path / "a.pt")
     found = read_file(tmp_path / "a.pt")
@@ -116,7 +118,7 @@ def test_other_contents_stay_or_become_inert(tmp_path: Path) -> None:
     assert type(found["options"]).__name__ == "Inert"
 
 
-def test_a_tensor_with_attributes_is_its_values(tmp_path: Path) -> None:
+def test_a_tensor_with_attributes_is_read_as_its_values(tmp_path: Path) -> None:
     tensor = torch.ones(4)
     tensor.ds_id = 3  # type: ignore[attr-defined]
     torch.save(tensor, tmp_path / "a.pt")
@@ -174,7 +176,7 @@ def test_a_tensor_of_another_file_cannot_be_forged(tmp_path: Path, reduced: Any)
         read_file(tmp_path / "a.pt")
 
 
-def test_a_pickle_that_contains_itself_ends(tmp_path: Path) -> None:
+def test_reading_a_pickle_that_contains_itself_terminates(tmp_path: Path) -> None:
     loop: list[Any] = [torch.ones(2)]
     loop.append(loop)
     for _ in range(60):
@@ -196,7 +198,7 @@ def test_a_truncated_file_is_named(tmp_path: Path, keep: int) -> None:
 
 
 def rewritten(file: Path, **changes: bytes | None) -> Path:
-    """The archive with entries changed, or left out, and then compressed if nothing is changed."""
+    """The archive with entries changed or left out; compressed if there are no changes."""
     with zipfile.ZipFile(file) as old, zipfile.ZipFile(file.with_name("b.pt"), "w") as new:
         for entry in old.namelist():
             data = changes.get(entry.split("/", 1)[1].replace("/", "_"), old.read(entry))
@@ -222,7 +224,7 @@ def test_damaged_archives_are_named(tmp_path: Path, changes: Any, message: str) 
         read_file(rewritten(tmp_path / "a.pt", **changes))
 
 
-def test_a_big_archive_is_not_read(tmp_path: Path) -> None:
+def test_a_large_archive_is_not_read_into_memory(tmp_path: Path) -> None:
     import tracemalloc
 
     torch.save({"a": torch.zeros(1 << 23)}, tmp_path / "a.pt")

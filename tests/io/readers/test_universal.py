@@ -1,4 +1,4 @@
-"""Universal checkpoints are read exactly, and refused where the conversion mixed weights up."""
+"""Universal checkpoints are read exactly, or refused if the conversion mixed up weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Convert = Callable[[Trained], Converted]
 
 @pytest.fixture(scope="module")
 def convert(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Convert:
-    """Kind → (folder, live weights): trained, and converted by DeepSpeed itself, once."""
+    """Kind → (folder, live weights); each is trained and converted by DeepSpeed itself once."""
     done: dict[Trained, Converted] = {}
 
     def get(kind: Trained) -> Converted:
@@ -38,7 +38,7 @@ def convert(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Convert:
 @pytest.mark.parametrize(
     "kind", [Trained(2), Trained(2, tied=True), Trained(3), Trained(3, lora=True)], ids=str
 )
-def test_the_live_weights_come_back_bit_for_bit(convert: Convert, kind: Trained) -> None:
+def test_the_live_weights_are_read_bit_for_bit(convert: Convert, kind: Trained) -> None:
     folder, live = convert(kind)
     assert kinds_of(folder) == [Kind.UNIVERSAL]
     found = universal.read_model(folder)
@@ -59,7 +59,7 @@ def test_weights_mixed_up_by_round_robin_are_refused(convert: Convert) -> None:
         universal.read_model(folder)
 
 
-def test_what_was_left_out_is_noted(convert: Convert) -> None:
+def test_tensors_that_were_left_out_are_noted(convert: Convert) -> None:
     kind = Trained(3, lora=True, exclude_frozen=True)
     folder, live = convert(kind)
     found = universal.read_model(folder)

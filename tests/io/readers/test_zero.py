@@ -1,4 +1,4 @@
-"""What DeepSpeed saved is what it trained, bit for bit; what is not whole is refused."""
+"""DeepSpeed checkpoints are read bit for bit as trained; incomplete ones are refused."""
 
 from __future__ import annotations
 
@@ -79,14 +79,14 @@ def edit(file: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [*FULL, *LORA, BF16_OPTIMIZER, *BF16_MASTERS], ids=str)
-def test_the_live_weights_come_back_bit_for_bit(save: SaveZero, kind: Trained) -> None:
+def test_the_live_weights_are_read_bit_for_bit(save: SaveZero, kind: Trained) -> None:
     folder, live = save(kind)
     assert kinds_of(folder) == [Kind.ZERO]
     assert_same(zero.read_model(folder), live)
 
 
 @pytest.mark.parametrize("kind", [*FULL, *LORA, BF16_OPTIMIZER], ids=str)
-def test_masters_round_to_the_live_weights(save: SaveZero, kind: Trained) -> None:
+def test_master_weights_round_to_the_live_weights(save: SaveZero, kind: Trained) -> None:
     folder, live = save(kind)
     found = zero.read_model(folder, masters=True).tensors
     assert found.keys() == live.keys()
@@ -99,12 +99,12 @@ def test_masters_round_to_the_live_weights(save: SaveZero, kind: Trained) -> Non
 
 
 @pytest.mark.parametrize("kind", BF16_MASTERS, ids=str)
-def test_masters_keep_the_dtype_that_they_have(save: SaveZero, kind: Trained) -> None:
+def test_master_weights_keep_their_dtype(save: SaveZero, kind: Trained) -> None:
     folder, live = save(kind)
     assert_same(zero.read_model(folder, masters=True), live)
 
 
-def test_rows_read_the_slow_way_are_the_same(save: SaveZero) -> None:
+def test_rows_read_by_the_slow_implementation_are_equal(save: SaveZero) -> None:
     folder, live = save(Trained(3))
     found = zero.read_model(folder).tensors["lm_head.weight"]
     exact = found.reference(330, 340)  # where a rank's part ends within a row
@@ -113,7 +113,7 @@ def test_rows_read_the_slow_way_are_the_same(save: SaveZero) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_tied_weights_stand_once(save: SaveZero, stage: int) -> None:
+def test_tied_weights_are_read_once(save: SaveZero, stage: int) -> None:
     folder, live = save(Trained(stage, tied=True))
     found = zero.read_model(folder)
     assert found.aliases == {"lm_head.weight": "model.embed_tokens.weight"}
@@ -121,7 +121,7 @@ def test_tied_weights_stand_once(save: SaveZero, stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_what_was_left_out_is_noted(save: SaveZero, stage: int) -> None:
+def test_tensors_that_were_left_out_are_noted(save: SaveZero, stage: int) -> None:
     folder, live = save(Trained(stage, lora=True, exclude_frozen=True))
     found = zero.read_model(folder)
     assert "exclude_frozen_parameters" in found.notes[0]
@@ -129,13 +129,13 @@ def test_what_was_left_out_is_noted(save: SaveZero, stage: int) -> None:
     assert found.tensors.keys() == trained
 
 
-def test_full_precision_stays(save: SaveZero) -> None:
+def test_full_precision_is_kept(save: SaveZero) -> None:
     folder, live = save(Trained(3, precision="fp32"))
     assert_same(zero.read_model(folder), live)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_tag_is_found_by_name_or_by_itself(save: SaveZero, stage: int) -> None:
+def test_a_tag_is_found_by_name_or_by_its_own_path(save: SaveZero, stage: int) -> None:
     folder, live = save(Trained(stage))
     assert_same(zero.read_model(folder, tag="global_step2"), live)
     assert_same(zero.read_model(folder / "global_step2"), live)
@@ -186,7 +186,7 @@ def test_a_truncated_file_is_named(
         zero.read_model(file.parent.parent)
 
 
-def test_latest_that_leads_nowhere_is_named(copy: Callable[[Trained], Path]) -> None:
+def test_a_latest_file_with_a_missing_tag_is_named(copy: Callable[[Trained], Path]) -> None:
     folder = copy(Trained(1))
     (folder / "latest").write_text("global_step99")
     with pytest.raises(UserError, match=r"global_step99 is not a folder.*global_step2"):
@@ -212,7 +212,7 @@ def test_offloaded_groups_are_named(copy: Callable[[Trained], Path]) -> None:
         ("expp_rank_0_mp_rank_00_optim_states.pt", "expert parallelism"),
     ],
 )
-def test_models_split_among_ranks_are_refused(
+def test_models_split_across_ranks_are_refused(
     copy: Callable[[Trained], Path], name: str, what: str
 ) -> None:
     folder = copy(Trained(1))

@@ -1,4 +1,4 @@
-"""What torch code does to stand-ins is what it does to the tensors themselves."""
+"""torch code gives the same results on stand-ins as on the tensors themselves."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CODES: dict[str, tuple[tuple[int, ...], Code]] = {
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_the_values_are_torchs(code: str, tmp_path: Path) -> None:
+def test_the_values_equal_those_of_torch(code: str, tmp_path: Path) -> None:
     shape, run = CODES[code]
     real = {name: torch.randn(shape).bfloat16() for name in "ab"}
     save_file(real, tmp_path / "x.safetensors")
@@ -74,14 +74,14 @@ def test_the_values_are_torchs(code: str, tmp_path: Path) -> None:
         lambda t: t.transpose(0, 1).transpose(0, 1),
     ],
 )
-def test_cutting_and_joining_again_gives_the_tensor_itself(
+def test_splitting_and_joining_returns_the_tensor_itself(
     back_and_forth: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     tensor: Tensor = in_memory("t", torch.randn(4, 6, 6), Path("x"))
     assert back_and_forth(trace(tensor)).lazy is tensor
 
 
-def test_what_would_not_fit_in_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_that_does_not_fit_in_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = trace(in_memory("t", torch.randn(4, 60, 6), Path("x")))
     with pytest.raises(UserError, match=r"t: dims 0 and 2 .* cannot be exchanged"):
         tensor.transpose(0, 2)
