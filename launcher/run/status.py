@@ -11,7 +11,6 @@ import psutil
 
 from launcher.config import Config
 from launcher.errors import UserError
-from launcher.folders.json_file import read_object_or_empty
 from launcher.folders.run import RunDir
 from launcher.run import sweep
 
@@ -48,18 +47,17 @@ def slurm_job_id(run: RunDir) -> str | None:
     """The Slurm job that `run` was last queued as, by `shardway train` or by sbatch; None if it
     never was."""
     for file in (run.submitted, run.newest_attempt().job):
-        if (job := read_object_or_empty(file).get("job")) is not None:
-            return str(job)
+        if file.is_file():
+            return str(json.loads(file.read_text(encoding="utf-8"))["job"])
     return None
 
 
 def run_state(run: RunDir, queued: QueuedJob | None) -> str:
-    """Slurm's state of the job while there is one; otherwise how the newest attempt ended, unknown
-    if status.json is damaged."""
+    """Slurm's state of the job while there is one; otherwise how the newest attempt ended."""
     if queued:
         return queued.state.lower()
     if run.status.is_file():
-        return str(read_object_or_empty(run.status).get("state", "unknown"))
+        return str(json.loads(run.status.read_text())["state"])
     return "running" if has_local_ranks(run) else "failed" if run.attempt else "not started"
 
 
@@ -99,8 +97,9 @@ def local_attempts() -> set[tuple[str, int]]:
 
 def total_steps(run: RunDir, config: Config) -> int | None:
     """The steps of the complete training; None while only the number of epochs is known."""
-    steps = read_object_or_empty(run.steps).get("total_steps")
-    return steps if isinstance(steps, int) else config.training.max_steps
+    if run.steps.is_file():
+        return int(json.loads(run.steps.read_text())["total_steps"])
+    return config.training.max_steps
 
 
 def time_left(steps: list[dict[str, Any]], total: int | None) -> str:

@@ -12,8 +12,6 @@ from launcher.folders.run import RunDir
 from launcher.run.status import run_state, slurm_job_id, total_steps
 from tests.helpers.compose import composed
 
-DAMAGED = [b"[1]", b"\xff\xfe", b"{", b"", b"{}"]
-
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
@@ -29,15 +27,6 @@ def test_status_job_and_steps_are_read_from_their_files(run: RunDir) -> None:
     assert run_state(run, None) == "stopped"
     assert slurm_job_id(run) == "17_2"
     assert total_steps(run, composed("training.max_steps=7", "training.epochs=null")) == 40
-
-
-@pytest.mark.parametrize("content", DAMAGED)
-def test_damaged_files_give_unknown_and_raise_no_error(run: RunDir, content: bytes) -> None:
-    for file in (run.status, run.submitted, run.job, run.steps):
-        file.write_bytes(content)
-    assert run_state(run, None) == "unknown"
-    assert slurm_job_id(run) is None
-    assert total_steps(run, composed("training.max_steps=7", "training.epochs=null")) == 7
 
 
 def test_a_configuration_that_is_not_utf_8_is_refused_by_its_name(run: RunDir) -> None:
