@@ -76,9 +76,7 @@ class Seen:
 
 
 def main() -> None:
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # so that no training process is left running
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the training process, too
     arguments = parser().parse_args()
     try:
         bench(arguments)

@@ -5,7 +5,7 @@
     python tools/bench_peers.py run --peers ~/peers --output results --data my_alpaca.json
 
 SmolLM2-135M, LoRA rank 8 on all linear layers, bf16, AdamW at 1e-4, only answers in the loss. Each
-arm uses the defaults or the fastest settings of its system (tools/peers/arms.py). The arms run in
+arm uses the defaults or the best settings of its system (tools/peers/arms.py). The arms run in
 alternating rounds, each in its own processes. Writes table.md, results.json and losses.png.
 """
 
@@ -36,9 +36,7 @@ WARM_UP = 2  # steps that are not timed
 
 
 def main() -> None:
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # so that no process of an arm is left running
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the arm, too
     arguments = parser().parse_args()
     try:
         if arguments.verb == "install":

@@ -22,12 +22,7 @@ def test_a_piped_conversation_is_answered_and_saved(
 ) -> None:
     """Two models, a block, a command, invalid UTF-8, and the saved file at the end."""
     command = [*SHARDWAY, "chat", adapter, "--against", tiny, "--base", tiny]
-    command += [
-        "--temperature",
-        "1.5",
-        "--seed",
-        "1",
-    ]  # greedy decoding of the tiny model gives only blanks
+    command += ["--temperature", "1.5", "--seed", "1"]  # greedy output is only blanks
     lines = b'/set max_new_tokens 8\n"""\nhi\nyou\n"""\n/nothing\ncaf\xe9\n/save talk.jsonl\n'
     done = subprocess.run(
         [*map(str, command)],

@@ -1,4 +1,4 @@
-"""The arms: each system with its defaults and with its fastest settings. Add new arms here."""
+"""The arms: each system with its defaults and with its best settings. Add new arms here."""
 
 from __future__ import annotations
 
