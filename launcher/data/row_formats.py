@@ -3,30 +3,33 @@ torch."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
+from launcher.data.messages import (
+    REASONING_KEYS,
+    ROLES,
+    Message,
+    ReadMessage,
+    Row,
+    Spelling,
+    check_unicode,
+    parse_json,
+    read_message,
+    read_reasoning,
+    read_text,
+    read_tools,
+)
 from launcher.errors import UserError
 
-Row = dict[str, Any]
-Message = dict[str, Any]  # role, content; of an assistant also tool_calls, reasoning_content
-
-ROLES = ("system", "user", "assistant", "tool")
-# The speaker of a sharegpt turn, in its several dialects, to the role of a message. "function" is
-# a turn with the JSON of a tool call.
+# The speakers of a sharegpt turn in its dialects, in lower case, to the role of a message.
 SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bing", "bard"), "assistant"),
     "system": "system",
-    "observation": "tool",
-    "tool": "tool",
-    "function_call": "function",
+    **dict.fromkeys(("observation", "tool", "tool_response"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "call"),
 }
 # The keys of data.tags that name a speaker, to the role. (The other keys, role and content, name
 # fields.)
@@ -35,8 +38,23 @@ TAG_ROLES = {
     "assistant": "assistant",
     "system": "system",
     "observation": "tool",
-    "function": "function",
+    "function": "call",
 }
+# The columns that each format reads.
+SHARED_COLUMNS = ("system", "tools", "functions", "chat_template_kwargs", *REASONING_KEYS)
+OWN_COLUMNS = {
+    "alpaca": ("instruction", "input", "output", "history"),
+    "sharegpt": ("conversations",),
+    "messages": ("messages",),
+    "completion": ("prompt", "completion"),
+}
+# Columns that change what a row means and that belong to another kind of training.
+PREFERENCE_COLUMNS = (
+    *("chosen", "rejected", "chosen_response", "rejected_response", "rejected_messages"),
+    "kto_tag",
+)
+MEDIA_COLUMNS = ("images", "image", "videos", "video", "audios", "audio")
+UNSUPPORTED_COLUMNS = ("documents", "weight", "loss_scale")
 
 
 @dataclass(frozen=True)
@@ -45,44 +63,72 @@ class Conversation:
 
     messages: list[Message]
     tools: list[Any] = field(default_factory=list)  # JSON schemas of functions
+    excluded: frozenset[int] = frozenset()  # messages that are answers, but not in the loss
+    template_arguments: dict[str, Any] = field(default_factory=dict)  # of this row alone
+    notes: tuple[str, ...] = ()  # what the log should say about rows like this one
 
 
 def to_conversation(location: str, row: Any, format: str, tags: dict[str, str]) -> Conversation:
-    """Convert a row to a conversation with at least one answer.
+    """Convert a row to a conversation with at least one answer in the loss.
 
     `format` is one of these, or `auto`, which recognizes the format by the fields of the row:
 
-    alpaca: instruction, input, output, system, history ([[question, answer], …]).
-    sharegpt: conversations ([{"from", "value"}, …]; `tags` gives other names), system, tools.
-    messages: messages ([{"role", "content"}, …], OpenAI's), tools.
+    alpaca: instruction, input, output, history ([[question, answer], …]).
+    sharegpt: conversations ([{"from", "value"}, …]; `tags` gives other names).
+    messages: messages ([{"role", "content"}, …], OpenAI's).
     completion: prompt and completion, each a text or messages.
 
+    All have also system, tools, the reasoning of their only answer, and TRL's chat_template_kwargs.
     `location` names the row in error messages. Raises UserError if the row does not have the
-    format.
+    format, or has a column with a meaning that is not supported.
     """
     if not isinstance(row, dict):
         raise UserError(f"{location} is {type(row).__name__}, not an object with named fields")
+    refuse_unsupported(location, row)
     format = _recognize_format(location, row) if format == "auto" else format
-    read = READERS[format] if format != "sharegpt" else partial(_read_sharegpt, tags=tags)
-    conversation = read(location, row)
-    if not any(message["role"] == "assistant" for message in conversation.messages):
+    turns, notes = READERS[format](location, row, tags)
+    turns = _with_system(location, row, turns)
+    turns = _with_reasoning(location, row, format, turns)
+    conversation = Conversation(
+        [turn.message for turn in turns],
+        _read_all_tools(location, row),
+        frozenset(index for index, turn in enumerate(turns) if not turn.in_loss),
+        _read_template_arguments(location, row),
+        (*notes, *_ignored(row, format, turns)),
+    )
+    check_unicode(location, "the row", [conversation.messages, conversation.tools])
+    if not any(turn.message["role"] == "assistant" and turn.in_loss for turn in turns):
         raise UserError(
             f"{location} has no answer to train on; add an assistant message or remove the row"
         )
     return conversation
 
 
-def read_text(location: str, row: Row, field: str) -> str:
-    """The text in a field of `row`. Raises UserError if it is missing, empty or not a text."""
-    value = row.get(field)
-    if not isinstance(value, str) or not value.strip():
-        fault = "missing" if value is None else "empty" if isinstance(value, str) else "not a text"
-        raise UserError(f"{location}: {field} is {fault}; write one or remove the row")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can contain
-        raise UserError(f"{location}: {field} is not Unicode text ({error.reason})") from error
-    return value
+def refuse_unsupported(location: str, row: Row) -> None:
+    """Raises UserError for a column that changes what the row means and that is not supported."""
+    for column in PREFERENCE_COLUMNS:
+        if row.get(column) not in (None, "", []):
+            raise _preference_error(location, column)
+    label = row.get("label")
+    is_verdict = label in (True, False) if "completion" in row else isinstance(label, bool)
+    if is_verdict or str(label).lower() in ("true", "false"):
+        raise _preference_error(location, "label")
+    for column in MEDIA_COLUMNS:
+        if row.get(column):
+            raise UserError(
+                f"{location} has {column}, and only text is supported; remove the column if its "
+                "rows make sense without it"
+            )
+    for column in UNSUPPORTED_COLUMNS:
+        if row.get(column) not in (None, "", [], 1):
+            raise UserError(f"{location} has {column}, which is not supported; remove the column")
+
+
+def _preference_error(location: str, column: str) -> UserError:
+    return UserError(
+        f"{location} has {column}: a row for preference training, where not every answer is one to "
+        "learn; remove the column and the answers that are not wanted"
+    )
 
 
 def _recognize_format(location: str, row: Row) -> str:
@@ -102,149 +148,176 @@ def _recognize_format(location: str, row: Row) -> str:
     )
 
 
-def _read_alpaca(location: str, row: Row) -> Conversation:
+Turns = tuple[list[ReadMessage], tuple[str, ...]]  # the messages, and notes
+
+
+def _read_alpaca(location: str, row: Row, tags: dict[str, str]) -> Turns:
     question = read_text(location, row, "instruction")
     if isinstance(row.get("input"), str) and not row["input"].strip():
         row = row | {"input": None}
     if row.get("input"):
         question = f"{question}\n{read_text(location, row, 'input')}"
-    messages = _system_message(location, row)
     history = row.get("history") or []
     if not (
         isinstance(history, list)
         and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
     ):
         raise UserError(f"{location}: history must be pairs of question and answer")
+    messages = []
     for earlier_question, answer in history:
         pair = {"question": earlier_question, "answer": answer}
         messages += _question_and_answer(f"{location} history", pair, "question", "answer")
     pair = {"question": question, "output": row.get("output")}
-    return Conversation([*messages, *_question_and_answer(location, pair, "question", "output")])
+    messages += _question_and_answer(location, pair, "question", "output")
+    return [ReadMessage(message) for message in messages], ()
 
 
-def _read_sharegpt(location: str, row: Row, tags: dict[str, str]) -> Conversation:
-    names = {"role": "from", "content": "value"} | tags
-    roles = SHAREGPT_ROLES | {names[tag]: TAG_ROLES[tag] for tag in tags if tag in TAG_ROLES}
-    messages = _system_message(location, row)
+def _read_sharegpt(location: str, row: Row, tags: dict[str, str]) -> Turns:
+    turns = []
     for index, turn in enumerate(_message_list(location, row, "conversations")):
-        turn_location = f"{location} conversations[{index}]"
-        speaker = turn.get(names["role"])
-        if not isinstance(speaker, str) or speaker not in roles:
-            raise UserError(
-                f"{turn_location}: {names['role']} {speaker!r} is not one of {', '.join(roles)}"
-            )
-        role, text = roles[speaker], read_text(turn_location, turn, names["content"])
-        if role == "function":
-            messages.append(_tool_call_message("", _parse_function_call(turn_location, text)))
-        else:
-            messages.append({"role": role, "content": text})
-    return Conversation(messages, _read_tools(location, row))
+        place, spelling = f"{location} conversations[{index}]", _sharegpt_spelling(turn, tags)
+        speaker = turn.get(spelling.role)
+        if isinstance(speaker, str) and speaker not in spelling.roles:
+            turn = turn | {spelling.role: speaker.lower()}
+            if turn[spelling.role] not in spelling.roles:
+                turn[spelling.role] = speaker  # as it is named in the message
+        if read := read_message(place, turn, spelling):
+            turns.append(read)
+    return _join_turns(turns)
 
 
-def _read_messages(location: str, row: Row) -> Conversation:
-    messages = [
-        _read_message(f"{location} messages[{index}]", message)
-        for index, message in enumerate(_message_list(location, row, "messages"))
-    ]
-    return Conversation(messages, _read_tools(location, row))
+def _sharegpt_spelling(turn: Row, tags: dict[str, str]) -> Spelling:
+    """The names that `tags` gives, otherwise from and value, or OpenAI's if the turn has these."""
+    roles = SHAREGPT_ROLES | {tags[tag]: TAG_ROLES[tag] for tag in tags if tag in TAG_ROLES}
+    is_openai = "from" not in turn and "role" in turn
+    names = ("role", "content") if is_openai else ("from", "value")
+    return Spelling(tags.get("role", names[0]), tags.get("content", names[1]), roles)
 
 
-def _read_completion(location: str, row: Row) -> Conversation:
-    messages: list[Message] = []
+def _join_turns(turns: list[ReadMessage]) -> Turns:
+    """Join neighboring turns of one speaker, which many templates refuse and none ends properly.
+
+    A call that follows a text is one message, as in OpenAI's format.
+    """
+    joined: list[ReadMessage] = []
+    notes: dict[str, None] = {}
+    for turn in turns:
+        previous = joined[-1] if joined else None
+        role = turn.message["role"]
+        if (
+            previous is None
+            or role not in ("user", "assistant")
+            or previous.message["role"] != role
+            or previous.in_loss != turn.in_loss
+            or "reasoning_content" in turn.message
+            or ("tool_calls" in previous.message and turn.message["content"])
+        ):
+            joined.append(turn)
+            continue
+        texts = [text for m in (previous, turn) if (text := m.message["content"])]
+        if len(texts) > 1:
+            notes[f"neighboring turns of the {role} are joined"] = None
+        message = {**previous.message, "content": "\n\n".join(texts)}
+        if calls := turn.message.get("tool_calls"):
+            message["tool_calls"] = [*previous.message.get("tool_calls", []), *calls]
+        joined[-1] = ReadMessage(message, turn.in_loss, (*previous.ignored, *turn.ignored))
+    return joined, tuple(notes)
+
+
+def _read_messages(location: str, row: Row, tags: dict[str, str]) -> Turns:
+    return _read_message_list(location, row, "messages"), ()
+
+
+def _read_message_list(location: str, row: Row, field: str) -> list[ReadMessage]:
+    """OpenAI's messages. A file may name them so and write sharegpt's turns."""
+    turns = []
+    for index, message in enumerate(_message_list(location, row, field)):
+        is_sharegpt = "role" not in message and "from" in message
+        spelling = _sharegpt_spelling(message, {}) if is_sharegpt else Spelling(roles=ROLES)
+        if read := read_message(f"{location} {field}[{index}]", message, spelling):
+            turns.append(read)
+    return turns
+
+
+def _read_completion(location: str, row: Row, tags: dict[str, str]) -> Turns:
+    turns: list[ReadMessage] = []
     for name, role in (("prompt", "user"), ("completion", "assistant")):
         if isinstance(row.get(name), list):
-            messages += [
-                _read_message(f"{location} {name}[{index}]", message)
-                for index, message in enumerate(_message_list(location, row, name))
-            ]
+            turns += _read_message_list(location, row, name)
         else:
-            messages.append({"role": role, "content": read_text(location, row, name)})
-    return Conversation(messages, _read_tools(location, row))
+            turns.append(ReadMessage({"role": role, "content": read_text(location, row, name)}))
+    return turns, ()
 
 
-READERS: dict[str, Callable[[str, Row], Conversation]] = {
+READERS: dict[str, Callable[[str, Row, dict[str, str]], Turns]] = {
     "alpaca": _read_alpaca,
+    "sharegpt": _read_sharegpt,
     "messages": _read_messages,
     "completion": _read_completion,
 }
 
 
-def _read_message(location: str, message: Row) -> Message:
-    """An OpenAI message. Its content may be a list of text parts, and may be missing if there are
-    tool calls."""
-    role = "system" if message.get("role") == "developer" else message.get("role")
-    if role not in ROLES:
-        raise UserError(f"{location}: role {role!r} is not one of {', '.join(ROLES)}")
-    calls = _to_openai_calls(location, message.get("tool_calls") or [])
-    content = message.get("content")
-    if isinstance(content, list):
-        parts = (part.get("text") if isinstance(part, dict) else None for part in content)
-        texts = [text for text in parts if isinstance(text, str)]
-        if len(texts) < len(content):
-            raise UserError(
-                f"{location}: content has parts that are not text; only text is supported"
-            )
-        content = "".join(texts)
-    if not calls or content:
-        content = read_text(location, {"content": content}, "content")
-    result = (
-        _tool_call_message(content or "", calls) if calls else {"role": role, "content": content}
-    )
-    reasoning = message.get("reasoning_content") or message.get("reasoning")
-    if reasoning:
-        result["reasoning_content"] = read_text(location, {"reasoning": reasoning}, "reasoning")
-    return result
+def _with_system(location: str, row: Row, turns: list[ReadMessage]) -> list[ReadMessage]:
+    """`turns` behind the system prompt of the row, if it has one."""
+    system = row.get("system")
+    if system is None or (isinstance(system, str) and not system.strip()):
+        return turns
+    message = {"role": "system", "content": read_text(location, row, "system")}
+    first = turns[0].message if turns else None
+    if first == message:
+        return turns
+    if first is not None and first["role"] == "system":
+        raise UserError(
+            f"{location} has a column system and another system message; keep one of them"
+        )
+    return [ReadMessage(message), *turns]
 
 
-def _tool_call_message(content: str, calls: list[Any]) -> Message:
-    return {"role": "assistant", "content": content, "tool_calls": calls}
+def _with_reasoning(
+    location: str, row: Row, format: str, turns: list[ReadMessage]
+) -> list[ReadMessage]:
+    """`turns` with the reasoning in a column of the row as that of its answer.
+
+    In alpaca, it is that of `output`, not of the answers of `history`.
+    """
+    reasoning = read_reasoning(location, row)
+    if reasoning is None:
+        return turns
+    key = next(key for key in REASONING_KEYS if row.get(key))
+    answers = [turn.message for turn in turns if turn.message["role"] == "assistant"]
+    answers = answers[-1:] if format == "alpaca" else answers
+    if len(answers) != 1:
+        raise UserError(
+            f"{location} has a column {key} and {len(answers)} answers; write {key} into the "
+            "message that it belongs to"
+        )
+    if answers[0].setdefault("reasoning_content", reasoning) != reasoning:
+        raise UserError(f"{location} has a column {key} and another one in its answer; keep one")
+    return turns
 
 
-def _parse_function_call(location: str, text: str) -> list[Any]:
-    """The calls of a sharegpt function_call turn: JSON of one or several, with name and
-    arguments."""
-    calls = _parse_json(location, "value", text)
-    return _to_openai_calls(location, calls if isinstance(calls, list) else [calls])
+def _read_all_tools(location: str, row: Row) -> list[Any]:
+    return read_tools(location, row.get("tools") or row.get("functions"))
 
 
-def _to_openai_calls(location: str, calls: Any) -> list[Any]:
-    """Calls in OpenAI's format, from that format or from functions alone."""
-    if not isinstance(calls, list):
-        raise UserError(f"{location}: tool_calls must be a list, not {type(calls).__name__}")
-    openai_calls = []
-    for call in calls:
-        function = call["function"] if isinstance(call, dict) and "function" in call else call
-        if not (isinstance(function, dict) and {"name", "arguments"} <= function.keys()):
-            raise UserError(f"{location}: a tool call needs a name and arguments, not {call}")
-        read_text(location, function, "name")
-        try:
-            json.dumps(function["arguments"])
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{location}: arguments are not JSON: {error}") from error
-        is_openai = function is not call
-        openai_calls.append(call if is_openai else {"type": "function", "function": call})
-    return openai_calls
+def _read_template_arguments(location: str, row: Row) -> dict[str, Any]:
+    """TRL's column with the arguments of the chat template."""
+    value = row.get("chat_template_kwargs") or {}
+    value = parse_json(location, "chat_template_kwargs", value) if isinstance(value, str) else value
+    if not isinstance(value, dict):
+        raise UserError(f"{location}: chat_template_kwargs must be an object")
+    return value
 
 
-def _read_tools(location: str, row: Row) -> list[Any]:
-    """The schemas of functions, from a list or its JSON."""
-    tools = row.get("tools") or []
-    tools = _parse_json(location, "tools", tools) if isinstance(tools, str) else tools
-    if not isinstance(tools, list):
-        raise UserError(f"{location}: tools must be a list of function schemas")
-    if not all(isinstance(tool, dict) for tool in tools):
-        raise UserError(f"{location}: tools must be objects, the schemas of functions")
-    # Templates expect OpenAI's format; sharegpt has the function alone.
-    return [
-        tool if "function" in tool or "type" in tool else {"type": "function", "function": tool}
-        for tool in tools
+def _ignored(row: Row, format: str, turns: list[ReadMessage]) -> list[str]:
+    """Notes on the columns and keys that no format of the field gives a meaning."""
+    columns = [
+        f"column {column} is ignored"
+        for column, value in row.items()
+        if column not in (*OWN_COLUMNS[format], *SHARED_COLUMNS) and value not in (None, "", [])
     ]
-
-
-def _system_message(location: str, row: Row) -> list[Message]:
-    if not row.get("system"):
-        return []
-    return [{"role": "system", "content": read_text(location, row, "system")}]
+    keys = dict.fromkeys(key for turn in turns for key in turn.ignored)
+    return columns + [f"key {key} of messages is ignored" for key in keys]
 
 
 def _question_and_answer(
@@ -258,16 +331,10 @@ def _question_and_answer(
 
 def _message_list(location: str, row: Row, field: str) -> list[Row]:
     messages = row.get(field)
+    messages = parse_json(location, field, messages) if isinstance(messages, str) else messages
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{location}: {field} must be a list with at least one message")
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise UserError(f"{location} {field}[{index}] is not an object")
     return messages
-
-
-def _parse_json(location: str, field: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{location}: {field} is not JSON: {error}") from error

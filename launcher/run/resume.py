@@ -27,6 +27,8 @@ ALLOWED_SETTINGS = (
     "model.name",
     "data.name",
     "data.path",  # the content of the file is compared, not its path
+    "data.too_long",  # the rows are compared, not what would happen to longer ones
+    "data.template_date",  # likewise
     "data.dataset_info",
     "data.workers",
     "data.eval_path",

@@ -218,7 +218,7 @@ def test_columns_are_mapped_and_a_wrong_one_is_named(tmp_path: Path) -> None:
         ({"conversations": [{"from": "alien", "value": "x"}]}, "from 'alien' is not one of"),
         ({"conversations": [{"from": ["human"], "value": "x"}]}, "is not one of"),
         ({"instruction": "q", "output": "half \ud83d"}, "output is not Unicode text"),
-        ({"messages": [{**TURNS[1], "tool_calls": "f"}]}, "tool_calls must be a list"),
+        ({"messages": [{**TURNS[1], "tool_calls": "f"}]}, "tool_calls is not JSON"),
         ({"messages": [{**TURNS[1], "tool_calls": [{"name": "f"}]}]}, "a name and arguments"),
         ({"messages": [{**TURNS[1], "reasoning": {"a": 1}}]}, "reasoning is not a text"),
         ({"conversations": [{"from": "function_call", "value": "x"}]}, "value is not JSON"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from launcher.config.schema.setting import setting
 
@@ -74,6 +75,19 @@ class DataConfig(SourceConfig):
     template: str | None = setting(
         None, "chat template instead of the tokenizer's: a name (docs/data.md) or a .jinja file"
     )
+    template_arguments: dict[str, Any] = setting(
+        {}, "values of the chat template's own variables, such as enable_thinking: false"
+    )
+    template_date: str | None = setting(
+        None,
+        "the date that a chat template writes, YYYY-MM-DD; null: the day of the launch, which "
+        "config.yaml keeps",
+    )
+    learn_empty_reasoning: bool = setting(
+        True,
+        "whether the empty <think></think> that a template writes before an answer without "
+        "reasoning is in the loss",
+    )
     train_on: str = setting(
         "answers",
         "which tokens of a conversation are in the loss: answers, last_answer or all",
@@ -84,7 +98,13 @@ class DataConfig(SourceConfig):
         "with format=text: join the texts and cut them into rows of data.max_length; false: one "
         "row per text (per line of a .txt file)",
     )
-    max_length: int = setting(2048, "maximum tokens per row; longer rows are truncated", minimum=8)
+    max_length: int = setting(2048, "maximum tokens per row", minimum=8)
+    too_long: str = setting(
+        "cut",  # as in version 0.1.0, whose frozen configurations do not have this setting
+        "what happens to longer rows: auto (drop conversations, split raw texts), cut (an answer "
+        "then has no end), drop (leave out and count) or split (into several rows)",
+        choices=("auto", "cut", "drop", "split"),
+    )
     on_bad_row: str = setting(
         "fail",
         "a row that cannot be used for training: fail ends the run, skip skips and counts it",
