@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -109,36 +108,43 @@ CASES = [
     Case("plain", THREE[:2]),
     Case("spaces", [user("one?"), answer("  ONE \n")]),
     Case("system", [Turn("system", "Be kind."), *THREE[:2]], ("system",)),
-    Case("system-multi-turn", [Turn("system", "Be kind."), *THREE], ("system",)),
-    Case("empty-system", [Turn("system", ""), *THREE[:2]]),
-    Case("multi-turn", THREE),
-    Case("tools-object", used_tool(CALL), ("tools", "calls"), (TOOL,)),
-    Case("tools-text", used_tool(TEXT), ("tools", "calls"), (TOOL,), tools_as_text=True),
-    Case("calls-object", used_tool(CALL), ("calls",)),
-    Case("calls-text", used_tool(TEXT), ("calls",)),
-    Case("calls-later-turn", [*used_tool(CALL), *THREE[:2]], ("calls",)),
+    Case("system_multi_turn", [Turn("system", "Be kind."), *THREE], ("system",)),
+    Case("empty_system", [Turn("system", ""), *THREE[:2]]),
+    Case("multi_turn", THREE),
+    Case("tools_object", used_tool(CALL), ("tools", "calls"), (TOOL,)),
+    Case("tools_text", used_tool(TEXT), ("tools", "calls"), (TOOL,), tools_as_text=True),
+    Case("calls_object", used_tool(CALL), ("calls",)),
+    Case("calls_text", used_tool(TEXT), ("calls",)),
+    Case("calls_later_turn", [*used_tool(CALL), *THREE[:2]], ("calls",)),
     Case("parallel", used_tool(CALL, SECOND), ("calls", "parallel")),
-    Case("empty-result", used_tool(CALL, result=""), ("calls",)),
+    Case("empty_result", used_tool(CALL, result=""), ("calls",)),
     Case("reasoning_content", THOUGHT, ("reasoning",)),
     Case("thinking", THOUGHT, ("reasoning",), reasoning_key="thinking"),
     Case("reasoning", THOUGHT, ("reasoning",), reasoning_key="reasoning"),
     Case("inline", THOUGHT, ("inline",), reasoning_key="inline"),
-    Case("reasoning-then-none", [*THOUGHT[:2], *THREE[2:4]], ("reasoning",)),
+    Case("reasoning_then_none", [*THOUGHT[:2], *THREE[2:4]], ("reasoning",)),
     Case(
-        "reasoning-call-final",
+        "reasoning_call_final",
         used_tool(CALL, reasoning="I add."),
         ("calls", "call reasoning"),
     ),
     Case(
-        "reasoning-call-reasoning-final",
+        "reasoning_call_reasoning_final",
         used_tool(CALL, reasoning="I add.", final=answer("It is 2.", "So 2.")),
         ("calls", "call reasoning", "result reasoning"),
     ),
-    Case("weight-0", UNLEARNED),
-    Case("train-false", UNLEARNED, unlearned=("train", False)),
-    Case("loss-false", UNLEARNED, unlearned=("loss", False)),
+    Case("weight_0", UNLEARNED),
+    Case("train_false", UNLEARNED, unlearned=("train", False)),
+    Case("loss_false", UNLEARNED, unlearned=("loss", False)),
     Case("greeting", [answer("HELLO"), *THREE[:2]], ("greeting",)),
 ]
+
+WITHOUT_REASONING = [
+    case
+    for case in CASES
+    if not any("reasoning" in each or each == "inline" for each in case.features)
+]
+CAN_BE_PLAIN = [family for family in FAMILIES if family.plain_answer]
 
 
 def learned(
@@ -153,7 +159,7 @@ def learned(
 
 
 @pytest.fixture(autouse=True)
-def _fixed_date(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _fixed_date(monkeypatch: pytest.MonkeyPatch) -> None:
     """For templates that write the date: a test may run at midnight."""
 
     class Clock(datetime):
@@ -162,7 +168,6 @@ def _fixed_date(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             return datetime(2026, 2, 3, tzinfo=tz)
 
     monkeypatch.setattr(chat_template_utils, "datetime", Clock)
-    return
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -178,35 +183,44 @@ def test_a_row_is_learned_as_at_inference_or_refused(family: Family, case: Case)
     _assert_equal(family, rows, inference.row_tokens(family, turns, list(case.tools)))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize(
-    "family", [f for f in FAMILIES if f.plain_answer], ids=lambda family: family.name
-)
+@pytest.mark.parametrize("case", WITHOUT_REASONING, ids=lambda case: case.name)
+@pytest.mark.parametrize("family", CAN_BE_PLAIN, ids=lambda family: family.name)
 def test_without_thinking_a_row_is_learned_as_at_inference(family: Family, case: Case) -> None:
-    if any("reasoning" in each or each == "inline" for each in case.features):
-        pytest.skip("a row with reasoning is learned with thinking")
     rows = learned(family, case.row(), enable_thinking=False)
     turns = case.turns_at_inference(family)
     expected = inference.row_tokens(family, turns, list(case.tools), enable_thinking=False)
     _assert_equal(family, rows, expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_the_table_agrees_with_the_templates(family: Family) -> None:
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.bad_id(TEXT.id)], ids=lambda f: f.name)
+def test_an_id_that_the_template_refuses_is_replaced_by_the_same_one_each_time(
+    family: Family,
+) -> None:
+    row = Case("text", used_tool(TEXT)).row()
+    assert learned(family, row) == learned(family, row)
+
+
+@pytest.mark.parametrize(
+    ("family", "thinking"),
+    [(family, True) for family in FAMILIES] + [(family, False) for family in CAN_BE_PLAIN],
+    ids=lambda each: each.name if isinstance(each, Family) else f"thinking-{each}",
+)
+def test_the_table_agrees_with_the_templates(family: Family, thinking: bool) -> None:
     """A finished conversation ends in the answer of the table, except for the end of a think block
     that the prompt opened and the template drops."""
+    settings = {} if thinking else {"enable_thinking": False}
     ids = {CALL.id: "a00000001", SECOND.id: "b00000002", TEXT.id: "c00000003"}
     ids = {old: new for old, new in ids.items() if family.bad_id(old)}
-    for case in CASES:
+    for case in CASES if thinking else WITHOUT_REASONING:
         if any(each in family.refuses for each in case.features):
             continue
         turns = inference.with_ids(case.turns_at_inference(family), ids)
         for turn in range(1, len(turns)):
             if turns[turn].role != "assistant":
                 continue
-            answer = family.answers(turns, turn)
-            prompt = inference.prompt(family, turns[:turn], list(case.tools))
-            whole = inference.conversation(family, turns[: turn + 1], list(case.tools))
+            answer = family.answers(turns, turn, thinking)
+            prompt = inference.prompt(family, turns[:turn], list(case.tools), **settings)
+            whole = inference.conversation(family, turns[: turn + 1], list(case.tools), **settings)
             whole = whole.removesuffix(family.tail)
             if whole.startswith(prompt):
                 end = answer.removeprefix(whole[len(prompt) :])
@@ -229,8 +243,8 @@ def _with_new_ids(family: Family, turns: list[Turn], rows: list[Any]) -> list[Tu
 def _assert_equal(
     family: Family, rows: list[Any], expected: list[tuple[list[int], list[bool]]]
 ) -> None:
-    """Ids and loss masks are equal. Behind its last learned token a row may have what the template
-    writes there, or what follows in the conversation."""
+    """Ids and loss masks are equal. Behind its last learned token, a row may only have what the
+    template writes there."""
     cut = []
     for ids, mask in rows:
         end = max((position + 1 for position, in_loss in enumerate(mask) if in_loss), default=0)

@@ -33,7 +33,7 @@ FAMILIES = [
         special="<|im_start|>",
         words=THINK + " " + TOOL_CALL,
         tail="\n",
-        plain_answer=answers.ending("<|im_end|>"),
+        plain_answer=lambda turn: f"{turn.content}{answers.hermes(turn.calls)}<|im_end|>",
     ),
     Family(
         "qwen3_2507",
@@ -51,7 +51,7 @@ FAMILIES = [
         special="<|im_start|>",
         words=THINK + " " + TOOL_CALL,
         tail="\n",
-        plain_answer=answers.ending("<|im_end|>", str.strip),
+        plain_answer=answers.qwen3_5_plain,
     ),
     Family(
         "llama3",
@@ -161,7 +161,7 @@ FAMILIES = [
         special="<|im_start|>",
         words=THINK + " " + TOOL_CALL,
         tail="\n",
-        plain_answer=lambda turn: f"{turn.content.rstrip()}<|im_end|>",
+        plain_answer=lambda turn: answers.nemotron(turn).removeprefix("</think>"),
     ),
     Family(
         "gpt_oss",

@@ -34,7 +34,11 @@ def qwen3(turn: Turn) -> str:
 
 
 def qwen3_5(turn: Turn) -> str:
-    return f"{turn.reasoning}\n</think>\n\n{turn.content.strip()}{xml(turn.calls)}<|im_end|>"
+    return f"{turn.reasoning}\n</think>\n\n{qwen3_5_plain(turn)}"
+
+
+def qwen3_5_plain(turn: Turn) -> str:
+    return f"{turn.content.strip()}{xml(turn.calls)}<|im_end|>"
 
 
 def llama3_2(turn: Turn) -> str:
