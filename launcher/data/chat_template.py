@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import date, datetime, time
 from functools import cached_property
 from typing import Any
@@ -61,7 +62,8 @@ class ChatTemplate:
     @cached_property
     def dialect(self) -> Dialect:
         """How the template reads tool calls and reasoning, and how its turns begin and end."""
-        return probe_dialect(self._try_render, self.special_texts)
+        end_token = str(self.tokenizer.eos_token or "")
+        return probe_dialect(self._try_render, self.special_texts, end_token)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -78,14 +80,7 @@ class ChatTemplate:
 
     def adapt(self, conversation: Conversation) -> Conversation:
         """`conversation` in the dialect of the template."""
-        messages = self.dialect.adapt(conversation.messages)
-        return Conversation(
-            messages,
-            conversation.tools,
-            conversation.excluded,
-            conversation.template_arguments,
-            conversation.notes,
-        )
+        return replace(conversation, messages=self.dialect.adapt(conversation.messages))
 
     def render(
         self, conversation: Conversation, messages: list[Message], location: str, **options: Any

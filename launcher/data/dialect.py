@@ -25,6 +25,7 @@ NAME, KEY, VALUE, RESULT = "probe_name", "probe_key", "PROBE_VALUE", "RESULT"
 NINE = "abcde1234"  # an identifier that Mistral's templates accept
 USER: Message = {"role": "user", "content": QUESTION}
 ASSISTANT: Message = {"role": "assistant", "content": ANSWER}
+FOLLOWED = [USER, ASSISTANT, USER]
 TOOLS = [
     {
         "type": "function",
@@ -49,12 +50,16 @@ class Dialect:
 
     arguments_are_text: bool = False  # it concatenates them, so they must be the JSON text
     reasoning_key: str = "reasoning_content"  # the key whose text it writes
-    writes_think_tags: bool = True  # reasoning is between <think> and </think>, or not written
+    # Reasoning at the start of the content does not stay there: the template reads a key, writes an
+    # empty <think></think>, or drops it.
+    separates_reasoning: bool = False
     writes_ids: bool = False  # of tool calls
-    needs_nine_characters: bool = False  # it refuses other identifiers
+    needs_nine_characters: bool = False  # it refuses shorter identifiers
+    accepts_longer: bool = False  # and none that are longer
     writes_names: bool = False  # of the tool that returned a result
     header: str = ""  # begins an answer: the generation prompt as far as it stays in the text
     prefill: str = ""  # the rest of the generation prompt, such as an opened <think>
+    tail: str = ""  # what it writes after a finished conversation and not between turns
     # The start of the next turn, for a template that ends no answer itself (GLM).
     end_of_answer: str = ""
     end_of_call: str = ""
@@ -67,23 +72,22 @@ class Dialect:
             adapted = [self._adapt_arguments(message) for message in adapted]
         return adapted
 
-    def with_reasoning_apart(self, message: Message) -> Message | None:
-        """`message` with the reasoning at the start of its content moved to its own key; None if
-        there is none."""
-        match = INLINE_REASONING.fullmatch(message["content"])
-        if match is None or self.reasoning_key in message:
-            return None
-        reasoning, content = (part.strip() for part in match.groups())
-        own = {self.reasoning_key: reasoning} if reasoning else {}
-        return {**message, "content": content, **own}
-
     def _adapt_reasoning(self, message: Message) -> Message:
+        if self.separates_reasoning and message["role"] == "assistant":
+            message = self._with_reasoning_apart(message)
         if self.reasoning_key != "reasoning_content" and "reasoning_content" in message:
             rest = {key: value for key, value in message.items() if key != "reasoning_content"}
             return {**rest, self.reasoning_key: message["reasoning_content"]}
-        if not self.writes_think_tags and message["role"] == "assistant":
-            return self.with_reasoning_apart(message) or message
         return message
+
+    def _with_reasoning_apart(self, message: Message) -> Message:
+        """`message` with the reasoning at the start of its content moved to a key of its own."""
+        match = INLINE_REASONING.fullmatch(message["content"])
+        if match is None or {self.reasoning_key, "reasoning_content"} & message.keys():
+            return message
+        reasoning, content = (part.strip() for part in match.groups())
+        own = {self.reasoning_key: reasoning} if reasoning else {}
+        return {**message, "content": content, **own}
 
     def _adapt_arguments(self, message: Message) -> Message:
         calls = [
@@ -127,8 +131,9 @@ class Dialect:
         return adapted
 
     def _identifier(self, given: str, name: str, number: int) -> str:
-        if self.needs_nine_characters and not re.fullmatch(r"[a-zA-Z0-9]{9}", given):
-            return xxhash.xxh3_64_hexdigest(f"{given} {name} {number}")[:9]
+        form = r".{9,}" if self.accepts_longer else r"[a-zA-Z0-9]{9}"
+        if self.needs_nine_characters and not re.fullmatch(form, given):
+            return xxhash.xxh3_64_hexdigest(f"{given} {name} {number}".encode())[:9]
         if self.writes_ids and not given:
             return f"functions.{name}:{number}"  # as Kimi's model card writes them
         return given
@@ -147,23 +152,20 @@ def shared_prefix(one: str, other: str) -> int:
     return next((i for i, (a, b) in pairs if a != b), len(other))
 
 
-def probe_dialect(render: TryRender, special_texts: Sequence[str]) -> Dialect:
+def probe_dialect(render: TryRender, special_texts: Sequence[str], end_token: str) -> Dialect:
     """The dialect of a template. `special_texts` are the special tokens, the longest first."""
     calls = _probe_calls(render)
-    reasoning = _probe_reasoning(render)
-    header, prefill = _probe_generation_prompt(render)
+    call = _call(NINE, _arguments(calls["arguments_are_text"]))
+    tail = _probe_tail(render, special_texts, end_token)
+    header, prefill = _probe_generation_prompt(render, tail)
     return Dialect(
         **calls,
-        **reasoning,
+        **_probe_reasoning(render, call),
         header=header,
         prefill=prefill,
+        tail=tail,
         end_of_answer=_probe_end(render, ASSISTANT, USER, special_texts),
-        end_of_call=_probe_end(
-            render,
-            _call(NINE, _arguments(calls["arguments_are_text"])),
-            _result(NINE),
-            special_texts,
-        ),
+        end_of_call=_probe_end(render, call, _result(NINE), special_texts),
     )
 
 
@@ -183,7 +185,7 @@ def _result(identifier: str, name: str | None = NAME) -> Message:
     return {"role": "tool", "tool_call_id": identifier, "content": RESULT, **named}
 
 
-def _probe_calls(render: TryRender) -> dict[str, bool]:
+def _probe_calls(render: TryRender) -> dict[str, Any]:
     def text(
         identifier: str, arguments: dict[str, str] | str, name: str | None = NAME
     ) -> str | None:
@@ -198,28 +200,50 @@ def _probe_calls(render: TryRender) -> dict[str, bool]:
     return {
         "arguments_are_text": arguments_are_text,
         "writes_ids": NINE in (written or ""),
-        "needs_nine_characters": written is not None and text("c1", arguments) is None,
+        "needs_nine_characters": written is not None and text(NINE[:2], arguments) is None,
+        "accepts_longer": text(NINE * 2, arguments) is not None,
         "writes_names": written is not None
         and text(NINE, arguments, name=None) not in (None, written),
     }
 
 
-def _probe_reasoning(render: TryRender) -> dict[str, Any]:
+def _probe_reasoning(render: TryRender, call: Message) -> dict[str, Any]:
     for key in REASONING_KEYS:
-        text = render([USER, {**ASSISTANT, key: REASON}], [], False)
-        if text and REASON in text:
-            return {"reasoning_key": key, "writes_think_tags": "</think>" in text}
-    return {}
+        for answer, tools in ((ASSISTANT, []), (call, TOOLS)):
+            if REASON in (render([USER, {**answer, key: REASON}], tools, False) or ""):
+                return {"reasoning_key": key, "separates_reasoning": True}
+    plain = render([USER, ASSISTANT], [], False) or ""
+    inline = {**ASSISTANT, "content": f"<think>{REASON}</think>{ANSWER}"}
+    dropped = REASON not in (render([USER, inline], [], False) or REASON)
+    return {"separates_reasoning": dropped or "</think>" in plain}
 
 
-def _probe_generation_prompt(render: TryRender) -> tuple[str, str]:
+def _probe_tail(render: TryRender, special_texts: Sequence[str], end_token: str) -> str:
+    """The special tokens that end a conversation but not a turn, if the turn has an end without
+    them."""
+    alone, followed = render([USER, ASSISTANT], [], False), render(FOLLOWED, [], False)
+    if alone is None or followed is None or followed.startswith(alone):
+        return ""
+    differs = shared_prefix(alone, followed)
+    # The difference may begin inside of a token: both begin with <|.
+    starts = [i for text in special_texts if (i := alone.rfind(text, 0, differs + len(text))) >= 0]
+    end = alone.find(end_token, alone.find(ANSWER)) + len(end_token) if end_token else 0
+    start = min(max(starts, default=0), end if end > len(end_token) else len(alone))
+    turn = alone[:start].rstrip()
+    return alone[start:] if any(turn.endswith(text) for text in special_texts) else ""
+
+
+def _probe_generation_prompt(render: TryRender, tail: str) -> tuple[str, str]:
     """The generation prompt: the part that stays when the answer follows, and the rest."""
     bare, prompt = render([USER], [], False), render([USER], [], True)
     answered = render([USER, ASSISTANT], [], False)
-    if bare is None or prompt is None or answered is None or not prompt.startswith(bare):
+    if bare is None or prompt is None or answered is None:
         return "", ""
-    stays = shared_prefix(prompt, answered)
-    return prompt[len(bare) : stays], prompt[max(stays, len(bare)) :]
+    bare = bare.removesuffix(tail)
+    if not prompt.startswith(bare):
+        return "", ""
+    stays = max(shared_prefix(prompt, answered), len(bare))
+    return prompt[len(bare) : stays], prompt[stays:]
 
 
 def _probe_end(

@@ -80,8 +80,8 @@ def tokenize_segments(template: ChatTemplate, rows: list[list[Segment]]) -> Iter
 class EndFinder:
     """Finds how many tokens of an answer are in the loss: up to its end-of-turn token.
 
-    The space that a template puts after that token is not in the loss. Other text after the last
-    special token is: then that token does not end the answer.
+    The space and the special tokens that a template puts after that token are not in the loss. Text
+    after the last special token is: then that token does not end the answer.
     """
 
     def __init__(self, template: ChatTemplate) -> None:
@@ -89,15 +89,16 @@ class EndFinder:
         self._end_token = template.tokenizer.eos_token_id
 
         @lru_cache(maxsize=1024)  # nearly all answers end alike
-        def is_space(ids: tuple[int, ...]) -> bool:
-            return not str(template.tokenizer.decode(list(ids))).strip()
+        def has_text(ids: tuple[int, ...]) -> bool:
+            text = template.tokenizer.decode(list(ids), skip_special_tokens=True)
+            return bool(str(text).strip())
 
-        self._is_space = is_space
+        self._has_text = has_text
 
     def __call__(self, ids: list[int]) -> int:
         end_tokens = {self._end_token} if self._end_token in ids else self._special
         last = next((i for i in reversed(range(len(ids))) if ids[i] in end_tokens), None)
-        if last is None or not self._is_space(tuple(ids[last + 1 :])):
+        if last is None or self._has_text(tuple(ids[last + 1 :])):
             return len(ids)
         return last + 1
 

@@ -45,7 +45,7 @@ class ReadMessage:
     """A message, and what its row says about it."""
 
     message: Message
-    in_loss: bool = True  # False: an answer that is context and not learned
+    in_loss: bool | None = None  # what weight, train or loss say; None: the row has none of them
     ignored: tuple[str, ...] = ()  # keys without a meaning
 
 
@@ -210,9 +210,9 @@ def _checked_content(location: str, role: str, content: Any, may_be_empty: bool,
     return read_text(location, {field: content}, field)
 
 
-def _is_in_loss(location: str, role: str, turn: Row) -> bool:
-    """What `weight`, `train` and `loss` say; an answer without them is in the loss."""
-    in_loss = True
+def _is_in_loss(location: str, role: str, turn: Row) -> bool | None:
+    """What `weight`, `train` and `loss` say, None if there is none of them."""
+    in_loss = None
     for key in LOSS_KEYS:
         value = turn.get(key)
         if value is None:
@@ -226,7 +226,7 @@ def _is_in_loss(location: str, role: str, turn: Row) -> bool:
                 f"{location}: {key} {value!r} of a message of {role}: only answers are in the loss "
                 "→ data.train_on=all for all tokens"
             )
-        in_loss = in_loss and bool(value)
+        in_loss = bool(value) and in_loss is not False
     return in_loss
 
 

@@ -5,6 +5,8 @@ A template silently leaves out what it does not know. It then renders the same t
 
 from __future__ import annotations
 
+from typing import Any
+
 from launcher.data.chat_template import ChatTemplate
 from launcher.data.messages import Message
 from launcher.data.row_formats import Conversation
@@ -15,15 +17,14 @@ def check_answer(
     template: ChatTemplate,
     conversation: Conversation,
     turn: int,
-    message: Message,
     answer: str,
     location: str,
 ) -> None:
-    """Check the answer `message`, which is number `turn` and was rendered as `answer`.
+    """Check message number `turn`, which was rendered as `answer`.
 
     Raises UserError if the template leaves out its reasoning, a tool call, or the text beside them.
     """
-    before = conversation.messages[:turn]
+    *before, message = conversation.messages[: turn + 1]
     key = template.dialect.reasoning_key
     calls = message.get("tool_calls", [])
     variants: dict[str, Message] = {}
@@ -39,18 +40,19 @@ def check_answer(
         return
     whole = template.render(conversation, [*before, message], location)
     for name, variant in variants.items():
-        if _try_render(template, conversation, [*before, variant]) == whole:
+        answered = [*before, variant]
+        if _try_render(template, conversation, answered, add_generation_prompt=False) == whole:
             raise _omitted(location, name)
 
 
 def check_context(
-    template: ChatTemplate, conversation: Conversation, text: str, location: str
+    template: ChatTemplate, conversation: Conversation, last: int, text: str, location: str
 ) -> None:
-    """Check what is not an answer; `text` is the rendered conversation.
+    """Check what is before the answer number `last`; `text` is the rendered conversation.
 
     Raises UserError if the template leaves out tools, or a message of another role.
     """
-    messages = conversation.messages
+    messages = conversation.messages[:last]
     variants: dict[str, list[Message]] = {}
     for index, message in enumerate(messages):
         if message["role"] != "assistant" and message["content"].strip() not in text:
@@ -59,11 +61,12 @@ def check_context(
             variants[name] = [*messages[:index], other, *messages[index + 1 :]]
     if not variants and not conversation.tools:
         return
-    whole = template.render(conversation, messages, location)
+    prompt = _try_render(template, conversation, messages)
     for name, variant in variants.items():
-        if _try_render(template, conversation, variant) == whole:
+        if prompt == _try_render(template, conversation, variant) is not None:
             raise _omitted(location, name)
-    if conversation.tools and _try_render(template, conversation, messages, tools=[]) == whole:
+    without = _try_render(template, conversation, messages, tools=[])
+    if conversation.tools and prompt == without is not None:
         raise _omitted(location, "tools")
 
 
@@ -71,11 +74,13 @@ def _try_render(
     template: ChatTemplate,
     conversation: Conversation,
     messages: list[Message],
-    **options: list[object],
+    **options: Any,
 ) -> str | None:
-    """The text, None if the template refuses the messages: it requires what they lack."""
+    """The prompt, None if the template refuses the messages: it requires what they lack."""
     try:
-        return template.render(conversation, messages, "", **options)
+        return template.render(
+            conversation, messages, "", **{"add_generation_prompt": True, **options}
+        )
     except UserError:
         return None
 

@@ -54,6 +54,7 @@ PREFERENCE_COLUMNS = (
     "kto_tag",
 )
 MEDIA_COLUMNS = ("images", "image", "videos", "video", "audios", "audio")
+GREETING = "an answer before the first question is read and not learned"
 UNSUPPORTED_COLUMNS = ("documents", "weight", "loss_scale")
 
 
@@ -63,7 +64,8 @@ class Conversation:
 
     messages: list[Message]
     tools: list[Any] = field(default_factory=list)  # JSON schemas of functions
-    excluded: frozenset[int] = frozenset()  # messages that are answers, but not in the loss
+    excluded: frozenset[int] = frozenset()  # answers that their row excludes from the loss
+    greetings: frozenset[int] = frozenset()  # answers before the first question
     template_arguments: dict[str, Any] = field(default_factory=dict)  # of this row alone
     notes: tuple[str, ...] = ()  # what the log should say about rows like this one
 
@@ -89,19 +91,31 @@ def to_conversation(location: str, row: Any, format: str, tags: dict[str, str]) 
     turns, notes = READERS[format](location, row, tags)
     turns = _with_system(location, row, turns)
     turns = _with_reasoning(location, row, format, turns)
+    excluded = {index for index, turn in enumerate(turns) if turn.in_loss is False}
+    greetings = _find_greetings(turns)
+    notes = (*notes, *_ignored(row, format, turns), *[GREETING] * bool(greetings))
     conversation = Conversation(
         [turn.message for turn in turns],
-        _read_all_tools(location, row),
-        frozenset(index for index, turn in enumerate(turns) if not turn.in_loss),
+        read_tools(location, row.get("tools") or row.get("functions")),
+        frozenset(excluded),
+        frozenset(greetings),
         _read_template_arguments(location, row),
-        (*notes, *_ignored(row, format, turns)),
+        notes,
     )
     check_unicode(location, "the row", [conversation.messages, conversation.tools])
-    if not any(turn.message["role"] == "assistant" and turn.in_loss for turn in turns):
+    answers = {i for i, turn in enumerate(turns) if turn.message["role"] == "assistant"}
+    if not answers - excluded:
         raise UserError(
             f"{location} has no answer to train on; add an assistant message or remove the row"
         )
     return conversation
+
+
+def _find_greetings(turns: list[ReadMessage]) -> set[int]:
+    """The answers before the first question, if there is one: inference does not write them."""
+    roles = [turn.message["role"] for turn in turns]
+    first = roles.index("user") if "user" in roles else 0
+    return {i for i in range(first) if roles[i] == "assistant" and turns[i].in_loss is None}
 
 
 def refuse_unsupported(location: str, row: Row) -> None:
@@ -294,10 +308,6 @@ def _with_reasoning(
     if answers[0].setdefault("reasoning_content", reasoning) != reasoning:
         raise UserError(f"{location} has a column {key} and another one in its answer; keep one")
     return turns
-
-
-def _read_all_tools(location: str, row: Row) -> list[Any]:
-    return read_tools(location, row.get("tools") or row.get("functions"))
 
 
 def _read_template_arguments(location: str, row: Row) -> dict[str, Any]:

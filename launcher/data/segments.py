@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
 from launcher.data.chat_template import ChatTemplate
 from launcher.data.dialect import shared_prefix
-from launcher.data.messages import Message
 from launcher.data.omissions import check_answer, check_context
 from launcher.data.row_formats import Conversation
 from launcher.errors import UserError
@@ -19,7 +19,7 @@ Segment = tuple[str, bool]  # a part of a rendered conversation, and whether it 
 OPEN_TAG = re.compile(r"<(\w+)>\s*$")  # a generation prompt that opens the reasoning
 # At the start of an answer, which may continue a prompt that opens it.
 EMPTY_REASONING = re.compile(r"\s*(<think>\s*)?</think>\s*")
-CONTEXT = 64  # characters before an answer by which its place is found in a rewritten text
+MIN_CONTEXT = 4  # characters before an answer by which its place is found in a rewritten text
 
 
 @dataclass(frozen=True)
@@ -50,24 +50,20 @@ def render_segments(
 
     Raises UserError if the template refuses the conversation, or leaves out a part of it.
     """
-    last = max(i for i, m in enumerate(conversation.messages) if m["role"] == "assistant")
+    messages, excluded = conversation.messages, conversation.excluded
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    learned = [turn for turn in answers if turn not in excluded | conversation.greetings]
     conversation = template.adapt(conversation)
-    del conversation.messages[last + 1 :]
-    rows = _join_answers(list(_answers(template, conversation, location)))
-    whole = "".join(part.text for part in rows[-1])
-    check_context(template, conversation, whole, location)
+    split = answers if train_on == "all" else learned
+    rows = _join_answers(list(_answers(template, conversation, split, location)))
+    check_context(template, conversation, split[-1], _text(rows[-1]), location)
     if not learn_empty_reasoning:
         rows = [list(_without_empty_reasoning(row)) for row in rows]
     if train_on == "all":
-        return _all_in_loss(rows, conversation.excluded)
-    learned = [m for m in _turns(rows) if m not in conversation.excluded]
+        return _all_in_loss(rows, excluded)
     learned = learned[-1:] if train_on == "last_answer" else learned
-    rows = [row for row in rows if {part.turn for part in row} & {*learned}]
-    return [_merge_prompts([(part.text, part.turn in learned) for part in row]) for row in rows]
-
-
-def _turns(rows: list[list[Part]]) -> list[int]:
-    return sorted({part.turn for row in rows for part in row if part.turn is not None})
+    rows = [row for row in rows if any(part.turn in learned for part in row)]
+    return [[(part.text, part.turn in learned) for part in row] for row in rows]
 
 
 def _join_answers(answers: list[list[Part]]) -> list[list[Part]]:
@@ -87,26 +83,17 @@ def _text(parts: list[Part]) -> str:
 
 
 def _answers(
-    template: ChatTemplate, conversation: Conversation, location: str
+    template: ChatTemplate, conversation: Conversation, turns: list[int], location: str
 ) -> Iterator[list[Part]]:
-    """All text before an answer, and the answer, of each assistant turn."""
-    dialect = template.dialect
+    """All text before an answer, and the answer, of each of `turns`."""
     split = _split_by_marks if template.marks_answers else _split_by_prompt
-    for turn, message in enumerate(conversation.messages):
-        if message["role"] != "assistant":
-            continue
-        # Some templates drop the reasoning in an answer, and write it from a key of its own.
-        for variant in (message, dialect.with_reasoning_apart(message)):
-            parts = variant and split(template, conversation, turn, variant, location)
-            if not variant or not parts:
-                continue
-            answer = _text([part for part in parts if part.turn is not None])
-            if variant is not message or not _drops_reasoning(template, message, answer):
-                check_answer(template, conversation, turn, variant, answer, location)
-                yield parts
-                break
-        else:
+    for turn in turns:
+        parts = split(template, conversation, turn, location)
+        if parts is None:
             raise _unclear_start(template, conversation, turn, location)
+        answer = _text([part for part in parts if part.turn is not None])
+        check_answer(template, conversation, turn, answer, location)
+        yield parts
 
 
 def _unclear_start(
@@ -130,41 +117,30 @@ def _unclear_start(
     )
 
 
-def _drops_reasoning(template: ChatTemplate, message: Message, answer: str) -> bool:
-    """Whether `answer` lacks the reasoning at the start of the message's content."""
-    apart = template.dialect.with_reasoning_apart(message) or {}
-    return str(apart.get(template.dialect.reasoning_key, "")) not in answer
-
-
 def _split_by_prompt(
-    template: ChatTemplate,
-    conversation: Conversation,
-    turn: int,
-    message: Message,
-    location: str,
+    template: ChatTemplate, conversation: Conversation, turn: int, location: str
 ) -> list[Part] | None:
     """The prompt of message number `turn`, and the text that follows it: the answer.
 
     None if it is unclear where the answer starts.
     """
     dialect = template.dialect
-    found = _find_answer(template, conversation, turn, message, location)
+    found = _find_answer(template, conversation, turn, location)
     if found is None:
         return None
     prompt, answer = found
-    end = dialect.end_of_call if "tool_calls" in message else dialect.end_of_answer
+    calls = "tool_calls" in conversation.messages[turn]
+    end = dialect.end_of_call if calls else dialect.end_of_answer
     return [Part(prompt), Part(answer + end, turn)]
 
 
 def _find_answer(
-    template: ChatTemplate,
-    conversation: Conversation,
-    turn: int,
-    message: Message,
-    location: str,
+    template: ChatTemplate, conversation: Conversation, turn: int, location: str
 ) -> tuple[str, str] | None:
-    before, dialect = conversation.messages[:turn], template.dialect
+    dialect = template.dialect
+    *before, message = conversation.messages[: turn + 1]
     answered = template.render(conversation, [*before, message], location)
+    answered = answered.removesuffix(dialect.tail)
     if any(m["role"] != "system" for m in before):
         prompt = template.render(conversation, before, location, add_generation_prompt=True)
     else:
@@ -172,12 +148,12 @@ def _find_answer(
     if answered.startswith(prompt):
         return prompt, answered[len(prompt) :]
     if turn and before[-1]["role"] == "assistant":  # continues the previous answer
-        earlier = template.render(conversation, before, location)
+        earlier = template.render(conversation, before, location).removesuffix(dialect.tail)
         if answered.startswith(earlier):
             return earlier, answered[len(earlier) :]
     has_prefill = bool(dialect.prefill) and prompt.endswith(dialect.header + dialect.prefill)
     start = _start_of_answer(
-        prompt.removesuffix(dialect.prefill) if has_prefill else prompt, answered
+        prompt.removesuffix(dialect.prefill) if has_prefill else prompt, answered, dialect.header
     )
     if start is None:
         return None
@@ -206,23 +182,19 @@ def _prompt_of_greeting(
     return answered[:start] + template.dialect.prefill
 
 
-def _start_of_answer(prompt: str, answered: str) -> int | None:
+def _start_of_answer(prompt: str, answered: str, header: str) -> int | None:
     """Where the answer starts in `answered`, whose text before it differs from `prompt`.
 
-    It is the place whose text before has the longest end in common with `prompt`.
+    It is behind the longest end of `prompt` that `answered` contains. None if that is shorter than
+    the header of an answer.
     """
     if answered.startswith(prompt):
         return len(prompt)
-    context = prompt[-CONTEXT:]
-    places = [m.end() for m in re.finditer(f"(?={re.escape(context)})", answered)]
-    if not places:
+    # A longer end contains the shorter ones.
+    length = bisect(range(1, len(prompt) + 1), 0, key=lambda n: prompt[-n:] not in answered)
+    if length < max(len(header), MIN_CONTEXT):
         return None
-    reverse = prompt[::-1]
-
-    def shared(end: int) -> int:
-        return shared_prefix(reverse, answered[:end][::-1])
-
-    return max((place + len(context) for place in places), key=shared)
+    return answered.rindex(prompt[-length:]) + length
 
 
 def _continue_prefill(prefill: str, answer: str, reasoning: str | None) -> str:
@@ -238,21 +210,17 @@ def _continue_prefill(prefill: str, answer: str, reasoning: str | None) -> str:
     thought = (reasoning or "").strip()
     if answer.lstrip().startswith(close):
         return thought + answer.lstrip()
-    return (f"{thought}\n" if thought else "") + f"{close}\n\n" + answer.lstrip("\n")
+    return (f"{thought}\n" if thought else "") + f"{close}\n\n" + answer
 
 
 def _split_by_marks(
-    template: ChatTemplate,
-    conversation: Conversation,
-    turn: int,
-    message: Message,
-    location: str,
+    template: ChatTemplate, conversation: Conversation, turn: int, location: str
 ) -> list[Part]:
     """The prompt of message number `turn`, and the text that the template marks as the answer.
 
     Raises UserError if it marks none.
     """
-    messages = [*conversation.messages[:turn], message]
+    messages = conversation.messages[: turn + 1]
     text, spans = template.render_marked(conversation, messages, location)
     before = sum(m["role"] == "assistant" for m in messages[:turn])
     if before and len(spans) != before + 1:  # a message may have several marks
@@ -307,17 +275,6 @@ def _merge(segments: list[Segment]) -> list[Segment]:
     for text, in_loss in segments:
         if merged and merged[-1][1] == in_loss:
             merged[-1] = (merged[-1][0] + text, in_loss)
-        else:
-            merged.append((text, in_loss))
-    return merged
-
-
-def _merge_prompts(segments: list[Segment]) -> list[Segment]:
-    """`segments` with neighbors that are not in the loss joined: a prompt is tokenized whole."""
-    merged: list[Segment] = []
-    for text, in_loss in segments:
-        if merged and not in_loss and not merged[-1][1]:
-            merged[-1] = (merged[-1][0] + text, False)
         else:
             merged.append((text, in_loss))
     return merged

@@ -10,13 +10,16 @@ import json
 import re
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 import pytest
 from transformers.utils import chat_template_utils
 
-from launcher.data.chat_template import render_segments, tokenize_segments
+from launcher.data.chat_template import ChatTemplate
+from launcher.data.loss_mask import tokenize_segments
 from launcher.data.row_formats import to_conversation
+from launcher.data.segments import render_segments
 from launcher.errors import UserError
 from tests.helpers import inference
 from tests.helpers.families import FAMILIES
@@ -151,11 +154,15 @@ def learned(
     family: Family, row: dict[str, Any], **settings: Any
 ) -> list[tuple[list[int], list[bool]]]:
     """What Shardway makes of the row: ids and loss mask of each row of training."""
-    tokenizer = inference.tokenizer_of(family)
+    template = template_of(family, tuple(settings.items()))
     conversation = to_conversation("row", row, "auto", {})
-    segments = render_segments(tokenizer, conversation, "answers", "row", **settings)
-    tokens = tokenize_segments(tokenizer, segments, max_length=10_000)
+    tokens = tokenize_segments(template, render_segments(template, conversation, "answers", "row"))
     return [(each.ids, each.loss_mask) for each in tokens]
+
+
+@lru_cache
+def template_of(family: Family, settings: tuple[tuple[str, Any], ...]) -> ChatTemplate:
+    return ChatTemplate(inference.tokenizer_of(family), dict(settings))
 
 
 @pytest.fixture(autouse=True)

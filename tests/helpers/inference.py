@@ -136,27 +136,26 @@ def row_tokens(
     """The ids and loss mask of each row that should be learned.
 
     An answer stands behind the prompt of inference. If each prompt extends the one before and its
-    answer, all are one row; otherwise each is a row of its own, which teaches only its answer. A
-    row that teaches nothing is not made.
+    answer, all are one row; otherwise each is a row of its own, which teaches only its answer.
     """
     pairs = [
         (
             prompt(family, turns[:turn], tools, **settings),
             family.answers(turns, turn, settings.get("enable_thinking", True)),
-            message.learned,
         )
         for turn, message in enumerate(turns)
-        if message.role == "assistant" and turn  # nothing leads to a greeting: it is only read
+        # Nothing leads to a greeting: it is only read.
+        if message.role == "assistant" and turn and message.learned
     ]
     rows: list[list[tuple[str, bool]]] = [[]]
     done = ""
-    for before, answer, learned in pairs:
+    for before, answer in pairs:
         if not before.startswith(done):
-            rows = [[(before, False), (answer, learned)] for before, answer, learned in pairs]
+            rows = [[(before, False), (answer, True)] for before, answer in pairs]
             break
-        rows[0] += [(before[len(done) :], False), (answer, learned)]
+        rows[0] += [(before[len(done) :], False), (answer, True)]
         done = before + answer
-    return [_cut(family, row) for row in rows if any(in_loss for _, in_loss in row)]
+    return [_cut(family, row) for row in rows]
 
 
 def _cut(family: Family, row: list[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
