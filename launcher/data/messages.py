@@ -28,15 +28,15 @@ ROLES = {
 }
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 LOSS_KEYS = ("weight", "train", "loss")  # of OpenAI, axolotl and ms-swift
-KNOWN_KEYS = {
-    *("role", "content", "name", "tool_calls", "tool_call_id", "function_call"),
-    *REASONING_KEYS,
-    *LOSS_KEYS,
-}
+KNOWN_KEYS = frozenset(
+    ("name", "tool_calls", "tool_call_id", "function_call", *REASONING_KEYS, *LOSS_KEYS)
+)
 # Keys that change what a message means and that Shardway cannot honor.
-UNSUPPORTED_KEYS = (
-    *("image", "images", "audio", "audios", "video", "videos", "refusal", "tools"),
-    *("loss_scale", "train_detail"),
+UNSUPPORTED_KEYS = frozenset(
+    (
+        *("image", "images", "audio", "audios", "video", "videos", "refusal", "tools"),
+        *("loss_scale", "train_detail"),
+    )
 )
 
 
@@ -90,11 +90,8 @@ def read_message(location: str, turn: Row, spelling: Spelling = OPENAI) -> ReadM
     for key in ("name", "tool_call_id"):
         if turn.get(key):
             message[key] = read_text(location, turn, key)
-    ignored = [
-        key
-        for key, value in turn.items()
-        if key not in KNOWN_KEYS | {spelling.role, spelling.content} and value not in (None, "", [])
-    ]
+    extra = turn.keys() - KNOWN_KEYS - {spelling.role, spelling.content}
+    ignored = [key for key in turn if key in extra and turn[key] not in (None, "", [])]
     return ReadMessage(message, _is_in_loss(location, role, turn), tuple(ignored))
 
 
@@ -173,8 +170,8 @@ def _parsed(location: str, field: str, value: Any) -> Any:
 
 
 def _refuse_unsupported(location: str, turn: Row) -> None:
-    for key in UNSUPPORTED_KEYS:
-        if turn.get(key):
+    for key in sorted(UNSUPPORTED_KEYS & turn.keys()):
+        if turn[key]:
             raise UserError(
                 f"{location}: {key} changes what this message means and is not supported; remove "
                 "the key or the row"

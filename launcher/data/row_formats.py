@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.data.messages import (
+    OPENAI,
     REASONING_KEYS,
-    ROLES,
     Message,
     ReadMessage,
     Row,
@@ -247,7 +247,7 @@ def _read_message_list(location: str, row: Row, field: str) -> list[ReadMessage]
     turns = []
     for index, message in enumerate(_message_list(location, row, field)):
         is_sharegpt = "role" not in message and "from" in message
-        spelling = _sharegpt_spelling(message, {}) if is_sharegpt else Spelling(roles=ROLES)
+        spelling = _sharegpt_spelling(message, {}) if is_sharegpt else OPENAI
         if read := read_message(f"{location} {field}[{index}]", message, spelling):
             turns.append(read)
     return turns
@@ -321,10 +321,11 @@ def _read_template_arguments(location: str, row: Row) -> dict[str, Any]:
 
 def _ignored(row: Row, format: str, turns: list[ReadMessage]) -> list[str]:
     """Notes on the columns and keys that no format of the field gives a meaning."""
+    extra = row.keys() - {*OWN_COLUMNS[format], *SHARED_COLUMNS}
     columns = [
         f"column {column} is ignored"
-        for column, value in row.items()
-        if column not in (*OWN_COLUMNS[format], *SHARED_COLUMNS) and value not in (None, "", [])
+        for column in row
+        if column in extra and row[column] not in (None, "", [])
     ]
     keys = dict.fromkeys(key for turn in turns for key in turn.ignored)
     return columns + [f"key {key} of messages is ignored" for key in keys]
