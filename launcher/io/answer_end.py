@@ -69,27 +69,37 @@ class _Rendered:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
-        self.special = {number for number, token in added.items() if token.special}
-        self.special |= {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+        self.eos: int | None = tokenizer.eos_token_id
+        # GPT-2's unknown token is its EOS token.
+        unknown = {tokenizer.unk_token_id} - {self.eos}
+        special = {number for number, token in added.items() if token.special}
+        self.special = (special | {*tokenizer.all_special_ids}) - unknown
         # Some tokenizers also add runs of blanks, which end nothing.
-        self.marking = self.special | {n for n, token in added.items() if token.content.strip()}
+        visible = {number for number, token in added.items() if token.content.strip()}
+        self.marking = self.special | (visible - unknown)
 
     def written_end(self, opening: list[Message]) -> int | None:
-        tail = self._render([*opening, _answer()]).rpartition(ANSWER)[2]
-        return next(iter(self._marks(tail)), None)
+        """The marking token that the template writes after the last answer: the first one, or EOS
+        if EOS follows it after every answer (<|END_RESPONSE|><|END_OF_TURN_TOKEN|>)."""
+        marks = self._marks(_after(ANSWER, self._render([*opening, _answer()])))
+        if self.eos in marks[1:] and self.eos in self._between_turns(opening):
+            return self.eos
+        return next(iter(marks), None)
 
     def after_answer(self, opening: list[Message]) -> int | None:
-        """The first marking token after the answer, or that with which the next turn begins."""
+        """The token that the template writes after an answer, or with which the next turn
+        begins."""
         try:
             end = self.written_end(opening)
-            if end is not None:
-                return end
-            following = {"role": "user", "content": NEXT}
-            text = self._render([*opening, _answer(), following])
         except Exception:  # a template is a program and may raise anything: it refuses these turns
             return None
-        after, found, _ = text.rpartition(ANSWER)[2].partition(NEXT)
-        return next(iter(self._marks(after)), None) if found else None
+        return next(iter(self._between_turns(opening)), None) if end is None else end
+
+    def _between_turns(self, opening: list[Message]) -> list[int]:
+        """The marking tokens between an answer and the content of the next turn."""
+        text = self._render_or_nothing([*opening, _answer(), {"role": "user", "content": NEXT}])
+        between, found, _ = _after(ANSWER, text).partition(NEXT)
+        return self._marks(between) if found else []
 
     def after_call(self, plain: int | None) -> int | None:
         """The token after the last tool call of a turn. `plain`: that after a plain answer.
@@ -101,7 +111,7 @@ class _Rendered:
                 text = self._render_or_nothing([QUESTION, call])
                 before, found, tail = text.rpartition(SECOND)
                 if found:
-                    between = {*self._marks(before.rpartition(ANSWER)[2])}
+                    between = {*self._marks(_after(ANSWER, before))}
                     return self._turn_end(call, tail, between, plain)
         return None
 
@@ -109,9 +119,7 @@ class _Rendered:
         self, call: Message, tail: str, between: set[int], plain: int | None
     ) -> int | None:
         inside = self._marks(tail)
-        candidates = (
-            inside if len(call["tool_calls"]) == 1 else [i for i in inside if i not in between]
-        )
+        candidates = [token for token in inside if token not in between]
         if plain in candidates:
             return plain
         if ends := [token for token in candidates if token in self.special]:
@@ -121,7 +129,7 @@ class _Rendered:
             for each in call["tool_calls"]
         ]
         text = self._render_or_nothing([QUESTION, call, *results])
-        after, found, _ = text.rpartition(SECOND)[2].partition(NEXT)
+        after, found, _ = _after(SECOND, text).partition(NEXT)
         following = [token for token in self._marks(after) if token not in {*inside, *between}]
         return next(iter(following if found else candidates[-1:]), None)
 
@@ -145,9 +153,13 @@ class _Rendered:
         return [token for token in ids if token in self.marking or self._is_marker(token)]
 
     def _is_marker(self, token: int) -> bool:
-        if token == self.tokenizer.unk_token_id:
-            return False
-        return bool(MARKER.fullmatch(str(self.tokenizer.convert_ids_to_tokens(token)).strip("▁Ġ")))
+        text = str(self.tokenizer.convert_ids_to_tokens(token)).strip("▁Ġ")
+        return token != self.tokenizer.unk_token_id and bool(MARKER.fullmatch(text))
+
+
+def _after(content: str, text: str) -> str:
+    """What follows the last `content` in the text, nothing if it is not there."""
+    return text.rpartition(content)[2] if content in text else ""
 
 
 def _answer() -> Message:
