@@ -7,7 +7,6 @@ The base's list may lack the token that ended the answers in training: a base mo
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from launcher.export.source import Source, model_home, tokenizer_folder
@@ -20,7 +19,6 @@ Config = dict[str, Any]
 
 EOS = "eos_token_id"
 TEXT_CONFIG = "text_config"  # in config.json of models that also see or hear
-# What transformers takes from config.json if there is no generation_config.json.
 INHERITED = ("bos_token_id", "decoder_start_token_id", "pad_token_id")
 
 
@@ -36,7 +34,8 @@ class Stops:
 def with_stops(source: Source, config: Config, trust_remote_code: bool) -> Stops:
     """`config` and generation_config.json with the tokens that ended the answers in training.
 
-    Both are unchanged if they already list them all.
+    Both are unchanged if generation_config.json already lists them all, or, if there is none,
+    config.json.
     """
     tokenizer, notes = _trained_tokenizer(source, trust_remote_code)
     files: dict[str, bytes] = {}
@@ -50,14 +49,16 @@ def with_stops(source: Source, config: Config, trust_remote_code: bool) -> Stops
         notes = ("the chat template ends answers with no token: generation may not stop after one",)
     if not ends:
         return Stops(config, files, notes)
-    generation, original = _with_ends(model_home(source), config, ends)
-    if generation is not None:
-        files[GENERATION_CONFIG] = dump_like(generation, original).encode()
+    path = model_home(source) / GENERATION_CONFIG
+    original = read_object(path) if path.is_file() else None
     changed = _listed(config, ends)
-    if changed != config or generation is not None:
-        ids = _ids(generation or changed)
-        notes = (*notes, f"generation stops at the tokens {', '.join(map(str, ids))}")
-    return Stops(changed, files, notes)
+    if {*ends} <= {*_ids(original or {})} or (original is None and changed == config):
+        return Stops(config, files, notes)  # generation already stops there
+    generation = {**(original or _inherited(config)), EOS: _union(ends, config, original or {})}
+    text = path.read_text(encoding="utf-8") if original is not None else ""
+    files[GENERATION_CONFIG] = dump_like(generation, text).encode()
+    listed = ", ".join(map(str, generation[EOS]))
+    return Stops(changed, files, (*notes, f"generation stops at the tokens {listed}"))
 
 
 def _trained_tokenizer(source: Source, trust_remote_code: bool) -> tuple[Any, tuple[str, ...]]:
@@ -80,40 +81,29 @@ def _eos(tokenizer: Any) -> tuple[int, ...]:
     return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 
 
-def _with_ends(home: Path, config: Config, ends: tuple[int, ...]) -> tuple[Config | None, str]:
-    """(generation_config.json with the ends, its text in the base). None if it need not change, ""
-    if the base has none."""
-    path = home / GENERATION_CONFIG
-    if not path.is_file():
-        text_config = config.get(TEXT_CONFIG) or {}
-        inherited = {key: config.get(key, text_config.get(key)) for key in INHERITED}
-        made = {key: value for key, value in inherited.items() if value is not None}
-        before = _ids(config) or _ids(text_config)
-        after = _union(ends, before)
-        return (None if after == before else {**made, EOS: after}), ""
-    generation = read_object(path)
-    before = _ids(generation)
-    if {*ends} <= {*before}:
-        return None, ""
-    return {**generation, EOS: _union(ends, before or _ids(config))}, path.read_text("utf-8")
+def _inherited(config: Config) -> Config:
+    """What transformers takes from config.json if there is no generation_config.json."""
+    text_config = config.get(TEXT_CONFIG) or {}
+    values = {key: config.get(key, text_config.get(key)) for key in INHERITED}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _listed(config: Config, ends: tuple[int, ...]) -> Config:
     """config.json with the ends, also in its text_config if that has EOS tokens of its own."""
-    text_config = config.get(TEXT_CONFIG)
-    nested = _ids(text_config) if isinstance(text_config, dict) else []
     result = dict(config)
-    if nested and not {*ends} <= {*nested}:
-        result[TEXT_CONFIG] = {**config[TEXT_CONFIG], EOS: _union(ends, nested)}
-    own = _ids(config)
-    if not {*ends} <= {*(own or nested)}:
-        result[EOS] = _union(ends, own or nested)
+    text_config = config.get(TEXT_CONFIG) or {}
+    if _ids(text_config) and not {*ends} <= {*_ids(text_config)}:
+        result[TEXT_CONFIG] = {**text_config, EOS: _union(ends, text_config)}
+    if not {*ends} <= {*(_ids(config) or _ids(text_config))}:
+        result[EOS] = _union(ends, config)
     return result
 
 
-def _union(ends: tuple[int, ...], before: list[int]) -> list[int]:
-    """`before` if it lists all ends, otherwise the ends and then the others."""
-    return before if {*ends} <= {*before} else list(dict.fromkeys([*ends, *before]))
+def _union(ends: tuple[int, ...], config: Config, generation: Config | None = None) -> list[int]:
+    """The ends, and then the EOS tokens of the base: of its generation config, if it has any."""
+    nested = config.get(TEXT_CONFIG) or {}
+    stated = _ids(generation or {}) or _ids(config) or _ids(nested)
+    return list(dict.fromkeys([*ends, *stated]))
 
 
 def _ids(config: Config) -> list[int]:

@@ -92,6 +92,16 @@ def test_a_base_that_lists_the_end_keeps_its_lists(
         assert key == (export / "chat_template.jinja").read_text() == CHATML
 
 
+def test_a_generation_config_that_lists_the_end_is_enough(tmp_path: Path) -> None:
+    """Llama 3 lists it there and not in config.json."""
+    base = make_base(tmp_path / "base", template=CHATML)
+    edit(base / "generation_config.json", eos_token_id=[EOS, END])
+    export = export_of(base, None, tmp_path)
+    for name in (*TOKENIZER, "config.json", "generation_config.json"):
+        assert (export / name).read_bytes() == (base / name).read_bytes()
+    assert generated(export)[-1] == END
+
+
 def test_the_template_of_the_base_ends_answers_with_a_token_that_its_list_lacks(
     tmp_path: Path,
 ) -> None:
