@@ -166,11 +166,12 @@ def _train(
     loaders: Loaders,
     rank_info: RankInfo,
 ) -> Outcome:
-    """Build the train state, resume if there is a checkpoint, and train to the planned end or a
-    stop."""
+    """Build the train state, resume from a checkpoint, and train to the planned end or a stop."""
     from launcher.checkpoint import load
     from launcher.checkpoint.save import Saver
     from launcher.distributed.collectives import first_not_none
+    from launcher.io.answer_end import end_tokens
+    from launcher.model.tokenizer import trained_files
     from launcher.training.build import build_train_state
     from launcher.training.compile_auto import choose_compile
     from launcher.training.packing_check import check_document_masking
@@ -182,8 +183,10 @@ def _train(
     state = build_train_state(
         config, model_folder, rank_info, loaders.fingerprint, plan.total_steps, run.log
     )
-    if config.data.template is not None:
-        state.tokenizer = tokenizer
+    if config.data.format != "text":
+        state.end_tokens = end_tokens(tokenizer)
+        if config.data.template is not None:
+            state.tokenizer_files = trained_files(model_folder, tokenizer)
     if config.data.packing:
         check_document_masking(state.strategy.model, device, state.vocabulary_size)
     saver = Saver(state, run.folder, config.checkpoint, config.launch.shared_disk)

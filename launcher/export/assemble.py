@@ -24,7 +24,7 @@ from launcher.export.sharded_adapter import (
     frozen_base,
     sharded_adapter,
 )
-from launcher.export.source import Source
+from launcher.export.source import Source, model_home
 from launcher.folders.json_file import read_object
 from launcher.io.readers import model_folder
 from launcher.io.readers.found import FoundModel
@@ -163,8 +163,7 @@ def _quantization_scheme(source: Source) -> Config | None:
 
 
 def _read_config(source: Source) -> Config:
-    folders = [source.base] if source.base else list(source.extra_file_folders)
-    return read_object(next(f for f in folders if (f / "config.json").is_file()) / "config.json")
+    return read_object(model_home(source) / "config.json")
 
 
 def _read_base(path: Path, config: Config) -> Tensors:

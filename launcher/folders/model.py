@@ -10,6 +10,7 @@ from launcher.errors import UserError
 from launcher.folders.json_file import read_object_or_empty
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 # The files of a hub repository that are downloaded.
