@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from launcher.data import columns
 from launcher.data.messages import (
     OPENAI,
     REASONING_KEYS,
@@ -40,22 +41,7 @@ TAG_ROLES = {
     "observation": "tool",
     "function": "call",
 }
-# The columns that each format reads.
-SHARED_COLUMNS = ("system", "tools", "functions", "chat_template_kwargs", *REASONING_KEYS)
-OWN_COLUMNS = {
-    "alpaca": ("instruction", "input", "output", "history"),
-    "sharegpt": ("conversations",),
-    "messages": ("messages",),
-    "completion": ("prompt", "completion"),
-}
-# Columns that change what a row means and that belong to another kind of training.
-PREFERENCE_COLUMNS = (
-    *("chosen", "rejected", "chosen_response", "rejected_response", "rejected_messages"),
-    "kto_tag",
-)
-MEDIA_COLUMNS = ("images", "image", "videos", "video", "audios", "audio")
 GREETING = "an answer before the first question is read and not learned"
-UNSUPPORTED_COLUMNS = ("documents", "weight", "loss_scale")
 
 
 @dataclass(frozen=True)
@@ -86,14 +72,20 @@ def to_conversation(location: str, row: Any, format: str, tags: dict[str, str]) 
     """
     if not isinstance(row, dict):
         raise UserError(f"{location} is {type(row).__name__}, not an object with named fields")
-    refuse_unsupported(location, row)
+    columns.refuse_unsupported(location, row)
     format = _recognize_format(location, row) if format == "auto" else format
     turns, notes = READERS[format](location, row, tags)
     turns = _with_system(location, row, turns)
     turns = _with_reasoning(location, row, format, turns)
     excluded = {index for index, turn in enumerate(turns) if turn.in_loss is False}
     greetings = _find_greetings(turns)
-    notes = (*notes, *_ignored(row, format, turns), *[GREETING] * bool(greetings))
+    keys = dict.fromkeys(key for turn in turns for key in turn.ignored)
+    notes = (
+        *notes,
+        *columns.ignored(row, format),
+        *map("key {} of messages is ignored".format, keys),
+    )
+    notes = (*notes, GREETING) if greetings else notes
     conversation = Conversation(
         [turn.message for turn in turns],
         read_tools(location, row.get("tools") or row.get("functions")),
@@ -116,33 +108,6 @@ def _find_greetings(turns: list[ReadMessage]) -> set[int]:
     roles = [turn.message["role"] for turn in turns]
     first = roles.index("user") if "user" in roles else 0
     return {i for i in range(first) if roles[i] == "assistant" and turns[i].in_loss is None}
-
-
-def refuse_unsupported(location: str, row: Row) -> None:
-    """Raises UserError for a column that changes what the row means and that is not supported."""
-    for column in PREFERENCE_COLUMNS:
-        if row.get(column) not in (None, "", []):
-            raise _preference_error(location, column)
-    label = row.get("label")
-    is_verdict = label in (True, False) if "completion" in row else isinstance(label, bool)
-    if is_verdict or str(label).lower() in ("true", "false"):
-        raise _preference_error(location, "label")
-    for column in MEDIA_COLUMNS:
-        if row.get(column):
-            raise UserError(
-                f"{location} has {column}, and only text is supported; remove the column if its "
-                "rows make sense without it"
-            )
-    for column in UNSUPPORTED_COLUMNS:
-        if row.get(column) not in (None, "", [], 1):
-            raise UserError(f"{location} has {column}, which is not supported; remove the column")
-
-
-def _preference_error(location: str, column: str) -> UserError:
-    return UserError(
-        f"{location} has {column}: a row for preference training, where not every answer is one to "
-        "learn; remove the column and the answers that are not wanted"
-    )
 
 
 def _recognize_format(location: str, row: Row) -> str:
@@ -317,18 +282,6 @@ def _read_template_arguments(location: str, row: Row) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{location}: chat_template_kwargs must be an object")
     return value
-
-
-def _ignored(row: Row, format: str, turns: list[ReadMessage]) -> list[str]:
-    """Notes on the columns and keys that no format of the field gives a meaning."""
-    extra = row.keys() - {*OWN_COLUMNS[format], *SHARED_COLUMNS}
-    columns = [
-        f"column {column} is ignored"
-        for column in row
-        if column in extra and row[column] not in (None, "", [])
-    ]
-    keys = dict.fromkeys(key for turn in turns for key in turn.ignored)
-    return columns + [f"key {key} of messages is ignored" for key in keys]
 
 
 def _question_and_answer(

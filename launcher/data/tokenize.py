@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from launcher.config.schema.data import DataConfig, SourceConfig
-from launcher.data import source
+from launcher.data import columns, source
 from launcher.data.chat_template import ChatTemplate
 from launcher.data.file_rows import RawRow
 from launcher.data.loss_mask import Tokens, fit, tokenize_segments
@@ -131,6 +131,9 @@ class RowTokenizer:
                 assert isinstance(parsed, source.TextPart)
                 texts.append(parsed)
                 locations.append(location)
+                if isinstance(row, dict):
+                    renamed = source.rename_columns(location, row, self.source.columns)
+                    batch.notes.update(columns.ignored(renamed, "text"))
             except UserError as error:
                 self._handle(error, batch)
         return zip(locations, tokenize_texts(self.tokenizer, texts), strict=True)
