@@ -152,12 +152,12 @@ def _may_be_added(path: Path, encoding: str, size: int, modified_ns: int) -> boo
 
 
 def _mentions_null(path: Path, encoding: str) -> bool:
-    word, end = b"null", b""
-    with text_files.reading(path, encoding), text_files.open_utf_8(path, encoding) as file:
-        while block := file.read(text_files.BLOCK_BYTES):
-            if word in end + block:
+    word, end = "null", ""
+    with text_files.reading(path, encoding), text_files.open_text(path, encoding) as file:
+        while text := file.read(text_files.BLOCK_BYTES):
+            if word in end + text:
                 return True
-            end = (end + block)[-len(word) :]
+            end = (end + text)[-len(word) :]
     return False
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from launcher.data.nulls import SPEAKER_FIELDS
-from launcher.data.text_files import open_text, open_utf_8
+from launcher.data.text_files import BLOCK_BYTES, open_text
 from launcher.errors import UserError
 
 RawRow = tuple[str, Any]  # location (file:line or file[index]), row as it is stored in the file
+NAMED_KEYS = 8  # at most, in a message
 WAY_OUT = "write a list of rows, or one object per line as .jsonl"
 
 
@@ -61,14 +63,20 @@ def _load_list(path: Path, text: str) -> list[Any]:
 def _stream_list(path: Path, encoding: str) -> Iterator[RawRow]:
     import ijson
 
-    index = 0
-    with open_utf_8(path, encoding) as file:
+    index, rows = 0, ijson.sendable_list()
+    parser = ijson.items_coro(rows, "item", use_float=True)
+    with open_text(path, encoding) as file:
         try:
-            for row in ijson.items(file, "item", use_float=True):
-                yield f"{path}[{index}]", row
-                index += 1
+            for text in iter(lambda: file.read(BLOCK_BYTES), ""):
+                parser.send(text.encode())
+                for row in rows:
+                    yield f"{path}[{index}]", row
+                    index += 1
+                rows.clear()
+            parser.close()
         except ijson.JSONError as error:
-            raise UserError(f"{path}[{index}] is not JSON: {error}") from error
+            reason, _, _ = str(error).partition("\n")  # an excerpt follows
+            raise UserError(f"{path}[{index + len(rows)}] is not JSON: {reason}") from error
 
 
 def _has_a_row_per_line(path: Path, text: str, is_complete: bool) -> bool:
@@ -107,13 +115,13 @@ def _refuse_table(path: Path, value: dict[str, Any]) -> None:
             f"{path} has its rows under the key {', '.join(wrapped)}, not in a list; write a file "
             f"that contains only the list under {wrapped[0]}"
         )
-    # {"instruction": ["a", "b"], "output": ["c", "d"]} and pandas' {"instruction": {"0": "a"}}
+    # {"instruction": ["a", "b"], "output": ["c", "d"]}, and pandas' {"instruction": {"0": "a"}}
     has_lists = len(lists) == len(value) and not any(map(_are_objects, lists.values()))
-    has_indexes = all(isinstance(item, dict) and "0" in item for item in value.values())
-    if has_lists or has_indexes:
-        columns = f"the columns {', '.join(value)}" if value else "no columns"
+    if has_lists or all(isinstance(item, dict) for item in value.values()):
+        keys = ", ".join(islice(value, NAMED_KEYS)) + (", …" if len(value) > NAMED_KEYS else "")
         raise UserError(
-            f"{path} must contain a list of rows, but is one object with {columns}; {WAY_OUT}"
+            f"{path} must contain a list of rows, but is one object with the keys "
+            f"{keys or '(none)'}; {WAY_OUT}"
         )
 
 

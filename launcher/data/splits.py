@@ -1,8 +1,9 @@
 """The splits of a local folder, by the rules of `datasets`.
 
 They are own code because `datasets` takes seconds to import, and the check before a run must be
-short. Three things differ: names are compared without regard to case; a file whose name fits two
-splits is not in both of them; and no pattern reaches a file outside the folder.
+short. Four things differ: names are compared without regard to case; a file whose name fits two
+splits is not in both of them; where some folders are named after splits, the names of files outside
+them count, too; and no pattern reaches a file outside the folder.
 """
 
 from __future__ import annotations
@@ -117,12 +118,10 @@ def _find_by_names(folder: Path, files: list[Path]) -> Splits | None:
     splits = _group({file: {match[1]} for file, match in shards.items() if match})
     if len(splits) > 1 or any(WORD.search(name.lower()) for name in splits):
         return splits
-    in_folders = {file: _of_folders(path.parent.parts) for file, path in paths.items()}
-    in_names = {file: _of_name(path.name) for file, path in paths.items()}
-    for found in (_distinguishing(in_folders), _distinguishing(in_names)):
-        if any(found.values()):
-            return _group(found)
-    return None
+    in_folders = _distinguishing({f: _of_folders(p.parent.parts) for f, p in paths.items()})
+    in_names = _distinguishing({file: _of_name(path.name) for file, path in paths.items()})
+    found = {file: in_folders.get(file) or in_names.get(file, set()) for file in files}
+    return _group(found) or None
 
 
 def _read_saved(file: Path) -> list[str]:
@@ -143,7 +142,9 @@ def _group(found: dict[Path, set[str]]) -> Splits:
         for name in names:
             splits.setdefault(name, []).append(file)
     order = [*dict.fromkeys(KEYWORDS.values())]
-    return dict(sorted(splits.items(), key=lambda each: (*(each[0] != n for n in order), each[0])))
+    return dict(
+        sorted(splits.items(), key=lambda each: [split not in _of_name(each[0]) for split in order])
+    )
 
 
 def _of_name(name: str) -> set[str]:

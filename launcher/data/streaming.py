@@ -139,7 +139,9 @@ class LineFile:
             row = TextPart(text.rstrip("\r\n")) if self._is_text else json.loads(text)
         except (ValueError, RecursionError) as error:
             name = "UTF-8" if is_utf_8(self._encoding) else self._encoding
-            return location, UserError(f"{location} is not JSON in {name}: {error}")
+            is_other = isinstance(error, UnicodeDecodeError)
+            way_out = " → data.encoding=NAME" if is_other else ""
+            return location, UserError(f"{location} is not JSON in {name}: {error}{way_out}")
         return location, file_rows.without_nulls(self.file, self._encoding, row)
 
 

@@ -23,7 +23,8 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec"
 TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".txt")  # of files that may be compressed
 SAME_FORMAT = {".ndjson": ".jsonl", ".tsv": ".csv"}
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".7z", ".rar")
-BLOCK_BYTES = 1 << 16  # read at a time
+EXAMPLES = "latin-1, cp1252, utf-16, gb18030"  # of encodings, in messages
+BLOCK_BYTES = 1 << 16  # read at a time, of bytes or characters
 BOMS = (  # UTF-32 before UTF-16, whose mark it starts with
     ("utf-32", (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),
     ("utf-16", (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
@@ -71,12 +72,12 @@ def codec_name(encoding: str) -> str:
     """Python's name of `encoding`, the same for all its spellings. UTF-8 is `utf-8-sig`, which
     accepts a byte order mark. Raises UserError for an unknown encoding."""
     try:
-        b"".decode(encoding)
+        "a".encode(encoding)  # refuses codecs that do not encode text, such as base64
         name = codecs.lookup(encoding).name
     except (LookupError, ValueError) as error:
         raise UserError(
-            f"data.encoding={encoding} is not an encoding that Python knows → data.encoding={UTF_8}"
-            ", or for example latin-1, cp1252, utf-16, gb18030"
+            f"data.encoding={encoding} is not an encoding that Python knows → data.encoding=NAME, "
+            f"for example {UTF_8}, {EXAMPLES}"
         ) from error
     return "utf-8-sig" if name == UTF_8 else name
 
@@ -95,16 +96,6 @@ def open_text(file: Path, encoding: str, newline: str | None = None) -> TextIO:
     """The text of `file`, without a byte order mark. `newline` is that of `open`."""
     opened = open_bytes(file)
     return io.TextIOWrapper(opened, _codec(opened, encoding), newline=newline)
-
-
-def open_utf_8(file: Path, encoding: str) -> BinaryIO:
-    """The text of `file` as bytes of UTF-8, without a byte order mark."""
-    opened = open_bytes(file)
-    if not is_utf_8(encoding):
-        return cast(BinaryIO, codecs.EncodedFile(opened, UTF_8, _codec(opened, encoding)))
-    if _peek(opened).startswith(codecs.BOM_UTF8):
-        opened.read(len(codecs.BOM_UTF8))
-    return opened
 
 
 def _codec(opened: BinaryIO, encoding: str) -> str:
@@ -126,10 +117,10 @@ def reading(file: Path, encoding: str = UTF_8) -> Iterator[None]:
     try:
         yield
     except UnicodeError as error:
-        way_out = "data.encoding=NAME, for example latin-1, cp1252, utf-16 or gb18030"
         name = "UTF-8" if is_utf_8(encoding) else f"data.encoding={encoding}"
         raise UserError(
-            f"data.path={file} is not {name} ({error}); convert it → {way_out}"
+            f"data.path={file} is not {name} ({error}) → convert it, or data.encoding=NAME, for "
+            f"example {EXAMPLES}"
         ) from error
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(
