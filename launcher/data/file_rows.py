@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ METADATA_FILES = (
 CACHE_PREFIX, CACHE_SUFFIX = "cache-", ".arrow"  # of the results that `datasets` keeps there
 MAX_IN_MEMORY_BYTES = 64_000_000  # a larger .json file is read row by row, at a third of the speed
 JSON_SUFFIXES = (".json", ".jsonl")
+NULL = re.compile(r'"\s*:\s*null')  # in JSON, the null of a key; also in texts that quote JSON
+SAMPLED_ROWS = 1024  # which show of most files that their nulls were not added
 SCANNED_FILES = 1024  # files of which it is remembered whether their nulls were added
 
 
@@ -132,15 +136,17 @@ def without_nulls(path: Path, encoding: str, row: Any) -> Any:
 
 
 def removes_nulls(path: Path, encoding: str) -> bool:
-    """Whether `read` removes nulls from a JSON file."""
+    """Whether `read` removes nulls from a JSON file. Most files are decided by their text or their
+    first rows."""
     if suffix_of(path) not in JSON_SUFFIXES or not _mentions_null(path, encoding):
         return False
+    read_rows = READERS[suffix_of(path)]
     with text_files.reading(path, encoding):
-        rows = (
-            read_json_lines(path, encoding, only="null")
-            if suffix_of(path) == ".jsonl"
-            else READERS[suffix_of(path)](path, encoding)
-        )
+        first_rows = islice(read_rows(path, encoding), SAMPLED_ROWS)
+        if not nulls.may_be_added(row for _, row in first_rows):
+            return False
+        is_by_line = suffix_of(path) == ".jsonl"
+        rows = read_json_lines(path, encoding, NULL) if is_by_line else read_rows(path, encoding)
         first = next((row for _, row in rows if nulls.has_nested_null(row)), None)
         return first is not None and without_nulls(path, encoding, first) is not first
 
@@ -152,12 +158,12 @@ def _may_be_added(path: Path, encoding: str, size: int, modified_ns: int) -> boo
 
 
 def _mentions_null(path: Path, encoding: str) -> bool:
-    word, end = "null", ""
+    end = ""
     with text_files.reading(path, encoding), text_files.open_text(path, encoding) as file:
         while text := file.read(text_files.BLOCK_BYTES):
-            if word in end + text:
+            if NULL.search(end + text):
                 return True
-            end = (end + text)[-len(word) :]
+            end = text[-text_files.BLOCK_BYTES // 2 :]
     return False
 
 

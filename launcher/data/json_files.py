@@ -14,16 +14,17 @@ from launcher.data.text_files import BLOCK_BYTES, open_text
 from launcher.errors import UserError
 
 RawRow = tuple[str, Any]  # location (file:line or file[index]), row as it is stored in the file
+ANY = re.compile(r"\S")  # in a line that is not blank
 NAMED_KEYS = 8  # at most, in a message
 WAY_OUT = "write a list of rows, or one object per line as .jsonl"
 
 
-def read_json_lines(path: Path, encoding: str, only: str = "") -> Iterator[RawRow]:
-    """The row of each line that is not blank and contains `only`; a UserError for a line that is
-    not JSON."""
+def read_json_lines(path: Path, encoding: str, pattern: re.Pattern[str] = ANY) -> Iterator[RawRow]:
+    """The row of each line that contains `pattern`, by default of each that is not blank; a
+    UserError for a line that is not JSON."""
     with open_text(path, encoding) as file:
         for number, line in enumerate(file, start=1):
-            if only in line and line.strip():
+            if pattern.search(line):
                 location = f"{path}:{number}"
                 try:
                     yield location, json.loads(line)
@@ -37,7 +38,7 @@ def read_json(path: Path, encoding: str, max_in_memory: int) -> Iterator[RawRow]
     with open_text(path, encoding) as file:
         text = file.read(max_in_memory + 1)
     is_complete = len(text) <= max_in_memory
-    first = re.search(r"\S", text)
+    first = ANY.search(text)
     start = first.group() if first else ""
     if start == "{" and _has_a_row_per_line(path, text.strip(), is_complete):
         del text
