@@ -3,26 +3,36 @@ folder or a glob. Imports no torch."""
 
 from __future__ import annotations
 
-import codecs
-import csv
 import glob
-import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from launcher.config.schema.data import UTF_8
+from launcher.data import nulls, text_files
+from launcher.data.arrow_files import read_arrow, read_parquet
+from launcher.data.csv_files import read_csv
+from launcher.data.json_files import RawRow, read_json, read_json_lines
+from launcher.data.text_files import suffix_of
 from launcher.errors import UserError
 
-if TYPE_CHECKING:
-    import pyarrow as pa
+__all__ = ["RawRow", "find", "read", "suffix_of"]  # two of them are defined in lower modules
 
-RawRow = tuple[str, Any]  # location (file:line or file[index]), row as it is stored in the file
-# JSON files that `datasets` writes next to its rows.
-METADATA_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")
-COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz", ".zip")
-CHUNK_ROWS = 1024  # rows of Parquet and Arrow files that are converted to Python objects at a time
+# Files that `datasets` and the hub write next to the rows.
+METADATA_FILES = (
+    *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"),
+    *("metadata.json", "config.json"),
+)
+CACHE_PREFIX, CACHE_SUFFIX = "cache-", ".arrow"  # of the results that `datasets` keeps there
 MAX_IN_MEMORY_BYTES = 64_000_000  # a larger .json file is read row by row, at a third of the speed
+JSON_SUFFIXES = (".json", ".jsonl")
+NULL = re.compile(r'"\s*:\s*null')  # in JSON, the null of a key; also in texts that quote JSON
+SAMPLED_ROWS = 1024  # which show of most files that their nulls were not added
+SCANNED_FILES = 1024  # files of which it is remembered whether their nulls were added
 
 
 def find(path: str, text: bool = False) -> list[Path]:
@@ -35,11 +45,12 @@ def find(path: str, text: bool = False) -> list[Path]:
     named = Path(path)
     if named.is_dir():
         return _find_in_folder(named, suffixes)
-    matches = [named] if named.is_file() else sorted(map(Path, glob.glob(path, recursive=True)))
-    files = [file for file in matches if file.is_file()]
+    files = [named] if named.is_file() else _find_glob(path)
     if not files:
         raise UserError(f"data.path={path} cannot be read: No such file or directory")
     for file in files:
+        if text_files.is_archive(file):
+            raise UserError(f"data.path={file} cannot be read; unpack it")
         if suffix_of(file) not in suffixes:
             hint = "; raw text is data=pretrain" if suffix_of(file) == ".txt" else ""
             raise UserError(
@@ -48,175 +59,118 @@ def find(path: str, text: bool = False) -> list[Path]:
     return files
 
 
-def suffix_of(file: Path) -> str:
-    """The suffix of the file name in lower case, with its dot."""
-    return file.suffix.lower()
+def _find_glob(pattern: str) -> list[Path]:
+    """The files that match, without those that contain no rows and that only a wildcard names."""
+    last = Path(pattern).name
+    names_it = not glob.has_magic(last) or last.startswith(CACHE_PREFIX)
+    matches = sorted(map(Path, glob.glob(pattern, recursive=True)))
+    return [each for each in matches if each.is_file() and (names_it or _has_rows(each.name))]
 
 
 def _find_in_folder(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     found = []
-    for parent, _, names in os.walk(folder, followlinks=True):
-        files = [Path(parent, name) for name in names if name not in METADATA_FILES]
-        found += [file for file in files if suffix_of(file) in suffixes]
-        compressed = [file for file in files if suffix_of(file) in COMPRESSED_SUFFIXES]
-        if compressed:
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        visible = [name for name in names if not name.startswith(".")]
+        files = [Path(parent, name) for name in visible if _has_rows(name)]
+        if archives := [file for file in files if text_files.is_archive(file)]:
             raise UserError(
-                f"data.path={folder} contains {compressed[0]}, which cannot be read; unpack it"
+                f"data.path={folder} contains {archives[0]}, which cannot be read; unpack it"
             )
+        found += [file for file in files if suffix_of(file) in suffixes]
     if not found:
         raise UserError(f"data.path={folder} contains no {', '.join(suffixes)} file")
     return sorted(found)
 
 
-def read(path: Path) -> Iterator[RawRow]:
+def _has_rows(name: str) -> bool:
+    """Whether a file with this name may contain rows: it does not describe other files, and it is
+    no cache of `datasets`."""
+    is_cache = name.startswith(CACHE_PREFIX) and name.endswith(CACHE_SUFFIX)
+    return not is_cache and name not in METADATA_FILES and not name.lower().startswith("readme.")
+
+
+def check(path: Path, encoding: str = UTF_8) -> None:
+    """Raises UserError if the start of a file shows that it cannot be read."""
+    text_files.check(path, encoding, _expected(path))
+
+
+def read(path: Path, encoding: str = UTF_8, as_stored: bool = False) -> Iterator[RawRow]:
     """Each row with its location: `file:line` in text formats, otherwise `file[index]`.
 
     A row that cannot be parsed is yielded as a UserError, because the rows after it may be fine.
-    Raises UserError if the file has another format than its suffix, or no rows.
+    Nulls that Arrow added are removed; `as_stored` keeps those of JSON files, which may need a
+    second reading to be recognized. Raises UserError if the file has another format than its
+    suffix, or no rows.
     """
-    return checked_rows(path, READERS[suffix_of(path)](path), "rows; add at least one")
+    rows = READERS[suffix_of(path)](path, encoding)
+    if suffix_of(path) in JSON_SUFFIXES and not as_stored:
+        rows = ((location, without_nulls(path, encoding, row)) for location, row in rows)
+    return checked_rows(path, encoding, rows)
 
 
-def checked_rows(path: Path, rows: Iterable[RawRow], expected: str) -> Iterator[RawRow]:
-    """Yield `rows`, which are read from `path`.
-
-    Raises UserError if reading fails, or if there are no rows: `path` "contains no `expected`".
-    """
+def checked_rows(path: Path, encoding: str, rows: Iterable[RawRow]) -> Iterator[RawRow]:
+    """Yield `rows`, which are read from `path`. Raises UserError if reading fails, or if there are
+    no rows."""
+    check(path, encoding)
     empty = True
-    try:
+    with text_files.reading(path, encoding):
         for row in rows:
             empty = False
             yield row
-    except UnicodeDecodeError as error:
-        raise UserError(f"data.path={path} is not UTF-8 ({error}); convert it") from error
-    except OSError as error:
-        raise UserError(f"data.path={path} cannot be read: {error.strerror or error}") from error
     if empty:
-        raise UserError(f"data.path={path} contains no {expected}")
+        raise UserError(f"data.path={path} contains no {_expected(path)}")
 
 
-def _read_json_lines(path: Path) -> Iterator[RawRow]:
-    with path.open(encoding="utf-8-sig") as file:  # some editors put a byte order mark first
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                location = f"{path}:{number}"
-                try:
-                    yield location, json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    yield location, UserError(f"{location} is not JSON: {error}")
+def _expected(path: Path) -> str:
+    return "text; add some" if suffix_of(path) == ".txt" else "rows; add at least one"
 
 
-def _read_json_list(path: Path) -> Iterator[RawRow]:
-    if path.stat().st_size > MAX_IN_MEMORY_BYTES:
-        yield from _stream_json_list(path)
-        return
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}; one object per line is .jsonl") from error
-    if not isinstance(rows, list):
-        raise UserError(f"{path} must contain a list of rows, not {type(rows).__name__}")
-    for index, row in enumerate(rows):
-        yield f"{path}[{index}]", row
+def without_nulls(path: Path, encoding: str, row: Any) -> Any:
+    """A row of a JSON file, without its nulls if Arrow may have added them."""
+    if not nulls.has_nested_null(row):
+        return row
+    status = path.stat()
+    may_be_added = _may_be_added(path, encoding, status.st_size, status.st_mtime_ns)
+    return nulls.remove_nulls(row) if may_be_added else row
 
 
-def _stream_json_list(path: Path) -> Iterator[RawRow]:
-    """Row by row: as Python objects, a large file takes five times its size."""
-    import ijson
-
-    index = 0
-    with path.open("rb") as file:
-        start = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()
-        if not start.startswith(b"["):
-            raise UserError(f"{path} must contain a list of rows; one object per line is .jsonl")
-        file.seek(0)
-        if file.read(3) != codecs.BOM_UTF8:
-            file.seek(0)
-        try:
-            for row in ijson.items(file, "item", use_float=True):
-                yield f"{path}[{index}]", row
-                index += 1
-        except ijson.JSONError as error:
-            raise UserError(f"{path}[{index}] is not JSON: {error}") from error
+def removes_nulls(path: Path, encoding: str) -> bool:
+    """Whether `read` removes nulls from a JSON file. Most files are decided by their text or their
+    first rows."""
+    if suffix_of(path) not in JSON_SUFFIXES or not _mentions_null(path, encoding):
+        return False
+    read_rows = READERS[suffix_of(path)]
+    with text_files.reading(path, encoding):
+        first_rows = islice(read_rows(path, encoding), SAMPLED_ROWS)
+        if not nulls.may_be_added(row for _, row in first_rows):
+            return False
+        is_by_line = suffix_of(path) == ".jsonl"
+        rows = read_json_lines(path, encoding, NULL) if is_by_line else read_rows(path, encoding)
+        first = next((row for _, row in rows if nulls.has_nested_null(row)), None)
+        return first is not None and without_nulls(path, encoding, first) is not first
 
 
-def _read_csv(path: Path) -> Iterator[RawRow]:
-    csv.field_size_limit(1 << 30)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for row in reader:
-                location = f"{path}:{reader.line_num}"
-                uneven = None in row or None in row.values()
-                message = f"{location} does not have as many fields as the first line has names"
-                yield location, UserError(message) if uneven else row
-        except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num} is not CSV: {error}") from error
+@lru_cache(maxsize=SCANNED_FILES)
+def _may_be_added(path: Path, encoding: str, size: int, modified_ns: int) -> bool:
+    """Whether the nulls of a JSON file may come from Arrow; size and time tell a changed file."""
+    return nulls.may_be_added(row for _, row in READERS[suffix_of(path)](path, encoding))
 
 
-def _read_parquet(path: Path) -> Iterator[RawRow]:
-    from pyarrow import ArrowException, parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            yield from _batch_rows(path, file.iter_batches(batch_size=CHUNK_ROWS))
-    except ArrowException as error:
-        raise UserError(f"{path} is not Parquet: {error}") from error
-
-
-def _read_arrow(path: Path) -> Iterator[RawRow]:
-    return _batch_rows(path, iter(open_record_batches(path)))
+def _mentions_null(path: Path, encoding: str) -> bool:
+    end = ""
+    with text_files.reading(path, encoding), text_files.open_text(path, encoding) as file:
+        while text := file.read(text_files.BLOCK_BYTES):
+            if NULL.search(end + text):
+                return True
+            end = text[-text_files.BLOCK_BYTES // 2 :]
+    return False
 
 
-def open_record_batches(path: Path) -> list[pa.RecordBatch]:
-    """The record batches of an Arrow file or stream (`datasets` writes streams), memory-mapped.
-
-    Raises UserError if `path` is neither.
-    """
-    from pyarrow import ArrowException, ipc, memory_map
-
-    source = memory_map(str(path))
-    try:
-        reader = ipc.open_file(source)
-        return [reader.get_batch(number) for number in range(reader.num_record_batches)]
-    except ArrowException:
-        source.seek(0)
-    try:
-        return list(ipc.open_stream(source))
-    except ArrowException as error:
-        raise UserError(f"{path} is not Arrow: {error}") from error
-
-
-def _batch_rows(path: Path, batches: Iterator[pa.RecordBatch]) -> Iterator[RawRow]:
-    index = 0
-    for batch in batches:
-        for begin in range(0, batch.num_rows, CHUNK_ROWS):
-            for row in batch.slice(begin, CHUNK_ROWS).to_pylist():
-                yield f"{path}[{index}]", remove_nulls(row)
-                index += 1
-
-
-def remove_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """Remove nulls inside columns.
-
-    Arrow gives every struct of a column the fields of all its structs: a tool call gets the
-    arguments of the others, as nulls.
-    """
-    return {name: _remove_nested_nulls(value) for name, value in row.items()}
-
-
-def _remove_nested_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _remove_nested_nulls(v) for k, v in value.items() if v is not None}
-    return [_remove_nested_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
-    ".json": _read_json_list,
-    ".jsonl": _read_json_lines,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
+READERS: dict[str, Callable[[Path, str], Iterator[RawRow]]] = {
+    ".json": lambda path, encoding: read_json(path, encoding, MAX_IN_MEMORY_BYTES),
+    ".jsonl": read_json_lines,
+    ".csv": read_csv,
+    ".parquet": lambda path, encoding: read_parquet(path),
+    ".arrow": lambda path, encoding: read_arrow(path),
 }

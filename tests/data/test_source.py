@@ -157,9 +157,9 @@ def test_files_of_a_folder_that_cannot_be_read_are_named(tmp_path: Path) -> None
     assert "link.jsonl cannot be read" in found
     (tmp_path / "link.jsonl").unlink()
     assert len(read(SourceConfig(path=str(tmp_path)))) == 1
-    (tmp_path / "b.jsonl.gz").write_bytes(b"x")
+    (tmp_path / "b.jsonl.zip").write_bytes(b"x")
     (found,) = problems(tmp_path)
-    assert "b.jsonl.gz, which cannot be read; unpack it" in found
+    assert "b.jsonl.zip, which cannot be read; unpack it" in found
 
 
 def test_folders_and_globs_are_read_and_max_rows_limits_them(tmp_path: Path) -> None:

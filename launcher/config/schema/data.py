@@ -9,6 +9,7 @@ from typing import Any
 from launcher.config.schema.setting import setting
 
 HUB = "hub:"
+UTF_8 = "utf-8"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -17,8 +18,8 @@ class SourceConfig:
 
     path: str | None = setting(
         None,
-        "a .json, .jsonl, .csv, .parquet or .arrow file, a folder or a glob of them, or "
-        "hub:OWNER/NAME; for raw text also .txt",
+        "a .json, .jsonl, .csv, .tsv, .parquet or .arrow file, a folder or a glob of them, or "
+        "hub:OWNER/NAME; for raw text also .txt; text may be compressed (.gz, .bz2, .xz, .zst)",
     )
     format: str = setting(
         "auto",
@@ -34,8 +35,15 @@ class SourceConfig:
         "observation, function (roles)",
     )
     max_rows: int | None = setting(None, "use only the first N rows", minimum=1)
-    subset: str | None = setting(None, "configuration of a hub dataset")
-    split: str = setting("train", "split of a hub dataset")
+    encoding: str = setting(
+        UTF_8, "encoding of text files, for example latin-1, cp1252, utf-16 or gb18030"
+    )
+    subset: str | None = setting(
+        None,
+        "configuration of a hub dataset; in a folder: a configuration that its README.md lists, or "
+        "a folder in it",
+    )
+    split: str = setting("train", "split of a hub dataset, or of a folder that has splits")
     revision: str | None = setting(None, "branch, tag or commit of a hub dataset")
     weight: float = setting(
         1.0,
@@ -130,7 +138,11 @@ class DataConfig(SourceConfig):
     workers: int | None = setting(
         None, "tokenizer processes; null: all cores for large data, one for small data", minimum=1
     )
-    eval_path: str | None = setting(None, "a separate file to evaluate on")
+    eval_path: str | None = setting(
+        None,
+        "a separate file to evaluate on, or a folder or hub:OWNER/NAME: its validation split, "
+        "otherwise its test split",
+    )
     eval_rows: int = setting(0, "or: number of rows held out of training to evaluate on", minimum=0)
     eval_fraction: float | None = setting(
         None, "or: fraction of the rows held out to evaluate on", above=0, maximum=0.9
