@@ -6,11 +6,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import date, datetime, time
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _get_template_variables, render_jinja_template
+from transformers.utils.chat_template_utils import (
+    _compile_jinja_template,
+    _get_template_variables,
+    render_jinja_template,
+)
 
 from launcher.data.dialect import Dialect, probe_dialect
 from launcher.data.messages import Message
@@ -90,7 +94,8 @@ class ChatTemplate:
         Raises UserError if the template refuses them; a template is a program and may raise
         anything.
         """
-        arguments = {**self._arguments, **conversation.template_arguments, **options}
+        self._set_clock()
+        arguments = {**self.arguments, **conversation.template_arguments, **options}
         tools = arguments.pop("tools", conversation.tools)
         try:
             return str(
@@ -108,6 +113,7 @@ class ChatTemplate:
 
         Raises UserError if the template refuses them.
         """
+        self._set_clock()
         try:
             (text,), (spans,) = render_jinja_template(
                 [messages],
@@ -115,7 +121,7 @@ class ChatTemplate:
                 chat_template=self.text,
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
-                **self._arguments,
+                **self.arguments,
                 **conversation.template_arguments,
             )
         except Exception as error:
@@ -131,12 +137,12 @@ class ChatTemplate:
         """The names in `arguments` that the template does not read."""
         return sorted(self.arguments.keys() - {*self.readable_arguments()})
 
-    @property
-    def _arguments(self) -> dict[str, Any]:
-        if self.today is None or not self.writes_date:
-            return self.arguments
-        day = datetime.combine(date.fromisoformat(self.today), time())
-        return {CLOCK: day.strftime, **self.arguments}
+    def _set_clock(self) -> None:
+        """Set what the template's function for today's date returns. Arguments that are functions
+        do not reach a template, but transformers keeps the compiled template."""
+        if self.writes_date:
+            day = None if self.today is None else date.fromisoformat(self.today)
+            _compile_jinja_template(self.text).globals[CLOCK] = partial(_write_date, day)
 
     def _try_render(
         self, messages: list[Message], tools: list[Any], add_generation_prompt: bool
@@ -151,6 +157,10 @@ class ChatTemplate:
             )
         except UserError:
             return None
+
+
+def _write_date(day: date | None, format: str) -> str:
+    return (datetime.combine(day, time()) if day else datetime.now()).strftime(format)
 
 
 def _refused(location: str, error: Exception) -> UserError:

@@ -30,6 +30,7 @@ FORMAT = "3"  # part of every fingerprint: a run resumes only with the same one
 TOKENIZATION = "4"  # part of the names of cached files: increase it when tokenization changes
 # The names on disk; `trained` is the loss mask.
 SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.uint8()))])
+UNENDED = "answers end in no special token, so a model does not learn to stop (docs/data.md)"
 MAX_ERRORS = 20  # error messages of skipped rows that a summary keeps
 
 Row = tuple[NDArray[np.int32], NDArray[np.bool_]]  # token ids [n], loss mask [n]
@@ -65,7 +66,7 @@ class Summary:
             unended=self.unended + batch.unended,
             skipped=self.skipped + len(batch.errors),
             errors=(*self.errors, *batch.errors)[:MAX_ERRORS],
-            notes=Counter(self.notes) + batch.notes,
+            notes=dict(Counter(self.notes) + batch.notes),
         )
 
     @classmethod
@@ -100,10 +101,7 @@ class Summary:
         if self.skipped:
             text += f"; {self.skipped:,} bad rows skipped, the first: {self.errors[0]}"
         if self.unended:
-            text += (
-                f"; {self.unended:,} answers end in no special token, so a model that learns them "
-                "does not learn to stop (docs/data.md)"
-            )
+            text += f"; {UNENDED} ({self.unended:,} of them)"
         for note, rows in self.notes.items():
             text += f"; {note} ({rows:,} rows)"
         return text

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.schema.data import HUB, DataConfig, SourceConfig
-from launcher.data import dataset_info, file_rows, splits, text_files
+from launcher.data import columns, dataset_info, file_rows, splits, text_files
 from launcher.data.file_rows import RawRow
 from launcher.data.nulls import remove_nulls
 from launcher.data.row_formats import Conversation, read_text, to_conversation
@@ -86,6 +86,7 @@ def parse_row(source: SourceConfig, location: str, row: Any) -> ParsedRow:
         return row
     renamed = rename_columns(location, row, source.columns)
     if source.format == "text":
+        columns.refuse_unsupported(location, renamed)
         return TextPart(read_text(location, renamed, "text"))
     return to_conversation(location, renamed, source.format, source.tags)
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from launcher.config.schema.data import SourceConfig
 from launcher.data import file_rows
 from launcher.data.arrow_files import open_record_batches
-from launcher.data.dataset import Row, cache_error, cache_key
+from launcher.data.dataset import UNENDED, Row, cache_error, cache_key
 from launcher.data.file_rows import RawRow
 from launcher.data.nulls import remove_nulls
 from launcher.data.source import TextPart
@@ -70,6 +70,7 @@ class StreamedRows:
                 remaining -= sizes[-1]
         self._first_rows = np.cumsum(sizes)  # number of each file's first row, and the total
         self.skipped = 0  # bad rows so far
+        self._said: set[str] = set()  # notes on rows, each of which is said once
         self._say = say
         self._cached = functools.lru_cache(maxsize=CACHED_ROWS)(self._tokenize)
         self.fingerprint = " ".join(keys)
@@ -92,6 +93,10 @@ class StreamedRows:
             self.skipped += 1
             if self.skipped <= LOGGED_ERRORS:
                 self._say(f"skipped: {message}")
+        notes = [*batch.notes, *[UNENDED] * bool(batch.unended)]
+        for note in (note for note in notes if note not in self._said):
+            self._said.add(note)
+            self._say(f"data: {note}")
         if len(batch.lengths) > 1:
             raise UserError(
                 f"{location}: data.streaming=true needs one row per conversation, and this chat "

@@ -8,7 +8,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 
@@ -285,13 +285,13 @@ def _concatenate(
     for batch in batches:
         rest = np.concatenate([rest, batch.ids])
         full_rows = len(rest) // length
-        yield _text_batch(rest[: full_rows * length], [length] * full_rows, batch.errors)
+        text = _text_batch(rest[: full_rows * length], [length] * full_rows)
+        yield replace(text, errors=batch.errors, notes=batch.notes)
         rest = rest[full_rows * length :]
     if len(rest) > 1:
-        yield _text_batch(rest, [len(rest)], [])
+        yield _text_batch(rest, [len(rest)])
 
 
-def _text_batch(ids: NDArray[np.int32], lengths: list[int], errors: list[str]) -> TokenBatch:
+def _text_batch(ids: NDArray[np.int32], lengths: list[int]) -> TokenBatch:
     """A batch with all tokens in the loss."""
-    loss_mask = np.ones(len(ids), np.bool_)
-    return TokenBatch(ids.copy(), loss_mask, np.asarray(lengths, np.int32), errors=errors)
+    return TokenBatch(ids.copy(), np.ones(len(ids), np.bool_), np.asarray(lengths, np.int32))

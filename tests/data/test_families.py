@@ -162,7 +162,7 @@ def learned(
 
 @lru_cache
 def template_of(family: Family, settings: tuple[tuple[str, Any], ...]) -> ChatTemplate:
-    return ChatTemplate(inference.tokenizer_of(family), dict(settings))
+    return ChatTemplate(inference.tokenizer_of(family), dict(settings), today="2026-02-03")
 
 
 @pytest.fixture(autouse=True)
