@@ -9,6 +9,7 @@ from launcher.config.rules.rule import Example, Machine, Rule, World
 from launcher.folders import paths
 from launcher.folders.json_file import read_object_or_empty
 from launcher.folders.model import CONFIG, is_hub_id
+from launcher.folders.vocabulary import find_missing_head, find_separate_head
 
 FLASH_ATTENTION = "flash_attention_2"
 
@@ -47,9 +48,32 @@ def _has_no_chat_template(config: Config, world: World) -> bool:
     return not settings.get("chat_template") and not any(path.exists() for path in separate_files)
 
 
+def _missing_head(config: Config) -> str | None:
+    """The output head that config.json asks for and no file contains. Not for a model with its own
+    Python code, which may tie it."""
+    if config.model.trust_remote_code:
+        return None
+    return find_missing_head(Path(config.model.name_or_path))
+
+
+def _separate_head(config: Config) -> tuple[str, str] | None:
+    """(head, embedding) that config.json ties although they differ in the files."""
+    return find_separate_head(Path(config.model.name_or_path))
+
+
+def _config_file(config: Config) -> str:
+    return f"{config.model.name_or_path}/{CONFIG}"
+
+
 def _uses_flash_attention(config: Config) -> bool:
     return config.model.attention == FLASH_ATTENTION
 
+
+# A safetensors file with an embedding and another head, for the example.
+SEPARATE_HEAD = "\0\1" + "\0" * 6 + (
+    '{"embed_tokens.weight": {"dtype": "I8", "shape": [1, 1], "data_offsets": [0, 1]}, '
+    '"lm_head.weight": {"dtype": "I8", "shape": [1, 1], "data_offsets": [1, 2]}}'
+).ljust(256) + "eh"  # fmt: skip
 
 MODEL_RULES: tuple[Rule, ...] = (
     Rule(
@@ -101,6 +125,49 @@ MODEL_RULES: tuple[Rule, ...] = (
             files={
                 "model/config.json": '{"quantization_config": {"quant_method": "fp8"}}',
                 "model/model.safetensors": "",
+            },
+        ),
+    ),
+    Rule(
+        "head-is-there",
+        "the files contain the output head, if config.json does not tie it to the embedding",
+        lambda c, w: _missing_head(c) is not None,
+        lambda c, w: (
+            f"model.name_or_path={c.model.name_or_path} contains no {_missing_head(c)}, but its "
+            "config.json does not tie the output head to the embedding, so the head would be random"
+        ),
+        lambda c, w: (
+            f"set tie_word_embeddings to true in {_config_file(c)} if the head is the embedding, "
+            f"or add the file with {_missing_head(c)}"
+        ),
+        Example(
+            "model.name_or_path=./model",
+            files={
+                "model/config.json": '{"tie_word_embeddings": false}',
+                "model/model.safetensors": "",
+                "model/model.safetensors.index.json": (
+                    '{"weight_map": {"model.embed_tokens.weight": "model.safetensors"}}'
+                ),
+            },
+        ),
+    ),
+    Rule(
+        "tied-head-is-the-embedding",
+        "the files contain no output head of its own, if config.json ties it to the embedding",
+        lambda c, w: _separate_head(c) is not None,
+        lambda c, w: (
+            "model.name_or_path={}: {} differs from {}, but its config.json ties them, so one of "
+            "them would be lost".format(c.model.name_or_path, *(_separate_head(c) or ("", "")))
+        ),
+        lambda c, w: (
+            f"set tie_word_embeddings to false in {_config_file(c)} to train both, or remove "
+            f"{(_separate_head(c) or ('',))[0]} from the files"
+        ),
+        Example(
+            "model.name_or_path=./model",
+            files={
+                "model/config.json": '{"tie_word_embeddings": true}',
+                "model/model.safetensors": SEPARATE_HEAD,
             },
         ),
     ),
