@@ -120,12 +120,17 @@ def prepare_and_train(run: Run, key_value_store: dist.Store | None = None) -> No
 
     from launcher.distributed import process_group
     from launcher.distributed.collectives import any_rank, first_not_none
-    from launcher.folders.model import model_folder
+    from launcher.folders.extended_model import describe_extension
+    from launcher.io.new_tokens import base_model_folder
     from launcher.model.tokenizer import load_tokenizer
 
     config, model = run.config, run.config.model
     rank_info = process_group.read_rank_info()
-    folder = model_folder(model.name_or_path, model.revision, model.trust_remote_code)
+    folder = base_model_folder(
+        model.name_or_path, model.revision, model.trust_remote_code, model.add_tokens
+    )
+    if model.add_tokens:
+        run.log(f"new tokens: {describe_extension(folder)}")
     chat = config.data.format != "text"
     tokenizer = load_tokenizer(folder, model.trust_remote_code, chat, config.data.template)
     # Opened before the rows are tokenized, because other ranks already try to connect to it.
@@ -182,7 +187,7 @@ def _train(
     state = build_train_state(
         config, model_folder, rank_info, loaders.fingerprint, plan.total_steps, run.log
     )
-    if config.data.template is not None:
+    if config.data.template is not None or config.model.add_tokens:
         state.tokenizer = tokenizer
     if config.data.packing:
         check_document_masking(state.strategy.model, device, state.vocabulary_size)

@@ -199,11 +199,13 @@ def draw(lengths: NDArray[np.int32], max_length: int, picture: Path) -> None:
 
 def _load(config: Config, log: Callable[[str], None]) -> tuple[Loaders, PreTrainedTokenizerBase]:
     from launcher.data.build import build_loaders
-    from launcher.folders.model import model_folder
+    from launcher.io.new_tokens import base_model_folder
     from launcher.model.tokenizer import load_tokenizer
 
     model = config.model
-    folder = model_folder(model.name_or_path, model.revision, model.trust_remote_code)
+    folder = base_model_folder(
+        model.name_or_path, model.revision, model.trust_remote_code, model.add_tokens
+    )
     chat = config.data.format != "text"
     tokenizer = load_tokenizer(folder, model.trust_remote_code, chat, config.data.template)
 

@@ -15,6 +15,7 @@ from launcher.folders.json_file import read_object
 from launcher.folders.kind import SHARDED, Kind, is_run, kinds_of
 from launcher.folders.model import CONFIG, model_folder
 from launcher.folders.run import RunDir
+from launcher.io.new_tokens import extend
 from launcher.io.readers import dcp, dcp_safetensors, universal, zero
 from launcher.io.readers.found import FoundModel
 
@@ -106,7 +107,10 @@ def _checkpoint_source(path: Path, base: str | None, adapter_only: bool) -> Sour
     if adapter_only and checkpoint.adapter is not None:
         adapters = (checkpoint.adapter,)
         return Source(Kind.CHECKPOINT, path, adapters=adapters, extra_file_folders=(path,))
-    folder = _find_base(base, saved["base"]["name_or_path"], saved["base"]["revision"])
+    recorded = saved["base"]
+    folder = _find_base(base, recorded["name_or_path"], recorded["revision"])
+    if tokens := recorded.get("add_tokens"):
+        folder = extend(folder, tokens)
     if checkpoint.adapter is not None:
         return Source(
             Kind.CHECKPOINT,

@@ -10,6 +10,16 @@ from launcher.folders.tensor_entries import INDEX, tensor_names
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+# The files of a tokenizer, of any class.
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+)
 # The files of a hub repository that are downloaded.
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 

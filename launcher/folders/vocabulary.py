@@ -28,6 +28,19 @@ def config_value(config: dict[str, Any], key: str) -> Any:
     return config.get(key)
 
 
+def config_changes(config: dict[str, Any], **values: Any) -> dict[str, Any]:
+    """The entries of config.json that change to `values`: at the top level, and in text_config if
+    there is one."""
+    changes: dict[str, Any] = {}
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        changes["text_config"] = {**text, **values}
+    for key, value in values.items():
+        if not isinstance(text, dict) or key in config or key == "tie_word_embeddings":
+            changes[key] = value
+    return changes
+
+
 def embedding_rows(folder: Path) -> int | None:
     """The number of rows of the input embedding by config.json: token ids from there on have no
     row. None if it does not contain the number."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from launcher.config import Config
 from launcher.config.rules.rule import Example, Machine, Rule, World
+from launcher.config.schema.method import LoraConfig
 from launcher.folders import paths
+from launcher.folders.adapter import adapter_settings
 from launcher.folders.json_file import read_object_or_empty
 from launcher.folders.model import CONFIG, is_hub_id
-from launcher.folders.vocabulary import find_missing_head, find_separate_head
+from launcher.folders.vocabulary import find_missing_head, find_separate_head, is_embedding
 
 FLASH_ATTENTION = "flash_attention_2"
 
@@ -63,6 +66,36 @@ def _separate_head(config: Config) -> tuple[str, str] | None:
 
 def _config_file(config: Config) -> str:
     return f"{config.model.name_or_path}/{CONFIG}"
+
+
+def _bad_tokens(config: Config) -> list[str]:
+    """The new tokens that are no text, blank or repeated."""
+    tokens = config.model.add_tokens
+    return [t for at, t in enumerate(tokens) if not _is_text(t) or t in tokens[:at]]
+
+
+def _is_text(token: object) -> bool:
+    """The schema also accepts a list in the list."""
+    return isinstance(token, str) and bool(token.strip())
+
+
+def _good_tokens(config: Config) -> list[str]:
+    tokens = config.model.add_tokens
+    return list(dict.fromkeys(token for token in tokens if _is_text(token)))
+
+
+def _typed(tokens: list[str]) -> str:
+    """The override of new tokens as it is typed, without the shell's quotes."""
+    return f"model.add_tokens={json.dumps(tokens, ensure_ascii=False, separators=(',', ':'))}"
+
+
+def _adapter_without_vocabulary(config: Config) -> str | None:
+    """The existing adapter, if it does not train the rows of new tokens."""
+    method = config.method
+    if not (config.model.add_tokens and isinstance(method, LoraConfig) and method.adapter):
+        return None
+    modules = adapter_settings(method.adapter).get("modules_to_save") or []
+    return None if any(is_embedding(f".{name}.weight") for name in modules) else method.adapter
 
 
 def _uses_flash_attention(config: Config) -> bool:
@@ -168,6 +201,34 @@ MODEL_RULES: tuple[Rule, ...] = (
             files={
                 "model/config.json": '{"tie_word_embeddings": true}',
                 "model/model.safetensors": SEPARATE_HEAD,
+            },
+        ),
+    ),
+    Rule(
+        "new-tokens-are-texts",
+        "every token of model.add_tokens is a text, and is there once",
+        lambda c, w: bool(_bad_tokens(c)),
+        lambda c, w: (
+            f"{_typed(c.model.add_tokens)}: {json.dumps(_bad_tokens(c)[0], ensure_ascii=False)} is "
+            f"{'there twice' if _is_text(_bad_tokens(c)[0]) else 'no text'}"
+        ),
+        lambda c, w: _typed(_good_tokens(c)),
+        Example('\'model.add_tokens=["<|tool|>","<|tool|>"]\''),
+    ),
+    Rule(
+        "new-tokens-are-trained",
+        "model.add_tokens is used with method.adapter only if that adapter trains the embedding",
+        lambda c, w: _adapter_without_vocabulary(c) is not None,
+        lambda c, w: (
+            f"{_typed(c.model.add_tokens)}: method.adapter={_adapter_without_vocabulary(c)} does "
+            "not contain the embedding (modules_to_save), so the new rows would not be trained"
+        ),
+        lambda c, w: "method.adapter=null, or model.add_tokens=[]",
+        Example(
+            "'model.add_tokens=[\"<|tool|>\"]' method.adapter=adapter",
+            files={
+                "adapter/adapter_config.json": '{"peft_type": "LORA", "r": 8}',
+                "adapter/adapter_model.safetensors": "",
             },
         ),
     ),

@@ -79,19 +79,6 @@ def tied_edits(
     return inputs, inputs if same else outputs, same
 
 
-def config_changes(config: dict[str, Any], **values: Any) -> dict[str, Any]:
-    """The entries of config.json that change to `values`: at the top level, and in text_config if
-    there is one."""
-    changes: dict[str, Any] = {}
-    text = config.get("text_config")
-    if isinstance(text, dict):
-        changes["text_config"] = {**text, **values}
-    for key, value in values.items():
-        if not isinstance(text, dict) or key in config or key == "tie_word_embeddings":
-            changes[key] = value
-    return changes
-
-
 def _single_replacement(shared: list[Replacement], pair: EmbeddingPair) -> list[Replacement]:
     """The first of the replacements of a shared parameter. Raises UserError if they differ."""
     for other in shared[1:]:

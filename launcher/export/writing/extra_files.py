@@ -12,17 +12,9 @@ from launcher.export.plan import Plan
 from launcher.export.source import Source, tokenizer_folder
 from launcher.folders.adapter import SETTINGS
 from launcher.folders.model import CONFIG, INDEX
+from launcher.folders.model import TOKENIZER_FILES as TOKENIZER
 
 MANIFEST = "consolidation_manifest.json"
-TOKENIZER = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-)
 PROCESSOR = ("*processor_config.json",)
 # The files in the model's folder that describe the model are copied. Weights, and files that
 # trainers write for themselves, are not.

@@ -31,6 +31,10 @@ DORA_ADAPTER = {
 MORE: list[tuple[str, str | Example]] = [
     ("length-of-training", "training.epochs=null"),
     ("freeze-has-layers", "method=freeze method.layers=-9"),
+    ("new-tokens-are-texts", "'model.add_tokens=[\"\"]'"),
+    ("new-tokens-are-texts", "'model.add_tokens=[a,\" \"]'"),
+    ("new-tokens-are-texts", "model.add_tokens=[a,b,a,c,b]"),
+    ("new-tokens-are-texts", "model.add_tokens=[a,[b]]"),
     ("dora-without-zero3", "method.dora=true strategy=zero3_offload"),
     ("dora-without-zero3", Example("method.adapter=adapter strategy=zero3", files=DORA_ADAPTER)),
     ("batch-divides", "training.micro_batch_size=4 training.global_batch_size=2"),
