@@ -11,9 +11,9 @@ from launcher.config.schema.method import FreezeConfig, LoraConfig, MethodConfig
 
 
 def train_vocabulary(config: MethodConfig, model: Any) -> MethodConfig:
-    """`config` with the embedding and the output head of `model` among the trained modules. Tied
-    ones are one module."""
-    names = _module_names(model)
+    """`config` with the embedding and the output head of `model` among the trained modules."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    names = [paths[id(module)] for module in _modules(model)]
     if isinstance(config, LoraConfig):
         return replace(config, modules_to_save=_with(config.modules_to_save, names))
     if isinstance(config, FreezeConfig):
@@ -23,7 +23,8 @@ def train_vocabulary(config: MethodConfig, model: Any) -> MethodConfig:
 
 def describe_vocabulary(model: Any, master: torch.dtype) -> str:
     """A log line about the trained embedding and head, and their memory."""
-    count = sum(module.weight.numel() for module in _modules(model))
+    weights = {id(module.weight): module.weight for module in _modules(model)}
+    count = sum(weight.numel() for weight in weights.values())
     return (
         f"the embedding and the output head are trained: {count:,} parameters, "
         f"{count * master.itemsize / 1e6:,.1f} MB as {str(master).removeprefix('torch.')}, and as "
@@ -32,23 +33,8 @@ def describe_vocabulary(model: Any, master: torch.dtype) -> str:
 
 
 def _modules(model: Any) -> list[Any]:
-    """The embedding, and the head unless it is tied to it."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or head.weight is embedding.weight:
-        return [embedding]
-    return [embedding, head]
-
-
-def _module_names(model: Any) -> list[str]:
-    """The shortest ends of the modules' paths that name them alone, such as embed_tokens."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    return [_shortest_name(paths[id(module)], [*paths.values()]) for module in _modules(model)]
-
-
-def _shortest_name(path: str, paths: list[str]) -> str:
-    parts = path.split(".")
-    ends = (".".join(parts[first:]) for first in reversed(range(len(parts))))
-    return next(end for end in ends if sum(other.endswith(end) for other in paths) == 1)
+    return [embedding] if head is None else [embedding, head]
 
 
 def _with(named: list[str], added: list[str]) -> list[str]:
