@@ -120,19 +120,10 @@ def prepare_and_train(run: Run, key_value_store: dist.Store | None = None) -> No
 
     from launcher.distributed import process_group
     from launcher.distributed.collectives import any_rank, first_not_none
-    from launcher.folders.extended_model import describe_extension
-    from launcher.io.new_tokens import base_model_folder
-    from launcher.model.tokenizer import load_tokenizer
+    from launcher.model.open import open_model
 
-    config, model = run.config, run.config.model
     rank_info = process_group.read_rank_info()
-    folder = base_model_folder(
-        model.name_or_path, model.revision, model.trust_remote_code, model.add_tokens
-    )
-    if model.add_tokens:
-        run.log(f"new tokens: {describe_extension(folder)}")
-    chat = config.data.format != "text"
-    tokenizer = load_tokenizer(folder, model.trust_remote_code, chat, config.data.template)
+    folder, tokenizer = open_model(run.config, run.log)
     # Opened before the rows are tokenized, because other ranks already try to connect to it.
     key_value_store = key_value_store or rendezvous.open_store()
     loaders: Loaders | None = None

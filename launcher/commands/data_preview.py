@@ -199,15 +199,9 @@ def draw(lengths: NDArray[np.int32], max_length: int, picture: Path) -> None:
 
 def _load(config: Config, log: Callable[[str], None]) -> tuple[Loaders, PreTrainedTokenizerBase]:
     from launcher.data.build import build_loaders
-    from launcher.io.new_tokens import base_model_folder
-    from launcher.model.tokenizer import load_tokenizer
+    from launcher.model.open import open_model
 
-    model = config.model
-    folder = base_model_folder(
-        model.name_or_path, model.revision, model.trust_remote_code, model.add_tokens
-    )
-    chat = config.data.format != "text"
-    tokenizer = load_tokenizer(folder, model.trust_remote_code, chat, config.data.template)
+    _, tokenizer = open_model(config, log)
 
     def never_stop() -> None:
         """Only Ctrl-C ends a preview."""

@@ -3,6 +3,7 @@ Imports no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,15 @@ def embedding_rows(folder: Path) -> int | None:
     row. None if it does not contain the number."""
     rows = config_value(read_object_or_empty(folder / CONFIG), "vocab_size")
     return rows if isinstance(rows, int) else None
+
+
+def tokens_without_row(vocabulary: Mapping[str, int], rows: int | None) -> dict[str, int]:
+    """The tokens of a tokenizer whose ids are beyond an embedding of `rows`, in the order of their
+    ids. Empty if the number of rows is unknown."""
+    if rows is None:
+        return {}
+    beyond = {token: number for token, number in vocabulary.items() if number >= rows}
+    return dict(sorted(beyond.items(), key=lambda item: item[1]))
 
 
 def stated_tie(config: dict[str, Any]) -> bool | None:
