@@ -9,6 +9,7 @@ from typing import Any
 from launcher.errors import UserError
 from launcher.export.merge.edits import Edit, MatrixLora, Replacement, TrainedTokens, same_values
 from launcher.folders.vocabulary import EMBEDDING_MODULES, config_value
+from launcher.folders.vocabulary import config_changes as config_changes
 from launcher.io.tensor import Tensor
 
 HEAD = "lm_head.weight"  # transformers' name in memory, for every name on disk
