@@ -16,7 +16,7 @@ from launcher.export.assembled import Assembled, Config, Options, Tensors, namin
 from launcher.export.full_model import full_model
 from launcher.export.merge import Adapter, Merged, merge, read_adapter, split_adapters
 from launcher.export.merge.edits import same_values
-from launcher.export.merge.ties import config_value, find_embedding_pair
+from launcher.export.merge.ties import find_embedding_pair
 from launcher.export.sharded_adapter import (
     FrozenBase,
     adapter_only_result,
@@ -26,6 +26,7 @@ from launcher.export.sharded_adapter import (
 )
 from launcher.export.source import Source, model_home
 from launcher.folders.json_file import read_object
+from launcher.folders.vocabulary import config_value
 from launcher.io.readers import model_folder
 from launcher.io.readers.found import FoundModel
 from launcher.io.readers.strided import Strided

@@ -11,9 +11,10 @@ import torch
 from launcher.errors import UserError
 from launcher.export import names
 from launcher.export.merge.edits import same_values
-from launcher.export.merge.ties import config_changes, config_value, find_embedding_pair
+from launcher.export.merge.ties import find_embedding_pair
 from launcher.export.source import Source, model_home
 from launcher.folders.kind import Kind
+from launcher.folders.vocabulary import config_changes, config_value
 from launcher.io.tensor import Tensor
 
 # Model types whose names in memory are the names on disk. For them transformers, which takes

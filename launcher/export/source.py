@@ -21,6 +21,7 @@ from launcher.folders.json_file import read_object
 from launcher.folders.kind import SHARDED, Kind, is_run, kinds_of
 from launcher.folders.model import CONFIG, model_folder
 from launcher.folders.run import RunDir
+from launcher.io.new_tokens import extend
 from launcher.io.readers import dcp, dcp_safetensors, universal, zero
 from launcher.io.readers.found import FoundModel
 from launcher.io.tokenizer_files import SETTINGS as TOKENIZER
@@ -122,7 +123,10 @@ def _checkpoint_source(path: Path, base: str | None, adapter_only: bool) -> Sour
     if adapter_only and checkpoint.adapter is not None:
         adapters = (checkpoint.adapter,)
         return Source(Kind.CHECKPOINT, path, adapters=adapters, extra_file_folders=(path,))
-    folder = _find_base(base, saved["base"]["name_or_path"], saved["base"]["revision"])
+    recorded = saved["base"]
+    folder = _find_base(base, recorded["name_or_path"], recorded["revision"])
+    if tokens := recorded.get("add_tokens"):
+        folder = extend(folder, tokens)
     has_old = END_TOKENS not in saved and (path / TOKENIZER).is_file()
     is_old = has_old and (folder / TOKENIZER).is_file()
     source = Source(

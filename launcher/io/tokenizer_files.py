@@ -11,16 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.folders.json_file import dump_like, read_object
+from launcher.folders.model import TOKENIZER_FILES
 
-PATTERNS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-)
 SETTINGS = "tokenizer_config.json"
 FAST = "tokenizer.json"
 SPECIAL = "special_tokens_map.json"
@@ -32,7 +24,12 @@ Json = dict[str, Any]
 
 def is_tokenizer_file(path: Path) -> bool:
     """Whether it is a file of a tokenizer, by its name."""
-    return path.is_file() and any(fnmatch(path.name, pattern) for pattern in PATTERNS)
+    return path.is_file() and any(fnmatch(path.name, pattern) for pattern in TOKENIZER_FILES)
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Name → content of all tokenizer files of `folder`."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if is_tokenizer_file(path)}
 
 
 def with_template(folder: Path, template: str, end: str | None) -> dict[str, bytes]:

@@ -48,6 +48,7 @@ ALLOWED_SETTINGS = (
 EVALUATION_SETTINGS = ("training.eval_steps", "data.eval_path")
 # Settings that determine which tensors a checkpoint contains, and their shapes.
 TENSOR_SETTINGS = (
+    "model.add_tokens",
     "method.name",
     "method.rank",
     "method.rank_pattern",

@@ -13,7 +13,7 @@ from launcher.export.source import Source, model_home, tokenizer_folder
 from launcher.folders.adapter import SETTINGS
 from launcher.folders.json_file import dump_like, read_object
 from launcher.folders.model import CONFIG, INDEX
-from launcher.io.tokenizer_files import PATTERNS as TOKENIZER
+from launcher.folders.model import TOKENIZER_FILES as TOKENIZER
 
 MANIFEST = "consolidation_manifest.json"
 PROCESSOR = ("*processor_config.json",)
