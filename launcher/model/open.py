@@ -41,11 +41,11 @@ def open_model(config: Config, log: Callable[[str], None]) -> tuple[Path, PreTra
 
 def files_to_save(
     config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, bytes] | None:
-    """Name → content of the tokenizer files that a checkpoint keeps; None: the base's serve.
+) -> dict[str, bytes]:
+    """Name → content of the tokenizer files that a checkpoint keeps; {}: the base's serve.
 
     `folder` and `tokenizer` are those of `open_model`.
     """
     if config.data.template is not None:
         return trained_files(folder, tokenizer)
-    return read_files(folder) if config.model.add_tokens else None
+    return read_files(folder) if config.model.add_tokens else {}
