@@ -58,7 +58,7 @@ def render_segments(
     rows = _join_answers(list(_answers(template, conversation, split, location)))
     check_context(template, conversation, split[-1], _text(rows[-1]), location)
     if not learn_empty_reasoning:
-        rows = [list(_without_empty_reasoning(row)) for row in rows]
+        rows = [_without_empty_reasoning(row) for row in rows]
     if train_on == "all":
         return _all_in_loss(rows, excluded)
     learned = learned[-1:] if train_on == "last_answer" else learned
@@ -236,17 +236,16 @@ def _split_by_marks(
     return parts
 
 
-def _without_empty_reasoning(row: list[Part]) -> Iterator[Part]:
-    """`row` with the empty reasoning before an answer as a part of its prompt."""
-    before = ""
+def _without_empty_reasoning(row: list[Part]) -> list[Part]:
+    """`row` with the empty reasoning before an answer as the end of its prompt."""
+    result: list[Part] = []
     for part in row:
         match = EMPTY_REASONING.match(part.text) if part.turn is not None else None
-        if match and (match[1] or before.rstrip().endswith("<think>")):
-            yield Part(match[0])
-            yield Part(part.text[match.end() :], part.turn)
-        else:
-            yield part
-        before = part.text
+        if match and (match[1] or result[-1].text.rstrip().endswith("<think>")):
+            result[-1] = Part(result[-1].text + match[0])
+            part = Part(part.text[match.end() :], part.turn)
+        result.append(part)
+    return result
 
 
 def _all_in_loss(rows: list[list[Part]], excluded: frozenset[int]) -> list[list[Segment]]:
