@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerBase
 
-from launcher.data.loss_mask import Tokens
 from launcher.data.source import PART_CHARACTERS, TextPart
+from launcher.data.template.loss_mask import Tokens
 
 
 def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: list[TextPart]) -> Iterator[Tokens]:

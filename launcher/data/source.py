@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.schema.data import HUB, DataConfig, SourceConfig
-from launcher.data import columns, dataset_info, file_rows, splits, text_files
-from launcher.data.file_rows import RawRow
-from launcher.data.nulls import remove_nulls
-from launcher.data.row_formats import Conversation, read_text, to_conversation
-from launcher.data.source_files import check_streaming, encoding_content, find_files
+from launcher.data.files import file_rows, splits, text_files
+from launcher.data.files.file_rows import RawRow
+from launcher.data.files.nulls import remove_nulls
+from launcher.data.files.source_files import check_streaming, encoding_content, find_files
+from launcher.data.rows import columns, dataset_info
+from launcher.data.rows.row_formats import Conversation, read_text, to_conversation
 from launcher.errors import UserError
 
 if TYPE_CHECKING:

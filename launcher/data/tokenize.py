@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from launcher.config.schema.data import DataConfig, SourceConfig
-from launcher.data import columns, source
-from launcher.data.chat_template import ChatTemplate
-from launcher.data.file_rows import RawRow
-from launcher.data.loss_mask import Tokens, fit, tokenize_segments
+from launcher.data import source
+from launcher.data.files.file_rows import RawRow
 from launcher.data.raw_text import tokenize_texts
-from launcher.data.segments import Segment, render_segments
+from launcher.data.rows import columns
+from launcher.data.template.chat_template import ChatTemplate
+from launcher.data.template.loss_mask import Tokens, fit, tokenize_segments
+from launcher.data.template.segments import Segment, render_segments
 from launcher.errors import UserError
 
 CHUNK_ROWS = 512  # tokenized in one call and written as one record batch

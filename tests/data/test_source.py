@@ -12,8 +12,9 @@ from datasets import Dataset
 from pyarrow import csv, parquet
 
 from launcher.config.schema.data import DataConfig, SourceConfig
-from launcher.data import file_rows, source
-from launcher.data.row_formats import Conversation, to_conversation
+from launcher.data import source
+from launcher.data.files import file_rows
+from launcher.data.rows.row_formats import Conversation, to_conversation
 from launcher.errors import UserError
 from launcher.folders import paths
 

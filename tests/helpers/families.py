@@ -1,6 +1,6 @@
 """The families of models: what is special about each, and what it refuses.
 
-The template of a family is tests/data/families/NAME.jinja.
+The template of a family is tests/data/template/families/NAME.jinja.
 """
 
 from __future__ import annotations

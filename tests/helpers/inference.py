@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-TEMPLATES = Path(__file__).parents[1] / "data" / "families"
+TEMPLATES = Path(__file__).parents[1] / "data" / "template" / "families"
 MERGES = [("Ċ", "Ċ"), ("O", "N"), (":", "Ġ")]  # a text that is cut differently has other tokens
 
 

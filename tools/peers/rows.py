@@ -9,10 +9,10 @@ from typing import Any
 
 from launcher.config.schema.data import SourceConfig
 from launcher.data import source
-from launcher.data.chat_template import ChatTemplate
-from launcher.data.loss_mask import tokenize_segments
-from launcher.data.row_formats import Conversation
-from launcher.data.segments import render_segments
+from launcher.data.rows.row_formats import Conversation
+from launcher.data.template.chat_template import ChatTemplate
+from launcher.data.template.loss_mask import tokenize_segments
+from launcher.data.template.segments import render_segments
 from launcher.errors import UserError
 from launcher.folders import paths
 

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from transformers.utils import chat_template_utils
 
-from launcher.data.chat_template import ChatTemplate
-from launcher.data.loss_mask import tokenize_segments
-from launcher.data.row_formats import to_conversation
-from launcher.data.segments import render_segments
+from launcher.data.rows.row_formats import to_conversation
+from launcher.data.template.chat_template import ChatTemplate
+from launcher.data.template.loss_mask import tokenize_segments
+from launcher.data.template.segments import render_segments
 from launcher.errors import UserError
 from tests.helpers import inference
 from tests.helpers.families import FAMILIES

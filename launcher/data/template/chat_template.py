@@ -16,9 +16,9 @@ from transformers.utils.chat_template_utils import (
     render_jinja_template,
 )
 
-from launcher.data.dialect import Dialect, probe_dialect
-from launcher.data.messages import Message
-from launcher.data.row_formats import Conversation
+from launcher.data.rows.messages import Message
+from launcher.data.rows.row_formats import Conversation
+from launcher.data.template.dialect import Dialect, probe_dialect
 from launcher.errors import UserError
 
 # A template with {% generation %} … {% endgeneration %} marks what the assistant writes.

@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from launcher.data.messages import REASONING_KEYS, Message, parse_object
+from launcher.data.rows.messages import REASONING_KEYS, Message, parse_object
 
 # Renders (messages, tools, add_generation_prompt); None if the template refuses them.
 TryRender = Callable[[list[Message], list[Any], bool], str | None]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.data.nulls import remove_nulls
+from launcher.data.files.nulls import remove_nulls
 from launcher.errors import UserError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from launcher.data import readme
+from launcher.data.files import readme
 from launcher.errors import UserError
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.schema.data import UTF_8
-from launcher.data import nulls, text_files
-from launcher.data.arrow_files import read_arrow, read_parquet
-from launcher.data.csv_files import read_csv
-from launcher.data.json_files import RawRow, read_json, read_json_lines
-from launcher.data.text_files import suffix_of
+from launcher.data.files import nulls, text_files
+from launcher.data.files.arrow_files import read_arrow, read_parquet
+from launcher.data.files.csv_files import read_csv
+from launcher.data.files.json_files import RawRow, read_json, read_json_lines
+from launcher.data.files.text_files import suffix_of
 from launcher.errors import UserError
 
 __all__ = ["RawRow", "find", "read", "suffix_of"]  # two of them are defined in lower modules

@@ -3,7 +3,7 @@ named. Imports no torch."""
 
 from __future__ import annotations
 
-from launcher.data.messages import REASONING_KEYS, Row
+from launcher.data.rows.messages import REASONING_KEYS, Row
 from launcher.errors import UserError
 
 # The columns that each format reads.

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.data import columns
-from launcher.data.messages import (
+from launcher.data.rows import columns
+from launcher.data.rows.messages import (
     OPENAI,
     REASONING_KEYS,
     Message,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from launcher.config.schema.data import HUB, SourceConfig
-from launcher.data import file_rows, splits, text_files
+from launcher.data.files import file_rows, splits, text_files
 from launcher.errors import UserError
 
 LINE_SUFFIXES = (".jsonl", ".txt")  # of files with a row per line

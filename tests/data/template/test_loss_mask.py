@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from launcher.config.schema.data import DataConfig
-from launcher.data.chat_template import ChatTemplate
 from launcher.data.dataset import TokenizedDataset, load_data
-from launcher.data.loss_mask import Tokens, fit, tokenize_segments
+from launcher.data.template.chat_template import ChatTemplate
+from launcher.data.template.loss_mask import Tokens, fit, tokenize_segments
 from launcher.data.tokenize import RowTokenizer
 from launcher.errors import UserError
 from launcher.model.tiny import byte_tokenizer

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
-from launcher.data.chat_template import ChatTemplate
-from launcher.data.dialect import shared_prefix
-from launcher.data.omissions import check_answer, check_context
-from launcher.data.row_formats import Conversation
+from launcher.data.rows.row_formats import Conversation
+from launcher.data.template.chat_template import ChatTemplate
+from launcher.data.template.dialect import shared_prefix
+from launcher.data.template.omissions import check_answer, check_context
 from launcher.errors import UserError
 
 Segment = tuple[str, bool]  # a part of a rendered conversation, and whether it is in the loss

@@ -9,8 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from launcher.data.nulls import SPEAKER_FIELDS
-from launcher.data.text_files import BLOCK_BYTES, open_text
+from launcher.data.files.nulls import SPEAKER_FIELDS
+from launcher.data.files.text_files import BLOCK_BYTES, open_text
 from launcher.errors import UserError
 
 RawRow = tuple[str, Any]  # location (file:line or file[index]), row as it is stored in the file

@@ -15,7 +15,8 @@ import pytest
 from datasets import Dataset
 
 from launcher.config.schema.data import DataConfig, SourceConfig
-from launcher.data import file_rows, source
+from launcher.data import source
+from launcher.data.files import file_rows
 
 ROWS = [{"instruction": "é", "output": "a, b; c"}, {"instruction": "x", "output": "y"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)

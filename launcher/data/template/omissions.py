@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.data.chat_template import ChatTemplate
-from launcher.data.messages import Message
-from launcher.data.row_formats import Conversation
+from launcher.data.rows.messages import Message
+from launcher.data.rows.row_formats import Conversation
+from launcher.data.template.chat_template import ChatTemplate
 from launcher.errors import UserError
 
 

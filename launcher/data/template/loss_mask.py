@@ -8,8 +8,8 @@ from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
-from launcher.data.chat_template import ChatTemplate
-from launcher.data.segments import Segment
+from launcher.data.template.chat_template import ChatTemplate
+from launcher.data.template.segments import Segment
 from launcher.errors import UserError
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.data.row_formats import Conversation, to_conversation
+from launcher.data.rows.row_formats import Conversation, to_conversation
 from launcher.errors import UserError
 
 USER = {"role": "user", "content": "q"}

@@ -9,10 +9,10 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from launcher.data.chat_template import ChatTemplate
-from launcher.data.loss_mask import fit, tokenize_segments
-from launcher.data.row_formats import Conversation
-from launcher.data.segments import render_segments
+from launcher.data.rows.row_formats import Conversation
+from launcher.data.template.chat_template import ChatTemplate
+from launcher.data.template.loss_mask import fit, tokenize_segments
+from launcher.data.template.segments import render_segments
 from launcher.errors import UserError
 from launcher.folders import paths
 from launcher.model.tiny import byte_tokenizer

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from launcher.data.text_files import open_text, own_suffix
+from launcher.data.files.text_files import open_text, own_suffix
 from launcher.errors import UserError
 
 MAX_FIELD_CHARACTERS = 1 << 30
