@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -140,3 +141,25 @@ def apply_changes(overrides: list[str], changes: list[str]) -> list[str]:
 def key_of(override: str) -> str:
     """The key of an override, without a prefix."""
     return override.partition("=")[0].lstrip("+~")
+
+
+def quote(value: str, is_text: bool = True) -> str:
+    """A text in quotes if Hydra would parse it as something else without them."""
+    plain = re.fullmatch(r"[\w./+-]+", value, re.ASCII)
+    number = re.fullmatch(r"[+-]?[\d._]+(e[+-]?\d+)?|null|true|false|nan|[+-]?inf", value, re.I)
+    if plain and not (is_text and number):
+        return value
+    quoted = re.sub(r"(\\*)'", lambda match: f"{match[1] * 2}\\'", value)
+    quoted = re.sub(r"(\\+)$", lambda match: match[1] * 2, quoted)
+    return f"'{quoted}'"
+
+
+def format_value(value: Any) -> str:
+    """A value from YAML in Hydra's grammar."""
+    if isinstance(value, str):
+        return quote(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(format_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{format_value(item)}' for key, item in value.items())}}}"
+    return json.dumps(value)
