@@ -62,7 +62,8 @@ def compose_command_line() -> list[Config]:
         ]
         try:
             options, words = _split_command_line()
-            sys.argv = [*options, *defaults, *complete(words, _files_of(options))]
+            files, multirun = _files_of(options), bool({"--multirun", "-m"} & {*options})
+            sys.argv = [*options, *defaults, *complete(words, files, multirun)]
             collect()
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(hydra_message(error)) from error
@@ -101,12 +102,12 @@ def register_resolvers() -> None:
         OmegaConf.register_new_resolver(name, resolve, replace=True)
 
 
-def complete(words: list[str], files: Files) -> list[str]:
+def complete(words: list[str], files: Files, multirun: bool = False) -> list[str]:
     """`words` as Hydra accepts them, with the overrides that they imply.
 
     Raises UserError for a value that is missing, and Hydra's own errors.
     """
-    words = overrides.prepared(words)
+    words = overrides.prepared(words, multirun)
     return [
         *words,
         *(each.override for each in overrides.implied(words) if _applies(each, words, files)),
@@ -160,9 +161,6 @@ def _split_command_line() -> tuple[list[str], list[str]]:
     ]
     options = [word for index, word in enumerate(sys.argv) if index not in positions]
     words = [sys.argv[index] for index in positions]
-    # Without --multirun a comma is not a sweep: data.name=a,b is a list.
-    if not {"--multirun", "-m"} & {*options}:
-        words = [re.sub(r"^data\.name=([\w.,-]+)$", r"data.name='\1'", word) for word in words]
     return options, words
 
 

@@ -47,13 +47,15 @@ def parse(words: list[str], loader: ConfigLoader | None = None) -> list[Override
     return OverridesParser.create(loader).parse_overrides(words)
 
 
-def prepared(words: list[str]) -> list[str]:
+def prepared(words: list[str], multirun: bool = False) -> list[str]:
     """`words` as Hydra accepts them: an entry of a mapping with free names gets `++`, so that it
-    may be new and may exist.
+    may be new and may exist; without `multirun`, data.name=a,b is a text and not a sweep.
 
     Raises UserError for a value that is ???, which stands for none, and for a setting of Hydra that
     Shardway does not use.
     """
+    if not multirun:
+        words = [re.sub(r"^data\.name=([\w.,-]+)$", r"data.name='\1'", word) for word in words]
     overrides = parse(words)
     for override in overrides:
         _check(override)

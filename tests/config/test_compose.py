@@ -72,13 +72,13 @@ def test_entries_of_a_mapping_need_no_sign(way: Callable[[str], Config], sign: s
     assert data.tags == {"role": "who", "user": 'it"s'}
     assert (data.sources["a"].path, data.sources["a"].columns) == ("a.json", {"output": "reply"})
     assert (data.sources["b"].path, data.sources["b"].weight) == ("b,c.json", 2)
-    assert config.method.rank_pattern == {"q_proj": 4}  # type: ignore[union-attr]
-    assert config.strategy.extra == {"a": {"b": [1, {"c": 2}]}}  # type: ignore[union-attr]
+    assert config.method.rank_pattern == {"q_proj": 4}  # type: ignore[attr-defined]
+    assert config.strategy.extra == {"a": {"b": [1, {"c": 2}]}}  # type: ignore[attr-defined]
 
 
 def test_an_entry_of_a_mapping_can_be_swept_and_removed() -> None:
     runs = typed_all("--multirun method.rank_pattern.q_proj=4,8 data.columns.output=a,b")
-    assert [(c.method.rank_pattern["q_proj"], c.data.columns["output"]) for c in runs] == [  # type: ignore[union-attr]
+    assert [(c.method.rank_pattern["q_proj"], c.data.columns["output"]) for c in runs] == [  # type: ignore[attr-defined]
         *((4, "a"), (4, "b"), (8, "a"), (8, "b"))
     ]
     assert typed("data.columns.output=a ~data.columns.output").data.columns == {}
@@ -154,7 +154,7 @@ def test_the_runs_of_a_sweep_may_have_different_lengths() -> None:
         ("data.path=x.jsonl", ("data", "auto", 2048)),
         ("data.path=x.jsonl data.max_length=64", ("data", "auto", 64)),
         ("'data.sources.a={path: a.json}'", ("data", "auto", 2048)),
-        ("data.dataset_info=x.json data.name=a", ("a", "auto", 2048)),
+        ("data.dataset_info=x.json data.name=a,b", ("a,b", "auto", 2048)),
         ("data.eval_path=x.jsonl", ("demo", "messages", 128)),
         ("data.path=x.jsonl data=alpaca", ("alpaca", "alpaca", 2048)),
         ("data.path=x.jsonl data=demo", ("demo", "messages", 128)),
