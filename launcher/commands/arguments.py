@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from launcher.errors import UserError
@@ -27,6 +29,25 @@ def command_parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=usage is None,  # words that are passed on may look like the start of an option
     )
+
+
+def number(
+    kind: type[int] | type[float], minimum: float, maximum: float = math.inf
+) -> Callable[[str], float]:
+    """The `type` of an option: a number of this kind within these bounds, which are allowed."""
+    name = "a whole number" if kind is int else "a number"
+    bounds = f"of at least {minimum:g}" if maximum == math.inf else f"{minimum:g} to {maximum:g}"
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (minimum <= value <= maximum and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not {name} {bounds}")
+        return value
+
+    return parse
 
 
 def parse_size(text: str, option: str = "--max-shard-size") -> int:

@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from launcher.commands.arguments import command_parser, parse_size
+from launcher.commands.arguments import command_parser, number, parse_size
 from launcher.errors import UserError
 from launcher.export.assembled import Options
 from launcher.export.plan import Plan, make_plan
@@ -234,7 +234,7 @@ def _add_process_options(result: argparse.ArgumentParser) -> None:
     )
     add(
         "--workers",
-        type=int,
+        type=number(int, 0),
         default=0,
         metavar="N",
         help="files written in parallel (default: one for each core, up to 4)",
@@ -247,7 +247,7 @@ def _add_process_options(result: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print the result as one JSON object on stdout")
     add(
         "--progress-seconds",
-        type=float,
+        type=number(float, 0),
         default=EVERY_SECONDS,
         metavar="S",
         help="between progress lines if stderr is not a terminal (default %(default)s)",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.cluster.control import is_alive
-from launcher.commands.arguments import command_parser
+from launcher.commands.arguments import command_parser, number
 from launcher.errors import UserError
 from launcher.folders.run import RunDir
 from launcher.run.status import find_run
@@ -19,8 +19,10 @@ POLL_SECONDS = 5.0  # between two checks whether the run is alive
 def main() -> None:
     parser = command_parser("logs", "Print the console of a run's newest job, or a rank's log.")
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--rank", type=int, help="print the log of this rank")
-    parser.add_argument("--attempt", type=int, help="of this attempt instead of the newest one")
+    parser.add_argument("--rank", type=number(int, 0), help="print the log of this rank")
+    parser.add_argument(
+        "--attempt", type=number(int, 1), help="of this attempt instead of the newest one"
+    )
     parser.add_argument("--follow", action="store_true", help="print new lines until the run ends")
     arguments = parser.parse_args()
     run = find_run(arguments.run)

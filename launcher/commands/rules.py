@@ -11,7 +11,8 @@ from contextlib import chdir
 from pathlib import Path
 
 from launcher.commands.arguments import command_parser
-from launcher.config.compose import apply_changes, compose, overrides_in
+from launcher.config.compose import compose
+from launcher.config.overrides import apply_changes, overrides_in
 from launcher.config.rules.rule import Rule
 from launcher.config.rules.table import RULES
 from launcher.errors import UserError

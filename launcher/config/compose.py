@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.errors import HydraException
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launcher.config import Config, store
+from launcher.config import Config, overrides, store
+from launcher.config.overrides import Implied
 from launcher.errors import UserError
 from launcher.folders import paths
+
+FOLDER_OPTIONS = ("--config-dir", "-cd", "--config-path", "-cp")
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files that are composed: the primary one, and a folder with more files of groups."""
+
+    folder: str
+    primary: str = "config"
+    more: str | None = None
 
 
 def compose_command_line() -> list[Config]:
@@ -34,14 +53,17 @@ def compose_command_line() -> list[Config]:
     original_argv = list(sys.argv)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise here instead of printing a stack and exiting
     with tempfile.TemporaryDirectory(prefix="shardway-") as scratch:
-        _prepend_overrides(
+        defaults = [
             "hydra.run.dir=.",  # Shardway creates the run folder, so Hydra must not create one
             f"hydra.sweep.dir={scratch}",
             "hydra.output_subdir=null",
             "hydra/job_logging=none",
             "hydra/hydra_logging=none",
-        )
+        ]
         try:
+            options, words = _split_command_line()
+            files, multirun = _files_of(options), bool({"--multirun", "-m"} & {*options})
+            sys.argv = [*options, *defaults, *complete(words, files, multirun)]
             collect()
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(hydra_message(error)) from error
@@ -52,40 +74,101 @@ def compose_command_line() -> list[Config]:
     return [store.build(raw) for raw in composed]
 
 
-def compose(overrides: list[str]) -> Config:
-    """The configuration that `shardway train` composes from `overrides`; the rules are not checked.
+def compose(words: list[str]) -> Config:
+    """The configuration that `shardway train` composes from these overrides; the rules are not
+    checked.
 
-    Raises ConfigError if the schema refuses it, and Hydra's and OmegaConf's own errors.
+    Raises ConfigError if the schema refuses it, UserError for a value that is missing, and Hydra's
+    and OmegaConf's own errors.
     """
     register_resolvers()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(paths.resource("conf"))):
-        composed: Any = OmegaConf.to_container(hydra.compose("config", overrides), resolve=True)
+    folder = str(paths.resource("conf"))
+    words = complete(words, Files(folder))
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=folder):
+        composed: Any = OmegaConf.to_container(hydra.compose("config", words), resolve=True)
     return store.build(composed)
 
 
 def register_resolvers() -> None:
-    """Register `${bundled:…}` and `${cache:…}`, which stand for paths in conf/."""
-    OmegaConf.register_new_resolver("bundled", lambda name: str(paths.bundled(name)), replace=True)
-    OmegaConf.register_new_resolver("cache", lambda name: str(paths.cache() / name), replace=True)
+    """Register the resolvers of conf/."""
+    resolvers: dict[str, Callable[..., Any]] = {
+        "bundled": lambda name: str(paths.bundled(name)),
+        "cache": lambda name: str(paths.cache() / name),
+        # VALUE, or null if the other setting is set
+        "unless_set": lambda other, value: value if other is None else None,
+        "last_part": paths.last_part,  # of the path of a model, for its name
+    }
+    for name, resolve in resolvers.items():
+        OmegaConf.register_new_resolver(name, resolve, replace=True)
 
 
-def _prepend_overrides(*defaults: str) -> None:
-    """Insert `defaults` before the user's overrides, which win, and move all overrides behind the
-    options: argparse needs them in one place."""
+def complete(words: list[str], files: Files, multirun: bool = False) -> list[str]:
+    """`words` as Hydra accepts them, with the overrides that they imply.
+
+    Raises UserError for a value that is missing, and Hydra's own errors.
+    """
+    words = overrides.prepared(words, multirun)
+    return [
+        *words,
+        *(each.override for each in overrides.implied(words) if _applies(each, words, files)),
+    ]
+
+
+def _applies(implied: Implied, words: list[str], files: Files) -> bool:
+    """Whether an implied choice of a file replaces only the default: nothing else chooses one.
+
+    Raises UserError if that differs between the runs of a sweep.
+    """
+    if implied.replaces is None:
+        return True
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=files.folder):
+        loader: Any = GlobalHydra.instance().config_loader()
+        if files.more:
+            loader.get_search_path().append("command-line", f"file://{Path(files.more).absolute()}")
+            loader.repository.initialize_sources(loader.get_search_path())
+        runs = itertools.product(*overrides.sweeps_of_groups(words, loader))
+        applies = {_is_default(implied, loader, files.primary, list(run)) for run in runs}
+    if len(applies) > 1:
+        group = overrides.key_of(implied.override)
+        raise UserError(
+            f"{implied.setting} implies {implied.override}, but some runs of the sweep choose "
+            f"another file of {group} → {group}=NAME"
+        )
+    return applies.pop()
+
+
+def _is_default(implied: Implied, loader: Any, primary: str, words: list[str]) -> bool:
+    """Whether the primary file chooses `implied.replaces`, and no other file chooses one."""
+    group = overrides.key_of(implied.override)
+    try:
+        chosen = loader.compute_defaults_list(primary, words, RunMode.RUN).overrides
+    except MissingConfigException:  # composing reports it, if no file names more folders
+        return False
+    return group not in chosen.override_choices and (
+        group in chosen.known_choices and chosen.known_choices[group] == implied.replaces
+    )
+
+
+def _split_command_line() -> tuple[list[str], list[str]]:
+    """The options of `sys.argv` with the program's name, and the overrides: argparse needs them in
+    one place."""
     positions = [
         index
         for index, word in enumerate(sys.argv)
         if index
-        and re.match(r"[+~\w]", word)
-        and "=" in word
-        and not sys.argv[index - 1].startswith("--c")  # --config-dir A=B: a folder, no override
+        and re.match(r"~|[+\w].*=", word, re.DOTALL)
+        and sys.argv[index - 1] not in FOLDER_OPTIONS  # --config-dir A=B: a folder, no override
     ]
     options = [word for index, word in enumerate(sys.argv) if index not in positions]
-    overrides = [sys.argv[index] for index in positions]
-    # Without --multirun a comma is not a sweep: data.name=a,b is a list.
-    if not {"--multirun", "-m"} & {*options}:
-        overrides = [re.sub(r"^data\.name=([\w.,-]+)$", r"data.name='\1'", o) for o in overrides]
-    sys.argv = [*options, *defaults, *overrides]
+    words = [sys.argv[index] for index in positions]
+    return options, words
+
+
+def _files_of(options: list[str]) -> Files:
+    """The files that Hydra will compose with the options of a command line."""
+    given, _ = get_args_parser().parse_known_args(options[1:])
+    folder = Path(__file__).parent / (given.config_path or paths.resource("conf"))
+    return Files(str(folder), given.config_name or "config", given.config_dir)
 
 
 def hydra_message(error: Exception) -> str:
@@ -94,19 +177,3 @@ def hydra_message(error: Exception) -> str:
     message = " ".join(line for line in lines if not line.startswith(("object_type", "full_key")))
     unknown = re.match(r"Could not override '([^']+)'", message)
     return store.describe_unknown(unknown[1]) if unknown else message
-
-
-def overrides_in(fix: str) -> list[str]:
-    """The overrides in the first alternative of a rule's fix; empty if it is plain text."""
-    words = fix.partition(", or ")[0].split()
-    return [word for word in words if re.match(r"[+~]?[a-z][\w./]*=", word)]
-
-
-def apply_changes(overrides: list[str], changes: list[str]) -> list[str]:
-    """`overrides` with `changes`: each replaces the override of the same key, or is appended."""
-    remaining = {_key(change): change for change in changes}
-    return [remaining.pop(_key(word), word) for word in overrides] + list(remaining.values())
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")

@@ -119,7 +119,7 @@ def _choices_with(key: str) -> list[str]:
     ]
 
 
-def _mapping_setting(key: str) -> str | None:
+def mapping_setting(key: str) -> str | None:
     """The setting that `key` is or lies in, if that setting is a mapping with free names."""
     section, name = (*key.split("."), "")[:2]
     fields = [field for schema in _schemas(section) for field in dataclasses.fields(schema)]
@@ -133,8 +133,6 @@ def describe_unknown(key: str, known: list[str] | None = None) -> str:
     `known`: the settings to choose from; None: those of the section of `key`.
     """
     section = key.partition(".")[0]
-    if known is None and (mapping := _mapping_setting(key)):
-        return f"{key}: add entries with a plus sign, +{mapping}.NAME=VALUE"
     if choices := _choices_with(key):
         return (
             f"{key} is a setting of {section}={', '.join(choices)} and not of the selected "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -39,3 +40,9 @@ def cache() -> Path:
         return Path(chosen).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser().absolute() / "shardway"
+
+
+def last_part(path: str) -> str:
+    """The last part of a path or hub id as a file name: without what a shell would interpret."""
+    name = Path(os.path.abspath(path)).name
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from launcher.config import Config, store
+from launcher.config import SECTIONS, Config, store
+from launcher.config.overrides import format_value
 from launcher.config.schema.scheduler import PlateauConfig
 from launcher.errors import UserError
 from launcher.folders.checkpoint import MANIFEST, Checkpoint, all_checkpoints, finished_checkpoints
@@ -69,6 +72,7 @@ class Differences:
     allowed: list[str]
     breaking: list[str]  # the training would not be the same
     incompatible: list[str]  # the tensors of the checkpoint do not fit
+    undo: list[str]  # the overrides that set the breaking and incompatible ones back
 
 
 def candidates(resume: str, checkpoints: Path) -> list[Checkpoint]:
@@ -100,7 +104,7 @@ def named_checkpoint(resume: str) -> Checkpoint:
 def compare_configs(frozen: Path, config: Config) -> Differences:
     """How `config` differs from the frozen configuration of a checkpoint."""
     before, now = store.leaves(store.load(frozen)), store.leaves(config)
-    differences = Differences([], [], [])
+    differences = Differences([], [], [], [])
     for key in dict.fromkeys([*before, *now]):
         old, new = (side[key] if key in side else None for side in (before, now))
         if old == new:
@@ -115,7 +119,16 @@ def compare_configs(frozen: Path, config: Config) -> Differences:
         else:
             group = differences.breaking
         group.append(f"{key}: {old} → {new}")
+        if group is not differences.allowed:
+            differences.undo.append(_override(key, old) if key in before else f"~{key}")
     return differences
+
+
+def _override(key: str, value: Any) -> str:
+    """The override that sets `key` on the command line, where `.name` is the file of a group."""
+    section, _, name = key.partition(".")
+    is_file = name == "name" and isinstance(SECTIONS[section], dict)
+    return f"{section if is_file else key}={format_value(value)}"
 
 
 def _is_one_of(key: str, settings: Iterable[str]) -> bool:
@@ -134,15 +147,19 @@ def find_problems(checkpoint: Checkpoint, config: Config) -> list[str]:
     if differences.incompatible:
         return [
             f"{checkpoint.path.name} contains other tensors ({'; '.join(differences.incompatible)})"
-            " → change these settings back, or start from scratch with resume=none"
+            f" → {_typed(differences)}, or start from scratch with resume=none"
         ]
     if differences.breaking and not config.resume_force:
         return [
             f"{checkpoint.path.name} was trained with other settings "
             f"({'; '.join(differences.breaking)}), so resuming would not continue that training "
-            "→ change these settings back, or resume_force=true"
+            f"→ {_typed(differences)}, or resume_force=true"
         ]
     return []
+
+
+def _typed(differences: Differences) -> str:
+    return shlex.join(differences.undo)
 
 
 def rename_broken(checkpoint: Checkpoint) -> None:

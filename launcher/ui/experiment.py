@@ -12,6 +12,7 @@ from launcher.errors import UserError
 from launcher.folders import paths
 from launcher.ui import form, override_syntax
 from launcher.ui.form import HYDRA_GROUPS, FormCheck, Values
+from launcher.ui.implied import with_implied
 from launcher.ui.roots import NAME_PATTERN, Roots
 
 FOLDER = "experiments"  # in the first root; Hydra expects the group's folder in it
@@ -90,19 +91,12 @@ def load(roots: Roots, name: str) -> tuple[Values, str]:
         pairs = [pair for entry in defaults if isinstance(entry, dict) for pair in entry.items()]
         overrides = [f"{key.removeprefix('override /')}={file}" for key, file in pairs]
         overrides += [
-            f"{_prefix(key)}{key}={override_syntax.format_value(value)}"
-            for key, value in store.leaves_of(tree)
+            f"{key}={override_syntax.format_value(value)}" for key, value in store.leaves_of(tree)
         ]
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not an experiment file: {error}") from error
     values, more = form.apply_overrides(form.initial_values(), "", overrides)
-    return _with_accumulation(values, more, roots)
-
-
-def _prefix(key: str) -> str:
-    """Hydra needs a plus to add an entry to a setting that is a dict with arbitrary keys."""
-    *parents, _ = key.split(".")
-    return "+" if override_syntax.type_of(".".join(parents[:2])).startswith("dict[") else ""
+    return _with_accumulation(with_implied(values), more, roots)
 
 
 def _with_accumulation(values: Values, more: str, roots: Roots) -> tuple[Values, str]:

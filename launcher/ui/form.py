@@ -21,7 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launcher.cluster import preflight
 from launcher.config import SECTIONS, Config, store
-from launcher.config.compose import compose, hydra_message, overrides_in
+from launcher.config.compose import compose, hydra_message
+from launcher.config.overrides import overrides_in
 from launcher.config.rules.rule import World
 from launcher.config.schema.data import HUB, DataConfig
 from launcher.data import source
@@ -99,8 +100,7 @@ class FormCheck:
 
 def choices(group: str) -> list[str]:
     """The files of a group of conf/."""
-    names = sorted(path.stem for path in (paths.resource("conf") / group).glob("*.yaml"))
-    return [name for name in names if name != "base"]
+    return sorted(path.stem for path in (paths.resource("conf") / group).glob("*.yaml"))
 
 
 @functools.cache

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import re
 from typing import Any
 
 from launcher.config import SECTIONS
+from launcher.config.overrides import format_value, quote
+
+__all__ = ["field_of", "format_field", "format_value", "parse_field", "type_of"]
 
 
 @functools.cache
@@ -36,30 +38,8 @@ def format_field(key: str, value: bool | str) -> str:
     if not value:
         return "[]" if type_of(key).startswith("list") else "null"
     if type_of(key).startswith("list"):
-        return f"[{','.join(_quote(item.strip()) for item in value.split(',') if item.strip())}]"
-    return _quote(value, is_text=type_of(key).startswith("str"))
-
-
-def _quote(value: str, is_text: bool = True) -> str:
-    """The value in quotes if Hydra would parse it as something else without them."""
-    plain = re.fullmatch(r"[\w./+-]+", value, re.ASCII)
-    number = re.fullmatch(r"[+-]?[\d._]+(e[+-]?\d+)?|null|true|false|nan|[+-]?inf", value, re.I)
-    if plain and not (is_text and number):
-        return value
-    quoted = re.sub(r"(\\*)'", lambda match: f"{match[1] * 2}\\'", value)
-    quoted = re.sub(r"(\\+)$", lambda match: match[1] * 2, quoted)
-    return f"'{quoted}'"
-
-
-def format_value(value: Any) -> str:
-    """A value from YAML in Hydra's grammar."""
-    if isinstance(value, str):
-        return _quote(value)
-    if isinstance(value, list):
-        return f"[{','.join(map(format_value, value))}]"
-    if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{format_value(item)}' for key, item in value.items())}}}"
-    return json.dumps(value)
+        return f"[{','.join(quote(item.strip()) for item in value.split(',') if item.strip())}]"
+    return quote(value, is_text=type_of(key).startswith("str"))
 
 
 def parse_field(key: str, text: str) -> bool | str:

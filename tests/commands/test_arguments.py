@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from launcher.commands.arguments import parse_size, picture_path
+from launcher.commands.arguments import number, parse_size, picture_path
 from launcher.errors import UserError
+from tests.helpers.commands import in_process
 
 
 @pytest.mark.parametrize(
@@ -31,3 +35,55 @@ def test_a_picture_without_a_name_gets_the_next_number(
     for name in ("a.png", "a-2.png", "a-3.png"):
         assert picture_path(None, "a.png", overwrite=False) == Path(name)
         Path(name).touch()
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "value"),
+    [
+        (number(int, 1), "1", 1),
+        (number(int, 0, 65535), "65535", 65535),
+        (number(float, 0), "0.5", 0.5),
+    ],
+)
+def test_a_number_within_its_bounds_is_parsed(
+    parse: Callable[[str], float], text: str, value: float
+) -> None:
+    assert parse(text) == value
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "sentence"),
+    [
+        (number(int, 1), "0", "0 is not a whole number of at least 1"),
+        (number(int, 0), "-1", "-1 is not a whole number of at least 0"),
+        (number(int, 0), "1.5", "1.5 is not a whole number of at least 0"),
+        (number(int, 0, 65535), "65536", "65536 is not a whole number 0 to 65535"),
+        (number(float, 0), "nan", "nan is not a number of at least 0"),
+        (number(float, 0), "inf", "inf is not a number of at least 0"),
+    ],
+)
+def test_a_number_out_of_its_bounds_is_refused(
+    parse: Callable[[str], float], text: str, sentence: str
+) -> None:
+    with pytest.raises(argparse.ArgumentTypeError) as refused:
+        parse(text)
+    assert str(refused.value) == sentence
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("logs", "runs/x", "--attempt", "0"),
+        ("logs", "runs/x", "--rank", "-1"),
+        ("consolidate", "runs/x", "--output", "y", "--workers", "-1"),
+        ("consolidate", "runs/x", "--output", "y", "--progress-seconds", "-1"),
+    ],
+)
+def test_every_verb_refuses_such_a_number_by_the_name_of_its_option(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert in_process(monkeypatch, *words) == 2
+    said = capsys.readouterr().err
+    assert re.search(
+        f"argument {words[-2]}: {words[-1]} is not a (whole )?number of at least", said
+    )

@@ -74,11 +74,7 @@ def test_a_setting_of_another_choice_names_that_choice() -> None:
     )
 
 
-def test_entries_of_a_mapping_are_added_with_a_plus_sign() -> None:
-    for key in ("method.rank_pattern", "method.rank_pattern.q_proj"):
-        assert store.describe_unknown(key).endswith(
-            "with a plus sign, +method.rank_pattern.NAME=VALUE"
-        )
+def test_limits_apply_to_the_entries_of_a_mapping() -> None:
     assert "must be ≥ 1" in "\n".join(problems(method={"rank_pattern": {"q_proj": 0}}))
 
 

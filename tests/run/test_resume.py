@@ -1,15 +1,69 @@
-"""Which settings a resumed run may change."""
+"""Which settings a resumed run may change, and the overrides that set the others back."""
 
 from __future__ import annotations
 
+import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 from launcher.config import store
+from launcher.config.compose import compose
+from launcher.config.overrides import apply_changes
+from launcher.folders.checkpoint import Checkpoint
+from launcher.run import resume
 from launcher.run.resume import compare_configs
 from tests.helpers.parts import Case
+
+
+def checkpoint(folder: Path, *overrides: str) -> Checkpoint:
+    """A checkpoint of a run with these overrides, without its tensors."""
+    path = folder / "checkpoints/step-000004"
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text(store.dump(compose([*overrides])))
+    (path / "manifest.json").write_text(json.dumps({"content": "all", "files": {}}))
+    return Checkpoint(path)
+
+
+def test_rows_that_were_read_as_the_demo_s_are_set_back(tmp_path: Path) -> None:
+    """Former versions composed data.path=FILE with the settings of the bundled rows."""
+    found = checkpoint(tmp_path, "data=demo", "data.path=rows.jsonl")
+    (message,) = resume.find_problems(found, compose(["data.path=rows.jsonl"]))
+    assert message == (
+        "step-000004 was trained with other settings (data.format: messages → auto; "
+        "data.max_length: 160 → 2048), so resuming would not continue that training → "
+        "data.format=messages data.max_length=160, or resume_force=true"
+    )
+    words = ["data.path=rows.jsonl", "data.format=messages", "data.max_length=160"]
+    assert resume.find_problems(found, compose(words)) == []
+
+
+def test_the_fix_sets_every_kind_of_setting_back(tmp_path: Path) -> None:
+    before = (
+        *("scheduler=linear", "scheduler.warmup_steps=2", "training.epochs=2", "model=tiny"),
+        *("data.columns={output: a b}", "optimizer.betas=[0.8,0.9]"),
+    )
+    now = (
+        *("scheduler=constant", "training.max_steps=7", "model=tiny"),
+        *("data.columns={output: c, system: d}", "optimizer.betas=[0.9,0.9]"),
+    )
+    found = checkpoint(tmp_path, *before)
+    (message,) = resume.find_problems(found, compose([*now]))
+    fix = shlex.split(message.rpartition(" → ")[2].removesuffix(", or resume_force=true"))
+    assert "scheduler=linear" in fix
+    assert "~data.columns.system" in fix
+    assert resume.find_problems(found, compose(apply_changes([*now], fix))) == []
+
+
+def test_other_tensors_cannot_be_forced(tmp_path: Path) -> None:
+    found = checkpoint(tmp_path, "method.rank=4")
+    (message,) = resume.find_problems(found, compose(["method.rank=8", "resume_force=true"]))
+    assert message.endswith(
+        "contains other tensors (method.rank: 4 → 8) → method.rank=4, or start from scratch with "
+        "resume=none"
+    )
 
 
 def test_new_tokens_are_part_of_the_tensors_and_older_runs_have_none(tmp_path: Path) -> None:

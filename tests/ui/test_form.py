@@ -13,6 +13,7 @@ from launcher.config import SECTIONS, store
 from launcher.config.compose import compose
 from launcher.errors import UserError
 from launcher.ui import experiment, form
+from launcher.ui.implied import with_implied
 from launcher.ui.roots import Roots
 
 
@@ -93,11 +94,41 @@ def test_an_invalid_accumulation_is_reported(roots: Roots, text: str) -> None:
 
 
 def test_rules_are_shown_in_their_group_and_can_be_fixed(roots: Roots) -> None:
-    values = typed(training__max_steps="20")
+    values = typed(training__max_steps="20", training__epochs="3")
     (problem,) = form.check_form(values, "", roots).problems
     assert form.group_of(problem) == "Length, batch and saving"
     mended, more = form.apply_overrides(values, "", form.fixes([problem]))
     assert form.check_form(mended, more, roots).problems == []
+    assert (mended["training.max_steps"], mended["training.epochs"]) == ("20", "")
+
+
+def test_a_number_of_steps_replaces_the_default_epoch(roots: Roots) -> None:
+    values = typed(training__max_steps="20")
+    found = form.check_form(values, "", roots)
+    assert found.problems == []
+    assert found.config
+    assert (found.config.training.max_steps, found.config.training.epochs) == (20, None)
+    shown = with_implied(values)
+    assert shown == values | {"training.epochs": ""}
+    assert form.check_form(shown, "", roots).config == found.config
+    assert with_implied(typed()) == typed()
+
+
+def test_own_rows_do_not_get_the_settings_of_the_demo(roots: Roots) -> None:
+    (roots.home / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    values = typed(data__path="rows.jsonl", data__packing=True)
+    found = form.check_form(values, "", roots)
+    assert found.problems == []
+    assert found.config
+    data = found.config.data
+    assert (data.format, data.max_length, data.packing) == ("auto", 2048, True)
+    shown = with_implied(values)
+    assert (shown["data"], shown["data.max_length"], shown["data.packing"]) == (
+        *("base", "2048"),
+        True,
+    )
+    assert form.check_form(shown, "", roots).config == found.config
+    assert with_implied(typed(data="alpaca", data__path="rows.jsonl"))["data"] == "alpaca"
 
 
 @pytest.mark.parametrize(
@@ -106,7 +137,8 @@ def test_rules_are_shown_in_their_group_and_can_be_fixed(roots: Roots) -> None:
 )
 def test_all_problems_are_reported_at_once(roots: Roots, lines: str) -> None:
     """A missing file does not hide broken rules."""
-    found = form.check_form(typed(training__max_steps="20"), lines, roots)
+    both = typed(training__max_steps="20", training__epochs="3")
+    found = form.check_form(both, lines, roots)
     said = "\n".join(found.problems)
     assert "nothing.jsonl" in said
     assert "[length-of-training]" in said

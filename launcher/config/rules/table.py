@@ -64,7 +64,11 @@ RULES: tuple[Rule, ...] = (
             f"training.max_steps={c.training.max_steps} and training.epochs={c.training.epochs}: "
             "set exactly one of them"
         ),
-        lambda c, w: "training.epochs=3 training.max_steps=null",
+        lambda c, w: (
+            "training.epochs=1, or training.max_steps=100"
+            if c.training.max_steps is None
+            else "training.epochs=null, or training.max_steps=null"
+        ),
         Example("training.max_steps=100 training.epochs=3"),
     ),
     Rule(

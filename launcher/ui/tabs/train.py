@@ -23,6 +23,7 @@ from launcher.ui.context import PageContext, TabLinks
 from launcher.ui.errors import show_errors
 from launcher.ui.form import ACCUMULATION, GROUPS, HYDRA_GROUPS, FormCheck, Values
 from launcher.ui.i18n import Translations
+from launcher.ui.implied import IMPLYING_FIELDS, with_implied
 
 OPEN_GROUPS = ("Model and data", "Method", "Length, batch and saving")
 EXAMPLE_STEPS = 1000  # of the learning rate chart, if only the number of epochs is known
@@ -115,6 +116,8 @@ class TrainTab:
         for group in HYDRA_GROUPS:
             switch = functools.partial(self._switch_file, group)
             self.fields[group].input(guard(switch), inputs, fields, **quick).then(**check)
+        left = [self.fields[key].blur for key in IMPLYING_FIELDS]
+        gr.on(left, guard(self._show_implied), inputs, fields, **quick).then(**check)
         settings = [*fields, self.more]
         self.fix.click(guard(self._fix), inputs, settings, **quick).then(**check)
         self.load.click(guard(self._load), [self.experiment], settings, **quick).then(**check)
@@ -173,6 +176,10 @@ class TrainTab:
     def _switch_file(self, group: str, *inputs: Any) -> list[Any]:
         values, _, _ = self._parse_inputs(inputs)
         return self._field_updates(form.switch_file(values, group))
+
+    def _show_implied(self, *inputs: Any) -> list[Any]:
+        values, _, _ = self._parse_inputs(inputs)
+        return self._field_updates(with_implied(values))
 
     def _fix(self, *inputs: Any) -> list[Any]:
         values, more, _ = self._parse_inputs(inputs)

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from launcher.commands import rules
 from launcher.commands.fetch import fetch
 from launcher.config import Config
-from launcher.config.compose import apply_changes, compose, overrides_in
+from launcher.config.compose import compose
+from launcher.config.overrides import apply_changes, overrides_in
 from launcher.config.rules import table
 from launcher.config.rules.rule import Example, Machine, Rule, World
 from launcher.config.rules.table import RULES
