@@ -28,7 +28,7 @@ from launcher.data.files.nulls import remove_nulls
 from launcher.data.files.source_files import check_streaming, encoding_content, find_files
 from launcher.data.files.text_files import codec_name, is_utf_8
 from launcher.data.source import TextPart
-from launcher.data.tokenize import RowTokenizer
+from launcher.data.tokenize import RowTokenizer, TokenBatch
 from launcher.errors import UserError
 from launcher.folders import paths
 
@@ -70,6 +70,7 @@ class StreamedRows:
                 remaining -= sizes[-1]
         self._first_rows = np.cumsum(sizes)  # number of each file's first row, and the total
         self.skipped = 0  # bad rows so far
+        self.lost = 0  # rows that were left out or cut so far
         self._said: set[str] = set()  # notes on rows, each of which is said once
         self._say = say
         self._cached = functools.lru_cache(maxsize=CACHED_ROWS)(self._tokenize)
@@ -93,6 +94,7 @@ class StreamedRows:
             self.skipped += 1
             if self.skipped <= LOGGED_ERRORS:
                 self._say(f"skipped: {message}")
+        self._say_lost(location, row_tokenizer, batch)
         notes = [*batch.notes, *[UNENDED] * bool(batch.unended)]
         for note in (note for note in notes if note not in self._said):
             self._said.add(note)
@@ -104,6 +106,21 @@ class StreamedRows:
                 "data.streaming=false"
             )
         return batch.ids, batch.loss_mask
+
+    def _say_lost(self, location: str, row_tokenizer: RowTokenizer, batch: TokenBatch) -> None:
+        """Log a row that is left out or cut, as the first of them are."""
+        lost = batch.too_long + batch.dropped + batch.truncated
+        self.lost += lost
+        if lost and self.lost <= LOGGED_ERRORS:
+            length = f"data.max_length={row_tokenizer.config.max_length}"
+            fate = (
+                f"left out, longer than {length}"
+                if batch.too_long
+                else f"cut at {length}"
+                if batch.truncated and not batch.dropped
+                else f"left out, no answer within {length}"
+            )
+            self._say(f"{location}: {fate}")
 
 
 def open_files(source: SourceConfig) -> list[IndexedFile]:

@@ -93,11 +93,7 @@ class RowTokenizer:
         template = ChatTemplate(
             self.tokenizer, self.config.template_arguments, self.config.template_date
         )
-        if unknown := template.unknown_arguments():
-            raise UserError(
-                f"data.template_arguments.{unknown[0]} is not read by the chat template; it reads "
-                f"{', '.join(template.readable_arguments()) or 'none'}"
-            )
+        template.check_arguments(self.config.template_arguments, "data.template_arguments")
         return template
 
     def _tokenize(self, rows: list[RawRow], batch: TokenBatch) -> Iterator[tuple[str, Tokens]]:
@@ -119,7 +115,9 @@ class RowTokenizer:
                 batch.notes.update(parsed.notes)
             except UserError as error:
                 self._handle(error, batch)
-        return zip(locations, tokenize_segments(self.template, segmented), strict=True)
+        counts_ends = self.config.train_on != "all"  # then prompts are in the loss too
+        tokens = tokenize_segments(self.template, segmented, counts_ends)
+        return zip(locations, tokens, strict=True)
 
     def _tokenize_texts(
         self, rows: list[RawRow], batch: TokenBatch

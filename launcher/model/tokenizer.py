@@ -59,6 +59,8 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.template={template} cannot be read: {error}") from error
+    if not text.strip():
+        raise UserError(f"data.template={template} is empty")
     if is_bundled:
         for token in sorted(set(TURN_TOKEN.findall(text))):
             if not _is_token(tokenizer, token):

@@ -19,7 +19,7 @@ from launcher.data.build import Loaders, build_loaders
 from launcher.data.dataset import cache_key
 from launcher.data.loader import Loader
 from launcher.data.source import find_problems
-from launcher.data.streaming import BLOCK_BYTES, open_files
+from launcher.data.streaming import BLOCK_BYTES, StreamedRows, open_files
 from launcher.data.tokenize import RowTokenizer
 from launcher.errors import UserError
 from launcher.model.tiny import byte_tokenizer
@@ -286,3 +286,19 @@ def test_no_tensor_is_as_long_as_the_data(config: DataConfig) -> None:
     assert isinstance(made.sequences.rows, range)
     assert isinstance(made.sequences.starts, range)
     assert not any(isinstance(value, torch.Tensor) for value in vars(made.sampler).values())
+
+
+def test_rows_that_are_lost_are_logged(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"instruction": "q", "output": "a" * length, "id": 1} for length in (5, 400)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for too_long, fate in (("drop", "left out, longer than"), ("cut", "cut at")):
+        config = DataConfig(
+            path=str(path), max_length=128, streaming=True, too_long=too_long, shuffle=False
+        )
+        lines: list[str] = []
+        streamed = StreamedRows([RowTokenizer(config, config, byte_tokenizer())], lines.append)
+        lengths = [streamed.length(row) for row in range(2)]
+        assert lengths[1] == (0 if too_long == "drop" else 128)
+        assert [line for line in lines if f"{fate} data.max_length=128" in line]
+        assert lines.count("data: column id is ignored") == 1

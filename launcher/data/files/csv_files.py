@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,21 @@ def read_csv(path: Path, encoding: str) -> Iterator[tuple[str, Any]]:
     with open_text(path, encoding, newline="") as file:
         reader = csv.DictReader(file, strict=True, delimiter=separator)
         try:
+            _check_header(path, reader.fieldnames or [])
             for row in reader:
                 location = f"{path}:{reader.line_num}"
                 uneven = None in row or None in row.values()
                 message = f"{location} does not have as many fields as the first line has names"
                 yield location, UserError(message) if uneven else row
         except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num} is not CSV: {error}") from error
+            line = reader.reader.line_num  # that of DictReader is the line of the last good row
+            raise UserError(f"{path}:{line} is not CSV: {error}") from error
+
+
+def _check_header(path: Path, names: Sequence[str]) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"{path}:1 names the column {twice[0]} twice; rename one of them")
 
 
 def _find_separator(path: Path, encoding: str) -> str:

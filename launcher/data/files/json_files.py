@@ -29,6 +29,11 @@ def read_json_lines(path: Path, encoding: str, pattern: re.Pattern[str] = ANY) -
                 try:
                     yield location, json.loads(line)
                 except (ValueError, RecursionError) as error:
+                    if number == 1 and line.strip() == "[":
+                        raise UserError(
+                            f"{path} is a list over several lines, not one object per line; rename "
+                            "it to .json"
+                        ) from error
                     yield location, UserError(f"{location} is not JSON: {error}")
 
 

@@ -31,7 +31,10 @@ def has_nested_null(row: Any) -> bool:
     if not isinstance(row, dict):
         return False
     columns = (value if isinstance(value, list) else [value] for value in row.values())
-    return any(_has_null(item, is_message=_is_message(item)) for items in columns for item in items)
+    try:
+        return any(_has_null(item, _is_message(item)) for items in columns for item in items)
+    except RecursionError:  # no argument and no schema is nested like that
+        return False
 
 
 def _is_message(item: Any) -> bool:
@@ -50,7 +53,10 @@ def may_be_added(rows: Iterable[Any]) -> bool:
     """Whether the nulls inside `rows` may come from Arrow: no two objects at the same place have
     different keys. Reads only as many rows as it takes to find two."""
     keys: dict[Place, frozenset[str]] = {}
-    return all(_have_equal_keys(row, (), keys) for row in rows)
+    try:
+        return all(_have_equal_keys(row, (), keys) for row in rows)
+    except RecursionError:
+        return False
 
 
 def _have_equal_keys(value: Any, place: Place, keys: dict[Place, frozenset[str]]) -> bool:

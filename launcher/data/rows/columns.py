@@ -22,7 +22,8 @@ PREFERENCE = (
 )
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 UNSUPPORTED = ("documents", "weight", "loss_scale")
-NO_VALUE: tuple[object, ...] = (None, "", [])
+LOSS = ("train", "loss")  # the row is in the loss
+NO_VALUE: tuple[object, ...] = (None, "", [], "[]")  # a CSV file has texts only
 
 
 def refuse_unsupported(location: str, row: Row) -> None:
@@ -30,19 +31,27 @@ def refuse_unsupported(location: str, row: Row) -> None:
     for column in PREFERENCE:
         if row.get(column) not in NO_VALUE:
             raise _preference_error(location, column)
-    label = row.get("label")
-    is_verdict = label in (True, False) if "completion" in row else isinstance(label, bool)
-    if is_verdict or str(label).lower() in ("true", "false"):
+    verdicts = {"true", "false"}
+    if "instruction" not in row:  # a number beside an instruction is the class of a text
+        verdicts |= {"0", "1", "0.0", "1.0"}
+    if str(row.get("label")).lower() in verdicts:
         raise _preference_error(location, "label")
     for column in MEDIA:
-        if row.get(column):
+        if row.get(column) not in (*NO_VALUE, {}, False):
             raise UserError(
                 f"{location} has {column}, and only text is supported; remove the column if its "
                 "rows make sense without it"
             )
     for column in UNSUPPORTED:
-        if row.get(column) not in (*NO_VALUE, 1):
+        if row.get(column) not in (*NO_VALUE, 1, "1", "1.0"):
             raise UserError(f"{location} has {column}, which is not supported; remove the column")
+    for column in LOSS:
+        if row.get(column) is False or str(row.get(column)).lower() == "false":
+            raise UserError(
+                f"{location} has {column} {row[column]!r}: a row that is not in the loss; remove it"
+            )
+    if row.get("tools") not in NO_VALUE and row.get("functions") not in NO_VALUE:
+        raise UserError(f"{location} has tools and functions; keep one of them")
 
 
 def _preference_error(location: str, column: str) -> UserError:

@@ -19,6 +19,7 @@ ALPACA_COLUMNS = {
     "output": "response",
     "history": "history",
     "system": "system",
+    "tools": "tools",
 }
 SHAREGPT_COLUMNS = {"conversations": "messages", "system": "system", "tools": "tools"}
 # Entries for other objectives than the next token, and columns that are not text.
@@ -94,7 +95,10 @@ def _format_settings(
     if formatting == "openai" and not own_tags:
         return {
             "format": "messages",
-            "columns": {"messages": columns.get("messages", "messages")},
+            "columns": {
+                "messages": columns.get("messages", "messages"),
+                **_rename_keys(columns, {"system": "system", "tools": "tools"}),
+            },
         }
     if formatting == "openai":
         own_tags = {"role": "role", "content": "content"} | own_tags

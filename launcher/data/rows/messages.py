@@ -46,6 +46,8 @@ class ReadMessage:
 
     message: Message
     in_loss: bool | None = None  # what weight, train or loss say; None: the row has none of them
+    is_call: bool = False  # a turn whose text is the JSON of calls
+    is_context: bool = False  # an answer of a prompt
     ignored: tuple[str, ...] = ()  # keys without a meaning
 
 
@@ -72,12 +74,13 @@ def read_message(location: str, turn: Row, spelling: Spelling = OPENAI) -> ReadM
     if role is None:
         allowed = ", ".join(dict.fromkeys(spelling.roles))
         raise UserError(f"{location}: {spelling.role} {speaker!r} is not one of {allowed}")
-    _refuse_unsupported(location, turn)
+    _refuse_unsupported(location, role, turn)
     text, reasoning = _read_content(location, turn, spelling.content)
-    calls = read_calls(location, turn.get("tool_calls") or turn.get("function_call") or [])
-    if role == "call":
+    key = "function_call" if turn.get("function_call") else "tool_calls"
+    calls = read_calls(location, key, turn.get(key) or [])
+    if is_call := role == "call":
         role, calls, text = "assistant", _parse_calls(location, spelling.content, text), ""
-    if role == "system" and not (text or "").strip():
+    if role == "system" and (text is None or (isinstance(text, str) and not text.strip())):
         return None
     message: Message = {"role": role}
     message["content"] = _checked_content(
@@ -87,12 +90,13 @@ def read_message(location: str, turn: Row, spelling: Spelling = OPENAI) -> ReadM
         message["tool_calls"] = calls
     if reasoning:
         message["reasoning_content"] = reasoning
-    for key in ("name", "tool_call_id"):
-        if turn.get(key):
-            message[key] = read_text(location, turn, key)
+    if turn.get("name"):
+        message["name"] = read_text(location, turn, "name")
+    if identifier := _read_identifier(location, turn, "tool_call_id"):
+        message["tool_call_id"] = identifier
     extra = turn.keys() - KNOWN_KEYS - {spelling.role, spelling.content}
     ignored = [key for key in turn if key in extra and turn[key] not in (None, "", [])]
-    return ReadMessage(message, _is_in_loss(location, role, turn), tuple(ignored))
+    return ReadMessage(message, _is_in_loss(location, role, turn), is_call, ignored=tuple(ignored))
 
 
 def read_text(location: str, row: Row, field: str) -> str:
@@ -114,17 +118,20 @@ def check_unicode(location: str, field: str, value: Any) -> None:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{location}: {field} is not Unicode text ({error.reason})") from error
+    except RecursionError as error:
+        raise UserError(f"{location}: {field} is nested too deeply") from error
 
 
-def read_calls(location: str, calls: Any) -> list[Any]:
+def read_calls(location: str, key: str, calls: Any) -> list[Any]:
     """Calls in OpenAI's format, from that format, from functions alone, or from the JSON of one.
 
-    The arguments stay an object or the JSON text of one, as they are in the row.
+    The arguments stay an object or the JSON text of one, as they are in the row. `key` names the
+    calls in error messages.
     """
-    calls = parse_json(location, "tool_calls", calls) if isinstance(calls, str) else calls
+    calls = parse_json(location, key, calls) if isinstance(calls, str) else calls
     calls = [calls] if isinstance(calls, dict) else calls  # function_call
     if not isinstance(calls, list):
-        raise UserError(f"{location}: tool_calls must be a list, not {type(calls).__name__}")
+        raise UserError(f"{location}: {key} must be a list, not {type(calls).__name__}")
     return [_read_call(location, call) for call in calls]
 
 
@@ -147,7 +154,11 @@ def read_tools(location: str, tools: Any) -> list[Any]:
 
 def read_reasoning(location: str, row: Row) -> str | None:
     """The reasoning in a row or turn, under the key that it has there, None if it has none."""
-    found = {key: row[key] for key in REASONING_KEYS if row.get(key)}
+    found = {
+        key: value
+        for key in REASONING_KEYS
+        if (value := row.get(key)) and not (isinstance(value, str) and not value.strip())
+    }
     if not found:
         return None
     texts = {read_text(location, found, key) for key in found}
@@ -169,13 +180,19 @@ def _parsed(location: str, field: str, value: Any) -> Any:
     return parse_json(location, field, value) if is_json else value or None
 
 
-def _refuse_unsupported(location: str, turn: Row) -> None:
+def _refuse_unsupported(location: str, role: str, turn: Row) -> None:
     for key in sorted(UNSUPPORTED_KEYS & turn.keys()):
         if turn[key]:
             raise UserError(
                 f"{location}: {key} changes what this message means and is not supported; remove "
                 "the key or the row"
             )
+    if turn.get("tool_calls") and turn.get("function_call"):
+        raise UserError(f"{location} has tool_calls and function_call; keep one of them")
+    keys = ("tool_calls", "function_call", *(REASONING_KEYS if role != "call" else ()))
+    misplaced = [key for key in keys if role != "assistant" and turn.get(key)]
+    if misplaced:
+        raise UserError(f"{location}: {misplaced[0]} belongs to a message of the assistant")
 
 
 def _read_content(location: str, turn: Row, field: str) -> tuple[Any, str | None]:
@@ -188,15 +205,15 @@ def _read_content(location: str, turn: Row, field: str) -> tuple[Any, str | None
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         text = part.get("text") if isinstance(part, dict) else part
         if kind == "thinking" and isinstance(part, dict):  # of Mistral's reasoning models
-            inner = part.get("thinking")
-            thoughts.append(_read_content(location, {"thinking": inner}, "thinking")[0])
+            thought, _ = _read_content(location, {field: part.get("thinking")}, field)
+            thoughts.append(thought or "")
         elif kind == "text" and isinstance(text, str):
             texts.append(text)
         else:
             raise UserError(
                 f"{location}: {field} has parts that are not text ({kind}); only text is supported"
             )
-    return "".join(texts), reasoning or "".join(map(str, thoughts)) or None
+    return "".join(texts), reasoning or "".join(thoughts) or None
 
 
 def _checked_content(location: str, role: str, content: Any, may_be_empty: bool, field: str) -> str:
@@ -229,9 +246,8 @@ def _is_in_loss(location: str, role: str, turn: Row) -> bool | None:
 
 def _parse_calls(location: str, field: str, text: Any) -> list[Any]:
     """The calls in the text of a turn: JSON of one or several, with name and arguments."""
-    return read_calls(
-        location, parse_json(location, field, read_text(location, {field: text}, field))
-    )
+    text = read_text(location, {field: text}, field)
+    return read_calls(location, field, parse_json(location, field, text))
 
 
 def _read_call(location: str, call: Any) -> Any:
@@ -242,12 +258,24 @@ def _read_call(location: str, call: Any) -> Any:
         raise UserError(f"{location}: a tool call needs a name and arguments, not {call}")
     name, arguments = read_text(location, function, "name"), function["arguments"] or {}
     if isinstance(arguments, str):
-        parse_object(f"{location}: arguments of {name}", arguments)
+        parsed = parse_object(f"{location}: arguments of {name}", arguments)
+        check_unicode(location, f"a text in the arguments of {name}", parsed)
     elif not isinstance(arguments, dict):
         raise UserError(f"{location}: arguments of {name} must be an object or its JSON text")
     function = {**function, "arguments": arguments}
+    if isinstance(call, dict) and (identifier := _read_identifier(location, call, "id")):
+        call = {**call, "id": identifier}
+        function = {**function, "id": identifier} if "id" in function else function
     is_openai = isinstance(call, dict) and "function" in call
     return {**call, "function": function} if is_openai else _openai_call(function)
+
+
+def _read_identifier(location: str, row: Row, key: str) -> str | None:
+    """The identifier of a call as text; some write numbers."""
+    value = row.get(key)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return read_text(location, row, key) if value else None
 
 
 def _openai_call(function: Row) -> Row:

@@ -3,8 +3,8 @@ torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from launcher.data.rows import columns
@@ -41,7 +41,7 @@ TAG_ROLES = {
     "observation": "tool",
     "function": "call",
 }
-GREETING = "an answer before the first question is read and not learned"
+CONTEXT = "answers before the first question or in a prompt are read and not learned"
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,19 @@ class Conversation:
     messages: list[Message]
     tools: list[Any] = field(default_factory=list)  # JSON schemas of functions
     excluded: frozenset[int] = frozenset()  # answers that their row excludes from the loss
-    greetings: frozenset[int] = frozenset()  # answers before the first question
+    context: frozenset[int] = frozenset()  # answers that are only read, because of their place
     template_arguments: dict[str, Any] = field(default_factory=dict)  # of this row alone
     notes: tuple[str, ...] = ()  # what the log should say about rows like this one
+
+    @property
+    def answers(self) -> list[int]:
+        """The numbers of the messages of the assistant."""
+        return [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+
+    @property
+    def learned(self) -> list[int]:
+        """The numbers of the answers in the loss."""
+        return [index for index in self.answers if index not in self.excluded | self.context]
 
 
 def to_conversation(location: str, row: Any, format: str, tags: dict[str, str]) -> Conversation:
@@ -77,37 +87,42 @@ def to_conversation(location: str, row: Any, format: str, tags: dict[str, str]) 
     turns, notes = READERS[format](location, row, tags)
     turns = _with_system(location, row, turns)
     turns = _with_reasoning(location, row, format, turns)
-    excluded = {index for index, turn in enumerate(turns) if turn.in_loss is False}
-    greetings = _find_greetings(turns)
-    keys = dict.fromkeys(key for turn in turns for key in turn.ignored)
-    notes = (
-        *notes,
-        *columns.ignored(row, format),
-        *map("key {} of messages is ignored".format, keys),
-    )
-    notes = (*notes, GREETING) if greetings else notes
+    turns = _with_greetings_as_context(turns)
+    check_unicode(location, "a column", list(row))
     conversation = Conversation(
         [turn.message for turn in turns],
         read_tools(location, row.get("tools") or row.get("functions")),
-        frozenset(excluded),
-        frozenset(greetings),
+        frozenset(index for index, turn in enumerate(turns) if turn.in_loss is False),
+        frozenset(index for index, turn in enumerate(turns) if turn.is_context),
         _read_template_arguments(location, row),
-        notes,
+        (*notes, *_notes(row, format, turns)),
     )
     check_unicode(location, "the row", [conversation.messages, conversation.tools])
-    answers = {i for i, turn in enumerate(turns) if turn.message["role"] == "assistant"}
-    if not answers - excluded:
+    if not conversation.learned:
         raise UserError(
             f"{location} has no answer to train on; add an assistant message or remove the row"
         )
     return conversation
 
 
-def _find_greetings(turns: list[ReadMessage]) -> set[int]:
-    """The answers before the first question, if there is one: inference does not write them."""
+def _with_greetings_as_context(turns: list[ReadMessage]) -> list[ReadMessage]:
+    """Answers before the first question, if there is one, are read: inference writes none there."""
     roles = [turn.message["role"] for turn in turns]
     first = roles.index("user") if "user" in roles else 0
-    return {i for i in range(first) if roles[i] == "assistant" and turns[i].in_loss is None}
+    return [
+        replace(turn, is_context=True)
+        if index < first and roles[index] == "assistant" and turn.in_loss is None
+        else turn
+        for index, turn in enumerate(turns)
+    ]
+
+
+def _notes(row: Row, format: str, turns: list[ReadMessage]) -> Iterator[str]:
+    yield from columns.ignored(row, format)
+    for key in dict.fromkeys(key for turn in turns for key in turn.ignored):
+        yield f"key {key} of messages is ignored"
+    if any(turn.is_context for turn in turns):
+        yield CONTEXT
 
 
 def _recognize_format(location: str, row: Row) -> str:
@@ -162,7 +177,7 @@ def _read_sharegpt(location: str, row: Row, tags: dict[str, str]) -> Turns:
                 turn[spelling.role] = speaker  # as it is named in the message
         if read := read_message(place, turn, spelling):
             turns.append(read)
-    return _join_turns(turns)
+    return _join_turns(turns, lambda turn: True)
 
 
 def _sharegpt_spelling(turn: Row, tags: dict[str, str]) -> Spelling:
@@ -173,10 +188,10 @@ def _sharegpt_spelling(turn: Row, tags: dict[str, str]) -> Spelling:
     return Spelling(tags.get("role", names[0]), tags.get("content", names[1]), roles)
 
 
-def _join_turns(turns: list[ReadMessage]) -> Turns:
+def _join_turns(turns: list[ReadMessage], may_join: Callable[[ReadMessage], bool]) -> Turns:
     """Join neighboring turns of one speaker, which many templates refuse and none ends properly.
 
-    A call that follows a text is one message, as in OpenAI's format.
+    A call that follows a text or a call is one message, as in OpenAI's format.
     """
     joined: list[ReadMessage] = []
     notes: dict[str, None] = {}
@@ -185,6 +200,7 @@ def _join_turns(turns: list[ReadMessage]) -> Turns:
         role = turn.message["role"]
         if (
             previous is None
+            or not may_join(turn)
             or role not in ("user", "assistant")
             or previous.message["role"] != role
             or previous.in_loss != turn.in_loss
@@ -199,7 +215,8 @@ def _join_turns(turns: list[ReadMessage]) -> Turns:
         message = {**previous.message, "content": "\n\n".join(texts)}
         if calls := turn.message.get("tool_calls"):
             message["tool_calls"] = [*previous.message.get("tool_calls", []), *calls]
-        joined[-1] = ReadMessage(message, turn.in_loss, (*previous.ignored, *turn.ignored))
+        ignored = (*previous.ignored, *turn.ignored)
+        joined[-1] = ReadMessage(message, turn.in_loss, ignored=ignored)
     return joined, tuple(notes)
 
 
@@ -215,17 +232,24 @@ def _read_message_list(location: str, row: Row, field: str) -> list[ReadMessage]
         spelling = _sharegpt_spelling(message, {}) if is_sharegpt else OPENAI
         if read := read_message(f"{location} {field}[{index}]", message, spelling):
             turns.append(read)
-    return turns
+    joined, _ = _join_turns(turns, lambda turn: turn.is_call)
+    return joined
 
 
 def _read_completion(location: str, row: Row, tags: dict[str, str]) -> Turns:
-    turns: list[ReadMessage] = []
+    parts: list[list[ReadMessage]] = []
     for name, role in (("prompt", "user"), ("completion", "assistant")):
         if isinstance(row.get(name), list):
-            turns += _read_message_list(location, row, name)
+            parts.append(_read_message_list(location, row, name))
         else:
-            turns.append(ReadMessage({"role": role, "content": read_text(location, row, name)}))
-    return turns, ()
+            message = {"role": role, "content": read_text(location, row, name)}
+            parts.append([ReadMessage(message)])
+    prompt, completion = parts
+    examples = [
+        replace(turn, is_context=turn.message["role"] == "assistant" and turn.in_loss is None)
+        for turn in prompt
+    ]
+    return examples + completion, ()
 
 
 READERS: dict[str, Callable[[str, Row, dict[str, str]], Turns]] = {

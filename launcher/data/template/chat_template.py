@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import date, datetime, time
 from functools import cached_property, partial
@@ -128,14 +128,21 @@ class ChatTemplate:
             raise _refused(location, error) from error
         return text, list(spans)
 
+    @cached_property
     def readable_arguments(self) -> list[str]:
         """The variables of the template that an argument can set."""
         given = {*GIVEN_VARIABLES, *self.tokenizer.special_tokens_map}
         return sorted(_get_template_variables(self.text) - given)
 
-    def unknown_arguments(self) -> list[str]:
-        """The names in `arguments` that the template does not read."""
-        return sorted(self.arguments.keys() - {*self.readable_arguments()})
+    def check_arguments(self, names: Iterable[str], prefix: str) -> None:
+        """Raises UserError for an argument that the template does not read; `prefix` says where it
+        is."""
+        unknown = sorted({*names} - {*self.readable_arguments})
+        if unknown:
+            raise UserError(
+                f"{prefix}.{unknown[0]} is not read by the chat template; it reads "
+                f"{', '.join(self.readable_arguments) or 'none'}"
+            )
 
     def _set_clock(self) -> None:
         """Set what the template's function for today's date returns. Arguments that are functions

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,8 +41,9 @@ TOOLS = [
         },
     }
 ]
-# <think>…</think> at the start of an answer: the reasoning, and the rest.
-INLINE_REASONING = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+# <think>…</think> at the start of an answer, which some write without its first tag: the reasoning,
+# and the rest.
+INLINE_REASONING = re.compile(r"\s*(?:<think>)?((?:(?!<think>).)*?)</think>(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -105,28 +107,25 @@ class Dialect:
         return {**function, "arguments": arguments}
 
     def _adapt_identifiers(self, messages: list[Message]) -> list[Message]:
-        """Give calls and results the identifiers and names that the template writes or needs.
-
-        A result without an identifier belongs to the first call before it that has none yet.
-        """
+        """Give calls and results the identifiers and names that the template writes or needs."""
         adapted: list[Message] = []
-        open_calls: list[tuple[str, str, str]] = []  # identifier in the row, new one, name
+        open_calls: list[_Call] = []
         count = 0
         for message in messages:
             if "tool_calls" in message:
-                open_calls, calls = [], []
+                calls = []
                 for call in message["tool_calls"]:
                     name, given = call["function"]["name"], call.get("id") or ""
                     identifier = self._identifier(given, name, count)
-                    open_calls.append((given, identifier, name))
+                    open_calls.append(_Call(given, name, identifier))
                     calls.append({**call, "id": identifier} if identifier else call)
                     count += 1
                 message = {**message, "tool_calls": calls}
-            elif message["role"] == "tool" and open_calls:
-                given = message.get("tool_call_id", "")
-                matching = [call for call in open_calls if call[0] == given] or open_calls
-                open_calls = [call for call in open_calls if call is not matching[0]]
-                message = self._with_identity(message, *matching[0][1:])
+            elif message["role"] == "tool":
+                call = _call_of(message, open_calls)
+                if call is not None:
+                    open_calls.remove(call)
+                    message = self._with_identity(message, call)
             adapted.append(message)
         return adapted
 
@@ -138,10 +137,27 @@ class Dialect:
             return f"functions.{name}:{number}"  # as Kimi's model card writes them
         return given
 
-    def _with_identity(self, message: Message, identifier: str, name: str) -> Message:
-        if identifier and (self.writes_ids or self.needs_nine_characters):
-            message = {**message, "tool_call_id": identifier}
-        return {"name": name, **message} if self.writes_names else message
+    def _with_identity(self, message: Message, call: _Call) -> Message:
+        if call.identifier and (self.writes_ids or self.needs_nine_characters):
+            message = {**message, "tool_call_id": call.identifier}
+        return {"name": call.name, **message} if self.writes_names else message
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    given: str  # identifier in the row
+    name: str
+    identifier: str  # as the template gets it
+
+
+def _call_of(result: Message, open_calls: list[_Call]) -> _Call | None:
+    """The call that a result answers: by its identifier, or by its name, or the first one without
+    a result. None if there is no such call."""
+    given, name = result.get("tool_call_id"), result.get("name")
+    if given:
+        return next((call for call in open_calls if call.given == given), None)
+    named = [call for call in open_calls if call.name == name] if name else open_calls
+    return next(iter(named), None)
 
 
 def shared_prefix(one: str, other: str) -> int:
@@ -242,8 +258,10 @@ def _probe_generation_prompt(render: TryRender, tail: str) -> tuple[str, str]:
     bare = bare.removesuffix(tail)
     if not prompt.startswith(bare):
         return "", ""
-    stays = max(shared_prefix(prompt, answered), len(bare))
-    return prompt[len(bare) : stays], prompt[stays:]
+    whole, before = prompt[len(bare) :], answered.partition(ANSWER)[0]
+    # A longer beginning contains the shorter ones.
+    stays = bisect(range(1, len(whole) + 1), 0, key=lambda n: whole[:n] not in before)
+    return whole[:stays], whole[stays:]
 
 
 def _probe_end(

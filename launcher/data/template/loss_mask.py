@@ -48,8 +48,13 @@ def fit(tokens: Tokens, max_length: int, too_long: str) -> Iterator[Tokens]:
             )
 
 
-def tokenize_segments(template: ChatTemplate, rows: list[list[Segment]]) -> Iterator[Tokens]:
+def tokenize_segments(
+    template: ChatTemplate, rows: list[list[Segment]], counts_ends: bool = True
+) -> Iterator[Tokens]:
     """The tokens of each row, given as the segments that `render_segments` returns.
+
+    `counts_ends`: every segment in the loss is an answer, so count those that end in no special
+    token.
 
     All rows are tokenized in one call, but each segment separately, as at inference: there the
     prompt is tokenized alone, and the answer follows. The loss covers an answer up to and including
@@ -72,7 +77,8 @@ def tokenize_segments(template: ChatTemplate, rows: list[list[Segment]]) -> Iter
             if in_loss:
                 next_in_loss = index + 1 < len(row) and row[index + 1][1]
                 end = len(segment_ids) if next_in_loss else find_end(segment_ids)
-                unended += not next_in_loss and segment_ids[end - 1] not in template.special_ids
+                is_end = end and not next_in_loss and counts_ends
+                unended += bool(is_end and segment_ids[end - 1] not in template.special_ids)
             loss_mask += [position < end for position in range(len(segment_ids))]
         yield Tokens(ids, loss_mask, unended=unended)
 

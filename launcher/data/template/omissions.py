@@ -25,46 +25,60 @@ def check_answer(
     Raises UserError if the template leaves out its reasoning, a tool call, or the text beside them.
     """
     *before, message = conversation.messages[: turn + 1]
-    key = template.dialect.reasoning_key
+    key, content = template.dialect.reasoning_key, message["content"]
     calls = message.get("tool_calls", [])
     variants: dict[str, Message] = {}
-    if key in message and message[key].strip() not in answer:
-        variants["reasoning_content"] = _without(message, key)
+    if key in message:
+        # A prompt that opens the reasoning may be continued by one that the template drops.
+        opens = bool(template.dialect.prefill) and message[key].strip() in answer
+        variants |= {} if opens else {"reasoning_content": _without(message, key)}
     if calls:
         variants["tool_calls"] = _without(message, "tool_calls")
     if len(calls) > 1:
         variants["all tool_calls but the first"] = {**message, "tool_calls": calls[:1]}
-    if message["content"].strip() not in answer:
+    if content.strip() not in answer:
+        part = f"a part of the content of message {turn + 1}"
         variants[f"the content of message {turn + 1}"] = {**message, "content": ""}
+        variants[part] = {**message, "content": f"OTHER {content}"}
+        variants[f"{part} "] = {**message, "content": f"{content} OTHER"}
     if not variants:
         return
     whole = template.render(conversation, [*before, message], location)
     for name, variant in variants.items():
         answered = [*before, variant]
         if _try_render(template, conversation, answered, add_generation_prompt=False) == whole:
-            raise _omitted(location, name)
+            raise _omitted(location, name.strip())
 
 
 def check_context(
-    template: ChatTemplate, conversation: Conversation, last: int, text: str, location: str
+    template: ChatTemplate, conversation: Conversation, learned: list[int], text: str, location: str
 ) -> None:
-    """Check what is before the answer number `last`; `text` is the rendered conversation.
+    """Check what is before the last of the answers `learned`; `text` is the rendered conversation.
 
-    Raises UserError if the template leaves out tools, or a message of another role.
+    Raises UserError if the template leaves out tools, a message of another role, or a tool call of
+    an answer that is not learned.
     """
-    messages = conversation.messages[:last]
+    messages = conversation.messages[: learned[-1]]
     variants: dict[str, list[Message]] = {}
+    position = 0
     for index, message in enumerate(messages):
-        if message["role"] != "assistant" and message["content"].strip() not in text:
+        content, name = message["content"].strip(), f"message {index + 1} ({message['role']})"
+        found = text.find(content, position)
+        position = found + len(content) if found >= 0 else position
+        other = None
+        if message["role"] == "assistant":
+            if index not in learned and "tool_calls" in message:
+                name, other = f"tool_calls of message {index + 1}", _without(message, "tool_calls")
+        elif found < 0:
             other = {**message, "content": "OTHER"}
-            name = f"message {index + 1} ({message['role']})"
+        if other is not None:
             variants[name] = [*messages[:index], other, *messages[index + 1 :]]
     if not variants and not conversation.tools:
         return
     prompt = _try_render(template, conversation, messages)
     for name, variant in variants.items():
         if prompt == _try_render(template, conversation, variant) is not None:
-            raise _omitted(location, name)
+            raise _omitted(location, name.strip())
     without = _try_render(template, conversation, messages, tools=[])
     if conversation.tools and prompt == without is not None:
         raise _omitted(location, "tools")

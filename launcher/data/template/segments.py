@@ -50,13 +50,17 @@ def render_segments(
 
     Raises UserError if the template refuses the conversation, or leaves out a part of it.
     """
-    messages, excluded = conversation.messages, conversation.excluded
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    learned = [turn for turn in answers if turn not in excluded | conversation.greetings]
+    learned, excluded = conversation.learned, conversation.excluded
+    split = conversation.answers if train_on == "all" else learned
+    if train_on == "all" and (others := excluded - {*conversation.answers}):
+        raise UserError(
+            f"{location}: message {min(others) + 1} is not in the loss, which data.train_on=all "
+            "cannot honor for a message that is no answer"
+        )
+    template.check_arguments(conversation.template_arguments, f"{location}: chat_template_kwargs")
     conversation = template.adapt(conversation)
-    split = answers if train_on == "all" else learned
     rows = _join_answers(list(_answers(template, conversation, split, location)))
-    check_context(template, conversation, split[-1], _text(rows[-1]), location)
+    check_context(template, conversation, split, _text(rows[-1]), location)
     if not learn_empty_reasoning:
         rows = [_without_empty_reasoning(row) for row in rows]
     if train_on == "all":
@@ -158,6 +162,8 @@ def _find_answer(
     if start is None:
         return None
     answer = answered[start:]
+    if not answer.strip():
+        return None
     if has_prefill:
         answer = _continue_prefill(dialect.prefill, answer, message.get(dialect.reasoning_key))
     return prompt, answer
@@ -222,18 +228,34 @@ def _split_by_marks(
     """
     messages = conversation.messages[: turn + 1]
     text, spans = template.render_marked(conversation, messages, location)
-    before = sum(m["role"] == "assistant" for m in messages[:turn])
-    if before and len(spans) != before + 1:  # a message may have several marks
-        before = len(template.render_marked(conversation, messages[:turn], location)[1])
-    if len(spans) <= before:
+    start = _start_of_marked(template, conversation, turn, text, location)
+    parts: list[Part] = []
+    done = 0
+    for begin, end in (span for span in spans if span[1] > max(start, span[0])):
+        if done and begin == done:
+            parts[-1] = Part(parts[-1].text + text[begin:end], turn)
+        else:
+            parts += [Part(text[done:begin]), Part(text[begin:end], turn)]
+        done = end
+    if not parts:
         raise UserError(
             f"{location}: the chat template marks no text of message {turn + 1} as the assistant's"
         )
-    parts, done = [], 0
-    for begin, end in spans[before:]:
-        parts += [Part(text[done:begin]), Part(text[begin:end], turn)]
-        done = end
     return parts
+
+
+def _start_of_marked(
+    template: ChatTemplate, conversation: Conversation, turn: int, text: str, location: str
+) -> int:
+    """A place in `text` behind which message number `turn` is, and no earlier one."""
+    before = conversation.messages[:turn]
+    if not any(message["role"] == "assistant" for message in before):
+        return 0
+    prompt = template.render(conversation, before, location, add_generation_prompt=True)
+    start = _start_of_answer(prompt, text, template.dialect.header)
+    if start is None:
+        raise _unclear_start(template, conversation, turn, location)
+    return start
 
 
 def _without_empty_reasoning(row: list[Part]) -> list[Part]:

@@ -338,3 +338,28 @@ def test_a_file_is_read_once_more_for_all_its_nulls(
     assert arguments(read(path)) == [{"b": 1}] * 50
     assert read(path) == read(path)
     assert len(readings) == 1
+
+
+def test_a_column_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "instruction,instruction,output\na,b,c\n")
+    assert problems(path) == [f"{path}:1 names the column instruction twice; rename one of them"]
+
+
+def test_the_line_of_a_bad_quote_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", 'instruction,output\na,b\nc,"d"x\n')
+    assert problems(path)[0].startswith(f"{path}:3 is not CSV")
+
+
+def test_a_list_over_several_lines_is_no_json_lines(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", json.dumps([{"instruction": "q", "output": "a"}], indent=1))
+    assert problems(path) == [
+        f"{path} is a list over several lines, not one object per line; rename it to .json"
+    ]
+
+
+def test_a_value_that_is_nested_deeply_is_refused_if_it_matters(tmp_path: Path) -> None:
+    deep: Any = {"city": None}
+    for _ in range(900):
+        deep = {"x": deep}
+    row = {"instruction": "q", "output": "a", "meta": deep}
+    assert problems(write(tmp_path / "a.jsonl", json.dumps(row) + "\n")) == []

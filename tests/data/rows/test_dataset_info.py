@@ -10,6 +10,7 @@ import pytest
 
 from launcher.config.schema.data import DataConfig
 from launcher.data import source
+from launcher.data.rows.row_formats import Conversation
 from launcher.data.source import TextPart
 
 # The forms of entries in LLaMA-Factory's data/README.md.
@@ -121,3 +122,27 @@ def test_a_bad_file_is_named(tmp_path: Path, content: str | None) -> None:
         path.write_text(content)
     (found,) = source.find_problems(DataConfig(dataset_info=str(path), name="a"))
     assert f"data.dataset_info={path}" in found
+
+
+@pytest.mark.parametrize("formatting", ["alpaca", "sharegpt", "openai"])
+def test_columns_for_tools_and_system_are_read(tmp_path: Path, formatting: str) -> None:
+    columns = {"tools": "my_tools", "system": "my_system"}
+    row: dict[str, Any] = {"my_tools": json.dumps([{"name": "f"}]), "my_system": "S"}
+    if formatting == "alpaca":
+        row |= {"instruction": "q", "output": "a"}
+    elif formatting == "openai":
+        columns["messages"] = "talk"
+        row["talk"] = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    else:
+        row["conversations"] = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    entry = {"file_name": "rows.json", "formatting": formatting, "columns": columns}
+    (tmp_path / "info.json").write_text(json.dumps({"mine": entry}))
+    config = DataConfig(dataset_info=str(tmp_path / "info.json"), name="mine")
+    (found,) = source.resolve_sources(config).values()
+    ((location, raw),) = source.iter_rows(found, by_line=False)
+    talk = source.parse_row(found, location, raw)
+    assert isinstance(talk, Conversation)
+    assert talk.messages[0] == {"role": "system", "content": "S"}
+    assert talk.tools == [{"type": "function", "function": {"name": "f"}}]
+    assert talk.notes == ()

@@ -67,6 +67,17 @@ def test_an_answer_that_its_author_excludes_is_not_in_the_loss(key: str, value: 
         (talk(USER, {**ANSWER, "thinking": "x", "reasoning": "y"}), "differ; keep one"),
         (talk(USER, ANSWER, chat_template_kwargs="x"), "chat_template_kwargs is not JSON"),
         (talk(USER, {"role": "assistant", "content": None}), "content is missing"),
+        (talk({**USER, "tool_calls": [CALL]}, ANSWER), "tool_calls belongs to a"),
+        (talk({**USER, "thinking": "t"}, ANSWER), "thinking belongs to a message of the"),
+        (talk(USER, {**ANSWER, "tool_calls": [CALL], "function_call": CALL}), "keep one of them"),
+        (talk(USER, {**ANSWER, "function_call": "x"}), "function_call is not JSON"),
+        (talk(USER, {**ANSWER, "tool_calls": [{**CALL, "id": [1]}]}), "id is not a text"),
+        (talk(USER, ANSWER, tools=[SCHEMA], functions=[SCHEMA]), "has tools and functions"),
+        (talk(USER, ANSWER, label=0), "has label"),
+        (talk(USER, ANSWER, train=False), "has train False"),
+        (talk(ANSWER, USER), "no answer to train on"),
+        (talk(ANSWER, USER, {**ANSWER, "weight": 0}), "no answer to train on"),
+        (talk({"role": "system", "content": 5}, USER, ANSWER), "content is not a text"),
         (talk(USER, {**ANSWER, "tool_calls": [{"function": {**CALL, "arguments": "[1]"}}]}),
          "arguments of w are JSON, but not an object"),
         (talk(USER, {**ANSWER, "tool_calls": [{"function": {**CALL, "arguments": "{"}}]}),
@@ -83,6 +94,8 @@ def test_what_cannot_be_honored_is_refused_by_its_name(row: dict[str, Any], sent
 def test_empty_columns_have_no_meaning() -> None:
     row = talk(USER, ANSWER, images=[], rejected=None, system=" ", tools="", label=None, weight=1)
     assert parse(row) == Conversation([USER, ANSWER])
+    of_csv = {"instruction": "q", "output": "a", "images": "[]", "weight": "1", "label": "3"}
+    assert parse(of_csv).messages == [USER, ANSWER]
 
 
 @pytest.mark.parametrize(
@@ -129,6 +142,14 @@ def test_reasoning_in_a_part_of_the_content_is_reasoning() -> None:
     parts = [{"type": "thinking", "thinking": "t"}, {"type": "text", "text": "a"}]
     row = talk(USER, {"role": "assistant", "content": parts})
     assert parse(row).messages[1] == {**ANSWER, "reasoning_content": "t"}
+    parts[0]["thinking"] = [{"type": "text", "text": "t"}]  # as Mistral documents it
+    assert parse(row).messages[1] == {**ANSWER, "reasoning_content": "t"}
+    parts[0]["thinking"] = None
+    assert parse(row).messages[1] == ANSWER
+
+
+def test_blank_reasoning_is_none() -> None:
+    assert parse(talk(USER, {**ANSWER, "reasoning": "\n", "thinking": ""})).messages[1] == ANSWER
 
 
 @pytest.mark.parametrize(
@@ -170,6 +191,33 @@ def test_calls_have_several_forms(turn: dict[str, Any]) -> None:
     assert found["function"] == CALL
     assert call == {"role": "assistant", "content": ""}
     assert result == {"role": "tool", "content": ""}, "a tool may return nothing"
+
+
+def test_calls_in_turns_of_their_own_are_parallel() -> None:
+    """As ms-swift writes them."""
+    turns = [{"role": "tool_call", "content": json.dumps({**CALL, "name": name})} for name in "fg"]
+    results = [{"role": "tool_response", "content": text} for text in ("one", "two")]
+    messages = parse(talk(USER, *turns, *results, ANSWER)).messages
+    assert [message["role"] for message in messages] == [
+        "user", "assistant", "tool", "tool", "assistant",
+    ]  # fmt: skip
+    assert [call["function"]["name"] for call in messages[1]["tool_calls"]] == ["f", "g"]
+
+
+def test_identifiers_may_be_numbers() -> None:
+    call = {"id": 7, "type": "function", "function": CALL}
+    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    row = talk(USER, turn, {"role": "tool", "content": "r", "tool_call_id": 7}, ANSWER)
+    messages = parse(row).messages
+    assert messages[1]["tool_calls"][0]["id"] == messages[2]["tool_call_id"] == "7"
+
+
+def test_answers_in_a_prompt_are_examples() -> None:
+    row = {"prompt": [USER, ANSWER, USER], "completion": [{**ANSWER, "content": "b"}]}
+    conversation = parse(row)
+    assert (conversation.answers, conversation.learned) == ([1, 3], [3])
+    row["prompt"][1] = {**ANSWER, "weight": 1}
+    assert parse(row).learned == [1, 3]
 
 
 def test_a_text_before_a_call_belongs_to_its_message() -> None:
@@ -220,10 +268,10 @@ def test_a_greeting_is_read_and_not_learned() -> None:
     greeting = {"role": "assistant", "content": "Hello."}
     conversation = parse(talk(greeting, USER, ANSWER))
     assert conversation.messages == [greeting, USER, ANSWER]
-    assert conversation.greetings == {0}
+    assert conversation.context == {0}
     assert any("before the first question" in note for note in conversation.notes)
-    assert not parse(talk({**greeting, "weight": 1}, USER, ANSWER)).greetings
-    assert not parse(talk({"role": "system", "content": "S"}, ANSWER)).greetings
+    assert not parse(talk({**greeting, "weight": 1}, USER, ANSWER)).context
+    assert not parse(talk({"role": "system", "content": "S"}, ANSWER)).context
 
 
 def test_columns_and_keys_without_a_meaning_are_named() -> None:
@@ -249,6 +297,8 @@ def test_arguments_of_the_template_may_be_a_column() -> None:
         talk({"role": "user", "content": "q \ud83d"}, ANSWER),
         talk(USER, {**ANSWER, "reasoning": "\ud83d"}),
         {"instruction": "q", "output": "a", "system": "\ud83d"},
+        {"instruction": "q", "output": "a", "\ud83d": 1},
+        talk(USER, {**ANSWER, "tool_calls": [{**CALL, "arguments": '{"a": "\\ud800"}'}]}),
     ],
 )
 def test_half_of_a_surrogate_pair_is_refused_wherever_it_is(row: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,11 +217,11 @@ def test_a_later_system_message_is_not_dropped() -> None:
             assert "SECRET" in tokenizer.decode(tokens.ids)
 
 
-@pytest.mark.parametrize("text", ["{% if %}", "{{ raise_exception('no') }}", b"\xff"])
+@pytest.mark.parametrize("text", ["{% if %}", "{{ raise_exception('no') }}", b"\xff", " \n"])
 def test_an_invalid_template_is_refused(tiny: Path, tmp_path: Path, text: str | bytes) -> None:
     file = tmp_path / "mine.jinja"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UserError, match=r"data\.template=.*mine\.jinja cannot"):
+    with pytest.raises(UserError, match=r"data\.template=.*mine\.jinja (cannot|is empty)"):
         load_tokenizer(tiny, False, template=str(file))
 
 
@@ -271,3 +272,86 @@ def test_a_template_sets_the_token_that_ends_its_answers(tiny: Path, tmp_path: P
     assert chatml.eos_token == "<|im_end|>"
     with pytest.raises(UserError, match=r"data\.template=gemma writes <end_of_turn>, which is not"):
         load_tokenizer(tiny, False, template="gemma")
+
+
+CHATML = (
+    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{{ ' /no_think' if switch and loop.last and m.role == 'user' else '' }}{{ '<|im_end|>\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
+)
+DROPS = CHATML.replace("m.content }}", "m.content.split('</think>')[-1] }}")  # as DeepSeek R1's
+FOUR = [*TALK[1:]]
+
+
+def with_template(text: str) -> Any:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = text
+    return tokenizer
+
+
+def test_a_template_that_changes_the_last_question_keeps_both_answers() -> None:
+    tokenizer = with_template(CHATML.replace("switch and ", ""))
+    for train_on in ("answers", "all"):
+        texts = [learned(tokens, tokenizer) for tokens in rows(tokenizer, FOUR, train_on=train_on)]
+        assert "ONE<|im_end|>" in texts[0]
+        assert "TWO<|im_end|>" in texts[1]
+
+
+@pytest.mark.parametrize(
+    "content", ["x <think>R</think> a", "<think>R</think>a <think>S</think> b"]
+)
+def test_a_part_of_an_answer_that_a_template_drops_is_named(content: str) -> None:
+    talk = [TALK[1], {"role": "assistant", "content": content}]
+    with pytest.raises(UserError, match=r"leaves out (a part of the content|reasoning_content)"):
+        rows(with_template(DROPS), talk)
+
+
+@pytest.mark.parametrize("reasoning", ["42", "4", "433"])
+def test_reasoning_that_is_also_in_the_answer_is_not_dropped(reasoning: str) -> None:
+    talk = [TALK[1], {"role": "assistant", "content": "42 is it", "reasoning_content": reasoning}]
+    with pytest.raises(UserError, match="leaves out reasoning_content"):
+        rows(with_template(CHATML), talk)
+
+
+def test_a_short_message_that_is_also_elsewhere_is_not_dropped() -> None:
+    template = CHATML.replace("for m in messages", "for m in messages if m.role != 'system'")
+    talk = [{"role": "user", "content": "You are"}, TALK[2], {"role": "system", "content": "You"}]
+    with pytest.raises(UserError, match=r"leaves out message 3 \(system\)"):
+        rows(with_template(template), [*talk, *TALK[3:]])
+
+
+def test_a_call_of_an_answer_that_is_not_learned_is_not_dropped() -> None:
+    talk = replace(WITH_TOOLS, tools=[], excluded=frozenset({1}))
+    with pytest.raises(UserError, match="leaves out tool_calls of message 2"):
+        rows(with_template(CHATML), talk)
+
+
+def test_arguments_of_a_row_are_those_that_the_template_reads() -> None:
+    tokenizer = with_template(CHATML)
+    talk = Conversation(TALK[1:3], template_arguments={"switch": False})
+    assert rows(tokenizer, talk)
+    for name in ("swich", "add_generation_prompt", "messages", "documents"):
+        with pytest.raises(UserError, match=f"chat_template_kwargs.{name} is not read"):
+            rows(tokenizer, replace(talk, template_arguments={name: True}))
+
+
+def test_a_message_with_several_marks_is_learned_whole() -> None:
+    """The end of a turn is a mark of its own, which is missing while a tool may still answer."""
+    marked = (
+        "{%- for m in messages %}{{ '[' + m.role + ']' }}{%- if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{{ 'CALL' if m.tool_calls }}{% endgeneration %}"
+        "{%- if not m.tool_calls %}{% generation %}{{ '<|im_end|>' }}{% endgeneration %}"
+        "{%- elif loop.last %}{% generation %}{{ '<|im_end|>' }}{% endgeneration %}{%- endif %}"
+        "{%- else %}{{ m.content }}{%- endif %}{%- endfor %}"
+    )
+    tokenizer = with_template(marked)
+    made = rows(tokenizer, Conversation(WITH_TOOLS.messages))
+    assert "".join(learned(tokens, tokenizer) for tokens in made).count("It is 2.<|im_end|>") == 1
+    assert made[-1].unended == 0
+
+
+def test_only_answers_may_be_excluded_where_all_tokens_are_learned() -> None:
+    talk = Conversation(TALK, excluded=frozenset({1}))
+    assert rows(byte_tokenizer(), talk)
+    with pytest.raises(UserError, match="message 2 is not in the loss, which data"):
+        rows(byte_tokenizer(), talk, train_on="all")
