@@ -15,7 +15,7 @@ import sys
 from typing import NoReturn
 
 from launcher.cluster.launch import launch, launch_sweep, print_dry_run
-from launcher.cluster.preflight import check, get_rank, under_torchrun
+from launcher.cluster.preflight import check, check_first_rows, get_rank, under_torchrun
 from launcher.config.compose import compose_command_line
 from launcher.errors import REFUSED, UserError
 from launcher.run import sweep
@@ -37,6 +37,8 @@ def train() -> int:
             raise UserError("--multirun starts several runs, but one torchrun starts one run")
         configs = sweep.assign_run_dirs(configs)
     worlds = [check(config) for config in configs]
+    if configs[0].cluster.name == "slurm":
+        check_first_rows(configs[0])  # a sweep seldom changes the rows
     if configs[0].launch.dry_run:
         if get_rank() == 0:
             print_dry_run(configs, worlds)

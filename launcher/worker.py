@@ -120,19 +120,15 @@ def prepare_and_train(run: Run, key_value_store: dist.Store | None = None) -> No
 
     from launcher.distributed import process_group
     from launcher.distributed.collectives import any_rank, first_not_none
-    from launcher.folders.model import model_folder
-    from launcher.model.tokenizer import load_tokenizer
+    from launcher.model.open import open_model
 
-    config, model = run.config, run.config.model
     rank_info = process_group.read_rank_info()
-    folder = model_folder(model.name_or_path, model.revision, model.trust_remote_code)
-    chat = config.data.format != "text"
-    tokenizer = load_tokenizer(folder, model.trust_remote_code, chat, config.data.template)
+    folder, tokenizer = open_model(run.config, run.log)
     # Opened before the rows are tokenized, because other ranks already try to connect to it.
     key_value_store = key_value_store or rendezvous.open_store()
     loaders: Loaders | None = None
     with suppress(Stopped):
-        loaders = _build_loaders(run, tokenizer, rank_info)
+        loaders = _build_loaders(run, folder, tokenizer, rank_info)
     process_group.init_process_group(rank_info, key_value_store)
     if any_rank(run.stop.requested()) or loaders is None:
         saved = finished_checkpoints(run.folder.checkpoints)
@@ -144,9 +140,12 @@ def prepare_and_train(run: Run, key_value_store: dist.Store | None = None) -> No
     dist.destroy_process_group()
 
 
-def _build_loaders(run: Run, tokenizer: PreTrainedTokenizerBase, rank_info: RankInfo) -> Loaders:
+def _build_loaders(
+    run: Run, model_folder: Path, tokenizer: PreTrainedTokenizerBase, rank_info: RankInfo
+) -> Loaders:
     """The batches for training and evaluation. Raises Stopped if a stop is requested meanwhile."""
     from launcher.data.build import build_loaders
+    from launcher.folders.vocabulary import embedding_rows
 
     return build_loaders(
         run.config.data,
@@ -156,6 +155,7 @@ def _build_loaders(run: Run, tokenizer: PreTrainedTokenizerBase, rank_info: Rank
         rank_info.world_size,
         run.log,
         run.stop.raise_if_requested,
+        embedding_rows(model_folder),
     )
 
 
@@ -166,11 +166,12 @@ def _train(
     loaders: Loaders,
     rank_info: RankInfo,
 ) -> Outcome:
-    """Build the train state, resume if there is a checkpoint, and train to the planned end or a
-    stop."""
+    """Build the train state, resume from a checkpoint, and train to the planned end or a stop."""
     from launcher.checkpoint import load
     from launcher.checkpoint.save import Saver
     from launcher.distributed.collectives import first_not_none
+    from launcher.io.answer_end import end_tokens
+    from launcher.model.open import files_to_save
     from launcher.training.build import build_train_state
     from launcher.training.compile_auto import choose_compile
     from launcher.training.packing_check import check_document_masking
@@ -182,8 +183,9 @@ def _train(
     state = build_train_state(
         config, model_folder, rank_info, loaders.fingerprint, plan.total_steps, run.log
     )
-    if config.data.template is not None:
-        state.tokenizer = tokenizer
+    state.tokenizer_files = files_to_save(config, model_folder, tokenizer)
+    if config.data.format != "text":
+        state.end_tokens = end_tokens(tokenizer)
     if config.data.packing:
         check_document_masking(state.strategy.model, device, state.vocabulary_size)
     saver = Saver(state, run.folder, config.checkpoint, config.launch.shared_disk)

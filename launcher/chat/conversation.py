@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.chat.options import Conversation
-from launcher.data.row_formats import to_conversation
+from launcher.data.rows.row_formats import to_conversation
 from launcher.errors import UserError
 
 

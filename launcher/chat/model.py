@@ -23,6 +23,7 @@ from transformers.utils import logging
 from launcher.chat.options import Conversation, Options, check_conversation
 from launcher.chat.target import ChatTarget
 from launcher.errors import UserError
+from launcher.io.answer_end import end_tokens
 
 GREEDY = Options()
 PARAMETER_SUFFIX = r"\.(lora_|token_adapter\.|base_layer\.|weight$|bias$).*"  # after a module name
@@ -131,10 +132,13 @@ class ChatModel:
         return arguments
 
     def _end_token_ids(self) -> list[int] | None:
-        """The end tokens of the model and of the tokenizer: data.template may train another one."""
+        """All tokens that may end an answer: those of the model, of the tokenizer and of its chat
+        template."""
         model_ids = self.model.generation_config.eos_token_id
         model_ids = model_ids if isinstance(model_ids, list) else [model_ids]
-        unique = dict.fromkeys([*model_ids, self.tokenizer.eos_token_id])
+        unique = dict.fromkeys(
+            [*model_ids, self.tokenizer.eos_token_id, *end_tokens(self.tokenizer)]
+        )
         return [token for token in unique if token is not None] or None
 
 

@@ -17,6 +17,7 @@ from launcher.folders.checkpoint import (
     finished_checkpoints,
     newest_checkpoint,
 )
+from launcher.folders.extended_model import extended_folder
 from launcher.folders.json_file import read_object
 from launcher.folders.kind import Kind, kinds_of
 from launcher.folders.model import CONFIG, INDEX
@@ -125,6 +126,8 @@ def _checkpoint_target(
         if is_used and (problem := manifest.problem(checkpoint.path / name, entry)):
             raise UserError(f"{problem}; name an earlier checkpoint")
     model = _find_base(checkpoint.manifest, base, recorded_base.get("name_or_path"))
+    if tokens := recorded_base.get("add_tokens"):
+        model = _with_new_tokens(checkpoint, model, tokens)
     notes: tuple[str, ...] = ()
     if summary.get(SCHEME):
         notes = (
@@ -193,6 +196,19 @@ def _find_base(recorded_in: Path, given: Path | None, recorded: object) -> Path:
             "pass its folder with --base DIR"
         )
     return Path(recorded)
+
+
+def _with_new_tokens(checkpoint: Checkpoint, base: Path, tokens: list[str]) -> Path:
+    """The folder of `base` with the tokens that training added. Raises UserError if it is no longer
+    in the cache."""
+    folder = extended_folder(base, tokens)
+    if not folder.is_dir():
+        raise UserError(
+            f"{checkpoint.path} was trained with model.add_tokens=[{','.join(tokens)}], and the "
+            f"base with these tokens is not in the cache ({folder}); make a model folder: shardway "
+            f"consolidate {checkpoint.path} --output DIR"
+        )
+    return folder
 
 
 def _shards_message(path: Path, run: Path | None) -> str:

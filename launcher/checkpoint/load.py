@@ -129,7 +129,8 @@ def _refuse_other_training(
     if trainer["data"] != train_state.origin["data"] and not force:
         raise UserError(
             f"the rows are not those of {checkpoint.path}: the data file, the tokenizer or its "
-            "chat template has changed; restore it, or start from scratch without resume "
+            "chat template has changed, or rows longer than data.max_length are no longer cut → "
+            "restore it, or data.too_long=cut, or start from scratch without resume "
             "(resume_force=true continues anyway)"
         )
 

@@ -26,14 +26,21 @@ from launcher.distributed.file_sync import FileSync
 from launcher.distributed.shards import Shard
 from launcher.errors import UserError
 from launcher.folders import manifest
-from launcher.folders.checkpoint import ADAPTER, MODEL, SCHEME, Checkpoint, checkpoint_name
+from launcher.folders.checkpoint import (
+    ADAPTER,
+    END_TOKENS,
+    MODEL,
+    SCHEME,
+    Checkpoint,
+    checkpoint_name,
+)
 from launcher.folders.run import RunDir
 from launcher.run import retention
 from launcher.training import rng
 from launcher.training.state import TrainState
 
 # Keys of trainer.json that the manifest repeats.
-MANIFEST_KEYS = ("step", "eval_loss", "content", "partial", SCHEME, "base")
+MANIFEST_KEYS = ("step", "eval_loss", "content", "partial", SCHEME, "base", END_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,7 @@ class Saver:
             "content": self.config.content,
             "partial": train_state.method.is_partial,
             SCHEME: train_state.method.quantization_scheme,
+            END_TOKENS: train_state.end_tokens,
             **train_state.origin,
         }
         if train_state.strategy.loss_scale is not None:
@@ -180,8 +188,8 @@ class Saver:
         if self.rank_info.is_main:
             folder.trainer.write_text(json.dumps(snapshot.trainer, indent=1) + "\n")
             shutil.copyfile(self.run.config, folder.config)
-            if self.train_state.tokenizer is not None:
-                self.train_state.tokenizer.save_pretrained(folder.path)
+            for name, content in self.train_state.tokenizer_files.items():
+                (folder.path / name).write_bytes(content)
         if snapshot.adapter is not None:
             weights = _select_group(snapshot.adapter, "weight")
             self.train_state.method.write(self.train_state.model, weights, folder.path / ADAPTER)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 from launcher.cluster import devices
@@ -10,8 +13,9 @@ from launcher.config import Config, store
 from launcher.config.rules.rule import Machine, World
 from launcher.config.rules.table import broken_rules
 from launcher.data import source
-from launcher.errors import UserError
+from launcher.errors import REFUSED, UserError
 from launcher.folders.checkpoint import Checkpoint
+from launcher.folders.model import is_hub_id
 from launcher.folders.run import RunDir
 from launcher.run import resume
 
@@ -25,6 +29,26 @@ def check(config: Config) -> World:
     if problems := find_problems(config, world):
         raise store.ConfigError(problems)
     return world
+
+
+def check_first_rows(config: Config) -> None:
+    """Render the first rows with the chat template, in a process of its own.
+
+    For a run that will wait in a queue: other runs find a bad row within seconds. A hub id is not
+    downloaded for this. Raises ConfigError if the template refuses a row.
+    """
+    if config.data.format == "text" or is_hub_id(config.model.name_or_path):
+        return
+    with tempfile.TemporaryDirectory(prefix="shardway-") as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(store.dump(config), encoding="utf-8")
+        command = [sys.executable, "-m", "launcher.row_check", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    last_line = (done.stderr.strip().splitlines() or [""])[-1]
+    if done.returncode == REFUSED:
+        raise store.ConfigError([last_line])
+    if done.returncode:
+        print(f"the first rows could not be checked here: {last_line}", file=sys.stderr)
 
 
 def find_problems(config: Config, world: World) -> list[str]:

@@ -199,18 +199,16 @@ def draw(lengths: NDArray[np.int32], max_length: int, picture: Path) -> None:
 
 def _load(config: Config, log: Callable[[str], None]) -> tuple[Loaders, PreTrainedTokenizerBase]:
     from launcher.data.build import build_loaders
-    from launcher.folders.model import model_folder
-    from launcher.model.tokenizer import load_tokenizer
+    from launcher.folders.vocabulary import embedding_rows
+    from launcher.model.open import open_model
 
-    model = config.model
-    folder = model_folder(model.name_or_path, model.revision, model.trust_remote_code)
-    chat = config.data.format != "text"
-    tokenizer = load_tokenizer(folder, model.trust_remote_code, chat, config.data.template)
+    folder, tokenizer = open_model(config, log)
 
     def never_stop() -> None:
         """Only Ctrl-C ends a preview."""
 
-    loaders = build_loaders(config.data, config.training, tokenizer, 0, 1, log, never_stop)
+    rows = embedding_rows(folder)
+    loaders = build_loaders(config.data, config.training, tokenizer, 0, 1, log, never_stop, rows)
     return loaders, tokenizer
 
 

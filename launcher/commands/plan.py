@@ -46,6 +46,7 @@ docs/memory.md
 # A plan needs neither rows nor weights, and does not depend on when the run evaluates or saves.
 IGNORED_TABLES = (*DATA_RULES, *SCHEDULE_RULES, *SLURM_RULES, *TRACKING_RULES)
 IGNORED_RULES = {"model-has-safetensors", "chat-has-a-template", "length-of-training"}
+IGNORED_RULES |= {"head-is-there", "tied-head-is-the-embedding"}
 IGNORED_RULES |= {"stop-before-the-end", "auto-names-a-run", "run-dir-is-new"}
 IGNORED_RULES |= {rule.id for rule in IGNORED_TABLES}
 RULES = tuple(rule for rule in ALL_RULES if rule.id not in IGNORED_RULES)

@@ -105,4 +105,9 @@ def _fill(text: str) -> str:
 
 def _list_files(files: dict[str, str]) -> str:
     indent = max(map(len, files)) + 2
-    return "\n".join(name.ljust(indent) + (files[name] or "(empty)") for name in files)
+    return "\n".join(name.ljust(indent) + _shown(content) for name, content in files.items())
+
+
+def _shown(content: str) -> str:
+    """The content of a file; binary content only as its size."""
+    return f"({len(content)} bytes)" if "\0" in content else content or "(empty)"

@@ -48,11 +48,12 @@ def build_loaders(
     world_size: int,
     say: Callable[[str], None],
     check: Callable[[], None],
+    vocabulary_size: int | None = None,
 ) -> Loaders:
     """Tokenize the data of `config`, or read it from the cache, and build the loaders of one rank.
 
-    `say` receives log lines. `check` is called regularly; if it raises, the work stops. Raises
-    UserError for data that cannot be trained on.
+    `say` receives log lines. `check` is called regularly; if it raises, the work stops. A row with
+    a token beyond `vocabulary_size` is bad. Raises UserError for data that cannot be trained on.
     """
     new_loader = partial(
         Loader,
@@ -67,17 +68,18 @@ def build_loaders(
     on_progress = TokenizationProgress(say, check)
     evaluation = None
     if config.eval_path:
-        dataset = load_evaluation(config, tokenizer, on_progress)
+        dataset = load_evaluation(config, tokenizer, on_progress, vocabulary_size)
         say(f"evaluation data: {dataset.describe()}")
         numbers = np.arange(len(dataset.rows))
         evaluation = _evaluation_loader(dataset.rows, numbers, config, new_loader)
     if config.streaming:
         sources = source.resolve_sources(config).values()
-        rows = StreamedRows([RowTokenizer(each, config, tokenizer) for each in sources], say)
+        tokenizers = [RowTokenizer(each, config, tokenizer, vocabulary_size) for each in sources]
+        rows = StreamedRows(tokenizers, say)
         say(f"data: {len(rows):,} rows, tokenized while training")
         loader = _streaming_loader(rows, config, training.seed, new_loader)
         return Loaders(loader, evaluation, rows.fingerprint)
-    dataset = load_data(config, tokenizer, on_progress)
+    dataset = load_data(config, tokenizer, on_progress, vocabulary_size)
     say(f"data: {dataset.describe()}")
     training_numbers, eval_numbers = split_rows(len(dataset.rows), config, training.seed)
     if len(eval_numbers):

@@ -8,8 +8,9 @@ of a machine share the pages, and no rank holds all rows in memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,11 @@ from launcher.data.tokenize import RowTokenizer, TokenBatch, tokenize_source
 from launcher.errors import UserError
 from launcher.folders import paths
 
-FORMAT = "3"  # part of the cache key: increase it when tokenization changes
+FORMAT = "3"  # part of every fingerprint: a run resumes only with the same one
+TOKENIZATION = "4"  # part of the names of cached files: increase it when tokenization changes
 # The names on disk; `trained` is the loss mask.
 SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.uint8()))])
+UNENDED = "answers end in no special token, so a model does not learn to stop (docs/data.md)"
 MAX_ERRORS = 20  # error messages of skipped rows that a summary keeps
 
 Row = tuple[NDArray[np.int32], NDArray[np.bool_]]  # token ids [n], loss mask [n]
@@ -43,19 +46,27 @@ class Summary:
     loss_tokens: int = 0  # tokens in the loss mask
     dropped: int = 0  # rows without a token in the loss within max_length
     truncated: int = 0  # rows cut at max_length
+    too_long: int = 0  # rows left out because they have more tokens than max_length
+    split: int = 0  # rows split at max_length
+    unended: int = 0  # answers whose last token in the loss is no special token
     skipped: int = 0  # rows that could not be read
     errors: tuple[str, ...] = ()  # the messages of the first skipped rows
+    notes: Mapping[str, int] = field(default_factory=dict)  # remark → number of rows
     nbytes: int = 0  # size of the file of record batches
 
     def add(self, batch: TokenBatch) -> Summary:
         return Summary(
-            self.rows + len(batch.lengths),
-            self.tokens + len(batch.ids),
-            self.loss_tokens + int(batch.loss_mask.sum()),
-            self.dropped + batch.dropped,
-            self.truncated + batch.truncated,
-            self.skipped + len(batch.errors),
-            (*self.errors, *batch.errors)[:MAX_ERRORS],
+            rows=self.rows + len(batch.lengths),
+            tokens=self.tokens + len(batch.ids),
+            loss_tokens=self.loss_tokens + int(batch.loss_mask.sum()),
+            dropped=self.dropped + batch.dropped,
+            truncated=self.truncated + batch.truncated,
+            too_long=self.too_long + batch.too_long,
+            split=self.split + batch.split,
+            unended=self.unended + batch.unended,
+            skipped=self.skipped + len(batch.errors),
+            errors=(*self.errors, *batch.errors)[:MAX_ERRORS],
+            notes=dict(Counter(self.notes) + batch.notes),
         )
 
     @classmethod
@@ -81,10 +92,18 @@ class Summary:
         )
         if self.truncated:
             text += f"; {self.truncated:,} rows cut at data.max_length"
+        if self.split:
+            text += f"; {self.split:,} rows split at data.max_length"
+        if self.too_long:
+            text += f"; {self.too_long:,} rows left out: longer than data.max_length"
         if self.dropped:
             text += f"; {self.dropped:,} rows left out: no answer within data.max_length"
         if self.skipped:
             text += f"; {self.skipped:,} bad rows skipped, the first: {self.errors[0]}"
+        if self.unended:
+            text += f"; {UNENDED} ({self.unended:,} of them)"
+        for note, rows in self.notes.items():
+            text += f"; {note} ({rows:,} rows)"
         return text
 
 
@@ -143,43 +162,54 @@ def load_data(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     on_progress: OnProgress = lambda rows_read: None,
+    vocabulary_size: int | None = None,
 ) -> TokenizedDataset:
     """Tokenize the sources of `config`, or read them from the cache if they were tokenized before.
 
     The cache key depends on the content of the files, the tokenizer, its chat template and the
     options, so a changed file is noticed. One process of a machine tokenizes (with its worker
     processes); the others wait for its lock. `on_progress` receives the number of rows read so far;
-    if it raises, the work stops and nothing is cached. Raises UserError if a source has no row to
-    train on.
+    if it raises, the work stops and nothing is cached. A row with a token beyond `vocabulary_size`
+    is bad. Raises UserError if a source has no row to train on.
     """
     arrow_files, summaries, keys = [], {}, []
     for name, source_config in source.resolve_sources(config).items():
-        row_tokenizer = RowTokenizer(source_config, config, tokenizer)
-        keys.append(cache_key(row_tokenizer, source.iter_content(source_config)))
-        arrow_file = paths.cache() / "tokens" / f"{keys[-1]}.arrow"
-        summaries[name] = _tokenize_once(arrow_file, row_tokenizer, on_progress)
+        row_tokenizer = RowTokenizer(source_config, config, tokenizer, vocabulary_size)
+        key = cache_key(row_tokenizer, source.iter_content(source_config))
+        arrow_file = paths.cache() / "tokens" / f"{_file_key(key, row_tokenizer)}.arrow"
+        summary = _tokenize_once(arrow_file, row_tokenizer, on_progress)
+        changed = summary.too_long or summary.split  # "" for cut, as in runs of version 0.1.0
+        keys.append(f"{key} {row_tokenizer.too_long}" if changed else key)
+        summaries[name] = summary
         arrow_files.append(arrow_file)
     rows = TokenizedRows(arrow_files)
     for name, summary in summaries.items():
         if not summary.rows:
             where = f"data.path={config.path}" if len(summaries) == 1 else f"data source {name}"
-            raise UserError(
-                f"{where}: every row is bad, the first: {summary.errors[0]}"
-                if summary.errors and not summary.dropped
-                else f"{where}: no answer lies within data.max_length={config.max_length}; "
-                "increase it"
-            )
+            raise UserError(f"{where}: {_why_empty(summary, config.max_length)}")
     fingerprint = keys[0] if len(keys) == 1 else xxhash.xxh3_128_hexdigest("".join(keys).encode())
     return TokenizedDataset(rows, summaries, fingerprint)
+
+
+def _why_empty(summary: Summary, max_length: int) -> str:
+    if summary.too_long and not summary.dropped:
+        return (
+            f"every row is longer than data.max_length={max_length} → increase it, or "
+            "data.too_long=cut"
+        )
+    if summary.errors and not summary.dropped:
+        return f"every row is bad, the first: {summary.errors[0]}"
+    return f"no answer lies within data.max_length={max_length}; increase it"
 
 
 def load_evaluation(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     on_progress: OnProgress = lambda rows_read: None,
+    vocabulary_size: int | None = None,
 ) -> TokenizedDataset:
     """The rows of `data.eval_path`, as `load_data` loads them."""
-    return load_data(source.evaluation_config(config), tokenizer, on_progress)
+    return load_data(source.evaluation_config(config), tokenizer, on_progress, vocabulary_size)
 
 
 def _tokenize_once(
@@ -236,7 +266,10 @@ def _record_batch(batch: TokenBatch) -> pa.RecordBatch:
 
 
 def cache_key(row_tokenizer: RowTokenizer, content: Iterable[bytes]) -> str:
-    """A hash of everything that tokenized rows depend on; `content` is that of the files."""
+    """A hash of everything that tokenized rows depend on; `content` is that of the files.
+
+    What a setting does by default adds nothing, so that runs of earlier versions can resume.
+    """
     config, source_config = row_tokenizer.config, row_tokenizer.source
     tokenizer = row_tokenizer.tokenizer
     backend = repr(tokenizer)
@@ -250,6 +283,28 @@ def cache_key(row_tokenizer: RowTokenizer, content: Iterable[bytes]) -> str:
     digest = xxhash.xxh3_128(repr(options).encode())
     if source_config.format == "text":
         digest.update(f"{config.concatenate}".encode())
+    else:
+        for option in _changed_options(row_tokenizer):
+            digest.update(option.encode())
     for part in content:
         digest.update(part)
     return digest.hexdigest()
+
+
+def _changed_options(row_tokenizer: RowTokenizer) -> Iterator[str]:
+    """The options of conversations that are not at their defaults."""
+    config = row_tokenizer.config
+    if config.template_arguments:
+        yield f"template_arguments={sorted(config.template_arguments.items())}"
+    if config.template_date and row_tokenizer.template.writes_date:
+        yield f"template_date={config.template_date}"
+    if not config.learn_empty_reasoning:
+        yield "learn_empty_reasoning=False"
+
+
+def _file_key(key: str, row_tokenizer: RowTokenizer) -> str:
+    """The name of the cached file of rows with this cache key."""
+    size = row_tokenizer.vocabulary_size
+    needs_check = size is not None and len(row_tokenizer.tokenizer) > size
+    parts = [key, TOKENIZATION, row_tokenizer.too_long, str(size) if needs_check else ""]
+    return xxhash.xxh3_128_hexdigest(" ".join(parts).encode())

@@ -6,14 +6,12 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerBase
 
-from launcher.data.chat_template import Tokens
 from launcher.data.source import PART_CHARACTERS, TextPart
+from launcher.data.template.loss_mask import Tokens
 
 
-def tokenize_texts(
-    tokenizer: PreTrainedTokenizerBase, texts: list[TextPart], max_length: int | None
-) -> Iterator[Tokens]:
-    """The tokens of each text, at most `max_length` of them.
+def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: list[TextPart]) -> Iterator[Tokens]:
+    """The tokens of each text.
 
     A text starts with the tokens that the tokenizer adds at the start, if any, and ends with the
     end-of-sequence token.
@@ -23,9 +21,7 @@ def tokenize_texts(
         ids = [token for piece in _split(part) for token in _token_ids(tokenizer, piece)]
         if part.is_last and end is not None and ids[-1:] != [end]:
             ids.append(end)
-        truncated = max_length is not None and len(ids) > max_length
-        ids = ids[:max_length]
-        yield Tokens(ids, [True] * len(ids), truncated)
+        yield Tokens(ids, [True] * len(ids))
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, piece: TextPart) -> list[int]:

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.schema.data import HUB, DataConfig, SourceConfig
-from launcher.data import dataset_info, file_rows
-from launcher.data.file_rows import RawRow
-from launcher.data.row_formats import Conversation, read_text, to_conversation
+from launcher.data.files import file_rows, splits, text_files
+from launcher.data.files.file_rows import RawRow
+from launcher.data.files.nulls import remove_nulls
+from launcher.data.files.source_files import check_streaming, encoding_content, find_files
+from launcher.data.rows import columns, dataset_info
+from launcher.data.rows.row_formats import Conversation, read_text, to_conversation
 from launcher.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +24,8 @@ if TYPE_CHECKING:
 
 CHECKED_AT_SUBMIT_BYTES = 32_000_000  # about a third of a second of reading
 CHECKED_AT_SUBMIT_ROWS = 1_000  # of larger files
-
+BLOCK_BYTES = 1 << 20  # read at a time
+COMPRESSION_RATIO = 8  # of a compressed file, about, to find out whether it is large
 PART_CHARACTERS = 1 << 16  # size of the parts in which a long text is read
 
 
@@ -41,7 +45,8 @@ def resolve_sources(config: DataConfig) -> dict[str, SourceConfig]:
     """The sources to train on, by name. Raises UserError for an invalid data.dataset_info."""
     if config.dataset_info:
         text = config.format == "text"
-        return dataset_info.read(config.dataset_info, config.name, text)
+        sources = dataset_info.read(config.dataset_info, config.name, text)
+        return {name: replace(each, encoding=config.encoding) for name, each in sources.items()}
     return config.sources or {config.name: config}
 
 
@@ -51,7 +56,17 @@ def evaluation_config(config: DataConfig) -> DataConfig:
     formats = {source.format for source in resolve_sources(config).values()}
     format = formats.pop() if len(formats) == 1 else "auto"
     single = replace(config, sources={}, dataset_info=None, max_rows=None, streaming=False)
-    return replace(single, path=config.eval_path, format=format)
+    path = config.eval_path or ""
+    subset = config.subset if path.startswith(HUB) or _has_subset(config) else None
+    return replace(single, path=path, format=format, subset=subset, split=splits.FOR_EVALUATION)
+
+
+def _has_subset(config: DataConfig) -> bool:
+    """Whether data.eval_path is a folder that contains data.subset."""
+    path = config.eval_path or ""
+    if config.subset is None or not Path(path).is_dir():
+        return False
+    return splits.has_subset(Path(path), file_rows.find(path, text=True), config.subset)
 
 
 def iter_rows(source: SourceConfig, by_line: bool) -> Iterator[RawRow]:
@@ -60,12 +75,8 @@ def iter_rows(source: SourceConfig, by_line: bool) -> Iterator[RawRow]:
 
     Raises UserError if a file cannot be read.
     """
-    path, text = source.path or "", source.format == "text"
-    rows = _hub_rows(source) if path.startswith(HUB) else _file_rows(path, text, by_line)
-    for number, row in enumerate(rows):
-        if number == source.max_rows:
-            break
-        yield row
+    is_hub = (source.path or "").startswith(HUB)
+    return islice(_hub_rows(source) if is_hub else _file_rows(source, by_line), source.max_rows)
 
 
 def parse_row(source: SourceConfig, location: str, row: Any) -> ParsedRow:
@@ -76,6 +87,7 @@ def parse_row(source: SourceConfig, location: str, row: Any) -> ParsedRow:
         return row
     renamed = rename_columns(location, row, source.columns)
     if source.format == "text":
+        columns.refuse_unsupported(location, renamed)
         return TextPart(read_text(location, renamed, "text"))
     return to_conversation(location, renamed, source.format, source.tags)
 
@@ -87,11 +99,15 @@ def iter_content(source: SourceConfig) -> Iterator[bytes]:
         # The fingerprint covers the content of the files and how the data set was made from them.
         yield str(_load_hub(source)._fingerprint).encode()
         return
-    for file in file_rows.find(path, source.format == "text"):
-        yield f"{file.suffix} {file.stat().st_size}".encode()
+    yield from encoding_content(source)
+    for file in find_files(source):
+        suffix = "".join(file.suffixes[-2:]) if text_files.compression_of(file) else file.suffix
+        yield f"{suffix} {file.stat().st_size}".encode()
         with file.open("rb") as opened:
-            while block := opened.read(1 << 20):
+            while block := opened.read(BLOCK_BYTES):
                 yield block
+        if file_rows.removes_nulls(file, source.encoding):
+            yield b"without nulls"  # earlier versions kept them
 
 
 def rename_columns(location: str, row: Any, columns: dict[str, str]) -> dict[str, Any]:
@@ -110,37 +126,61 @@ def find_problems(config: DataConfig) -> list[str]:
     """
     try:
         sources = list(resolve_sources(config).values())
+        streamed = [source for source in sources if config.streaming and source.path]
+        sources += [evaluation_config(config)] if config.eval_path else []
     except UserError as error:
         return [str(error)]
-    if config.eval_path:
-        sources.append(evaluation_config(config))
     sources = [source for source in sources if source.path]
-    problems = [_find_bad_row(source, config.on_bad_row == "skip") for source in sources]
+    problems = [
+        _find_bad_row(source, config.on_bad_row == "skip", source in streamed) for source in sources
+    ]
+    if (config.sources or config.dataset_info) and config.split != splits.TRAIN:
+        problems.append(
+            f"data.split={config.split} has no effect: each source has its own → remove data.split"
+        )
     if not config.dataset_info:  # LLaMA-Factory's lists name columns that a file may not have
         problems += [_find_missing_column(source) for source in sources if source.columns]
     return [problem for problem in problems if problem]
 
 
-def _find_bad_row(source: SourceConfig, skip: bool) -> str | None:
+def _find_bad_row(source: SourceConfig, skip: bool, is_streamed: bool) -> str | None:
     assert source.path is not None
-    if source.path.startswith(HUB):
-        return _check_hub_name(source.path)  # its rows are read when they are tokenized
+    is_hub = source.path.startswith(HUB)
+    if is_hub and (problem := _check_hub_name(source.path)):
+        return problem
     try:
-        files = file_rows.find(source.path, source.format == "text")
-        check_all = sum(file.stat().st_size for file in files) <= CHECKED_AT_SUBMIT_BYTES
-        for number, (location, row) in enumerate(iter_rows(source, by_line=False), start=1):
-            try:
-                parse_row(source, location, row)
-            except UserError:
-                if not skip:
-                    raise
-            if not check_all and number == CHECKED_AT_SUBMIT_ROWS:
-                break
+        text_files.codec_name(source.encoding)
+        if is_streamed:
+            check_streaming(source)
+        if not is_hub:  # the rows of the hub are read when they are tokenized
+            _check_rows(source, skip)
     except UserError as error:
         return str(error)
     except OSError as error:
         return f"data.path={error.filename} cannot be read: {error.strerror}"
     return None
+
+
+def _check_rows(source: SourceConfig, skip: bool) -> None:
+    files = find_files(source)
+    size = sum(map(_size_of_text, files))
+    check_all = size <= CHECKED_AT_SUBMIT_BYTES
+    for file in files:
+        file_rows.check(file, source.encoding)
+    rows = _file_rows(source, by_line=False, as_stored=not check_all)
+    limits = [source.max_rows, None if check_all else CHECKED_AT_SUBMIT_ROWS]
+    stop = min((limit for limit in limits if limit is not None), default=None)
+    for location, row in islice(rows, stop):
+        try:
+            parse_row(source, location, row)
+        except UserError:
+            if not skip:
+                raise
+
+
+def _size_of_text(file: Path) -> int:
+    size = file.stat().st_size
+    return size * COMPRESSION_RATIO if text_files.compression_of(file) else size
 
 
 def _check_hub_name(path: str) -> str | None:
@@ -157,7 +197,8 @@ def _find_missing_column(source: SourceConfig) -> str | None:
         return None
     columns: set[str] = set()
     with suppress(UserError, OSError):  # already reported
-        for _, row in islice(iter_rows(source, by_line=False), CHECKED_AT_SUBMIT_ROWS):
+        rows = _file_rows(source, by_line=False, as_stored=True)
+        for _, row in islice(rows, CHECKED_AT_SUBMIT_ROWS):
             columns |= row.keys() if isinstance(row, dict) else set()
     missing = [
         field for field, column in source.columns.items() if columns and column not in columns
@@ -170,30 +211,32 @@ def _find_missing_column(source: SourceConfig) -> str | None:
     )
 
 
-def _file_rows(path: str, text: bool, by_line: bool) -> Iterator[RawRow]:
-    for file in file_rows.find(path, text):
-        is_text = file_rows.suffix_of(file) == ".txt"
-        yield from _text_rows(file, by_line) if is_text else file_rows.read(file)
+def _file_rows(source: SourceConfig, by_line: bool, as_stored: bool = False) -> Iterator[RawRow]:
+    for file in find_files(source):
+        if file_rows.suffix_of(file) == ".txt":
+            yield from _text_rows(file, source.encoding, by_line)
+        else:
+            yield from file_rows.read(file, source.encoding, as_stored)
 
 
-def _text_rows(path: Path, by_line: bool) -> Iterator[RawRow]:
+def _text_rows(path: Path, encoding: str, by_line: bool) -> Iterator[RawRow]:
     """A .txt file in parts, or its lines. Only a line feed ends a line. Blank lines are left
     out."""
-    rows = _lines(path) if by_line else _parts(path)
-    return file_rows.checked_rows(path, rows, "text; add some")
+    rows = _lines(path, encoding) if by_line else _parts(path, encoding)
+    return file_rows.checked_rows(path, encoding, rows)
 
 
-def _lines(path: Path) -> Iterator[tuple[str, TextPart]]:
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
+def _lines(path: Path, encoding: str) -> Iterator[tuple[str, TextPart]]:
+    with text_files.open_text(path, encoding, newline="\n") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield f"{path}:{number}", TextPart(line.rstrip("\r\n"))
 
 
-def _parts(path: Path) -> Iterator[tuple[str, TextPart]]:
+def _parts(path: Path, encoding: str) -> Iterator[tuple[str, TextPart]]:
     """The text in parts that end at the ends of lines, so that a file of any size needs little
     memory."""
-    with path.open(encoding="utf-8-sig") as file:
+    with text_files.open_text(path, encoding) as file:
         pending, is_first = "", True
         while lines := file.readlines(PART_CHARACTERS):
             if pending.strip():
@@ -205,8 +248,10 @@ def _parts(path: Path) -> Iterator[tuple[str, TextPart]]:
 
 
 def _hub_rows(source: SourceConfig) -> Iterator[RawRow]:
-    for index, row in enumerate(_load_hub(source)):
-        yield f"{source.path}[{source.split}][{index}]", file_rows.remove_nulls(row)
+    rows = _load_hub(source)
+    split = rows.split if source.split == splits.FOR_EVALUATION else source.split
+    for index, row in enumerate(rows):
+        yield f"{source.path}[{split}][{index}]", remove_nulls(row)
 
 
 def _load_hub(source: SourceConfig) -> Dataset:
@@ -214,10 +259,21 @@ def _load_hub(source: SourceConfig) -> Dataset:
     from datasets import load_dataset  # its import takes seconds
 
     name = (source.path or "").removeprefix(HUB)
+    for_evaluation = source.split == splits.FOR_EVALUATION
     try:
-        return load_dataset(name, source.subset, split=source.split, revision=source.revision)
+        split = None if for_evaluation else source.split
+        loaded = load_dataset(name, source.subset, split=split, revision=source.revision)
     except Exception as error:  # raises whatever its readers and the network raise
+        where = "" if for_evaluation else f", split {source.split}"
         raise UserError(
-            f"data.path={source.path} (subset {source.subset}, split {source.split}) cannot be "
-            f"loaded: {error}"
+            f"data.path={source.path} (subset {source.subset}{where}) cannot be loaded: {error}"
         ) from error
+    if not for_evaluation:
+        return loaded
+    chosen = splits.choose_name(loaded, source.split)
+    if chosen is None:
+        raise UserError(
+            f"data.eval_path={source.path} has neither a validation nor a test split, but "
+            f"{', '.join(loaded)} → a file, or data.eval_rows"
+        )
+    return loaded[chosen]

@@ -19,10 +19,14 @@ import xxhash
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from launcher.config.schema.data import HUB
-from launcher.data import file_rows
-from launcher.data.dataset import Row, cache_error, cache_key
-from launcher.data.file_rows import RawRow
+from launcher.config.schema.data import SourceConfig
+from launcher.data.dataset import UNENDED, Row, cache_error, cache_key
+from launcher.data.files import file_rows
+from launcher.data.files.arrow_files import open_record_batches
+from launcher.data.files.file_rows import RawRow
+from launcher.data.files.nulls import remove_nulls
+from launcher.data.files.source_files import check_streaming, encoding_content, find_files
+from launcher.data.files.text_files import codec_name, is_utf_8
 from launcher.data.source import TextPart
 from launcher.data.tokenize import RowTokenizer
 from launcher.errors import UserError
@@ -31,6 +35,7 @@ from launcher.folders import paths
 CACHED_ROWS = 4_096  # tokenized rows in memory: a step needs a row's length first, then the row
 LOGGED_ERRORS = 20  # messages of bad rows in the log; more bad rows are only counted
 BLOCK_BYTES = 1 << 24  # read at a time
+HASH_SUFFIX = ".hash"  # of a file in the cache with the hash of a data file
 
 
 class IndexedFile(Protocol):
@@ -39,7 +44,7 @@ class IndexedFile(Protocol):
     content: str  # a hash that changes when the file does
 
     def __len__(self) -> int: ...
-    def __getitem__(self, row: int) -> RawRow:
+    def __getitem__(self, number: int) -> RawRow:
         """The location and the raw row, which is None for a blank line."""
 
 
@@ -51,20 +56,24 @@ class StreamedRows:
 
     def __init__(self, row_tokenizers: Sequence[RowTokenizer], say: Callable[[str], None]) -> None:
         self._files: list[tuple[RowTokenizer, IndexedFile]] = []
-        sizes = [0]
+        sizes, keys = [0], []
         for row_tokenizer in row_tokenizers:
             max_rows = row_tokenizer.source.max_rows
             remaining = sys.maxsize if max_rows is None else max_rows
-            for file in open_files(row_tokenizer):
+            files = open_files(row_tokenizer.source)
+            content = [f"{file.content}".encode() for file in files]
+            content += encoding_content(row_tokenizer.source)
+            keys.append(cache_key(row_tokenizer, content))
+            for file in files:
                 self._files.append((row_tokenizer, file))
                 sizes.append(min(remaining, len(file)))
                 remaining -= sizes[-1]
         self._first_rows = np.cumsum(sizes)  # number of each file's first row, and the total
         self.skipped = 0  # bad rows so far
+        self._said: set[str] = set()  # notes on rows, each of which is said once
         self._say = say
         self._cached = functools.lru_cache(maxsize=CACHED_ROWS)(self._tokenize)
-        content = [f"{file.content}".encode() for _, file in self._files]
-        self.fingerprint = " ".join(cache_key(tokenizer, content) for tokenizer in row_tokenizers)
+        self.fingerprint = " ".join(keys)
 
     def __len__(self) -> int:
         return int(self._first_rows[-1])
@@ -84,6 +93,10 @@ class StreamedRows:
             self.skipped += 1
             if self.skipped <= LOGGED_ERRORS:
                 self._say(f"skipped: {message}")
+        notes = [*batch.notes, *[UNENDED] * bool(batch.unended)]
+        for note in (note for note in notes if note not in self._said):
+            self._said.add(note)
+            self._say(f"data: {note}")
         if len(batch.lengths) > 1:
             raise UserError(
                 f"{location}: data.streaming=true needs one row per conversation, and this chat "
@@ -93,85 +106,102 @@ class StreamedRows:
         return batch.ids, batch.loss_mask
 
 
-def open_files(row_tokenizer: RowTokenizer) -> list[IndexedFile]:
+def open_files(source: SourceConfig) -> list[IndexedFile]:
     """The files of a source. Raises UserError for a format whose rows cannot be read by number."""
-    path = row_tokenizer.source.path or ""
-    if path.startswith(HUB):
-        raise UserError(
-            f"data.streaming=true reads files, and data.path={path} is downloaded completely → "
-            "data.streaming=false"
-        )
-    files = file_rows.find(path, row_tokenizer.source.format == "text")
-    return [_open_file(file) for file in files]
+    check_streaming(source)
+    return [_open_file(file, source.encoding) for file in find_files(source)]
 
 
-def _open_file(file: Path) -> IndexedFile:
-    if file_rows.suffix_of(file) in (".jsonl", ".txt"):
-        return LineFile(file)
-    if file_rows.suffix_of(file) == ".arrow":
-        return ArrowFile(file)
-    raise UserError(
-        f"data.streaming=true: the rows of {file} cannot be read by number; convert it to .jsonl "
-        "or .arrow → data.streaming=false"
-    )
+def _open_file(file: Path, encoding: str) -> IndexedFile:
+    file_rows.check(file, encoding)
+    is_arrow = file_rows.suffix_of(file) == ".arrow"
+    return ArrowFile(file) if is_arrow else LineFile(file, encoding)
 
 
 class LineFile:
     """A .jsonl file, or a .txt file by line. Empty lines are not counted; a line of spaces is an
     empty row."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, encoding: str) -> None:
         self.file = file
+        self._encoding = encoding
         self._is_text = file_rows.suffix_of(file) == ".txt"
         self._line_starts, self.content = _line_starts(file)
 
     def __len__(self) -> int:
         return len(self._line_starts) - 1
 
-    def __getitem__(self, row: int) -> RawRow:
-        begin, end = int(self._line_starts[row]), int(self._line_starts[row + 1])
+    def __getitem__(self, number: int) -> RawRow:
+        begin, end = self._line_starts[number : number + 2].tolist()
         location = f"{self.file} (byte {begin})"
+        with self.file.open("rb") as opened:
+            opened.seek(begin)
+            line = opened.read(end - begin)
         try:
-            with self.file.open("rb") as opened:
-                opened.seek(begin)
-                line = opened.read(end - begin).decode("utf-8-sig")
-            if not line.strip():
+            text = line.decode(codec_name(self._encoding))
+            if not text.strip():
                 return location, None
-            return location, TextPart(line.rstrip("\r\n")) if self._is_text else json.loads(line)
+            row = TextPart(text.rstrip("\r\n")) if self._is_text else json.loads(text)
         except (ValueError, RecursionError) as error:
-            return location, UserError(f"{location} is not JSON in UTF-8: {error}")
+            name = "UTF-8" if is_utf_8(self._encoding) else self._encoding
+            is_other = isinstance(error, UnicodeDecodeError)
+            way_out = " → data.encoding=NAME" if is_other else ""
+            return location, UserError(f"{location} is not JSON in {name}: {error}{way_out}")
+        return location, file_rows.without_nulls(self.file, self._encoding, row)
 
 
 def _line_starts(file: Path) -> tuple[NDArray[np.int64], str]:
     """The byte positions where the lines that are not empty begin, with the end of the file, and a
-    hash of the file. Cached by path, size and modification time."""
+    hash of the file. Cached."""
+    cached = _build_once(file, ".npy", _build_line_starts)
+    starts: NDArray[np.int64] = np.load(cached, mmap_mode="r")
+    if len(starts) < 2:
+        raise UserError(f"data.path={file} contains no rows; add at least one")
+    return starts, cached.with_suffix(HASH_SUFFIX).read_text()
+
+
+def _build_line_starts(file: Path, cached: Path, partial: Path) -> None:
+    digest = xxhash.xxh3_128()
+    with partial.open("wb") as out:
+        np.save(out, _find_line_starts(file, digest))
+    cached.with_suffix(HASH_SUFFIX).write_text(digest.hexdigest())
+
+
+def _content_hash(file: Path) -> str:
+    """A hash of the whole file. Cached."""
+    return _build_once(file, HASH_SUFFIX, _build_content_hash).read_text()
+
+
+def _build_content_hash(file: Path, cached: Path, partial: Path) -> None:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as opened:
+        while block := opened.read(BLOCK_BYTES):
+            digest.update(block)
+    partial.write_text(digest.hexdigest())
+
+
+def _build_once(file: Path, suffix: str, build: Callable[[Path, Path, Path], None]) -> Path:
+    """A file of the cache about `file`, by its path, size and modification time.
+
+    `build` receives `file`, the file of the cache, and a file that becomes it once it is complete.
+    """
     status = file.stat()
     name = f"{file.absolute()} {status.st_size} {status.st_mtime_ns}"
-    cached = paths.cache() / "lines" / f"{xxhash.xxh3_128_hexdigest(name.encode())}.npy"
+    cached = paths.cache() / "lines" / f"{xxhash.xxh3_128_hexdigest(name.encode())}{suffix}"
+    partial = cached.with_suffix(".partial")
     try:
         if not cached.is_file():
             cached.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(cached.with_suffix(".lock")):
                 if not cached.is_file():  # otherwise another rank built it in the meantime
-                    _build_line_starts(file, cached)
+                    try:
+                        build(file, cached, partial)
+                        partial.replace(cached)
+                    finally:
+                        partial.unlink(missing_ok=True)
     except OSError as error:
         raise cache_error(cached.parent, error) from error
-    starts: NDArray[np.int64] = np.load(cached, mmap_mode="r")
-    if len(starts) < 2:
-        raise UserError(f"data.path={file} contains no rows; add at least one")
-    return starts, cached.with_suffix(".hash").read_text()
-
-
-def _build_line_starts(file: Path, cached: Path) -> None:
-    partial = cached.with_suffix(".partial")
-    digest = xxhash.xxh3_128()
-    try:
-        with partial.open("wb") as out:
-            np.save(out, _find_line_starts(file, digest))
-        cached.with_suffix(".hash").write_text(digest.hexdigest())
-        partial.replace(cached)
-    finally:
-        partial.unlink(missing_ok=True)
+    return cached
 
 
 def _find_line_starts(file: Path, digest: xxhash.xxh3_128) -> NDArray[np.int64]:
@@ -200,16 +230,15 @@ class ArrowFile:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._batches = file_rows.open_record_batches(file)
+        self._batches = open_record_batches(file)
         self._first_rows = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
-        with file.open("rb") as opened:
-            block = opened.read(BLOCK_BYTES)
-        self.content = f"{file.stat().st_size} {xxhash.xxh3_128_hexdigest(block)}"
+        self.content = f"{file.stat().st_size} {_content_hash(file)}"
 
     def __len__(self) -> int:
         return int(self._first_rows[-1])
 
-    def __getitem__(self, row: int) -> RawRow:
-        number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-        (raw_row,) = self._batches[number].slice(row - int(self._first_rows[number]), 1).to_pylist()
-        return f"{self.file}[{row}]", file_rows.remove_nulls(raw_row)
+    def __getitem__(self, number: int) -> RawRow:
+        index = int(np.searchsorted(self._first_rows, number, side="right")) - 1
+        batch = self._batches[index].slice(number - int(self._first_rows[index]), 1)
+        (row,) = batch.to_pylist()
+        return f"{self.file}[{number}]", remove_nulls(row)

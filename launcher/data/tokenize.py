@@ -5,10 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -17,9 +18,12 @@ from transformers import PreTrainedTokenizerBase
 
 from launcher.config.schema.data import DataConfig, SourceConfig
 from launcher.data import source
-from launcher.data.chat_template import Segment, Tokens, render_segments, tokenize_segments
-from launcher.data.file_rows import RawRow
+from launcher.data.files.file_rows import RawRow
 from launcher.data.raw_text import tokenize_texts
+from launcher.data.rows import columns
+from launcher.data.template.chat_template import ChatTemplate
+from launcher.data.template.loss_mask import Tokens, fit, tokenize_segments
+from launcher.data.template.segments import Segment, render_segments
 from launcher.errors import UserError
 
 CHUNK_ROWS = 512  # tokenized in one call and written as one record batch
@@ -38,7 +42,11 @@ class TokenBatch:
     lengths: NDArray[np.int32]  # [rows]
     dropped: int = 0  # rows without a token in the loss within max_length
     truncated: int = 0  # rows cut at max_length
+    too_long: int = 0  # rows left out because they have more tokens than max_length
+    split: int = 0  # rows split at max_length
+    unended: int = 0  # answers whose last token in the loss is no special token
     errors: list[str] = field(default_factory=list)  # one message for each row that is skipped
+    notes: Counter[str] = field(default_factory=Counter)  # what the log says → number of rows
 
 
 @dataclass(frozen=True)
@@ -48,53 +56,129 @@ class RowTokenizer:
     source: SourceConfig
     config: DataConfig
     tokenizer: PreTrainedTokenizerBase
+    vocabulary_size: int | None = None  # rows of the embedding; None: not checked
 
     def __call__(self, rows: list[RawRow]) -> TokenBatch:
         """Raises UserError for the first bad row if data.on_bad_row=fail."""
-        tokens, errors = self._tokenize(rows)
-        return make_batch(tokens, errors, self.concatenates)
+        batch = TokenBatch(np.empty(0, np.int32), np.empty(0, np.bool_), np.empty(0, np.int32))
+        is_text = self.source.format == "text"
+        located = self._tokenize_texts(rows, batch) if is_text else self._tokenize(rows, batch)
+        tokens = []
+        for location, row in located:
+            if fault := self._unknown_token(location, row):
+                self._handle(UserError(fault), batch)
+            elif self.concatenates:
+                tokens.append(row)
+            else:
+                tokens += fit(row, self.config.max_length, self.too_long)
+        return make_batch(tokens, batch.errors, self.concatenates, batch.notes)
 
     @property
     def concatenates(self) -> bool:
         """Whether the rows are texts that `tokenize_source` concatenates afterward."""
         return self.source.format == "text" and self.config.concatenate
 
-    def _tokenize(self, rows: list[RawRow]) -> tuple[list[Tokens], list[str]]:
-        texts: list[source.TextPart] = []
+    @property
+    def too_long(self) -> str:
+        """What happens to a row with too many tokens: cut, drop or split."""
+        if self.config.too_long != "auto":
+            return self.config.too_long
+        if self.source.format != "text":
+            return "drop"  # without its end token, a model would learn not to stop
+        return "cut" if self.config.streaming else "split"
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """Raises UserError for an argument that the template does not read."""
+        template = ChatTemplate(
+            self.tokenizer, self.config.template_arguments, self.config.template_date
+        )
+        if unknown := template.unknown_arguments():
+            raise UserError(
+                f"data.template_arguments.{unknown[0]} is not read by the chat template; it reads "
+                f"{', '.join(template.readable_arguments()) or 'none'}"
+            )
+        return template
+
+    def _tokenize(self, rows: list[RawRow], batch: TokenBatch) -> Iterator[tuple[str, Tokens]]:
         segmented: list[list[Segment]] = []
-        errors: list[str] = []
+        locations: list[str] = []
         for location, row in rows:
             try:
                 parsed = source.parse_row(self.source, location, row)
-                if isinstance(parsed, source.TextPart):
-                    texts.append(parsed)
-                else:
-                    segmented += render_segments(
-                        self.tokenizer, parsed, self.config.train_on, location
-                    )
+                assert not isinstance(parsed, source.TextPart)
+                made = render_segments(
+                    self.template,
+                    parsed,
+                    self.config.train_on,
+                    location,
+                    self.config.learn_empty_reasoning,
+                )
+                segmented += made
+                locations += [location] * len(made)
+                batch.notes.update(parsed.notes)
             except UserError as error:
-                if self.config.on_bad_row == "fail":
-                    raise
-                errors.append(str(error))
-        max_length = None if self.concatenates else self.config.max_length
-        if self.source.format == "text":
-            return list(tokenize_texts(self.tokenizer, texts, max_length)), errors
-        return list(tokenize_segments(self.tokenizer, segmented, self.config.max_length)), errors
+                self._handle(error, batch)
+        return zip(locations, tokenize_segments(self.template, segmented), strict=True)
+
+    def _tokenize_texts(
+        self, rows: list[RawRow], batch: TokenBatch
+    ) -> Iterator[tuple[str, Tokens]]:
+        texts: list[source.TextPart] = []
+        locations: list[str] = []
+        for location, row in rows:
+            try:
+                parsed = source.parse_row(self.source, location, row)
+                assert isinstance(parsed, source.TextPart)
+                texts.append(parsed)
+                locations.append(location)
+                if isinstance(row, dict):
+                    renamed = source.rename_columns(location, row, self.source.columns)
+                    batch.notes.update(columns.ignored(renamed, "text"))
+            except UserError as error:
+                self._handle(error, batch)
+        return zip(locations, tokenize_texts(self.tokenizer, texts), strict=True)
+
+    def _handle(self, error: UserError, batch: TokenBatch) -> None:
+        if self.config.on_bad_row == "fail":
+            raise error
+        batch.errors.append(str(error))
+
+    def _unknown_token(self, location: str, row: Tokens) -> str | None:
+        """The fault of a row with a token that the model has no embedding for."""
+        largest = max(row.ids, default=0)
+        if self.vocabulary_size is None or largest < self.vocabulary_size:
+            return None
+        return (
+            f"{location} contains {self.tokenizer.convert_ids_to_tokens(largest)}, token {largest} "
+            f"of the tokenizer, but the model has embeddings for {self.vocabulary_size} tokens → "
+            "model.add_tokens=[…] for new tokens, or the tokenizer of this model"
+        )
 
 
-def make_batch(rows: list[Tokens], errors: list[str], concatenated: bool) -> TokenBatch:
+def make_batch(
+    rows: list[Tokens],
+    errors: list[str],
+    concatenated: bool,
+    notes: Counter[str] | None = None,
+) -> TokenBatch:
     """The rows that have a token in the loss; all rows if they will be `concatenated`."""
     # The first token of a row is never predicted.
     used = rows if concatenated else [row for row in rows if any(row.loss_mask[1:])]
     ids = [token for row in used for token in row.ids]
     loss_mask = [in_loss for row in used for in_loss in row.loss_mask]
+    too_long = sum(row.too_long for row in rows)
     return TokenBatch(
         np.asarray(ids, np.int32),
         np.asarray(loss_mask, np.bool_),
         np.asarray([len(row.ids) for row in used], np.int32),
-        dropped=len(rows) - len(used),
+        dropped=len(rows) - len(used) - too_long,
         truncated=sum(row.truncated for row in rows),
+        too_long=too_long,
+        split=sum(row.split for row in rows),
+        unended=sum(row.unended for row in rows),
         errors=errors,
+        notes=notes or Counter(),
     )
 
 
@@ -202,13 +286,13 @@ def _concatenate(
     for batch in batches:
         rest = np.concatenate([rest, batch.ids])
         full_rows = len(rest) // length
-        yield _text_batch(rest[: full_rows * length], [length] * full_rows, batch.errors)
+        text = _text_batch(rest[: full_rows * length], [length] * full_rows)
+        yield replace(text, errors=batch.errors, notes=batch.notes)
         rest = rest[full_rows * length :]
     if len(rest) > 1:
-        yield _text_batch(rest, [len(rest)], [])
+        yield _text_batch(rest, [len(rest)])
 
 
-def _text_batch(ids: NDArray[np.int32], lengths: list[int], errors: list[str]) -> TokenBatch:
+def _text_batch(ids: NDArray[np.int32], lengths: list[int]) -> TokenBatch:
     """A batch with all tokens in the loss."""
-    loss_mask = np.ones(len(ids), np.bool_)
-    return TokenBatch(ids.copy(), loss_mask, np.asarray(lengths, np.int32), errors=errors)
+    return TokenBatch(ids.copy(), np.ones(len(ids), np.bool_), np.asarray(lengths, np.int32))

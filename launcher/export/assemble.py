@@ -16,7 +16,7 @@ from launcher.export.assembled import Assembled, Config, Options, Tensors, namin
 from launcher.export.full_model import full_model
 from launcher.export.merge import Adapter, Merged, merge, read_adapter, split_adapters
 from launcher.export.merge.edits import same_values
-from launcher.export.merge.ties import config_value, find_embedding_pair
+from launcher.export.merge.ties import find_embedding_pair
 from launcher.export.sharded_adapter import (
     FrozenBase,
     adapter_only_result,
@@ -24,8 +24,9 @@ from launcher.export.sharded_adapter import (
     frozen_base,
     sharded_adapter,
 )
-from launcher.export.source import Source
+from launcher.export.source import Source, model_home
 from launcher.folders.json_file import read_object
+from launcher.folders.vocabulary import config_value
 from launcher.io.readers import model_folder
 from launcher.io.readers.found import FoundModel
 from launcher.io.readers.strided import Strided
@@ -163,8 +164,7 @@ def _quantization_scheme(source: Source) -> Config | None:
 
 
 def _read_config(source: Source) -> Config:
-    folders = [source.base] if source.base else list(source.extra_file_folders)
-    return read_object(next(f for f in folders if (f / "config.json").is_file()) / "config.json")
+    return read_object(model_home(source) / "config.json")
 
 
 def _read_base(path: Path, config: Config) -> Tensors:

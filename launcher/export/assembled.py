@@ -11,9 +11,10 @@ import torch
 from launcher.errors import UserError
 from launcher.export import names
 from launcher.export.merge.edits import same_values
-from launcher.export.merge.ties import config_changes, config_value, find_embedding_pair
-from launcher.export.source import Source
+from launcher.export.merge.ties import find_embedding_pair
+from launcher.export.source import Source, model_home
 from launcher.folders.kind import Kind
+from launcher.folders.vocabulary import config_changes, config_value
 from launcher.io.tensor import Tensor
 
 # Model types whose names in memory are the names on disk. For them transformers, which takes
@@ -49,9 +50,7 @@ def naming_of(source: Source, options: Options, disk: Iterable[str]) -> names.Na
 
     `disk`: the names of the base's tensors, () if there is no base.
     """
-    folders = source.extra_file_folders
-    folder = source.base or next(f for f in folders if (f / "config.json").is_file())
-    return names.find_naming(folder, options.trust_remote_code, tuple(disk))
+    return names.find_naming(model_home(source), options.trust_remote_code, tuple(disk))
 
 
 def without_twin(tensors: Tensors, config: Config) -> tuple[Tensors, Config, tuple[str, ...]]:

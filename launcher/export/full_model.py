@@ -16,9 +16,10 @@ from launcher.export.assembled import (
     with_vocabulary,
     without_twin,
 )
-from launcher.export.merge.ties import HEAD, config_value
+from launcher.export.merge.ties import HEAD
 from launcher.export.source import Source
 from launcher.folders.kind import Kind
+from launcher.folders.vocabulary import config_value
 from launcher.io.readers.found import FoundModel
 from launcher.io.tensor import Tensor
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
+from launcher.io.answer_end import end_tokens
 
 # Contents of messages that can be found again in the rendered text.
 SYSTEM, USER, ANSWER, AGAIN = "\u2460sys", "\u2461usr", "\u2462ans", "\u2463agn"
@@ -33,7 +34,8 @@ def make_modelfile(folder: Path | None, config: dict[str, Any]) -> str:
         ) from error
     if not tokenizer.chat_template:
         raise UserError(f"--modelfile: the tokenizer in {folder} has no chat template")
-    stop = dict.fromkeys(filter(None, (tokenizer.eos_token, _end_token(tokenizer))))
+    ends = tokenizer.convert_ids_to_tokens(list(end_tokens(tokenizer)))
+    stop = dict.fromkeys(filter(None, (tokenizer.eos_token, *ends)))
     lines = ["FROM .", f'TEMPLATE """{_template(tokenizer, folder)}"""']
     lines += [f'PARAMETER stop "{token}"' for token in stop]
     context = config.get("max_position_embeddings") or config.get("n_positions")
@@ -82,10 +84,3 @@ def _render(tokenizer: Any, messages: list[tuple[str, str]], add_generation_prom
         conversation, tokenize=False, add_generation_prompt=add_generation_prompt
     )
     return text
-
-
-def _end_token(tokenizer: Any) -> str | None:
-    """The special token that ends an answer. In some templates it differs from the eos token."""
-    text = _render(tokenizer, [("user", USER), ("assistant", ANSWER)], False)
-    end = text.split(ANSWER)[-1].strip()
-    return end if end in tokenizer.all_special_tokens else None

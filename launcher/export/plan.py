@@ -18,6 +18,7 @@ from launcher.export.merge.ties import find_embedding_pair
 from launcher.export.modelfile import make_modelfile
 from launcher.export.shard_plan import assign_shards, natural_sort_key
 from launcher.export.source import Source, tokenizer_folder
+from launcher.export.stop_tokens import Stops, with_stops
 from launcher.folders import versions
 from launcher.folders.json_file import read_object
 from launcher.io.readers.safetensors_file import CODES
@@ -32,7 +33,7 @@ class Plan:
     shards: list[list[Tensor]]
     actions: dict[str, str]  # name → copied | cast | gathered | merged … | replaced
     notes: tuple[str, ...]  # messages for the user
-    extra_texts: dict[str, str]  # generated text files of the folder: name → content
+    generated: dict[str, bytes]  # other files that replace the base's: name → content
 
     @property
     def tensors(self) -> Iterator[Tensor]:
@@ -102,13 +103,19 @@ def make_plan(source: Source, options: Options | None = None) -> Plan:
         max_bytes = sum(tensor.nbytes for tensor in tensors)
     else:
         max_bytes = options.max_shard_bytes
-    folder, notes, extra_texts = tokenizer_folder(source), assembled.notes, {}
-    if folder is None and not options.adapter_only:
-        notes = (*notes, "no tokenizer is known: add its files to the folder before serving it")
+    folder, notes = tokenizer_folder(source), assembled.notes
+    stops = Stops(assembled.config)
+    if not options.adapter_only:
+        stops = with_stops(source, assembled.config, options.trust_remote_code)
+        if folder is None:
+            notes += ("no tokenizer is known: add its files to the folder before serving it",)
+    generated = dict(stops.files)
     if options.modelfile:
-        extra_texts["Modelfile"] = make_modelfile(folder, assembled.config)
+        modelfile = make_modelfile(source.old_tokenizer or folder, assembled.config)
+        generated["Modelfile"] = modelfile.encode()
     shards = assign_shards(tensors, max_bytes)
-    return Plan(source, options, assembled.config, shards, assembled.actions, notes, extra_texts)
+    notes += stops.notes
+    return Plan(source, options, stops.config, shards, assembled.actions, notes, generated)
 
 
 def _check(source: Source, assembled: Assembled, options: Options) -> None:

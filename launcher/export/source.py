@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
 from launcher.folders import manifest
 from launcher.folders.adapter import SETTINGS
-from launcher.folders.checkpoint import MANIFEST, SCHEME, Checkpoint, newest_checkpoint
+from launcher.folders.checkpoint import (
+    END_TOKENS,
+    MANIFEST,
+    SCHEME,
+    Checkpoint,
+    newest_checkpoint,
+)
 from launcher.folders.json_file import read_object
 from launcher.folders.kind import SHARDED, Kind, is_run, kinds_of
 from launcher.folders.model import CONFIG, model_folder
 from launcher.folders.run import RunDir
+from launcher.io.new_tokens import extend
 from launcher.io.readers import dcp, dcp_safetensors, universal, zero
 from launcher.io.readers.found import FoundModel
+from launcher.io.tokenizer_files import SETTINGS as TOKENIZER
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,10 @@ class Source:
     extra_file_folders: tuple[Path, ...] = ()  # with config and tokenizer, in order of preference
     scheme: dict[str, Any] | None = None  # how training quantized the base, if SOURCE contains it
     partial: bool = False  # `read` returns only trained tensors; the others are those of `base`
+    end_tokens: tuple[int, ...] | None = None  # that end an answer; None: not stated
+    # Folder with the chat template and the EOS token of a tokenizer whose other files are the
+    # base's: checkpoints of old versions have them in the form of one version of transformers.
+    old_tokenizer: Path | None = None
 
     def describe(self) -> str:
         """SOURCE, its base and its adapters, one line for each."""
@@ -95,7 +107,12 @@ def tokenizer_folder(source: Source) -> Path | None:
     """The folder of the tokenizer, None if there is none. The training's folder comes before the
     base's: its tokenizer may have more tokens."""
     folders = (*source.extra_file_folders, *([source.base] if source.base else []))
-    return next((f for f in folders if (f / "tokenizer_config.json").is_file()), None)
+    return next((f for f in folders if (f / TOKENIZER).is_file()), None)
+
+
+def model_home(source: Source) -> Path:
+    """The folder whose files describe the model: that of the base, or the first with a config."""
+    return source.base or next(f for f in source.extra_file_folders if (f / CONFIG).is_file())
 
 
 def _checkpoint_source(path: Path, base: str | None, adapter_only: bool) -> Source:
@@ -106,26 +123,27 @@ def _checkpoint_source(path: Path, base: str | None, adapter_only: bool) -> Sour
     if adapter_only and checkpoint.adapter is not None:
         adapters = (checkpoint.adapter,)
         return Source(Kind.CHECKPOINT, path, adapters=adapters, extra_file_folders=(path,))
-    folder = _find_base(base, saved["base"]["name_or_path"], saved["base"]["revision"])
-    if checkpoint.adapter is not None:
-        return Source(
-            Kind.CHECKPOINT,
-            path,
-            folder,
-            adapters=(checkpoint.adapter,),
-            extra_file_folders=(path, folder),
-            scheme=saved[SCHEME] if SCHEME in saved else None,
-        )
-    assert checkpoint.model is not None
-    shards = checkpoint.model
-    return Source(
+    recorded = saved["base"]
+    folder = _find_base(base, recorded["name_or_path"], recorded["revision"])
+    if tokens := recorded.get("add_tokens"):
+        folder = extend(folder, tokens)
+    has_old = END_TOKENS not in saved and (path / TOKENIZER).is_file()
+    is_old = has_old and (folder / TOKENIZER).is_file()
+    source = Source(
         Kind.CHECKPOINT,
         path,
         folder,
-        lambda _: dcp.read_model(shards),
-        extra_file_folders=(path, folder),
-        partial="partial" in saved and bool(saved["partial"]),
+        extra_file_folders=(folder,) if is_old else (path, folder),
+        end_tokens=None if saved.get(END_TOKENS) is None else tuple(saved[END_TOKENS]),
+        old_tokenizer=path if is_old else None,
     )
+    if checkpoint.adapter is not None:
+        scheme = saved[SCHEME] if SCHEME in saved else None
+        return replace(source, adapters=(checkpoint.adapter,), scheme=scheme)
+    assert checkpoint.model is not None
+    shards = checkpoint.model
+    partial = "partial" in saved and bool(saved["partial"])
+    return replace(source, read=lambda _: dcp.read_model(shards), partial=partial)
 
 
 def _adapter_source(path: Path, base: str | None, adapter_only: bool) -> Source:
@@ -158,7 +176,7 @@ def _sharded_source(path: Path, base: str | None, tag: str | None, adapter_only:
         folder = _base_of_adapter(settings, None)
     else:
         folder = model_folder(base, None) if base else None
-    useful = (CONFIG, "tokenizer_config.json")
+    useful = (CONFIG, TOKENIZER)
     folders = [
         f for f in (*candidates, folder) if f and any((f / name).is_file() for name in useful)
     ]

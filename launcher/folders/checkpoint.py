@@ -5,6 +5,7 @@ checkpoints/step-000045/
     optimizer.safetensors     its optimizer state, unsharded
     model/ optimizer/    .metadata, __0_0.distcp …                       (torch DCP, other methods)
     rng/rank-00.safetensors   random states, one file per rank
+    tokenizer.json …     the base's tokenizer with data.template         (only with data.template)
     trainer.json         step, tokens, position in the schedule and the data
     config.yaml          the frozen configuration
     manifest.json        written last: a folder without it is not a checkpoint
@@ -24,6 +25,9 @@ ADAPTER = "adapter"
 MODEL = "model"
 # The manifest key for how QLoRA quantized the base weights, spelled as in the first checkpoints.
 SCHEME = "quantisation"
+# The manifest key for the ids of the tokens that end an answer; null: the rows have no answers.
+# Checkpoints of versions that did not save the key have a tokenizer in transformers' own form.
+END_TOKENS = "end_tokens"
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,12 @@
-"""Read a JSON object, the format of model and adapter settings. Imports no torch."""
+"""Read a JSON object, the format of model and adapter settings, and write it in the form it had.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +30,19 @@ def read_object_or_empty(path: Path) -> dict[str, Any]:
         return read_object(path)
     except UserError:
         return {}
+
+
+def dump_like(content: dict[str, Any], text: str) -> str:
+    """`content` as JSON with the indent, the escapes and the last newline of the JSON in `text`.
+
+    With "", two spaces, no escapes and a last newline.
+    """
+    indent = re.match(r"\s*\{\r?\n([ \t]*)", text)
+    is_compact = bool(text) and indent is None
+    result = json.dumps(
+        content,
+        indent=None if is_compact else (indent[1] if indent and indent[1] else 2),
+        ensure_ascii=bool(text) and text.isascii(),
+        separators=(",", ":") if is_compact and '": ' not in text else None,
+    )
+    return result + ("\n" if not text or text.endswith("\n") else "")

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from launcher.errors import UserError
-from launcher.folders.json_file import read_object_or_empty
+from launcher.folders.tensor_entries import INDEX, tensor_names
 
 CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
+GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
+# The files of a tokenizer, of any class.
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+)
 # The files of a hub repository that are downloaded.
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
@@ -64,25 +73,6 @@ def single_weights_file(folder: Path) -> Path:
         f"{folder} contains {len(files)} safetensors files and no {INDEX}: it is unclear which of "
         "them are the model"
     )
-
-
-def tensor_names(folder: Path) -> set[str]:
-    """The names of a folder's tensors, from the index or from the headers of the files.
-
-    Empty if they cannot be read: the loader then reports the reason.
-    """
-    try:
-        index = folder / INDEX
-        if index.is_file():
-            return set(read_object_or_empty(index)["weight_map"])
-        names: set[str] = set()
-        for path in folder.glob("*.safetensors"):
-            with path.open("rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                names |= json.loads(file.read(size)).keys() - {"__metadata__"}
-        return names
-    except (OSError, ValueError, KeyError):
-        return set()
 
 
 def missing_modules(folder: Path, modules: list[str]) -> list[str]:

@@ -29,6 +29,7 @@ from launcher.data.collate import collate, padded_length
 from launcher.data.loader import StepBatch
 from launcher.distributed.process_group import RankInfo
 from launcher.errors import UserError
+from launcher.folders.extended_model import padded_rows
 from launcher.folders.model import model_folder
 from launcher.memory import MemoryUsage
 from launcher.memory.fake_weights import FakeWeights, make_parameters_fake
@@ -36,6 +37,7 @@ from launcher.memory.mem_tracker import FakeTensors, MemTracker, bytes_of
 from launcher.method import METHODS
 from launcher.method.base import Method
 from launcher.method.lora import Lora
+from launcher.method.vocabulary import train_vocabulary
 from launcher.model.load import Weights, model_on_meta
 from launcher.strategy import StepResult, Strategy
 from launcher.strategy.optimizer_state import optimizer_tensors
@@ -99,6 +101,9 @@ def dry_run(config: Config, nodes: int, nproc_per_node: int) -> MemoryUsage:
     code = source.trust_remote_code
     folder = model_folder(source.name_or_path, source.revision, code, patterns=("config.json",))
     model = model_on_meta(source, folder, precision.compute, config.data.packing)
+    if source.add_tokens:  # as if the tokenizer had none of them
+        rows = padded_rows(model.get_input_embeddings().num_embeddings + len(source.add_tokens))
+        model.resize_token_embeddings(rows, mean_resizing=False)
     strategy, tracker = new_strategy(config, rank_info), MemTracker()
     with FakeTensors(), tracker.track():
         make_parameters_fake(model)
@@ -116,7 +121,10 @@ def measure(
 ) -> MemoryUsage:
     """Build the model, train `STEPS` steps and return the memory that `tracker` counts. Also works
     with real tensors."""
-    method = _build_method(config.method)
+    keep_tie = bool(config.model.add_tokens)
+    if keep_tie:
+        config = dataclasses.replace(config, method=train_vocabulary(config.method, model))
+    method = _build_method(config.method, keep_tie)
     device, training = rank_info.device, config.training
     assembled = assemble(config, model, weights, method, new_strategy, device, lambda line: None)
     strategy = assembled.strategy
@@ -159,13 +167,13 @@ def longest_step_batch(config: Config, ranks: int) -> StepBatch:
     return StepBatch([batch] * micro_batches, count, count, count, count, count)
 
 
-def _build_method(config: MethodConfig) -> Method:
+def _build_method(config: MethodConfig, keep_tie: bool) -> Method:
     """The method of `config`. The values of an existing adapter are not loaded: its settings
     contain the shapes."""
     method = METHODS[config.name]
     if isinstance(config, LoraConfig):
         assert issubclass(method, Lora)
-        return method(config, load_adapter=False)
+        return method(config, load_adapter=False, keep_tie=keep_tie)
     return method(config)
 
 

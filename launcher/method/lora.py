@@ -29,6 +29,7 @@ from launcher.method.initial_delta import (
 from launcher.method.peft_tensors import (
     ADAPTER_NAME,
     lora_layers,
+    tied_names,
     to_model_names,
     to_peft_names,
     trained_deltas,
@@ -50,9 +51,15 @@ class Lora:
     is_partial = False
     quantization_scheme: dict[str, Any] | None = None
 
-    def __init__(self, config: LoraConfig, load_adapter: bool = True) -> None:
-        """`load_adapter`: read the values of an existing adapter, not only its settings."""
-        self.config, self.load_adapter = config, load_adapter
+    def __init__(
+        self, config: LoraConfig, load_adapter: bool = True, keep_tie: bool = False
+    ) -> None:
+        """`load_adapter`: read the values of an existing adapter, not only its settings.
+
+        `keep_tie`: a head that is tied to a module in `modules_to_save` is trained with it.
+        """
+        self.config, self.load_adapter, self.keep_tie = config, load_adapter, keep_tie
+        self._tied: dict[str, str] = {}  # another name of a trained parameter → its name
         # Module → the change of the base before training.
         self._initial_deltas: dict[str, LowRankDelta] = {}
 
@@ -72,6 +79,7 @@ class Lora:
         self._initial_deltas = existing_adapter.merge_adapters(model, base, config.merge_first)
         self._quantize(model, weights, device)
         wrapped = self._wrap(model)
+        self._tied = tied_names(wrapped)
         torch.manual_seed(seed)
         layers = lora_layers(wrapped)
         for layer in layers.values():
@@ -106,8 +114,8 @@ class Lora:
                 f"{len(wrong)} tensors of the gathered adapter are missing or unexpected, such as "
                 f"{wrong[:3]}"
             )
-        tensors = to_peft_names(model, trained)
-        if len(tensors) != len(trained):
+        tensors = to_peft_names(model, trained, self._tied)
+        if len(tensors) != len(trained) + len(self._tied):
             raise RuntimeError(f"PEFT kept {len(tensors)} of {len(trained)} adapter tensors")
         config = copy.copy(model.peft_config[ADAPTER_NAME])
         if self._initial_deltas:
@@ -121,14 +129,14 @@ class Lora:
         folder.mkdir(parents=True)
         config.save_pretrained(folder)
         # Not save_file: it creates files that only their owner can read, whatever the umask.
-        content = save({name: t.contiguous() for name, t in tensors.items()}, {"format": "pt"})
+        content = save(_without_shared_memory(tensors), {"format": "pt"})
         (folder / WEIGHTS).write_bytes(content)
 
     def read(self, model: PeftModel, folder: Path) -> dict[str, torch.Tensor]:
         """Raises UserError if the folder's adapter is not one of this run."""
         saved = load_file(folder / WEIGHTS)
         self._remove_initial_deltas(model, saved)
-        return to_model_names(model, saved, folder)
+        return to_model_names(model, saved, folder, self._tied)
 
     def _wrap(self, model: nn.Module) -> PeftModel:
         targets = self.config.target_modules
@@ -136,10 +144,13 @@ class Lora:
             raise UserError(
                 f"method.target_modules={targets}: all-linear cannot be combined with other names"
             )
+        keep_tie = self.keep_tie and _is_tied(model)
         try:
             with warnings.catch_warnings():  # export unties tied weights if they differ
                 warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
-                wrapped = get_peft_model(model, self._peft_config(), autocast_adapter_dtype=False)
+                wrapped = get_peft_model(
+                    model, self._peft_config(keep_tie), autocast_adapter_dtype=False
+                )
         except ValueError as error:
             raise UserError(f"method.target_modules={targets}: {error}") from error
         if self.config.adapter is None:
@@ -148,7 +159,7 @@ class Lora:
         self._check_modules_to_save(wrapped)
         return wrapped
 
-    def _peft_config(self) -> PeftConfig:
+    def _peft_config(self, keep_tie: bool) -> PeftConfig:
         config = self.config
         if config.adapter is not None:
             folder = existing_adapter.find_adapter(config.adapter, "method.adapter")
@@ -168,6 +179,7 @@ class Lora:
             rank_pattern=dict(config.rank_pattern),
             alpha_pattern=config.resolved_alpha_pattern(),
             modules_to_save=list(config.modules_to_save) or None,
+            ensure_weight_tying=keep_tie,
             task_type="CAUSAL_LM",
         )
 
@@ -218,7 +230,8 @@ class Lora:
 
     def _load_adapter(self, model: PeftModel, path: str) -> None:
         folder = existing_adapter.find_adapter(path, "method.adapter")
-        values = to_model_names(model, existing_adapter.read_adapter_tensors(path), folder)
+        saved = existing_adapter.read_adapter_tensors(path)
+        values = to_model_names(model, saved, folder, self._tied)
         parameters = dict(model.named_parameters())
         for name, value in values.items():
             if parameters[name].shape != value.shape:
@@ -226,8 +239,10 @@ class Lora:
                     f"method.adapter={path} belongs to another model: the shape of {name} is "
                     f"{list(value.shape)}, not {list(parameters[name].shape)}"
                 )
-            module, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(module), attribute, nn.Parameter(value.float()))
+            parameter = nn.Parameter(value.float())
+            for each in (name, *(other for other, same in self._tied.items() if same == name)):
+                module, _, attribute = each.rpartition(".")
+                setattr(model.get_submodule(module), attribute, parameter)
 
     def _remove_initial_deltas(self, model: PeftModel, saved: dict[str, torch.Tensor]) -> None:
         """Reduce the tensors of a folder to the trained adapter. Raises UserError if the initial
@@ -246,6 +261,21 @@ class Lora:
                 rank, scale = layer.r[ADAPTER_NAME], layer.scaling[ADAPTER_NAME]
                 saved[key_a], saved[key_b] = right[:rank], left[:, :rank]
             check_same_delta(module, LowRankDelta(left[:, rank:] * scale, right[rank:]), current)
+
+
+def _without_shared_memory(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tied tensors are copied: safetensors refuses tensors that share memory."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        result[name] = tensor.clone() if id(tensor) in seen else tensor.contiguous()
+        seen.add(id(tensor))
+    return result
+
+
+def _is_tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def _check_targets(model: PeftModel, targets: list[str]) -> None:

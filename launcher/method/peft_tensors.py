@@ -36,24 +36,40 @@ def trained_deltas(model: PeftModel, tensors: dict[str, torch.Tensor]) -> Scaled
     }
 
 
-def to_peft_names(model: PeftModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename `tensors` from the names in `model` to those in PEFT's files."""
+def tied_names(model: PeftModel) -> dict[str, str]:
+    """Another name of a trained parameter in `model` → the name that `named_parameters` gives."""
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        canonical = first.setdefault(id(parameter), name)
+        if parameter.requires_grad and canonical != name:
+            names[name] = canonical
+    return names
+
+
+def to_peft_names(
+    model: PeftModel, tensors: dict[str, torch.Tensor], tied: dict[str, str]
+) -> dict[str, torch.Tensor]:
+    """Rename `tensors` from the names in `model` to those in PEFT's files, which contain a tied
+    parameter under each of its names."""
+    copies = {other: tensors[name] for other, name in tied.items()}
     renamed: dict[str, torch.Tensor] = get_peft_model_state_dict(
-        model, state_dict=tensors, save_embedding_layers=False
+        model, state_dict=tensors | copies, save_embedding_layers=False
     )
     return renamed
 
 
 def to_model_names(
-    model: PeftModel, saved: dict[str, torch.Tensor], folder: Path
+    model: PeftModel, saved: dict[str, torch.Tensor], folder: Path, tied: dict[str, str]
 ) -> dict[str, torch.Tensor]:
     """Rename `saved` from the names in PEFT's files to those in `model`. Raises UserError if they
     are not the tensors of its adapter."""
     placeholders = {name: torch.empty(0) for name, p in model.named_parameters() if p.requires_grad}
     # PEFT's own renaming, applied to placeholders, gives the name of each parameter in a file.
-    peft_names = {id(t): name for name, t in to_peft_names(model, placeholders).items()}
+    renamed = to_peft_names(model, placeholders, tied)
+    peft_names = {id(tensor): name for name, tensor in renamed.items()}
     peft_name_of = {name: peft_names[id(t)] for name, t in placeholders.items()}
-    if differing := sorted(saved.keys() ^ set(peft_name_of.values())):
+    if differing := sorted(saved.keys() ^ renamed.keys()):
         raise UserError(
             f"{folder} contains a different adapter: {len(differing)} tensors are missing or "
             f"unexpected, such as {differing[0]}"

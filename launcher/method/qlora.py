@@ -16,8 +16,10 @@ class Qlora(Lora):
 
     config: QloraConfig
 
-    def __init__(self, config: QloraConfig, load_adapter: bool = True) -> None:
-        super().__init__(config, load_adapter)
+    def __init__(
+        self, config: QloraConfig, load_adapter: bool = True, keep_tie: bool = False
+    ) -> None:
+        super().__init__(config, load_adapter, keep_tie)
         self._description: str | None = None
 
     def describe(self) -> str | None:

@@ -22,6 +22,7 @@ from launcher.config.schema.model import ModelConfig
 from launcher.errors import UserError
 from launcher.folders.model import single_weights_file
 from launcher.model.attention import choose_attention
+from launcher.model.completeness import check_loaded, check_names, check_ties, tied_names
 from launcher.model.lazy_weight import FileWeight, LazyWeight
 
 MB = 1e6
@@ -130,7 +131,7 @@ def build_model(
     If the names or shapes of parameters differ between the files and memory (fused experts, renamed
     prefixes), every rank reads the complete model instead, and the weights are None. `dtype` is
     that of the computation; buffers are created in it. `packed`: sequences will have several
-    documents. Raises UserError for a folder that cannot be read.
+    documents. Raises UserError for a folder that cannot be read or lacks parameters of the model.
     """
     torch.manual_seed(seed)
     model = model_on_meta(config, folder, dtype, packed)
@@ -138,21 +139,26 @@ def build_model(
         files = SafetensorsFolder(folder)
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable(folder, error) from error
+    check_ties(model, files, folder)
     if _has_same_layout(model, files):
         return model, Weights(files, model)
+    check_names(model, files, folder)
     print(
         f"{folder}: the tensors on disk differ from the parameters in memory; every rank reads the "
         "whole model"
     )
     load_dtype = torch.float32 if dtype == torch.float32 else "auto"  # keeps master weights exact
-    attention = choose_attention(config.attention, model.config, packed)
-    model = AutoModelForCausalLM.from_pretrained(
+    ties, attention = tied_names(model), choose_attention(config.attention, model.config, packed)
+    loaded, info = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=load_dtype,
         attn_implementation=attention,
         trust_remote_code=config.trust_remote_code,
+        ignore_mismatched_sizes=True,  # the check names them
+        output_loading_info=True,
     )
-    return model, None
+    check_loaded(ties, loaded, info, folder)
+    return loaded, None
 
 
 def model_on_meta(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from launcher.errors import UserError
 from launcher.folders import paths
+from launcher.io.answer_end import written_end
+from launcher.io.tokenizer_files import FLAGS, with_template
 
-# The tokens that mark turns in a template: <|im_end|>, <start_of_turn>.
+# The tokens that mark turns in a bundled template: <|im_end|>, <start_of_turn>.
 TURN_TOKEN = re.compile(r"<\|\w+\|>|<\w+_of_turn>")
 
 
@@ -37,6 +39,14 @@ def load_tokenizer(
     return tokenizer
 
 
+def trained_files(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """Name → content of the tokenizer files of `folder` with the template and the end token of
+    `tokenizer`, which `load_tokenizer` loaded from there with a template."""
+    end, end_in_folder = tokenizer.eos_token, tokenizer.init_kwargs.get("eos_token")
+    changed = None if str(end) == str(end_in_folder) else str(end)
+    return with_template(folder, str(tokenizer.chat_template), changed)
+
+
 def _set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     """Set the chat template from a file or a bundled template.
 
@@ -58,16 +68,26 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
                     "with that token"
                 )
     tokenizer.chat_template = text
-    messages = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
     try:
-        rendered = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        end = written_end(tokenizer)
     except Exception as error:  # a template is a program and may raise anything
         raise UserError(
             f"data.template={template} cannot write a question and an answer: {error}"
         ) from error
-    after_answer = TURN_TOKEN.findall(rendered.rpartition("ANSWER")[2])
-    if after_answer and _is_token(tokenizer, after_answer[0]):
-        tokenizer.eos_token = after_answer[0]
+    if end is not None and end != tokenizer.eos_token_id:
+        _set_end(tokenizer, end)
+
+
+def _set_end(tokenizer: PreTrainedTokenizerBase, end: int) -> None:
+    """Make the token `end` the end-of-sequence token, and a special one: its text is always this
+    token, and a decoded answer does not show it."""
+    text = str(tokenizer.convert_ids_to_tokens(end))
+    added = tokenizer.added_tokens_decoder.get(end)
+    if added is None or not added.special:
+        flags = {} if added is None else {name: getattr(added, name) for name in FLAGS}
+        token = AddedToken(text, special=True, **flags)
+        tokenizer.add_special_tokens({"eos_token": token})
+    tokenizer.eos_token = text
 
 
 def _is_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:

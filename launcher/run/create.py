@@ -14,6 +14,7 @@ from launcher.config.schema.strategy import ZeroConfig
 from launcher.errors import UserError
 from launcher.folders import manifest, versions
 from launcher.folders.run import RunDir, new_run_path
+from launcher.run import resume
 
 
 def start_attempt(config: Config, argv: list[str], world_size: int) -> tuple[RunDir, Config]:
@@ -53,10 +54,27 @@ def start_attempt_in(
 
 
 def freeze_config(run: RunDir, config: Config) -> Config:
-    """Write `config` to the folder of `run` with absolute paths. Returns what was written."""
+    """Write `config` to the folder of `run` with absolute paths and the date that a chat template
+    writes. Returns what was written."""
     config = dataclasses.replace(_with_absolute_paths(config), run_dir=str(run.path))
+    data = dataclasses.replace(config.data, template_date=_template_date(run, config))
+    config = dataclasses.replace(config, data=data)
     manifest.write_text(run.config, store.dump(config))
     return config
+
+
+def _template_date(run: RunDir, config: Config) -> str | None:
+    """The date that is set, that of the run to resume, or today's.
+
+    It is None for a run of version 0.1.0, which has none.
+    """
+    if config.data.template_date:
+        return config.data.template_date
+    if run.config.is_file():
+        return store.load(run.config).data.template_date
+    if config.resume not in ("none", "auto"):
+        return store.load(resume.named_checkpoint(config.resume).config).data.template_date
+    return datetime.now(UTC).astimezone().date().isoformat()
 
 
 def _create_attempt(path: Path) -> RunDir:

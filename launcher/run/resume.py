@@ -30,6 +30,8 @@ ALLOWED_SETTINGS = (
     "model.name",
     "data.name",
     "data.path",  # the content of the file is compared, not its path
+    "data.too_long",  # the rows are compared, not what would happen to longer ones
+    "data.template_date",  # likewise
     "data.dataset_info",
     "data.workers",
     "data.eval_path",
@@ -49,6 +51,7 @@ ALLOWED_SETTINGS = (
 EVALUATION_SETTINGS = ("training.eval_steps", "data.eval_path")
 # Settings that determine which tensors a checkpoint contains, and their shapes.
 TENSOR_SETTINGS = (
+    "model.add_tokens",
     "method.name",
     "method.rank",
     "method.rank_pattern",

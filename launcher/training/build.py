@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from launcher.method import build_method
 from launcher.method.base import Method
 from launcher.method.fused_lora import fuse_adapters
 from launcher.method.summary import describe_parameters
+from launcher.method.vocabulary import describe_vocabulary, train_vocabulary
 from launcher.model.activation_checkpointing import checkpoint_activations
 from launcher.model.chunked_loss import use_chunked_loss
 from launcher.model.compile import compile_layers
@@ -55,12 +56,14 @@ def build_train_state(
     base, training = config.model, config.training
     compute = precision_of(config.precision).compute
     model, weights = build_model(base, folder, training.seed, compute, config.data.packing)
+    if base.add_tokens:
+        config = replace(config, method=train_vocabulary(config.method, model))
     strategy_factory = partial(new_strategy, config, rank_info)
-    method = build_method(config.method)
+    method = build_method(config.method, keep_tie=bool(base.add_tokens))
     assembled = assemble(config, model, weights, method, strategy_factory, rank_info.device, log)
     torch.manual_seed(training.seed + rank_info.rank)  # every rank has its own dropout
     origin = {
-        "base": {"name_or_path": base.name_or_path, "revision": base.revision},
+        "base": base.origin(),
         "data": data,
         "ranks": rank_info.world_size,
         "strategy": config.strategy.name,
@@ -103,6 +106,8 @@ def assemble(
     """
     training, precision = config.training, precision_of(config.precision)
     log(f"kernels: {use_kernels(model, training.kernels)}")
+    if config.model.add_tokens:
+        log(f"new tokens: {describe_vocabulary(model, precision.master)}")
     model = method.prepare(model, training.seed, weights, device)
     fuse_adapters(model)
     if base_changes := method.describe():

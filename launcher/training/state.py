@@ -7,7 +7,6 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from launcher.distributed.process_group import RankInfo
 from launcher.method.base import Method
@@ -38,7 +37,8 @@ class TrainState:
     origin: dict[str, Any]  # base model, data, ranks, strategy; goes into every trainer.json
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     flops: Flops | None = None  # of the model; None: not known
-    tokenizer: PreTrainedTokenizerBase | None = None  # saved in checkpoints; None: as in the base
+    tokenizer_files: dict[str, bytes] = field(default_factory=dict)  # {}: as in the base
+    end_tokens: tuple[int, ...] | None = None  # that end an answer; None: the rows have no answers
 
     @property
     def vocabulary_size(self) -> int:

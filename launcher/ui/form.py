@@ -25,7 +25,8 @@ from launcher.config.compose import compose, hydra_message
 from launcher.config.overrides import overrides_in
 from launcher.config.rules.rule import World
 from launcher.config.schema.data import HUB, DataConfig
-from launcher.data import file_rows, source
+from launcher.data import source
+from launcher.data.files import file_rows
 from launcher.errors import UserError
 from launcher.folders import paths
 from launcher.ui import override_syntax

@@ -15,6 +15,7 @@ from launcher.chat.options import Options
 from launcher.chat.target import find_target
 from launcher.errors import UserError
 from tests.helpers.chat import edit
+from tests.helpers.ends import END, EOS, START, make_base, make_checkpoint
 from tests.helpers.exports import consolidate, make_adapter
 
 HI = [{"role": "user", "content": "hi"}]
@@ -177,3 +178,42 @@ def test_remote_code_of_a_model_is_not_run(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError):
         ChatModel(find_target(folder))
     assert not (tmp_path / "ran").exists()
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+NEXT_TURN = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "end"), [(CHATML, END), (NEXT_TURN, START)], ids=["own-token", "next-turn"]
+)
+@pytest.mark.parametrize("where", ["base", "checkpoint"])
+def test_an_answer_stops_where_the_template_ends_it(
+    template: str, end: int, where: str, tmp_path: Path
+) -> None:
+    """Although the model's generation config lists only <|endoftext|>."""
+    base = path = make_base(tmp_path / "base", end, template if where == "base" else None)
+    if where == "checkpoint":
+        (tmp_path / "mine.jinja").write_text(template)
+        path = make_checkpoint(base, tmp_path / "step-000002", str(tmp_path / "mine.jinja"))
+    model = ChatModel(find_target(path))
+    assert model.answer(HI, SHORT) == "h"
+    assert model.tokens == 2
+
+
+@pytest.mark.parametrize("end", [EOS, START, END])
+def test_an_answer_stops_at_each_end_of_the_generation_config(end: int, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", end, "{% for m in messages %}{{ m.content }}{% endfor %}")
+    edit(base / "generation_config.json", eos_token_id=[EOS, START, END])
+    model = ChatModel(find_target(base))
+    assert model.answer(HI, SHORT) == "h"
+    assert model.tokens == 2
+
+
+def test_the_tokenizer_of_a_checkpoint_may_leave_its_class_to_the_base(tmp_path: Path) -> None:
+    """GPT-2's tokenizer_config.json names no class."""
+    base = make_base(tmp_path / "base")
+    edit(base / "config.json", eos_token_id=EOS)
+    (base / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    step = make_checkpoint(base, tmp_path / "step-000002", "chatml")
+    assert ChatModel(find_target(step)).answer(HI, SHORT) == "h"

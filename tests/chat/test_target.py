@@ -1,4 +1,4 @@
-"""Valid chat targets, and the error messages for invalid ones. torch is not needed."""
+"""Valid chat targets, and the error messages for invalid ones. torch is not needed to find them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from launcher.chat.target import find_target
 from launcher.errors import UserError
 from launcher.folders.checkpoint import SCHEME
+from launcher.io.new_tokens import extend
 from tests.helpers.chat import edit, write_checkpoint
 
 
@@ -164,3 +165,18 @@ def test_modules_used_by_the_page_do_not_import_torch() -> None:
         "launcher.commands.chat; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_new_tokens_select_the_base_in_the_cache(
+    run: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHARDWAY_CACHE", str(tmp_path / "cache"))
+    step, tokens = run / "checkpoints/step-000002", ["<a>", "<b>"]
+    base = {"name_or_path": str(tiny), "revision": None, "add_tokens": tokens}
+    edit(step / "manifest.json", base=base)
+    sentence = refusal(run)
+    assert "model.add_tokens=[<a>,<b>]" in sentence
+    assert f"shardway consolidate {step} --output DIR" in sentence
+    folder = extend(tiny, tokens)
+    assert find_target(run).model == find_target(run, tiny).model == folder
+    assert find_target(run, folder).model == folder

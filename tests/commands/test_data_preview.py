@@ -27,8 +27,8 @@ def rows(tmp_path: Path) -> Path:
 def look(rows: Path, *words: str) -> list[str]:
     done = shardway(
         "data", "preview", "model=tiny", f"data.path={rows}", "data.format=alpaca",
-        "data.max_length=128", "data.on_bad_row=skip", "data.pad_to_multiple_of=1", *words,
-        cwd=rows.parent,
+        "data.max_length=128", "data.too_long=cut", "data.on_bad_row=skip",
+        "data.pad_to_multiple_of=1", *words, cwd=rows.parent,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()

@@ -20,6 +20,8 @@ from launcher.commands import serve
 from launcher.errors import UserError
 from tests.helpers.chat import edit
 from tests.helpers.commands import SHARDWAY
+from tests.helpers.ends import make_base, make_checkpoint
+from tests.helpers.exports import consolidate
 
 PACKAGES = {name: packages for name, (packages, _) in engines.ENGINES.items()}
 # A stand-in for an engine: it reports how it was started.
@@ -266,6 +268,43 @@ def test_a_completion_is_returned_over_http(tiny: Path, tmp_path: Path) -> None:
             answer = json.load(answered)
         assert answer["choices"][0]["message"]["role"] == "assistant"
         assert answer["usage"]["completion_tokens"] == 8
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    bool(engines.missing_packages("transformers")),
+    reason="needs pip install 'transformers[serving]'",
+)
+def test_an_openai_client_is_told_that_the_answer_ended(tmp_path: Path) -> None:
+    """The base would not stop: its EOS token is not the one that ends an answer."""
+    import openai
+
+    step = make_checkpoint(make_base(tmp_path / "base"), tmp_path / "step-000002", "chatml")
+    export = tmp_path / "export"
+    consolidate(step, "--output", export)
+    port = free_port()
+    words = ("--engine", "transformers", "--port", str(port))
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [*SHARDWAY, "serve", str(export), *words, "--", "--dtype", "float32"],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=tmp_path,
+            env=with_path(tmp_path),
+        )
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", server, tmp_path / "log")
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        answer = client.chat.completions.create(
+            model=str(export), messages=[{"role": "user", "content": "hi"}], max_tokens=20
+        )
+        (choice,) = answer.choices
+        assert (choice.finish_reason, choice.message.content) == ("stop", "h")
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 2
     finally:
         server.terminate()
         server.wait(60)

@@ -11,7 +11,7 @@ import pytest
 from launcher.config.schema.data import DataConfig
 from launcher.data import raw_text, source
 from launcher.data.dataset import TokenizedDataset, load_data, load_evaluation
-from launcher.data.row_formats import to_conversation
+from launcher.data.rows.row_formats import to_conversation
 from launcher.errors import UserError
 from launcher.model.tiny import byte_tokenizer
 

@@ -12,8 +12,9 @@ from datasets import Dataset
 from pyarrow import csv, parquet
 
 from launcher.config.schema.data import DataConfig, SourceConfig
-from launcher.data import file_rows, source
-from launcher.data.row_formats import Conversation, to_conversation
+from launcher.data import source
+from launcher.data.files import file_rows
+from launcher.data.rows.row_formats import Conversation, to_conversation
 from launcher.errors import UserError
 from launcher.folders import paths
 
@@ -157,9 +158,9 @@ def test_files_of_a_folder_that_cannot_be_read_are_named(tmp_path: Path) -> None
     assert "link.jsonl cannot be read" in found
     (tmp_path / "link.jsonl").unlink()
     assert len(read(SourceConfig(path=str(tmp_path)))) == 1
-    (tmp_path / "b.jsonl.gz").write_bytes(b"x")
+    (tmp_path / "b.jsonl.zip").write_bytes(b"x")
     (found,) = problems(tmp_path)
-    assert "b.jsonl.gz, which cannot be read; unpack it" in found
+    assert "b.jsonl.zip, which cannot be read; unpack it" in found
 
 
 def test_folders_and_globs_are_read_and_max_rows_limits_them(tmp_path: Path) -> None:
@@ -218,7 +219,7 @@ def test_columns_are_mapped_and_a_wrong_one_is_named(tmp_path: Path) -> None:
         ({"conversations": [{"from": "alien", "value": "x"}]}, "from 'alien' is not one of"),
         ({"conversations": [{"from": ["human"], "value": "x"}]}, "is not one of"),
         ({"instruction": "q", "output": "half \ud83d"}, "output is not Unicode text"),
-        ({"messages": [{**TURNS[1], "tool_calls": "f"}]}, "tool_calls must be a list"),
+        ({"messages": [{**TURNS[1], "tool_calls": "f"}]}, "tool_calls is not JSON"),
         ({"messages": [{**TURNS[1], "tool_calls": [{"name": "f"}]}]}, "a name and arguments"),
         ({"messages": [{**TURNS[1], "reasoning": {"a": 1}}]}, "reasoning is not a text"),
         ({"conversations": [{"from": "function_call", "value": "x"}]}, "value is not JSON"),

@@ -13,8 +13,8 @@ import pytest
 
 from launcher.config.schema.data import DataConfig
 from launcher.data import dataset, tokenize
-from launcher.data.chat_template import Tokens
 from launcher.data.dataset import TokenizedDataset, load_data
+from launcher.data.template.loss_mask import Tokens
 from launcher.errors import UserError
 from launcher.model.tiny import byte_tokenizer
 

@@ -55,6 +55,15 @@ def test_a_streamed_run_resumes_exactly_and_its_template_is_exported(
     tokenizer = AutoTokenizer.from_pretrained(export)
     assert tokenizer.chat_template == paths.templates()["hermes"].read_text()
     assert tokenizer.eos_token == "<|im_end|>"
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "config.json",
+        "generation_config.json",
+    ):
+        assert (export / name).read_bytes() == (tiny / name).read_bytes(), "it ends in EOS already"
+    saved = json.loads((tmp_path / "run/checkpoints/step-000005/manifest.json").read_text())
+    assert saved["end_tokens"] == [tokenizer.eos_token_id]
 
 
 def test_a_dataset_listed_by_llama_factory_is_trained_on(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from launcher.errors import UserError
-from launcher.folders.json_file import read_object, read_object_or_empty
+from launcher.folders.json_file import dump_like, read_object, read_object_or_empty
 
 
 def test_an_object_is_read(tmp_path: Path) -> None:
@@ -43,3 +44,23 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="cannot be read"):
             read_object(path)
         assert read_object_or_empty(path) == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{\n  "a": 1e-05,\n  "b": [],\n  "c": {}\n}\n',
+        '{\n    "a": "\\u00fc",\n    "n": [\n        1,\n        2\n    ]\n}',
+        '{\n\t"a": "ü"\n}\n',
+        '{"a":1,"b":[1,2]}',
+        '{"a": 1, "b": [1, 2]}\n',
+    ],
+)
+def test_a_changed_object_keeps_its_form(text: str) -> None:
+    content = json.loads(text)
+    assert dump_like(content, text) == text
+    assert dump_like({**content, "z": 3}, text).count("\n") - text.count("\n") in (0, 1)
+
+
+def test_a_new_file_is_indented_and_ends_in_a_newline() -> None:
+    assert dump_like({"a": "ü"}, "") == '{\n  "a": "ü"\n}\n'

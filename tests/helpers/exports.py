@@ -17,16 +17,20 @@ from launcher.export.source import find_source
 
 
 def make_adapter(
-    base: Path, folder: Path, dtype: torch.dtype = torch.float32, **options: Any
+    base: Path,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    noise: float = 0.05,
+    **options: Any,
 ) -> Path:
-    """A PEFT adapter in which both factors are random."""
+    """A PEFT adapter in which both factors are random, of size `noise`."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     options = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", **options}
     wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
     torch.manual_seed(4)
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name:
-            parameter.data = torch.randn_like(parameter.data) * 0.05
+            parameter.data = torch.randn_like(parameter.data) * noise
             parameter.data = parameter.data.to(dtype)
     wrapped.save_pretrained(folder)
     return folder

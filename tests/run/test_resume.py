@@ -1,16 +1,21 @@
-"""A run whose settings changed is refused with the overrides that set them back."""
+"""Which settings a resumed run may change; the message about others sets them back."""
 
 from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
+
+import yaml
 
 from launcher.config import store
 from launcher.config.compose import compose
 from launcher.config.overrides import apply_changes
 from launcher.folders.checkpoint import Checkpoint
 from launcher.run import resume
+from launcher.run.resume import compare_configs
+from tests.helpers.parts import Case
 
 
 def checkpoint(folder: Path, *overrides: str) -> Checkpoint:
@@ -24,7 +29,7 @@ def checkpoint(folder: Path, *overrides: str) -> Checkpoint:
 
 def test_rows_that_were_read_as_the_demo_s_are_set_back(tmp_path: Path) -> None:
     """Former versions composed data.path=FILE with the settings of the bundled rows."""
-    found = checkpoint(tmp_path, "data=demo", "data.path=rows.jsonl")
+    found = checkpoint(tmp_path, "data=demo", "data.path=rows.jsonl", "data.max_length=128")
     (message,) = resume.find_problems(found, compose(["data.path=rows.jsonl"]))
     assert message == (
         "step-000004 was trained with other settings (data.format: messages → auto; "
@@ -59,3 +64,15 @@ def test_other_tensors_cannot_be_forced(tmp_path: Path) -> None:
         "contains other tensors (method.rank: 4 → 8) → method.rank=4, or start from scratch with "
         "resume=none"
     )
+
+
+def test_new_tokens_are_part_of_the_tensors_and_older_runs_have_none(tmp_path: Path) -> None:
+    config = Case(tmp_path, tmp_path).config()
+    before = yaml.safe_load(store.dump(config))
+    del before["model"]["add_tokens"]  # as a run before this setting was frozen
+    frozen = tmp_path / "config.yaml"
+    frozen.write_text(yaml.safe_dump(before))
+    same = compare_configs(frozen, config)
+    assert (same.allowed, same.breaking, same.incompatible) == ([], [], [])
+    other = replace(config, model=replace(config.model, add_tokens=["<a>"]))
+    assert compare_configs(frozen, other).incompatible == ["model.add_tokens: [] → ['<a>']"]

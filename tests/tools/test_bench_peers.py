@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from launcher.data.chat_template import render_segments, tokenize_segments
-from launcher.data.row_formats import to_conversation
+from launcher.data.rows.row_formats import to_conversation
+from launcher.data.template.chat_template import ChatTemplate
+from launcher.data.template.loss_mask import tokenize_segments
+from launcher.data.template.segments import render_segments
 from launcher.errors import UserError
 from launcher.model.tiny import byte_tokenizer
 
@@ -64,8 +66,9 @@ def test_rows_that_a_system_would_truncate_are_left_out(peers: Any) -> None:
     made = rows.made_up(40, seed=3)
     kept, lengths = rows.fitting(made, tokenizer, max_length=400)
     talks = [to_conversation("", row, "alpaca", {}) for row in made]
-    cut = [row for talk in talks for row in render_segments(tokenizer, talk, "answers", "")]
-    whole = [len(tokens.ids) for tokens in tokenize_segments(tokenizer, cut, 10**6)]
+    template = ChatTemplate(tokenizer)
+    rendered = [row for talk in talks for row in render_segments(template, talk, "answers", "")]
+    whole = [len(tokens.ids) for tokens in tokenize_segments(template, rendered)]
     assert 0 < len(kept) < len(made)
     assert kept == [row for row, tokens in zip(made, whole, strict=True) if tokens <= 400]
     assert lengths == [tokens for tokens in whole if tokens <= 400]

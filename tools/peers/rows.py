@@ -9,8 +9,10 @@ from typing import Any
 
 from launcher.config.schema.data import SourceConfig
 from launcher.data import source
-from launcher.data.chat_template import render_segments, tokenize_segments
-from launcher.data.row_formats import Conversation
+from launcher.data.rows.row_formats import Conversation
+from launcher.data.template.chat_template import ChatTemplate
+from launcher.data.template.loss_mask import tokenize_segments
+from launcher.data.template.segments import render_segments
 from launcher.errors import UserError
 from launcher.folders import paths
 
@@ -57,12 +59,13 @@ def fitting(rows: list[Row], tokenizer: Any, max_length: int) -> tuple[list[Row]
     """The rows that fit, with the number of tokens of each. Longer rows are left out, because each
     system truncates them differently. Raises UserError if no row fits."""
     kept, lengths = [], []
+    template = ChatTemplate(tokenizer)
     for number, row in enumerate(rows):
         place = f"row {number}"
         talk = _talk(SourceConfig(format="alpaca"), place, row)
-        cut = render_segments(tokenizer, talk, "answers", place)
-        (tokens,) = tokenize_segments(tokenizer, cut, max_length)
-        if not tokens.truncated:
+        segments = render_segments(template, talk, "answers", place)
+        (tokens,) = tokenize_segments(template, segments)
+        if len(tokens.ids) <= max_length:
             kept.append(row)
             lengths.append(len(tokens.ids))
     if not kept:

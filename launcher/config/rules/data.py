@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 
 from launcher.config import Config
@@ -64,6 +65,14 @@ def _unknown_names(config: Config) -> list[str]:
 def _ignores_weights(config: Config, world: World) -> bool:
     weights = {source.weight for source in config.data.sources.values()}
     return config.data.mixing == "concatenate" and len(weights) > 1
+
+
+def _date_is_invalid(config: Config, world: World) -> bool:
+    try:
+        date.fromisoformat(config.data.template_date or "2000-01-01")
+    except ValueError:
+        return True
+    return False
 
 
 def _template_is_missing(config: Config, world: World) -> bool:
@@ -176,6 +185,25 @@ DATA_RULES: tuple[Rule, ...] = (
         ),
         lambda c, w: "data.group_by_length=false",
         Example("data.packing=true data.group_by_length=true"),
+    ),
+    Rule(
+        "streaming-splits-nothing",
+        "data.streaming makes one row of each row of the files",
+        lambda c, w: c.data.streaming and c.data.too_long == "split",
+        lambda c, w: (
+            "data.streaming=true does not know in advance into how many rows data.too_long=split "
+            "splits a row"
+        ),
+        lambda c, w: "data.too_long=auto, or data.streaming=false",
+        Example("data.streaming=true data.too_long=split"),
+    ),
+    Rule(
+        "template-date-is-a-date",
+        "data.template_date is a date, as YYYY-MM-DD",
+        _date_is_invalid,
+        lambda c, w: f"data.template_date={c.data.template_date} is not a date",
+        lambda c, w: "data.template_date=2026-01-31",
+        Example("data.template_date=tomorrow"),
     ),
     Rule(
         "template-is-there",

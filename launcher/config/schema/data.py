@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from launcher.config.schema.setting import setting
 
 HUB = "hub:"
+UTF_8 = "utf-8"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -16,8 +18,8 @@ class SourceConfig:
 
     path: str | None = setting(
         None,
-        "a .json, .jsonl, .csv, .parquet or .arrow file, a folder or a glob of them, or "
-        "hub:OWNER/NAME; for raw text also .txt",
+        "a .json, .jsonl, .csv, .tsv, .parquet or .arrow file, a folder or a glob of them, or "
+        "hub:OWNER/NAME; for raw text also .txt; text may be compressed (.gz, .bz2, .xz, .zst)",
     )
     format: str = setting(
         "auto",
@@ -33,8 +35,15 @@ class SourceConfig:
         "observation, function (roles)",
     )
     max_rows: int | None = setting(None, "use only the first N rows", minimum=1)
-    subset: str | None = setting(None, "configuration of a hub dataset")
-    split: str = setting("train", "split of a hub dataset")
+    encoding: str = setting(
+        UTF_8, "encoding of text files, for example latin-1, cp1252, utf-16 or gb18030"
+    )
+    subset: str | None = setting(
+        None,
+        "configuration of a hub dataset; in a folder: a configuration that its README.md lists, or "
+        "a folder in it",
+    )
+    split: str = setting("train", "split of a hub dataset, or of a folder that has splits")
     revision: str | None = setting(None, "branch, tag or commit of a hub dataset")
     weight: float = setting(
         1.0,
@@ -74,6 +83,19 @@ class DataConfig(SourceConfig):
     template: str | None = setting(
         None, "chat template instead of the tokenizer's: a name (docs/data.md) or a .jinja file"
     )
+    template_arguments: dict[str, Any] = setting(
+        {}, "values of the chat template's own variables, such as enable_thinking: false"
+    )
+    template_date: str | None = setting(
+        None,
+        "the date that a chat template writes, YYYY-MM-DD; null: the day of the launch, which "
+        "config.yaml keeps",
+    )
+    learn_empty_reasoning: bool = setting(
+        True,
+        "whether the empty <think></think> that a template writes before an answer without "
+        "reasoning is in the loss",
+    )
     train_on: str = setting(
         "answers",
         "which tokens of a conversation are in the loss: answers, last_answer or all",
@@ -84,7 +106,13 @@ class DataConfig(SourceConfig):
         "with format=text: join the texts and cut them into rows of data.max_length; false: one "
         "row per text (per line of a .txt file)",
     )
-    max_length: int = setting(2048, "maximum tokens per row; longer rows are truncated", minimum=8)
+    max_length: int = setting(2048, "maximum tokens per row", minimum=8)
+    too_long: str = setting(
+        "cut",  # as in version 0.1.0, whose frozen configurations do not have this setting
+        "what happens to longer rows: auto (drop conversations, split raw texts), cut (an answer "
+        "then has no end), drop (leave out and count) or split (into several rows)",
+        choices=("auto", "cut", "drop", "split"),
+    )
     on_bad_row: str = setting(
         "fail",
         "a row that cannot be used for training: fail ends the run, skip skips and counts it",
@@ -110,7 +138,11 @@ class DataConfig(SourceConfig):
     workers: int | None = setting(
         None, "tokenizer processes; null: all cores for large data, one for small data", minimum=1
     )
-    eval_path: str | None = setting(None, "a separate file to evaluate on")
+    eval_path: str | None = setting(
+        None,
+        "a separate file to evaluate on, or a folder or hub:OWNER/NAME: its validation split, "
+        "otherwise its test split",
+    )
     eval_rows: int = setting(0, "or: number of rows held out of training to evaluate on", minimum=0)
     eval_fraction: float | None = setting(
         None, "or: fraction of the rows held out to evaluate on", above=0, maximum=0.9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from launcher.config.schema.setting import setting
 
@@ -14,9 +15,17 @@ class ModelConfig:
     name: str = setting("model", "name of the model, used in the name of the run folder")
     name_or_path: str = setting(help="a folder with config.json and safetensors, or a hub id")
     revision: str | None = setting(None, "branch, tag or commit of a hub id")
+    add_tokens: list[str] = setting(
+        [], "new tokens: the vocabulary gets a row for each, which every method trains"
+    )
     attention: str = setting(
         "sdpa",
         "attention implementation of transformers; flash_attention_2 needs a GPU and flash-attn",
         choices=("sdpa", "eager", "flash_attention_2"),
     )
     trust_remote_code: bool = setting(False, "run Python code from the model folder")
+
+    def origin(self) -> dict[str, Any]:
+        """The model as checkpoints record it, to open it again."""
+        origin: dict[str, Any] = {"name_or_path": self.name_or_path, "revision": self.revision}
+        return origin | ({"add_tokens": list(self.add_tokens)} if self.add_tokens else {})

@@ -11,12 +11,11 @@ from launcher.export.merge.edits import Edit, Replacement, apply_edits, check_fi
 from launcher.export.merge.resolve import resolve
 from launcher.export.merge.ties import (
     EmbeddingPair,
-    config_changes,
-    config_value,
     find_embedding_pair,
     is_tied,
     tied_edits,
 )
+from launcher.folders.vocabulary import config_changes, config_value
 from launcher.io.adapter import Adapter
 from launcher.io.tensor import Tensor
 

@@ -8,11 +8,10 @@ from typing import Any
 
 from launcher.errors import UserError
 from launcher.export.merge.edits import Edit, MatrixLora, Replacement, TrainedTokens, same_values
+from launcher.folders.vocabulary import EMBEDDING_MODULES, config_value
+from launcher.folders.vocabulary import config_changes as config_changes
 from launcher.io.tensor import Tensor
 
-EMBEDDING_MODULES = {
-    "embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "tokens_embed",
-}  # fmt: skip
 HEAD = "lm_head.weight"  # transformers' name in memory, for every name on disk
 CLASSES_WITH_HEAD = (
     "ForCausalLM",
@@ -79,27 +78,6 @@ def tied_edits(
         _same_edit(edit, other) for edit, other in zip(inputs, outputs, strict=True)
     )
     return inputs, inputs if same else outputs, same
-
-
-def config_changes(config: dict[str, Any], **values: Any) -> dict[str, Any]:
-    """The entries of config.json that change to `values`: at the top level, and in text_config if
-    there is one."""
-    changes: dict[str, Any] = {}
-    text = config.get("text_config")
-    if isinstance(text, dict):
-        changes["text_config"] = {**text, **values}
-    for key, value in values.items():
-        if not isinstance(text, dict) or key in config or key == "tie_word_embeddings":
-            changes[key] = value
-    return changes
-
-
-def config_value(config: dict[str, Any], key: str) -> Any:
-    """The value in the config, or in its text_config."""
-    text = config.get("text_config")
-    if config.get(key) is None and isinstance(text, dict):
-        return text.get(key)
-    return config.get(key)
 
 
 def _single_replacement(shared: list[Replacement], pair: EmbeddingPair) -> list[Replacement]:

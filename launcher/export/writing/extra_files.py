@@ -9,20 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from launcher.export.plan import Plan
-from launcher.export.source import Source, tokenizer_folder
+from launcher.export.source import Source, model_home, tokenizer_folder
 from launcher.folders.adapter import SETTINGS
+from launcher.folders.json_file import dump_like, read_object
 from launcher.folders.model import CONFIG, INDEX
+from launcher.folders.model import TOKENIZER_FILES as TOKENIZER
 
 MANIFEST = "consolidation_manifest.json"
-TOKENIZER = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-)
 PROCESSOR = ("*processor_config.json",)
 # The files in the model's folder that describe the model are copied. Weights, and files that
 # trainers write for themselves, are not.
@@ -49,10 +42,12 @@ def write_extra_files(plan: Plan, folder: Path) -> None:
     them again."""
     for name, origin in sorted(find_extra_files(plan.source, plan.options.adapter_only).items()):
         shutil.copyfile(origin, folder / name)
-    config = SETTINGS if plan.options.adapter_only else CONFIG
-    _write_json(folder / config, plan.config, sort=False)
-    for name, text in plan.extra_texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    if plan.options.adapter_only:
+        _write_json(folder / SETTINGS, plan.config, sort=False)
+    else:
+        _write_config(plan, folder / CONFIG)
+    for name, content in plan.generated.items():
+        (folder / name).write_bytes(content)
     if len(plan.shards) > 1:
         _write_json(folder / INDEX, _index(plan), sort=True)
 
@@ -66,8 +61,7 @@ def find_extra_files(source: Source, tokenizer_only: bool) -> dict[str, Path]:
     files: dict[str, Path] = {}
     home = None
     if not tokenizer_only:
-        folders = source.extra_file_folders
-        home = source.base or next(f for f in folders if (f / CONFIG).is_file())
+        home = model_home(source)
         files |= {p.name: p for p in _files(home, COPIED) if not _matches(p, NOT_COPIED)}
     folder = tokenizer_folder(source)
     if folder is not None and folder != home:
@@ -96,6 +90,16 @@ def _index(plan: Plan) -> dict[str, Any]:
         "metadata": {"total_parameters": parameters, "total_size": plan.nbytes},
         "weight_map": weight_map,
     }
+
+
+def _write_config(plan: Plan, path: Path) -> None:
+    """The model's config.json: byte for byte, or in its form if something in it has changed."""
+    original = model_home(plan.source) / CONFIG
+    if read_object(original) == plan.config:
+        shutil.copyfile(original, path)
+    else:
+        text = dump_like(plan.config, original.read_text(encoding="utf-8"))
+        path.write_text(text, encoding="utf-8")
 
 
 def _write_json(path: Path, content: dict[str, Any], sort: bool) -> None:

@@ -32,6 +32,10 @@ DORA_ADAPTER = {
 MORE: list[tuple[str, str | Example]] = [
     ("length-of-training", "training.epochs=null"),
     ("freeze-has-layers", "method=freeze method.layers=-9"),
+    ("new-tokens-are-texts", "'model.add_tokens=[\"\"]'"),
+    ("new-tokens-are-texts", "'model.add_tokens=[a,\" \"]'"),
+    ("new-tokens-are-texts", "model.add_tokens=[a,b,a,c,b]"),
+    ("new-tokens-are-texts", "model.add_tokens=[a,[b]]"),
     ("dora-without-zero3", "method.dora=true strategy=zero3_offload"),
     ("dora-without-zero3", Example("method.adapter=adapter strategy=zero3", files=DORA_ADAPTER)),
     ("batch-divides", "training.micro_batch_size=4 training.global_batch_size=2"),
@@ -123,6 +127,16 @@ def add_template(overrides: list[str], fix: str) -> None:
     Path("model/chat_template.jinja").write_text(Path("FOLDER/chat_template.jinja").read_text())
 
 
+def tie(overrides: list[str], fix: str) -> None:
+    assert fix.startswith("set tie_word_embeddings to true in ./model/config.json")
+    Path("model/config.json").write_text('{"tie_word_embeddings": true}')
+
+
+def untie(overrides: list[str], fix: str) -> None:
+    assert fix.startswith("set tie_word_embeddings to false in ./model/config.json")
+    Path("model/config.json").write_text('{"tie_word_embeddings": false}')
+
+
 def leave_out(overrides: list[str], fix: str) -> None:
     assert fix == "remove them from strategy.extra"
     overrides[:] = [word for word in overrides if "strategy.extra" not in word]
@@ -137,6 +151,8 @@ def leave_name_out(overrides: list[str], fix: str) -> None:
 IN_WORDS: dict[str, Callable[[list[str], str], None]] = {
     "model-has-safetensors": convert,
     "chat-has-a-template": add_template,
+    "head-is-there": tie,
+    "tied-head-is-the-embedding": untie,
     "zero-extra-agrees": leave_out,
     "columns-and-tags": leave_name_out,
 }

@@ -9,8 +9,10 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from launcher.data.chat_template import render_segments, tokenize_segments
-from launcher.data.row_formats import Conversation
+from launcher.data.rows.row_formats import Conversation
+from launcher.data.template.chat_template import ChatTemplate
+from launcher.data.template.loss_mask import fit, tokenize_segments
+from launcher.data.template.segments import render_segments
 from launcher.errors import UserError
 from launcher.folders import paths
 from launcher.model.tiny import byte_tokenizer
@@ -49,11 +51,9 @@ MARKED = (
 
 def rows(tokenizer: Any, talk: Any, max_length: int = 1000, train_on: str = "answers") -> list[Any]:
     talk = talk if isinstance(talk, Conversation) else Conversation(talk)
-    return list(
-        tokenize_segments(
-            tokenizer, render_segments(tokenizer, talk, train_on, "row 7"), max_length
-        )
-    )
+    template = ChatTemplate(tokenizer)
+    tokens = tokenize_segments(template, render_segments(template, talk, train_on, "row 7"))
+    return [part for row in tokens for part in fit(row, max_length, "cut")]
 
 
 def learned(tokens: Any, tokenizer: Any) -> str:

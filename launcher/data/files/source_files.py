@@ -1,0 +1,61 @@
+"""The files of a source, and what is known without reading their rows. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launcher.config.schema.data import HUB, SourceConfig
+from launcher.data.files import file_rows, splits, text_files
+from launcher.errors import UserError
+
+LINE_SUFFIXES = (".jsonl", ".txt")  # of files with a row per line
+
+
+def encoding_content(source: SourceConfig) -> list[bytes]:
+    """What `iter_content` says about the encoding: nothing for UTF-8."""
+    if text_files.is_utf_8(source.encoding):
+        return []
+    return [f"encoding {text_files.codec_name(source.encoding)}".encode()]
+
+
+def find_files(source: SourceConfig) -> list[Path]:
+    """The files of `source`: in a folder that has splits, those of data.split.
+
+    Raises UserError if there are none, or if data.split or data.subset select nothing.
+    """
+    path = source.path or ""
+    files = file_rows.find(path, source.format == "text")
+    if Path(path).is_dir():
+        return splits.choose(Path(path), files, source.split, source.subset)
+    chosen = {"data.split": source.split, "data.subset": source.subset}
+    without_effect = {"data.split": (splits.TRAIN, splits.FOR_EVALUATION), "data.subset": (None,)}
+    for key, value in chosen.items():
+        if value not in without_effect[key]:
+            raise UserError(
+                f"{key}={value} chooses from a folder or a hub data set, and data.path={path} "
+                f"names files → remove {key}"
+            )
+    return files
+
+
+def check_streaming(source: SourceConfig) -> None:
+    """Raises UserError if the rows of `source` cannot be read by number."""
+    path = source.path or ""
+    if path.startswith(HUB):
+        raise UserError(
+            f"data.streaming=true reads files, and data.path={path} is downloaded completely → "
+            "data.streaming=false"
+        )
+    for file in find_files(source):
+        is_packed = bool(text_files.compression_of(file))
+        if is_packed or text_files.suffix_of(file) not in (*LINE_SUFFIXES, ".arrow"):
+            raise UserError(
+                f"data.streaming=true: the rows of {file} cannot be read by number; "
+                + ("unpack it" if is_packed else "convert it to .jsonl or .arrow")
+                + " → data.streaming=false"
+            )
+        if text_files.suffix_of(file) in LINE_SUFFIXES and "\n".encode(source.encoding) != b"\n":
+            raise UserError(
+                f"data.streaming=true finds no lines in data.encoding={source.encoding}; convert "
+                f"{file} to UTF-8 → data.streaming=false"
+            )

@@ -1,0 +1,1 @@
+"""Conversations as tokens, in the dialect of a chat template."""

@@ -1,0 +1,115 @@
+"""The files of a base model's tokenizer, with another chat template and another end token.
+
+The files stay in the form that the base has: only what must change is changed. A tokenizer that
+transformers saves itself has the form of that version, which other versions may not read.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from launcher.folders.json_file import dump_like, read_object
+from launcher.folders.model import TOKENIZER_FILES
+
+SETTINGS = "tokenizer_config.json"
+FAST = "tokenizer.json"
+SPECIAL = "special_tokens_map.json"
+TEMPLATE = "chat_template.jinja"
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of an added token
+
+Json = dict[str, Any]
+
+
+def is_tokenizer_file(path: Path) -> bool:
+    """Whether it is a file of a tokenizer, by its name."""
+    return path.is_file() and any(fnmatch(path.name, pattern) for pattern in TOKENIZER_FILES)
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Name → content of all tokenizer files of `folder`."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if is_tokenizer_file(path)}
+
+
+def with_template(folder: Path, template: str, end: str | None) -> dict[str, bytes]:
+    """Name → content of all tokenizer files of `folder`, with the chat template `template`.
+
+    `end` becomes the EOS token, and a special token; None: the EOS token stays as it is. Files
+    without a change are byte for byte those of `folder`. Raises UserError for a file that is not
+    JSON.
+    """
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if is_tokenizer_file(path)}
+    changed = _changed_files(folder, template, end)
+    texts = {
+        name: dump_like(content, files[name].decode() if name in files else "")
+        for name, content in changed.items()
+        if name not in files or content != read_object(folder / name)
+    }
+    return files | {name: text.encode() for name, text in ({**texts, TEMPLATE: template}).items()}
+
+
+def _changed_files(folder: Path, template: str, end: str | None) -> dict[str, Json]:
+    """The JSON files that template and end token are in, with both set."""
+    names = (SETTINGS, FAST, SPECIAL, "chat_template.json")
+    contents = {name: read_object(folder / name) for name in names if (folder / name).is_file()}
+    for name in (SETTINGS, "chat_template.json"):
+        if "chat_template" in contents.get(name, {}):
+            contents[name]["chat_template"] = template
+    if end is not None and end != _stated_end(contents):
+        token = _special_token(folder, contents, end)
+        for name in (SETTINGS, SPECIAL):
+            if name in contents or name == SETTINGS:
+                content = contents.setdefault(name, {})
+                content["eos_token"] = _in_form_of(content.get("eos_token"), token)
+    return contents
+
+
+def _stated_end(contents: dict[str, Json]) -> str | None:
+    """The EOS token that the files name, None if they leave it to the tokenizer's class."""
+    stated = (contents.get(name, {}).get("eos_token") for name in (SETTINGS, SPECIAL))
+    token = next(filter(None, stated), None)
+    return str(token["content"]) if isinstance(token, dict) else token
+
+
+def _special_token(folder: Path, contents: dict[str, Json], end: str) -> Json:
+    """The entry of the token `end` in tokenizer.json, where it becomes special, as in
+    added_tokens_decoder of tokenizer_config.json."""
+    decoder = contents.get(SETTINGS, {}).get("added_tokens_decoder")
+    fast = contents.get(FAST)
+    listed: list[Json] = fast.get("added_tokens") or [] if fast is not None else []
+    in_decoder = ({"id": int(n), **token} for n, token in (decoder or {}).items())
+    entry = next((each for each in (*listed, *in_decoder) if each["content"] == end), None)
+    if entry is None:
+        number = _vocabulary_id(folder, fast, end)
+        entry = {"id": number, "content": end, **dict.fromkeys(FLAGS, False)}
+    entry = {**entry, "special": True}
+    if entry["id"] is None:  # the vocabulary is in a file that is not JSON
+        return entry
+    if fast is not None:
+        others = [token for token in listed if token["content"] != end]
+        fast["added_tokens"] = sorted([*others, entry], key=lambda token: int(token["id"]))
+    if decoder is not None:
+        without_id = {key: value for key, value in entry.items() if key != "id"}
+        key = str(entry["id"])
+        decoder[key] = {**decoder.get(key, without_id), "special": True}
+    return entry
+
+
+def _vocabulary_id(folder: Path, fast: Json | None, token: str) -> int | None:
+    """The id of a token that is not listed as an added token, None if no JSON file has it."""
+    vocabulary = fast["model"].get("vocab") if fast is not None else None
+    if isinstance(vocabulary, list):
+        return next((n for n, (piece, *_) in enumerate(vocabulary) if piece == token), None)
+    files = [folder / name for name in ("added_tokens.json", "vocab.json")]
+    for content in (vocabulary or {}, *(read_object(file) for file in files if file.is_file())):
+        if token in content:
+            return int(content[token])
+    return None
+
+
+def _in_form_of(old: object, token: Json) -> Any:
+    """The token as text, or as an object with the keys of `old`."""
+    if not isinstance(old, dict):
+        return token["content"]
+    return {key: token.get(key, value) for key, value in old.items()}

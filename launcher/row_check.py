@@ -1,0 +1,46 @@
+"""Render the first rows of a run with its chat template, before the run waits in a queue.
+
+    python -m launcher.row_check CONFIG.yaml
+
+`launcher.cluster.preflight` starts it in a process of its own, because tokenizers import torch. The
+exit status is 2, with the message on stderr, if the template refuses a row.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import islice
+from pathlib import Path
+
+from launcher.config import Config, store
+from launcher.data import source
+from launcher.data.tokenize import RowTokenizer
+from launcher.errors import REFUSED, UserError
+from launcher.folders.vocabulary import embedding_rows
+from launcher.model.tokenizer import load_tokenizer
+
+ROWS = 256  # of each source
+
+
+def main() -> None:
+    """The command line."""
+    try:
+        check_rows(store.load(Path(sys.argv[1])))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(REFUSED)
+
+
+def check_rows(config: Config) -> None:
+    """Tokenize the first rows of every source of conversations. Raises UserError for a bad one."""
+    folder, code = Path(config.model.name_or_path), config.model.trust_remote_code
+    tokenizer = load_tokenizer(folder, code, template=config.data.template)
+    rows = None if config.model.add_tokens else embedding_rows(folder)
+    for each in source.resolve_sources(config.data).values():
+        if each.format != "text":
+            first = list(islice(source.iter_rows(each, by_line=False), ROWS))
+            RowTokenizer(each, config.data, tokenizer, rows)(first)
+
+
+if __name__ == "__main__":
+    main()
