@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launcher.config import Config, store
 from launcher.config.compose import compose, compose_command_line
 from launcher.errors import UserError
+from launcher.folders import paths
 
+DEMO_LENGTH = yaml.safe_load((paths.resource("conf") / "data/demo.yaml").read_text())["max_length"]
 EXPERIMENTS = {
     "chooses": "defaults: [{override /data: alpaca}]\ntraining: {max_steps: 7}\n",
     "inherits": "defaults: [chooses]\n",
@@ -155,11 +158,11 @@ def test_the_runs_of_a_sweep_may_have_different_lengths() -> None:
         ("data.path=x.jsonl data.max_length=64", ("data", "auto", 64)),
         ("'data.sources.a={path: a.json}'", ("data", "auto", 2048)),
         ("data.dataset_info=x.json data.name=a,b", ("a,b", "auto", 2048)),
-        ("data.eval_path=x.jsonl", ("demo", "messages", 160)),
+        ("data.eval_path=x.jsonl", ("demo", "messages", DEMO_LENGTH)),
         ("data.path=x.jsonl data=alpaca", ("alpaca", "alpaca", 2048)),
-        ("data.path=x.jsonl data=demo", ("demo", "messages", 160)),
+        ("data.path=x.jsonl data=demo", ("demo", "messages", DEMO_LENGTH)),
         ("data.path=x.jsonl experiment=demo", ("demo", "messages", 80)),
-        ("data.path=null", ("demo", "messages", 160)),
+        ("data.path=null", ("demo", "messages", DEMO_LENGTH)),
     ],
 )
 def test_own_rows_do_not_get_the_settings_of_the_demo(

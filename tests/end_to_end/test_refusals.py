@@ -56,7 +56,8 @@ def test_bad_input_is_refused_with_a_clear_message(
 def test_all_reasons_are_reported_at_once(tiny: Path, tmp_path: Path) -> None:
     done = shardway(
         *("train", "model=tiny", "model.name_or_path=/none", "data.path=none.jsonl"),
-        *("training.max_steps=3", "training.global_batch_size=7", "cluster.nproc_per_node=2"),
+        *("training.max_steps=3", "training.epochs=2"),
+        *("training.global_batch_size=7", "cluster.nproc_per_node=2"),
         cwd=tmp_path,
     )
     assert "for 4 reasons" in done.stderr

@@ -96,6 +96,8 @@ def test_a_new_user_can_train_export_and_chat(
     home = page_at.log.parent
     page = opened(browser, page_at.url)
     field(page, "training-max_steps").fill("20")
+    field(page, "training-epochs").focus()
+    expect(field(page, "training-epochs")).to_have_value("")  # replaced by the steps
     field(page, "training-epochs").fill("3")
     expect(page.locator("#summary")).to_contain_text("set exactly one of them")
     expect(page.locator("#start")).to_be_disabled()

@@ -1,4 +1,4 @@
-"""Which settings a resumed run may change, and the overrides that set the others back."""
+"""Which settings a resumed run may change; the message about others sets them back."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def checkpoint(folder: Path, *overrides: str) -> Checkpoint:
 
 def test_rows_that_were_read_as_the_demo_s_are_set_back(tmp_path: Path) -> None:
     """Former versions composed data.path=FILE with the settings of the bundled rows."""
-    found = checkpoint(tmp_path, "data=demo", "data.path=rows.jsonl")
+    found = checkpoint(tmp_path, "data=demo", "data.path=rows.jsonl", "data.max_length=128")
     (message,) = resume.find_problems(found, compose(["data.path=rows.jsonl"]))
     assert message == (
         "step-000004 was trained with other settings (data.format: messages → auto; "
-        "data.max_length: 160 → 2048), so resuming would not continue that training → "
-        "data.format=messages data.max_length=160, or resume_force=true"
+        "data.max_length: 128 → 2048), so resuming would not continue that training → "
+        "data.format=messages data.max_length=128, or resume_force=true"
     )
-    words = ["data.path=rows.jsonl", "data.format=messages", "data.max_length=160"]
+    words = ["data.path=rows.jsonl", "data.format=messages", "data.max_length=128"]
     assert resume.find_problems(found, compose(words)) == []
 
 

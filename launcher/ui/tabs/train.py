@@ -116,8 +116,8 @@ class TrainTab:
         for group in HYDRA_GROUPS:
             switch = functools.partial(self._switch_file, group)
             self.fields[group].input(guard(switch), inputs, fields, **quick).then(**check)
-        left = [self.fields[key].blur for key in IMPLYING_FIELDS]
-        gr.on(left, guard(self._show_implied), inputs, fields, **quick).then(**check)
+        leaving = [self.fields[key].blur for key in IMPLYING_FIELDS]
+        gr.on(leaving, guard(self._show_implied), inputs, fields, **quick).then(**check)
         settings = [*fields, self.more]
         self.fix.click(guard(self._fix), inputs, settings, **quick).then(**check)
         self.load.click(guard(self._load), [self.experiment], settings, **quick).then(**check)
@@ -179,7 +179,9 @@ class TrainTab:
 
     def _show_implied(self, *inputs: Any) -> list[Any]:
         values, _, _ = self._parse_inputs(inputs)
-        return self._field_updates(with_implied(values))
+        new = with_implied(values)
+        # Only what is implied is replaced: another field may be edited before this answer comes.
+        return [gr.skip() if new[k] == values[k] else new[k] for k in self.fields]
 
     def _fix(self, *inputs: Any) -> list[Any]:
         values, more, _ = self._parse_inputs(inputs)
