@@ -20,7 +20,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from launcher.config.schema.data import SourceConfig
-from launcher.data.dataset import UNENDED, Row, cache_error, cache_key
+from launcher.data.dataset import Row, cache_error, cache_key
 from launcher.data.files import file_rows
 from launcher.data.files.arrow_files import open_record_batches
 from launcher.data.files.file_rows import RawRow
@@ -28,6 +28,7 @@ from launcher.data.files.nulls import remove_nulls
 from launcher.data.files.source_files import check_streaming, encoding_content, find_files
 from launcher.data.files.text_files import codec_name, is_utf_8
 from launcher.data.source import TextPart
+from launcher.data.summary import UNENDED
 from launcher.data.tokenize import RowTokenizer, TokenBatch
 from launcher.errors import UserError
 from launcher.folders import paths
