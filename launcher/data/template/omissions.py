@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.data.rows.messages import Message
+from launcher.data.rows.messages import REASONING_KEYS, Message
 from launcher.data.rows.row_formats import Conversation
 from launcher.data.template.chat_template import ChatTemplate
 from launcher.errors import UserError
+
+REASONING = "{} ({})".format(REASONING_KEYS[0], ", ".join(REASONING_KEYS[1:]))  # in messages
 
 
 def check_answer(
@@ -27,27 +29,30 @@ def check_answer(
     *before, message = conversation.messages[: turn + 1]
     key, content = template.dialect.reasoning_key, message["content"]
     calls = message.get("tool_calls", [])
-    variants: dict[str, Message] = {}
-    if key in message:
-        # A prompt that opens the reasoning may be continued by one that the template drops.
-        opens = bool(template.dialect.prefill) and message[key].strip() in answer
-        variants |= {} if opens else {"reasoning_content": _without(message, key)}
+    variants: list[tuple[str, Message]] = []
+    # The reasoning may continue a prompt that opens it, although the template drops it.
+    opens = bool(template.dialect.prefill) and message.get(key, "").strip() in answer
+    if key in message and not opens:
+        variants.append((REASONING, _without(message, key)))
     if calls:
-        variants["tool_calls"] = _without(message, "tool_calls")
+        variants.append(("tool_calls", _without(message, "tool_calls")))
     if len(calls) > 1:
-        variants["all tool_calls but the first"] = {**message, "tool_calls": calls[:1]}
+        variants.append(("all tool_calls but the first", {**message, "tool_calls": calls[:1]}))
     if content.strip() not in answer:
-        part = f"a part of the content of message {turn + 1}"
-        variants[f"the content of message {turn + 1}"] = {**message, "content": ""}
-        variants[part] = {**message, "content": f"OTHER {content}"}
-        variants[f"{part} "] = {**message, "content": f"{content} OTHER"}
+        name = f"the content of message {turn + 1}"
+        others = {
+            "": name,
+            f"OTHER {content}": f"a part of {name}",
+            f"{content} OTHER": f"a part of {name}",
+        }
+        variants += [(name, {**message, "content": other}) for other, name in others.items()]
     if not variants:
         return
     whole = template.render(conversation, [*before, message], location)
-    for name, variant in variants.items():
+    for name, variant in variants:
         answered = [*before, variant]
         if _try_render(template, conversation, answered, add_generation_prompt=False) == whole:
-            raise _omitted(location, name.strip())
+            raise _omitted(location, name)
 
 
 def check_context(
@@ -78,7 +83,7 @@ def check_context(
     prompt = _try_render(template, conversation, messages)
     for name, variant in variants.items():
         if prompt == _try_render(template, conversation, variant) is not None:
-            raise _omitted(location, name.strip())
+            raise _omitted(location, name)
     without = _try_render(template, conversation, messages, tools=[])
     if conversation.tools and prompt == without is not None:
         raise _omitted(location, "tools")
