@@ -89,6 +89,7 @@ class Cell(NamedTuple):
         rest = composed(
             f"data.path={data}",
             "data.max_length=96",
+            "data.too_long=cut",
             "data.pad_to_multiple_of=8",
             "training.epochs=null",
             f"training.max_steps={END}",
