@@ -3,7 +3,7 @@
     python -m launcher.row_check CONFIG.yaml
 
 `launcher.cluster.preflight` starts it in a process of its own, because tokenizers import torch. The
-exit status is 2, with the message on stderr, if the template refuses a row.
+exit status is 2, with the message on stdout, if the template refuses a row.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from launcher.config import Config, store
+from launcher.config.schema.data import HUB
 from launcher.data import source
 from launcher.data.tokenize import RowTokenizer
 from launcher.errors import REFUSED, UserError
@@ -27,19 +28,19 @@ def main() -> None:
     try:
         check_rows(store.load(Path(sys.argv[1])))
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(error)  # alone on stdout: libraries warn on stderr
         sys.exit(REFUSED)
 
 
 def check_rows(config: Config) -> None:
-    """Tokenize the first rows of every source of conversations. Raises UserError for a bad one."""
+    """Tokenize the first rows of every source of conversations; one of the hub is not downloaded
+    for this. Raises UserError for a bad one."""
     folder, code = Path(config.model.name_or_path), config.model.trust_remote_code
     tokenizer = load_tokenizer(folder, code, template=config.data.template)
-    rows = None if config.model.add_tokens else embedding_rows(folder)
     for each in source.resolve_sources(config.data).values():
-        if each.format != "text":
+        if each.format != "text" and not (each.path or "").startswith(HUB):
             first = list(islice(source.iter_rows(each, by_line=False), ROWS))
-            RowTokenizer(each, config.data, tokenizer, rows)(first)
+            RowTokenizer(each, config.data, tokenizer, embedding_rows(folder))(first)
 
 
 if __name__ == "__main__":

@@ -34,21 +34,22 @@ def check(config: Config) -> World:
 def check_first_rows(config: Config) -> None:
     """Render the first rows with the chat template, in a process of its own.
 
-    For a run that will wait in a queue: other runs find a bad row within seconds. A hub id is not
-    downloaded for this. Raises ConfigError if the template refuses a row.
+    For a run that will wait in a queue: other runs find a bad row within seconds. Nothing is
+    downloaded and no model extended for this. Raises ConfigError if the template refuses a row.
     """
-    if config.data.format == "text" or is_hub_id(config.model.name_or_path):
+    model = config.model
+    if config.data.format == "text" or is_hub_id(model.name_or_path) or model.add_tokens:
         return
     with tempfile.TemporaryDirectory(prefix="shardway-") as folder:
         file = Path(folder) / "config.yaml"
         file.write_text(store.dump(config), encoding="utf-8")
         command = [sys.executable, "-m", "launcher.row_check", str(file)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    last_line = (done.stderr.strip().splitlines() or [""])[-1]
     if done.returncode == REFUSED:
-        raise store.ConfigError([last_line])
+        raise store.ConfigError([done.stdout.strip()])
     if done.returncode:
-        print(f"the first rows could not be checked here: {last_line}", file=sys.stderr)
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        print(f"the first rows could not be checked here: {reason}", file=sys.stderr)
 
 
 def find_problems(config: Config, world: World) -> list[str]:

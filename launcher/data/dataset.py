@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from launcher.config.schema.data import DataConfig
 from launcher.data import source
+from launcher.data.rows.columns import IGNORED
 from launcher.data.summary import Summary
 from launcher.data.tokenize import RowTokenizer, TokenBatch, tokenize_source
 from launcher.errors import UserError
@@ -106,8 +107,7 @@ def load_data(
         key = cache_key(row_tokenizer, source.iter_content(source_config))
         arrow_file = paths.cache() / "tokens" / f"{_file_key(key, row_tokenizer)}.arrow"
         summary = _tokenize_once(arrow_file, row_tokenizer, on_progress)
-        changed = summary.too_long or summary.split  # "" for cut, as in runs of version 0.1.0
-        keys.append(f"{key} {row_tokenizer.too_long}" if changed else key)
+        keys.append(" ".join([key, *_differences(row_tokenizer, summary)]))
         summaries[name] = summary
         arrow_files.append(arrow_file)
     rows = TokenizedRows(arrow_files)
@@ -117,6 +117,14 @@ def load_data(
             raise UserError(f"{where}: {_why_empty(summary, config.max_length)}")
     fingerprint = keys[0] if len(keys) == 1 else xxhash.xxh3_128_hexdigest("".join(keys).encode())
     return TokenizedDataset(rows, summaries, fingerprint)
+
+
+def _differences(row_tokenizer: RowTokenizer, summary: Summary) -> Iterator[str]:
+    """How the rows differ from those of version 0.1.0, whose runs resume only with the same ones:
+    it cut rows that are too long, joined no turns and learned every answer."""
+    if summary.too_long or summary.split:
+        yield row_tokenizer.too_long
+    yield from (note for note in summary.notes if not note.endswith(IGNORED))
 
 
 def _why_empty(summary: Summary, max_length: int) -> str:

@@ -87,7 +87,7 @@ def parse_row(source: SourceConfig, location: str, row: Any) -> ParsedRow:
         return row
     renamed = rename_columns(location, row, source.columns)
     if source.format == "text":
-        columns.refuse_unsupported(location, renamed)
+        columns.refuse_media(location, renamed)
         return TextPart(read_text(location, renamed, "text"))
     return to_conversation(location, renamed, source.format, source.tags)
 

@@ -34,6 +34,7 @@ from launcher.errors import UserError
 from launcher.folders import paths
 
 CACHED_ROWS = 4_096  # tokenized rows in memory: a step needs a row's length first, then the row
+COMPARED_ROWS = 10_000  # decide whether nulls are removed; a step cannot wait for all of them
 LOGGED_ERRORS = 20  # messages of bad rows in the log; more bad rows are only counted
 BLOCK_BYTES = 1 << 24  # read at a time
 HASH_SUFFIX = ".hash"  # of a file in the cache with the hash of a data file
@@ -165,7 +166,7 @@ class LineFile:
             is_other = isinstance(error, UnicodeDecodeError)
             way_out = " → data.encoding=NAME" if is_other else ""
             return location, UserError(f"{location} is not JSON in {name}: {error}{way_out}")
-        return location, file_rows.without_nulls(self.file, self._encoding, row)
+        return location, file_rows.without_nulls(self.file, self._encoding, row, COMPARED_ROWS)
 
 
 def _line_starts(file: Path) -> tuple[NDArray[np.int64], str]:

@@ -68,19 +68,29 @@ def extend(base: Path, tokens: Sequence[str], trust_remote_code: bool = False) -
     folder = extended_folder(base, tokens)
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if not folder.is_dir():
-            partial = folder.with_name(f".{folder.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-            partial.mkdir()
-            try:
-                _write(base.resolve(), tokens, partial, trust_remote_code)
-            except BaseException:
-                shutil.rmtree(partial)
-                raise
-            partial.rename(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if not folder.is_dir():
+                _write_whole(base.resolve(), tokens, folder, trust_remote_code)
+    except OSError as error:
+        raise UserError(
+            f"model.add_tokens: {folder} cannot be written: {error.strerror or error}; free disk "
+            "space, or set SHARDWAY_CACHE to a folder that you can write"
+        ) from error
     return folder
+
+
+def _write_whole(base: Path, tokens: Sequence[str], folder: Path, trust_remote_code: bool) -> None:
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial.mkdir()
+    try:
+        _write(base, tokens, partial, trust_remote_code)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    partial.rename(folder)
 
 
 def _write(base: Path, tokens: Sequence[str], folder: Path, trust_remote_code: bool) -> None:

@@ -112,15 +112,22 @@ def compare_configs(frozen: Path, config: Config) -> Differences:
         schedule_depends_on_it = key in EVALUATION_SETTINGS and isinstance(
             config.scheduler, PlateauConfig
         )
-        if _is_one_of(key, ALLOWED_SETTINGS) and not schedule_depends_on_it:
+        # The rows of a stream are not compared.
+        reads_other_rows = key == "data.too_long" and config.data.streaming
+        depends = schedule_depends_on_it or reads_other_rows
+        if _is_one_of(key, ALLOWED_SETTINGS) and not depends:
             group = differences.allowed
         elif _is_one_of(key, TENSOR_SETTINGS):
             group = differences.incompatible
         else:
             group = differences.breaking
         group.append(f"{key}: {old} → {new}")
-        if group is not differences.allowed:
-            differences.undo.append(_override(key, old) if key in before else f"~{key}")
+        if group is differences.allowed:
+            continue
+        if key in before:
+            differences.undo.append(_override(key, old))
+        elif store.mapping_setting(key):  # other keys come and go with the file of their group
+            differences.undo.append(f"~{key}")
     return differences
 
 

@@ -89,6 +89,15 @@ def test_evaluation_rows_are_read_in_the_same_way_as_the_sources(book: Path) -> 
     assert texts(load_evaluation(config, byte_tokenizer())) == texts(data_of(book, 10, True))
 
 
+def test_a_text_may_have_a_class_and_no_image(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "good", "label": 1, "weight": 0.5}\n')
+    config = DataConfig(path=str(path), format="text")
+    assert source.find_problems(config) == []
+    path.write_text('{"text": "<image> good", "images": ["x.png"]}\n')
+    assert "has images, and only text" in source.find_problems(config)[0]
+
+
 def test_json_rows_are_concatenated(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"text": text, "id": 1}) for text in ("one", "two")))

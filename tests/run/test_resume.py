@@ -57,6 +57,24 @@ def test_the_fix_sets_every_kind_of_setting_back(tmp_path: Path) -> None:
     assert resume.find_problems(found, compose(apply_changes([*now], fix))) == []
 
 
+def test_a_stream_does_not_compare_its_rows(tmp_path: Path) -> None:
+    words = ("data.path=rows.jsonl", "data.streaming=true")
+    found = checkpoint(tmp_path, *words, "data.too_long=cut")
+    (message,) = resume.find_problems(found, compose([*words]))
+    assert "→ data.too_long=cut, or resume_force=true" in message
+    stored = checkpoint(tmp_path / "stored", words[0], "data.too_long=cut")
+    assert resume.find_problems(stored, compose([words[0]])) == []
+
+
+def test_settings_of_another_file_are_not_deleted(tmp_path: Path) -> None:
+    found = checkpoint(tmp_path, "method=full", "scheduler=constant")
+    (message,) = resume.find_problems(found, compose(["method=lora", "scheduler=cosine"]))
+    fix = shlex.split(message.rpartition(" → ")[2].partition(", or ")[0])
+    assert not [word for word in fix if word.startswith("~")]
+    changed = compose(apply_changes(["method=lora", "scheduler=cosine"], fix))
+    assert resume.find_problems(found, changed) == []
+
+
 def test_other_tensors_cannot_be_forced(tmp_path: Path) -> None:
     found = checkpoint(tmp_path, "method.rank=4")
     (message,) = resume.find_problems(found, compose(["method.rank=8", "resume_force=true"]))

@@ -109,8 +109,8 @@ class DataConfig(SourceConfig):
     max_length: int = setting(2048, "maximum tokens per row", minimum=8)
     too_long: str = setting(
         "cut",  # as in version 0.1.0, whose frozen configurations do not have this setting
-        "what happens to longer rows: auto (drop conversations, split raw texts), cut (an answer "
-        "then has no end), drop (leave out and count) or split (into several rows)",
+        "what happens to longer rows: auto (conf/data/base.yaml sets it: drop conversations, split "
+        "raw texts), cut (an answer then has no end), drop (leave out and count) or split",
         choices=("auto", "cut", "drop", "split"),
     )
     on_bad_row: str = setting(

@@ -126,12 +126,13 @@ def _expected(path: Path) -> str:
     return "text; add some" if suffix_of(path) == ".txt" else "rows; add at least one"
 
 
-def without_nulls(path: Path, encoding: str, row: Any) -> Any:
-    """A row of a JSON file, without its nulls if Arrow may have added them."""
+def without_nulls(path: Path, encoding: str, row: Any, compared: int | None = None) -> Any:
+    """A row of a JSON file, without its nulls if Arrow may have added them. `compared`: how many of
+    the first rows decide that; None: all."""
     if not nulls.has_nested_null(row):
         return row
     status = path.stat()
-    may_be_added = _may_be_added(path, encoding, status.st_size, status.st_mtime_ns)
+    may_be_added = _may_be_added(path, encoding, status.st_size, status.st_mtime_ns, compared)
     return nulls.remove_nulls(row) if may_be_added else row
 
 
@@ -152,9 +153,12 @@ def removes_nulls(path: Path, encoding: str) -> bool:
 
 
 @lru_cache(maxsize=SCANNED_FILES)
-def _may_be_added(path: Path, encoding: str, size: int, modified_ns: int) -> bool:
+def _may_be_added(
+    path: Path, encoding: str, size: int, modified_ns: int, compared: int | None
+) -> bool:
     """Whether the nulls of a JSON file may come from Arrow; size and time tell a changed file."""
-    return nulls.may_be_added(row for _, row in READERS[suffix_of(path)](path, encoding))
+    rows = islice(READERS[suffix_of(path)](path, encoding), compared)
+    return nulls.may_be_added(row for _, row in rows)
 
 
 def _mentions_null(path: Path, encoding: str) -> bool:

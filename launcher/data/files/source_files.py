@@ -54,7 +54,9 @@ def check_streaming(source: SourceConfig) -> None:
                 + ("unpack it" if is_packed else "convert it to .jsonl or .arrow")
                 + " → data.streaming=false"
             )
-        if text_files.suffix_of(file) in LINE_SUFFIXES and "\n".encode(source.encoding) != b"\n":
+        # utf-8-sig puts a mark at the start, and a line feed alone is still one byte.
+        line_feeds = "\n\n".encode(source.encoding)
+        if text_files.suffix_of(file) in LINE_SUFFIXES and not line_feeds.endswith(b"\n\n"):
             raise UserError(
                 f"data.streaming=true finds no lines in data.encoding={source.encoding}; convert "
                 f"{file} to UTF-8 → data.streaming=false"

@@ -22,7 +22,8 @@ PREFERENCE = (
 )
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 UNSUPPORTED = ("documents", "weight", "loss_scale")
-LOSS = ("train", "loss")  # the row is in the loss
+LOSS = {"train": ("false", "0", "0.0"), "loss": ("false",)}  # not learned; a loss may be a figure
+IGNORED = "is ignored"  # ends a note on a column or key without a meaning
 NO_VALUE: tuple[object, ...] = (None, "", [], "[]")  # a CSV file has texts only
 
 
@@ -36,22 +37,27 @@ def refuse_unsupported(location: str, row: Row) -> None:
         verdicts |= {"0", "1", "0.0", "1.0"}
     if str(row.get("label")).lower() in verdicts:
         raise _preference_error(location, "label")
+    refuse_media(location, row)
+    for column in UNSUPPORTED:
+        if row.get(column) not in (*NO_VALUE, 1, "1", "1.0"):
+            raise UserError(f"{location} has {column}, which is not supported; remove the column")
+    for column, values in LOSS.items():
+        if str(row.get(column)).lower() in values:
+            raise UserError(
+                f"{location} has {column} {row[column]!r}: a row that is not in the loss; remove it"
+            )
+    if row.get("tools") not in NO_VALUE and row.get("functions") not in NO_VALUE:
+        raise UserError(f"{location} has tools and functions; keep one of them")
+
+
+def refuse_media(location: str, row: Row) -> None:
+    """Raises UserError for a column with images, audio or video."""
     for column in MEDIA:
         if row.get(column) not in (*NO_VALUE, {}, False):
             raise UserError(
                 f"{location} has {column}, and only text is supported; remove the column if its "
                 "rows make sense without it"
             )
-    for column in UNSUPPORTED:
-        if row.get(column) not in (*NO_VALUE, 1, "1", "1.0"):
-            raise UserError(f"{location} has {column}, which is not supported; remove the column")
-    for column in LOSS:
-        if row.get(column) is False or str(row.get(column)).lower() == "false":
-            raise UserError(
-                f"{location} has {column} {row[column]!r}: a row that is not in the loss; remove it"
-            )
-    if row.get("tools") not in NO_VALUE and row.get("functions") not in NO_VALUE:
-        raise UserError(f"{location} has tools and functions; keep one of them")
 
 
 def _preference_error(location: str, column: str) -> UserError:
@@ -66,7 +72,7 @@ def ignored(row: Row, format: str) -> list[str]:
     shared = () if format == "text" else SHARED
     extra = row.keys() - {*OWN[format], *shared, *UNSUPPORTED}
     return [
-        f"column {column} is ignored"
+        f"column {column} {IGNORED}"
         for column in row
         if column in extra and row[column] not in NO_VALUE
     ]

@@ -78,6 +78,8 @@ def read_message(location: str, turn: Row, spelling: Spelling = OPENAI) -> ReadM
     text, reasoning = _read_content(location, turn, spelling.content)
     key = "function_call" if turn.get("function_call") else "tool_calls"
     calls = read_calls(location, key, turn.get(key) or [])
+    if reasoning and role not in ("assistant", "call"):
+        raise UserError(f"{location}: reasoning belongs to a message of the assistant")
     if is_call := role == "call":
         role, calls, text = "assistant", _parse_calls(location, spelling.content, text), ""
     if role == "system" and (text is None or (isinstance(text, str) and not text.strip())):
@@ -205,22 +207,32 @@ def _read_content(location: str, turn: Row, field: str) -> tuple[Any, str | None
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         text = part.get("text") if isinstance(part, dict) else part
         if kind == "thinking" and isinstance(part, dict):  # of Mistral's reasoning models
-            thought, _ = _read_content(location, {field: part.get("thinking")}, field)
-            thoughts.append(thought or "")
+            thoughts.append(_read_thought(location, part.get("thinking")))
         elif kind == "text" and isinstance(text, str):
             texts.append(text)
         else:
             raise UserError(
                 f"{location}: {field} has parts that are not text ({kind}); only text is supported"
             )
-    return "".join(texts), reasoning or "".join(thoughts) or None
+    thought = "".join(thoughts)
+    if thought and reasoning not in (None, thought):
+        raise UserError(f"{location} has reasoning in {field} and beside it; keep one of them")
+    return "".join(texts), reasoning or thought or None
+
+
+def _read_thought(location: str, thought: Any) -> str:
+    """The text of a thinking part, which is a text or a list of text parts."""
+    text, _ = _read_content(location, {"thinking part": thought}, "thinking part")
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{location}: a thinking part is not a text")
+    return text or ""
 
 
 def _checked_content(location: str, role: str, content: Any, may_be_empty: bool, field: str) -> str:
-    if role == "tool" and content in (None, ""):
-        return ""  # a tool may return nothing
-    if role == "assistant" and may_be_empty and content in (None, ""):
-        return ""
+    may_be_empty = may_be_empty and role == "assistant"
+    is_blank = content is None or (isinstance(content, str) and not content.strip())
+    if is_blank and (role == "tool" or may_be_empty):  # a tool may return nothing
+        return content or ""
     return read_text(location, {field: content}, field)
 
 

@@ -108,7 +108,7 @@ def _with_greetings_as_context(turns: list[ReadMessage]) -> list[ReadMessage]:
 def _notes(row: Row, format: str, turns: list[ReadMessage]) -> Iterator[str]:
     yield from columns.ignored(row, format)
     for key in dict.fromkeys(key for turn in turns for key in turn.ignored):
-        yield f"key {key} of messages is ignored"
+        yield f"key {key} of messages {columns.IGNORED}"
     if any(turn.is_context for turn in turns):
         yield CONTEXT
 

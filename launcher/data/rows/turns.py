@@ -53,6 +53,7 @@ def join_turns(turns: list[ReadMessage], may_join: Callable[[ReadMessage], bool]
             or role not in ("user", "assistant")
             or previous.message["role"] != role
             or previous.in_loss != turn.in_loss
+            or previous.message.get("name") != turn.message.get("name")
             or "reasoning_content" in turn.message
             or ("tool_calls" in previous.message and turn.message["content"])
         ):

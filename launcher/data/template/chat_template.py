@@ -121,8 +121,7 @@ class ChatTemplate:
                 chat_template=self.text,
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
-                **self.arguments,
-                **conversation.template_arguments,
+                **{**self.arguments, **conversation.template_arguments},
             )
         except Exception as error:
             raise _refused(location, error) from error

@@ -43,7 +43,7 @@ TOOLS = [
 ]
 # <think>…</think> at the start of an answer, which some write without its first tag: the reasoning,
 # and the rest.
-INLINE_REASONING = re.compile(r"\s*(?:<think>)?((?:(?!<think>).)*?)</think>(.*)", re.DOTALL)
+INLINE_REASONING = re.compile(r"(?:<think>)?((?:(?!<think>).)*?)</think>(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Dialect:
 
     def _with_reasoning_apart(self, message: Message) -> Message:
         """`message` with the reasoning at the start of its content moved to a key of its own."""
-        match = INLINE_REASONING.fullmatch(message["content"])
+        match = INLINE_REASONING.fullmatch(message["content"].lstrip())
         if match is None or {self.reasoning_key, "reasoning_content"} & message.keys():
             return message
         reasoning, content = (part.strip() for part in match.groups())
@@ -154,7 +154,7 @@ def _call_of(result: Message, open_calls: list[_Call]) -> _Call | None:
     """The call that a result answers: by its identifier, or by its name, or the first one without
     a result. None if there is no such call."""
     given, name = result.get("tool_call_id"), result.get("name")
-    if given:
+    if given and any(call.given for call in open_calls):
         return next((call for call in open_calls if call.given == given), None)
     named = [call for call in open_calls if call.name == name] if name else open_calls
     return next(iter(named), None)

@@ -277,7 +277,7 @@ def _all_in_loss(rows: list[list[Part]], excluded: frozenset[int]) -> list[list[
     previous = ""
     for row in rows:
         text = "".join(part.text for part in row)
-        shared = shared_prefix(previous, text)
+        shared = _whole_words(text, shared_prefix(previous, text))
         segments: list[Segment] = []
         position = 0
         for part in row:
@@ -288,6 +288,13 @@ def _all_in_loss(rows: list[list[Part]], excluded: frozenset[int]) -> list[list[
         result.append(_merge([segment for segment in segments if segment[0]]))
         previous = text
     return result
+
+
+def _whole_words(text: str, length: int) -> int:
+    """`length`, or less, such that no word and no special token of `text` is cut there."""
+    if length == len(text):
+        return length
+    return max(text.rfind(mark, 0, length) for mark in (" ", "\n", ">")) + 1
 
 
 def _merge(segments: list[Segment]) -> list[Segment]:

@@ -164,7 +164,7 @@ def test_the_encoding_is_part_of_the_content(tmp_path: Path) -> None:
         ("b.csv", b"\xef\xbb\xbf\n", "b.csv is empty"),
         ("b.parquet", b"", "b.parquet is empty"),
         ("b.arrow", b"", "b.arrow is empty"),
-        ("b.jsonl.gz", gzip.compress(b"\n"), "b.jsonl.gz is empty"),
+        ("b.jsonl.gz", gzip.compress(b"\n", mtime=0), "b.jsonl.gz is empty"),
         ("b.parquet", POINTER, "b.parquet is a Git LFS pointer, not the data → git lfs pull"),
         ("b.jsonl.gz", POINTER, "b.jsonl.gz is a Git LFS pointer, not the data → git lfs pull"),
     ],

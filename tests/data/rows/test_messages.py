@@ -74,6 +74,14 @@ def test_an_answer_that_its_author_excludes_is_not_in_the_loss(key: str, value: 
         (talk(USER, {**ANSWER, "tool_calls": [{**CALL, "id": [1]}]}), "id is not a text"),
         (talk(USER, ANSWER, tools=[SCHEMA], functions=[SCHEMA]), "has tools and functions"),
         (talk(USER, ANSWER, label=0), "has label"),
+        (talk(USER, ANSWER, train=0), "has train 0"),
+        (talk({"role": "user", "content": [{"type": "thinking", "thinking": "t"}]}, ANSWER),
+         "reasoning belongs to a message of the assistant"),
+        (talk(USER, {"role": "assistant", "reasoning": "x", "content": [
+            {"type": "thinking", "thinking": "t"}, {"type": "text", "text": "a"}]}),
+         "reasoning in content and beside it"),
+        (talk(USER, {"role": "assistant", "content": [{"type": "thinking", "thinking": 5}]}),
+         "a thinking part is not a text"),
         (talk(USER, ANSWER, train=False), "has train False"),
         (talk(ANSWER, USER), "no answer to train on"),
         (talk(ANSWER, USER, {**ANSWER, "weight": 0}), "no answer to train on"),
@@ -202,6 +210,19 @@ def test_calls_in_turns_of_their_own_are_parallel() -> None:
         "user", "assistant", "tool", "tool", "assistant",
     ]  # fmt: skip
     assert [call["function"]["name"] for call in messages[1]["tool_calls"]] == ["f", "g"]
+
+
+@pytest.mark.parametrize("blank", ["", "\n\n", " "])
+def test_blank_text_beside_calls_and_blank_results_stay(blank: str) -> None:
+    turn = {"role": "assistant", "content": blank, "tool_calls": [CALL]}
+    messages = parse(talk(USER, turn, {"role": "tool", "content": blank}, ANSWER)).messages
+    assert [message["content"] for message in messages] == ["q", blank, blank, "a"]
+
+
+def test_turns_of_two_people_are_not_joined() -> None:
+    turns = [{"from": "human", "value": "q", "name": name} for name in ("Ann", "Bob")]
+    row = {"conversations": [*turns, {"from": "gpt", "value": "a"}]}
+    assert [message.get("name") for message in parse(row).messages] == ["Ann", "Bob", None]
 
 
 def test_identifiers_may_be_numbers() -> None:

@@ -335,6 +335,24 @@ def test_arguments_of_a_row_are_those_that_the_template_reads() -> None:
             rows(tokenizer, replace(talk, template_arguments={name: True}))
 
 
+def test_arguments_of_a_row_come_before_those_of_the_run() -> None:
+    for text in (CHATML, MARKED + "{{ '' if switch else '' }}"):
+        template = ChatTemplate(with_template(text), {"switch": True})
+        talk = Conversation(TALK[1:3], template_arguments={"switch": False})
+        assert "no_think" not in template.render(talk, talk.messages[:1], "row 7")
+        assert render_segments(template, talk, "answers", "row 7")
+
+
+def test_what_two_rows_share_ends_with_a_whole_token() -> None:
+    """The answer of the first row begins with <think>, and what follows in the second with <tool>:
+    only < is equal."""
+    template = ChatTemplate(with_template(THINKS.replace("m.content +", "'<tool>' + m.content +")))
+    talk = [{**message, "reasoning_content": "r"} if message["role"] == "assistant" else message
+            for message in FOUR]  # fmt: skip
+    for row in render_segments(template, Conversation(talk), "all", "row 7"):
+        assert not any(text.endswith("<") for text, _ in row)
+
+
 def test_a_message_with_several_marks_is_learned_whole() -> None:
     """The end of a turn is a mark of its own, which is missing while a tool may still answer."""
     marked = (

@@ -50,6 +50,11 @@ def test_a_result_without_an_identifier_belongs_to_its_name_or_its_place() -> No
     assert by_name == by_place[::-1]
 
 
+def test_an_identifier_beside_calls_without_any_belongs_to_its_place() -> None:
+    made = answered(NAMED, calls("f1"), result("one", tool_call_id="call_1"))
+    assert made == [("one", "functions.f1:0", "f1")]
+
+
 def test_an_identifier_of_no_call_stays_as_it_is() -> None:
     assert answered(NAMED, calls("f1", f1="c1"), result("one", tool_call_id="x")) == [
         ("one", "x", None)
