@@ -240,7 +240,5 @@ def _changed_options(row_tokenizer: RowTokenizer) -> Iterator[str]:
 
 def _file_key(key: str, row_tokenizer: RowTokenizer) -> str:
     """The name of the cached file of rows with this cache key."""
-    size = row_tokenizer.vocabulary_size
-    needs_check = size is not None and len(row_tokenizer.tokenizer) > size
-    parts = [key, TOKENIZATION, row_tokenizer.too_long, str(size) if needs_check else ""]
+    parts = [key, TOKENIZATION, row_tokenizer.too_long, str(row_tokenizer.embeddings or "")]
     return xxhash.xxh3_128_hexdigest(" ".join(parts).encode())

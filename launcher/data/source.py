@@ -36,6 +36,7 @@ class TextPart:
     text: str
     is_first: bool = True
     is_last: bool = True
+    notes: tuple[str, ...] = ()  # what the log should say about rows like this one
 
 
 ParsedRow = Conversation | TextPart
@@ -88,7 +89,8 @@ def parse_row(source: SourceConfig, location: str, row: Any) -> ParsedRow:
     renamed = rename_columns(location, row, source.columns)
     if source.format == "text":
         columns.refuse_media(location, renamed)
-        return TextPart(read_text(location, renamed, "text"))
+        notes = tuple(columns.ignored(renamed, "text"))
+        return TextPart(read_text(location, renamed, "text"), notes=notes)
     return to_conversation(location, renamed, source.format, source.tags)
 
 

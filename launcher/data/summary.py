@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launcher.data.tokenize import TokenBatch
 
-UNENDED = "answers end in no special token, so a model does not learn to stop (docs/data.md)"
+UNENDED = "answers do not end with a special token: a model does not learn to stop (docs/data.md)"
 MAX_ERRORS = 20  # error messages of skipped rows that a summary keeps
 
 
@@ -25,7 +25,7 @@ class Summary:
     truncated: int = 0  # rows cut at max_length
     too_long: int = 0  # rows left out because they have more tokens than max_length
     split: int = 0  # rows split at max_length
-    unended: int = 0  # answers whose last token in the loss is no special token
+    unended: int = 0  # answers that do not end with a special token
     skipped: int = 0  # rows that could not be read
     errors: tuple[str, ...] = ()  # the messages of the first skipped rows
     notes: Mapping[str, int] = field(default_factory=dict)  # remark → number of rows

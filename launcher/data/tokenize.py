@@ -20,7 +20,7 @@ from launcher.config.schema.data import DataConfig, SourceConfig
 from launcher.data import source
 from launcher.data.files.file_rows import RawRow
 from launcher.data.raw_text import tokenize_texts
-from launcher.data.rows import columns
+from launcher.data.rows.row_formats import Conversation
 from launcher.data.template.chat_template import ChatTemplate
 from launcher.data.template.loss_mask import Tokens, fit, tokenize_segments
 from launcher.data.template.segments import Segment, render_segments
@@ -44,7 +44,7 @@ class TokenBatch:
     truncated: int = 0  # rows cut at max_length
     too_long: int = 0  # rows left out because they have more tokens than max_length
     split: int = 0  # rows split at max_length
-    unended: int = 0  # answers whose last token in the loss is no special token
+    unended: int = 0  # answers that do not end with a special token
     errors: list[str] = field(default_factory=list)  # one message for each row that is skipped
     notes: Counter[str] = field(default_factory=Counter)  # what the log says → number of rows
 
@@ -60,18 +60,17 @@ class RowTokenizer:
 
     def __call__(self, rows: list[RawRow]) -> TokenBatch:
         """Raises UserError for the first bad row if data.on_bad_row=fail."""
-        batch = TokenBatch(np.empty(0, np.int32), np.empty(0, np.bool_), np.empty(0, np.int32))
-        is_text = self.source.format == "text"
-        located = self._tokenize_texts(rows, batch) if is_text else self._tokenize(rows, batch)
+        errors: list[str] = []
+        notes: Counter[str] = Counter()
         tokens = []
-        for location, row in located:
+        for location, row in self._tokenize(rows, errors, notes):
             if fault := self._unknown_token(location, row):
-                self._handle(UserError(fault), batch)
+                self._handle(UserError(fault), errors)
             elif self.concatenates:
                 tokens.append(row)
             else:
                 tokens += fit(row, self.config.max_length, self.too_long)
-        return make_batch(tokens, batch.errors, self.concatenates, batch.notes)
+        return make_batch(tokens, errors, self.concatenates, notes)
 
     @property
     def concatenates(self) -> bool:
@@ -96,60 +95,59 @@ class RowTokenizer:
         template.check_arguments(self.config.template_arguments, "data.template_arguments")
         return template
 
-    def _tokenize(self, rows: list[RawRow], batch: TokenBatch) -> Iterator[tuple[str, Tokens]]:
+    @cached_property
+    def embeddings(self) -> int | None:
+        """The number of embeddings if the tokenizer has tokens without one, otherwise None."""
+        size = self.vocabulary_size
+        return size if size is not None and len(self.tokenizer) > size else None
+
+    def _tokenize(
+        self, rows: list[RawRow], errors: list[str], notes: Counter[str]
+    ) -> Iterator[tuple[str, Tokens]]:
+        """The location and the tokens of each row; `errors` and `notes` receive what is said."""
+        texts: list[source.TextPart] = []
         segmented: list[list[Segment]] = []
         locations: list[str] = []
+        is_text = self.source.format == "text"
+        template = None if is_text else self.template
         for location, row in rows:
             try:
                 parsed = source.parse_row(self.source, location, row)
-                assert not isinstance(parsed, source.TextPart)
-                made = render_segments(
-                    self.template,
-                    parsed,
-                    self.config.train_on,
-                    location,
-                    self.config.learn_empty_reasoning,
-                )
-                segmented += made
-                locations += [location] * len(made)
-                batch.notes.update(parsed.notes)
+                if isinstance(parsed, source.TextPart):
+                    texts.append(parsed)
+                    locations.append(location)
+                else:
+                    made = self._render(parsed, location)
+                    segmented += made
+                    locations += [location] * len(made)
+                notes.update(parsed.notes)
             except UserError as error:
-                self._handle(error, batch)
-        counts_ends = self.config.train_on != "all"  # then prompts are in the loss too
-        tokens = tokenize_segments(self.template, segmented, counts_ends)
+                self._handle(error, errors)
+        if template is None:
+            tokens = tokenize_texts(self.tokenizer, texts)
+        else:
+            # With train_on=all, prompts are in the loss too.
+            tokens = tokenize_segments(template, segmented, self.config.train_on != "all")
         return zip(locations, tokens, strict=True)
 
-    def _tokenize_texts(
-        self, rows: list[RawRow], batch: TokenBatch
-    ) -> Iterator[tuple[str, Tokens]]:
-        texts: list[source.TextPart] = []
-        locations: list[str] = []
-        for location, row in rows:
-            try:
-                parsed = source.parse_row(self.source, location, row)
-                assert isinstance(parsed, source.TextPart)
-                texts.append(parsed)
-                locations.append(location)
-                if isinstance(row, dict):
-                    renamed = source.rename_columns(location, row, self.source.columns)
-                    batch.notes.update(columns.ignored(renamed, "text"))
-            except UserError as error:
-                self._handle(error, batch)
-        return zip(locations, tokenize_texts(self.tokenizer, texts), strict=True)
+    def _render(self, conversation: Conversation, location: str) -> list[list[Segment]]:
+        config = self.config
+        return render_segments(
+            self.template, conversation, config.train_on, location, config.learn_empty_reasoning
+        )
 
-    def _handle(self, error: UserError, batch: TokenBatch) -> None:
+    def _handle(self, error: UserError, errors: list[str]) -> None:
         if self.config.on_bad_row == "fail":
             raise error
-        batch.errors.append(str(error))
+        errors.append(str(error))
 
     def _unknown_token(self, location: str, row: Tokens) -> str | None:
         """The fault of a row with a token that the model has no embedding for."""
-        largest = max(row.ids, default=0)
-        if self.vocabulary_size is None or largest < self.vocabulary_size:
+        if self.embeddings is None or (largest := max(row.ids, default=0)) < self.embeddings:
             return None
         return (
             f"{location} contains {self.tokenizer.convert_ids_to_tokens(largest)}, token {largest} "
-            f"of the tokenizer, but the model has embeddings for {self.vocabulary_size} tokens → "
+            f"of the tokenizer, but the model has embeddings for {self.embeddings} tokens → "
             "model.add_tokens=[…] for new tokens, or the tokenizer of this model"
         )
 

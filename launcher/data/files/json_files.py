@@ -114,7 +114,7 @@ def _refuse_objects(path: Path, text: str) -> None:
 
 
 def _refuse_table(path: Path, value: dict[str, Any]) -> None:
-    """Raises UserError if `value` is no row, but the whole data set in another arrangement."""
+    """Raises UserError if `value` is the whole data set in another arrangement, not a row."""
     lists = {key: item for key, item in value.items() if isinstance(item, list)}
     if wrapped := [key for key, items in lists.items() if _are_rows(items)]:
         raise UserError(

@@ -57,7 +57,7 @@ class Dialect:
     separates_reasoning: bool = False
     writes_ids: bool = False  # of tool calls
     needs_nine_characters: bool = False  # it refuses shorter identifiers
-    accepts_longer: bool = False  # and none that are longer
+    accepts_longer: bool = False  # it takes longer identifiers than nine characters
     writes_names: bool = False  # of the tool that returned a result
     header: str = ""  # begins an answer: the generation prompt as far as it stays in the text
     prefill: str = ""  # the rest of the generation prompt, such as an opened <think>
@@ -152,7 +152,7 @@ class _Call:
 
 def _call_of(result: Message, open_calls: list[_Call]) -> _Call | None:
     """The call that a result answers: by its identifier, or by its name, or the first one without
-    a result. None if there is no such call."""
+    a result. None if no call fits."""
     given, name = result.get("tool_call_id"), result.get("name")
     if given and any(call.given for call in open_calls):
         return next((call for call in open_calls if call.given == given), None)

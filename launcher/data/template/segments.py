@@ -55,7 +55,7 @@ def render_segments(
     if train_on == "all" and (others := excluded - {*conversation.answers}):
         raise UserError(
             f"{location}: message {min(others) + 1} is not in the loss, which data.train_on=all "
-            "cannot honor for a message that is no answer"
+            "honors only for an answer"
         )
     template.check_arguments(conversation.template_arguments, f"{location}: chat_template_kwargs")
     conversation = template.adapt(conversation)

@@ -132,10 +132,10 @@ def test_an_argument_that_the_template_does_not_read_is_refused(tmp_path: Path) 
 
 def test_answers_that_end_in_nothing_are_counted(tmp_path: Path) -> None:
     path, tokenizer = file_of(tmp_path, "a", "b"), byte_tokenizer()
-    assert "end in no special token" not in load(path).describe()
+    assert "do not end with a special token" not in load(path).describe()
     tokenizer.chat_template = PLAIN
     told = load_data(DataConfig(path=path), tokenizer).describe()
-    assert "answers end in no special token" in told
+    assert "answers do not end with a special token" in told
     assert "(2 of them)" in told
 
 
