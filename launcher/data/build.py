@@ -69,9 +69,13 @@ def build_loaders(
     evaluation = None
     if config.eval_path:
         dataset = load_evaluation(config, tokenizer, on_progress, vocabulary_size)
+        for note in source.file_notes(source.evaluation_config(config)):
+            say(note)
         say(f"evaluation data: {dataset.describe()}")
         numbers = np.arange(len(dataset.rows))
         evaluation = _evaluation_loader(dataset.rows, numbers, config, new_loader)
+    for note in source.file_notes(config):
+        say(note)
     if config.streaming:
         sources = source.resolve_sources(config).values()
         tokenizers = [RowTokenizer(each, config, tokenizer, vocabulary_size) for each in sources]

@@ -23,7 +23,12 @@ from launcher.config.schema.data import DataConfig
 from launcher.data import source
 from launcher.data.rows.columns import IGNORED
 from launcher.data.summary import Summary
-from launcher.data.tokenize import RowTokenizer, TokenBatch, tokenize_source
+from launcher.data.tokenize import (
+    SPECIAL_TOKENS,
+    RowTokenizer,
+    TokenBatch,
+    tokenize_source,
+)
 from launcher.errors import UserError
 from launcher.folders import paths
 
@@ -124,7 +129,8 @@ def _differences(row_tokenizer: RowTokenizer, summary: Summary) -> Iterator[str]
     it cut rows that are too long, joined no turns and learned every answer."""
     if summary.too_long or summary.split:
         yield row_tokenizer.too_long
-    yield from (note for note in summary.notes if not note.endswith(IGNORED))
+    same = (IGNORED, SPECIAL_TOKENS)
+    yield from (note for note in summary.notes if not note.endswith(same))
 
 
 def _why_empty(summary: Summary, max_length: int) -> str:

@@ -14,7 +14,12 @@ from launcher.config.schema.data import HUB, DataConfig, SourceConfig
 from launcher.data.files import file_rows, splits, text_files
 from launcher.data.files.file_rows import RawRow
 from launcher.data.files.nulls import remove_nulls
-from launcher.data.files.source_files import check_streaming, encoding_content, find_files
+from launcher.data.files.source_files import (
+    check_streaming,
+    describe_left_out,
+    encoding_content,
+    find_files,
+)
 from launcher.data.rows import columns, dataset_info
 from launcher.data.rows.row_formats import Conversation, read_text, to_conversation
 from launcher.errors import UserError
@@ -26,6 +31,7 @@ CHECKED_AT_SUBMIT_BYTES = 32_000_000  # about a third of a second of reading
 CHECKED_AT_SUBMIT_ROWS = 1_000  # of larger files
 BLOCK_BYTES = 1 << 20  # read at a time
 COMPRESSION_RATIO = 8  # of a compressed file, about, to find out whether it is large
+MAX_BAD_ROWS = 5  # of a source are named at once
 PART_CHARACTERS = 1 << 16  # size of the parts in which a long text is read
 
 
@@ -68,6 +74,12 @@ def _has_subset(config: DataConfig) -> bool:
     if config.subset is None or not Path(path).is_dir():
         return False
     return splits.has_subset(Path(path), file_rows.find(path, text=True), config.subset)
+
+
+def file_notes(config: DataConfig) -> Iterator[str]:
+    """Log lines about the files of the sources' folders that are not read."""
+    for source in resolve_sources(config).values():
+        yield from describe_left_out(source)
 
 
 def iter_rows(source: SourceConfig, by_line: bool) -> Iterator[RawRow]:
@@ -133,37 +145,43 @@ def find_problems(config: DataConfig) -> list[str]:
     except UserError as error:
         return [str(error)]
     sources = [source for source in sources if source.path]
+    skips = config.on_bad_row == "skip"
     problems = [
-        _find_bad_row(source, config.on_bad_row == "skip", source in streamed) for source in sources
+        problem
+        for source in sources
+        for problem in _find_bad_rows(source, skips, source in streamed)
     ]
     if (config.sources or config.dataset_info) and config.split != splits.TRAIN:
         problems.append(
             f"data.split={config.split} has no effect: each source has its own → remove data.split"
         )
-    if not config.dataset_info:  # LLaMA-Factory's lists name columns that a file may not have
-        problems += [_find_missing_column(source) for source in sources if source.columns]
-    return [problem for problem in problems if problem]
+    missing = [_find_missing_column(config, source) for source in sources if source.columns]
+    return problems + [problem for problem in missing if problem]
 
 
-def _find_bad_row(source: SourceConfig, skip: bool, is_streamed: bool) -> str | None:
+def _find_bad_rows(source: SourceConfig, skip: bool, is_streamed: bool) -> list[str]:
     assert source.path is not None
     is_hub = source.path.startswith(HUB)
     if is_hub and (problem := _check_hub_name(source.path)):
-        return problem
+        return [problem]
     try:
         text_files.codec_name(source.encoding)
         if is_streamed:
             check_streaming(source)
-        if not is_hub:  # the rows of the hub are read when they are tokenized
-            _check_rows(source, skip)
+        if is_hub:  # the rows are read when they are tokenized
+            return []
+        bad_rows = list(_bad_rows(source))
     except UserError as error:
-        return str(error)
+        return [str(error)]
     except OSError as error:
-        return f"data.path={error.filename} cannot be read: {error.strerror}"
-    return None
+        return [f"data.path={error.filename} cannot be read: {error.strerror}"]
+    if skip:
+        return []
+    more = len(bad_rows) - MAX_BAD_ROWS
+    return bad_rows[:MAX_BAD_ROWS] + ([f"… and {more:,} more bad rows"] if more > 0 else [])
 
 
-def _check_rows(source: SourceConfig, skip: bool) -> None:
+def _bad_rows(source: SourceConfig) -> Iterator[str]:
     files = find_files(source)
     size = sum(map(_size_of_text, files))
     check_all = size <= CHECKED_AT_SUBMIT_BYTES
@@ -175,9 +193,8 @@ def _check_rows(source: SourceConfig, skip: bool) -> None:
     for location, row in islice(rows, stop):
         try:
             parse_row(source, location, row)
-        except UserError:
-            if not skip:
-                raise
+        except UserError as error:
+            yield str(error)
 
 
 def _size_of_text(file: Path) -> int:
@@ -193,8 +210,12 @@ def _check_hub_name(path: str) -> str | None:
     return f"data.path={path} is not a data set of the hub → hub:OWNER/NAME, or data.path=FOLDER"
 
 
-def _find_missing_column(source: SourceConfig) -> str | None:
-    """A setting of data.columns whose column is missing in the first rows."""
+def _find_missing_column(config: DataConfig, source: SourceConfig) -> str | None:
+    """A setting of data.columns whose column is missing in the first rows.
+
+    LLaMA-Factory's lists may name columns that a file does not have, if its rows are complete
+    without them.
+    """
     if str(source.path).startswith(HUB):
         return None
     columns: set[str] = set()
@@ -203,13 +224,19 @@ def _find_missing_column(source: SourceConfig) -> str | None:
         for _, row in islice(rows, CHECKED_AT_SUBMIT_ROWS):
             columns |= row.keys() if isinstance(row, dict) else set()
     missing = [
-        field for field, column in source.columns.items() if columns and column not in columns
+        field
+        for field, column in source.columns.items()
+        if columns
+        and column not in columns
+        and not (config.dataset_info and field in dataset_info.OPTIONAL_FIELDS)
     ]
     if not missing:
         return None
+    field, column = missing[0], source.columns[missing[0]]
+    where = f"data.dataset_info={config.dataset_info}: " if config.dataset_info else "data.columns."
     return (
-        f"data.columns.{missing[0]}={source.columns[missing[0]]} is not a column of {source.path}; "
-        f"the columns are {', '.join(sorted(columns))}"
+        f"{where}{field}={column} is not a column of {source.path}; the columns are "
+        f"{', '.join(sorted(columns))}"
     )
 
 

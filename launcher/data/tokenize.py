@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -31,6 +32,8 @@ CHUNK_CHARACTERS = 1 << 20  # of raw text
 # Below this number of rows, one process is done before worker processes have started.
 SINGLE_PROCESS_ROWS = 20_000
 MAX_WORKERS = 32
+# A note that does not change the rows: they are tokenized as in every version.
+SPECIAL_TOKENS = "texts contain special tokens, which are tokenized as such and not as text"
 
 
 @dataclass
@@ -120,6 +123,7 @@ class RowTokenizer:
                     made = self._render(parsed, location)
                     segmented += made
                     locations += [location] * len(made)
+                    notes.update(self._special_tokens_in(parsed))
                 notes.update(parsed.notes)
             except UserError as error:
                 self._handle(error, errors)
@@ -135,6 +139,18 @@ class RowTokenizer:
         return render_segments(
             self.template, conversation, config.train_on, location, config.learn_empty_reasoning
         )
+
+    @cached_property
+    def _special_token(self) -> re.Pattern[str] | None:
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = [re.escape(token.content) for token in added if token.special]
+        return re.compile("|".join(sorted(special, key=len, reverse=True))) if special else None
+
+    def _special_tokens_in(self, conversation: Conversation) -> Iterator[str]:
+        """A note if a text contains what the tokenizer reads as the end or start of a turn."""
+        texts = (message.get("content") for message in conversation.messages)
+        if self._special_token and any(text and self._special_token.search(text) for text in texts):
+            yield SPECIAL_TOKENS
 
     def _handle(self, error: UserError, errors: list[str]) -> None:
         if self.config.on_bad_row == "fail":

@@ -213,7 +213,7 @@ def test_columns_are_mapped_and_a_wrong_one_is_named(tmp_path: Path) -> None:
         ({"instruction": "q", "output": "a", "history": [["x", None]]}, "answer is missing"),
         ({"messages": []}, "at least one message"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "role 'bot' is not one of"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "has no answer to train on"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "has nothing to train on"),
         ({"messages": ["x"]}, "messages[0] is not an object"),
         ({"messages": [{"role": "user", "content": [{"image": 1}]}]}, "parts that are not text"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "from 'alien' is not one of"),
@@ -291,3 +291,23 @@ def test_the_bundled_rows_match_the_readme() -> None:
     assert not questions & {row["question"].lower() for row in held_out}
     assert "France" not in text
     assert "Paris" not in text
+
+
+def test_several_bad_rows_are_named_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(["broken", json.dumps({"messages": TURNS})] * 8))
+    *named, more = problems(path)
+    assert [each.partition(" ")[0] for each in named] == [f"{path}:{n}" for n in (1, 3, 5, 7, 9)]
+    assert more == "… and 3 more bad rows"
+
+
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [("a.txt", "raw text → data=pretrain"), ("a.md", "rename it to .txt, and if it is raw text")],
+)
+def test_raw_text_among_conversations_is_shown_its_way(
+    tmp_path: Path, name: str, way_out: str
+) -> None:
+    (tmp_path / name).write_text("text")
+    (found,) = problems(tmp_path / name)
+    assert way_out in found

@@ -212,3 +212,15 @@ def test_ids_and_masks_are_what_was_tokenized(rows_file: Path) -> None:
     assert [len(data.rows[row][0]) for row in range(13)] == data.rows.lengths.tolist()
     learned: Any = sum(int(data.rows[row][1].sum()) for row in range(13))
     assert learned == data.summaries["data"].loss_tokens
+
+
+def test_special_tokens_in_texts_are_named(own_cache: Path, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    special = next(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+    path = tmp_path / "rows.jsonl"
+    answers = ["plain", f"and {special} then"]
+    path.write_text(
+        "".join(json.dumps({"instruction": "q", "output": text}) + "\n" for text in answers)
+    )
+    (summary,) = load_data(DataConfig(path=str(path)), tokenizer).summaries.values()
+    assert summary.notes == {tokenize.SPECIAL_TOKENS: 1}

@@ -47,16 +47,31 @@ def find(path: str, text: bool = False) -> list[Path]:
         return _find_in_folder(named, suffixes)
     files = [named] if named.is_file() else _find_glob(path)
     if not files:
-        raise UserError(f"data.path={path} cannot be read: No such file or directory")
+        raise UserError(f"data.path={path} cannot be read: {_why_nothing_matches(path)}")
     for file in files:
         if text_files.is_archive(file):
             raise UserError(f"data.path={file} cannot be read; unpack it")
         if suffix_of(file) not in suffixes:
-            hint = "; raw text is data=pretrain" if suffix_of(file) == ".txt" else ""
-            raise UserError(
-                f"data.path={file} is not a {', '.join(suffixes)} file; rename or convert it{hint}"
-            )
+            is_text = suffix_of(file) in (".txt", ".md") and not text
+            way_out = "if it is raw text → data=pretrain" if is_text else "convert it"
+            if suffix_of(file) == ".md":
+                way_out = f"rename it to .txt{', and ' + way_out if is_text else ''}"
+            raise UserError(f"data.path={file} is not a {', '.join(suffixes)} file; {way_out}")
     return files
+
+
+def find_others(folder: Path, text: bool = False) -> list[Path]:
+    """The files of `folder` that `find` leaves out because of their type, sorted by name."""
+    suffixes = (*READERS, ".txt") if text else tuple(READERS)
+    return sorted(file for file in _walk(folder) if suffix_of(file) not in suffixes)
+
+
+def _why_nothing_matches(path: str) -> str:
+    if not glob.has_magic(path):
+        return "No such file or directory"
+    if folders := sorted(glob.glob(path, recursive=True)):
+        return f"it matches only folders, such as {folders[0]} → data.path='{folders[0]}/**'"
+    return "no file matches"
 
 
 def _find_glob(pattern: str) -> list[Path]:
@@ -69,18 +84,22 @@ def _find_glob(pattern: str) -> list[Path]:
 
 def _find_in_folder(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     found = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
-        visible = [name for name in names if not name.startswith(".")]
-        files = [Path(parent, name) for name in visible if _has_rows(name)]
-        if archives := [file for file in files if text_files.is_archive(file)]:
-            raise UserError(
-                f"data.path={folder} contains {archives[0]}, which cannot be read; unpack it"
-            )
-        found += [file for file in files if suffix_of(file) in suffixes]
+    for file in _walk(folder):
+        if text_files.is_archive(file):
+            raise UserError(f"data.path={folder} contains {file}, which cannot be read; unpack it")
+        found += [file] if suffix_of(file) in suffixes else []
     if not found:
         raise UserError(f"data.path={folder} contains no {', '.join(suffixes)} file")
     return sorted(found)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """The files of `folder` that may contain rows. Hidden ones are left out."""
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        for name in names:
+            if not name.startswith(".") and _has_rows(name):
+                yield Path(parent, name)
 
 
 def _has_rows(name: str) -> bool:

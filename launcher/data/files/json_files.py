@@ -34,7 +34,15 @@ def read_json_lines(path: Path, encoding: str, pattern: re.Pattern[str] = ANY) -
                             f"{path} is a list over several lines, not one object per line; rename "
                             "it to .json"
                         ) from error
-                    yield location, UserError(f"{location} is not JSON: {error}")
+                    reason = str(error)
+                    if isinstance(error, json.JSONDecodeError):
+                        end = (
+                            " (does the line end inside a text?)"
+                            if line[-1:] == "\n" and (error.pos >= len(line) - 1)
+                            else ""
+                        )
+                        reason = f"{error.msg} at column {error.colno}{end}"
+                    yield location, UserError(f"{location} is not JSON: {reason}")
 
 
 def read_json(path: Path, encoding: str, max_in_memory: int) -> Iterator[RawRow]:

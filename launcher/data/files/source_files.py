@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.config.schema.data import HUB, SourceConfig
@@ -9,6 +10,7 @@ from launcher.data.files import file_rows, splits, text_files
 from launcher.errors import UserError
 
 LINE_SUFFIXES = (".jsonl", ".txt")  # of files with a row per line
+NAMED_FILES = 3  # in a note
 
 
 def encoding_content(source: SourceConfig) -> list[bytes]:
@@ -36,6 +38,28 @@ def find_files(source: SourceConfig) -> list[Path]:
                 f"names files → remove {key}"
             )
     return files
+
+
+def describe_left_out(source: SourceConfig) -> Iterator[str]:
+    """Notes on the files in the folder of `source` that are not read. Nothing for a file, a glob
+    or a hub data set."""
+    folder, text = Path(source.path or ""), source.format == "text"
+    if not source.path or not folder.is_dir():
+        return
+    read = set(find_files(source))
+    if not_read := [file for file in file_rows.find(source.path, text) if file not in read]:
+        of_split = "the evaluation" if source.split == splits.FOR_EVALUATION else source.split
+        yield (
+            f"{folder}: {len(read)} file(s) of {of_split} are read, {_count(folder, not_read)} of "
+            "other splits, or of none, are not"
+        )
+    if others := file_rows.find_others(folder, text):
+        yield f"{folder}: {_count(folder, others)} of other types are not read"
+
+
+def _count(folder: Path, files: list[Path]) -> str:
+    names = ", ".join(str(file.relative_to(folder)) for file in files[:NAMED_FILES])
+    return f"{len(files)} file(s) ({names}{', …' if len(files) > NAMED_FILES else ''})"
 
 
 def check_streaming(source: SourceConfig) -> None:

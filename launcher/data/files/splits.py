@@ -50,7 +50,7 @@ def choose(folder: Path, files: list[Path], split: str, subset: str | None) -> l
     if name is None:
         raise UserError(
             f"data.split={split} is not in data.path={folder}; its splits are {', '.join(found)} → "
-            f"data.split={next(iter(found))}, or all files with a glob, data.path='{folder}/*'"
+            f"data.split={next(iter(found))}, or all files with a glob, data.path='{folder}/**'"
         )
     if not found[name]:
         raise UserError(

@@ -22,7 +22,11 @@ PREFERENCE = (
 )
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 UNSUPPORTED = ("documents", "weight", "loss_scale")
-LOSS = {"train": ("false", "0", "0.0"), "loss": ("false",)}  # not learned; a loss may be a figure
+LOSS = {  # column → the values of a row that is not learned; a loss may be a figure
+    "train": ("false", "0", "0.0"),
+    "weight": ("0", "0.0"),
+    "loss": ("false",),
+}
 IGNORED = "is ignored"  # ends a note on a column or key without a meaning
 NO_VALUE: tuple[object, ...] = (None, "", [], "[]")  # a CSV file has texts only
 
@@ -38,13 +42,17 @@ def refuse_unsupported(location: str, row: Row) -> None:
     if str(row.get("label")).lower() in verdicts:
         raise _preference_error(location, "label")
     refuse_media(location, row)
-    for column in UNSUPPORTED:
-        if row.get(column) not in (*NO_VALUE, 1, "1", "1.0"):
-            raise UserError(f"{location} has {column}, which is not supported; remove the column")
     for column, values in LOSS.items():
         if str(row.get(column)).lower() in values:
             raise UserError(
-                f"{location} has {column} {row[column]!r}: a row that is not in the loss; remove it"
+                f"{location} has {column} {row[column]!r}: a row that is not in the loss; remove "
+                "the row"
+            )
+    for column in UNSUPPORTED:
+        if row.get(column) not in (*NO_VALUE, 1, "1", "1.0"):
+            raise UserError(
+                f"{location} has {column} {row[column]!r:.80}, which is not supported; remove the "
+                "column if its rows are to be learned as they are"
             )
     if row.get("tools") not in NO_VALUE and row.get("functions") not in NO_VALUE:
         raise UserError(f"{location} has tools and functions; keep one of them")

@@ -23,8 +23,19 @@ ALPACA_COLUMNS = {
 }
 SHAREGPT_COLUMNS = {"conversations": "messages", "system": "system", "tools": "tools"}
 # Entries for other objectives than the next token, and columns that are not text.
-UNSUPPORTED_KEYS = ("ranking", "script_url", "folder")
+UNSUPPORTED_KEYS = ("ranking", "script_url", "cloud_file_name", "folder")
+KNOWN_KEYS = (
+    *("file_name", "file_sha1", "hf_hub_url", "ms_hub_url", "om_hub_url", "formatting", "subset"),
+    *("split", "num_samples", "columns", "tags", *UNSUPPORTED_KEYS),
+)
 UNSUPPORTED_COLUMNS = ("images", "videos", "audios", "chosen", "rejected", "kto_tag")
+TAGS = (
+    *("role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag"),
+    "system_tag",
+)
+# Fields of data.columns that rows are complete without.
+OPTIONAL_FIELDS = ("input", "history", "system", "tools")
+NAME = "dataset_info.json"
 
 
 def read(path: str, names: str, text: bool) -> dict[str, SourceConfig]:
@@ -32,14 +43,16 @@ def read(path: str, names: str, text: bool) -> dict[str, SourceConfig]:
 
     Raises UserError for a name that `path` does not list, or an entry that is not supported.
     """
-    entries = _load(Path(path))
+    info = Path(path) / NAME if Path(path).is_dir() else Path(path)
+    entries = _load(info)
     sources = {}
     for name in filter(None, (word.strip() for word in names.split(","))):
         if name not in entries:
             raise UserError(
-                f"data.name={name} is not in {path}; it lists {', '.join(sorted(entries))}"
+                f"data.name={name} is not in {info} → data.name=A,B with some of "
+                f"{', '.join(sorted(entries))}"
             )
-        sources[name] = _source_config(Path(path), name, entries[name], text)
+        sources[name] = _source_config(info, name, entries[name], text)
     if not sources:
         raise UserError(f"data.name names no data set of {path}; set data.name=a,b")
     return sources
@@ -59,6 +72,11 @@ def _source_config(info: Path, name: str, entry: Any, text: bool) -> SourceConfi
     location = f"data.dataset_info={info}: {name}"
     if not isinstance(entry, dict):
         raise UserError(f"{location} is not an object with file_name or hf_hub_url")
+    if unknown := sorted(entry.keys() - {*KNOWN_KEYS}):
+        raise UserError(
+            f"{location} has {unknown[0]}, which is no key of an entry; the keys are "
+            f"{', '.join(KNOWN_KEYS)}"
+        )
     columns = _read_mapping(location, entry, "columns")
     unsupported = [key for key in UNSUPPORTED_KEYS if entry.get(key)]
     unsupported += [column for column in UNSUPPORTED_COLUMNS if column in columns]
@@ -66,6 +84,13 @@ def _source_config(info: Path, name: str, entry: Any, text: bool) -> SourceConfi
         raise UserError(
             f"{location} has {unsupported[0]}, which is not supported; remove it from data.name"
         )
+    known = (*ALPACA_COLUMNS.values(), *SHAREGPT_COLUMNS.values())
+    tags = _read_mapping(location, entry, "tags")
+    for key, names, mapping in (("columns", known, columns), ("tags", TAGS, tags)):
+        if unknown := sorted(mapping.keys() - {*names}):
+            raise UserError(
+                f"{location} has {unknown[0]} in {key}; known are {', '.join(dict.fromkeys(names))}"
+            )
     max_rows = entry.get("num_samples")
     if max_rows is not None and not (isinstance(max_rows, int) and max_rows > 0):
         raise UserError(f"{location}: num_samples {max_rows!r} is not a number of rows")
@@ -76,7 +101,7 @@ def _source_config(info: Path, name: str, entry: Any, text: bool) -> SourceConfi
         )
     return SourceConfig(
         path=_data_path(info, location, entry),
-        **_format_settings(formatting, columns, _read_mapping(location, entry, "tags"), text),
+        **_format_settings(formatting, columns, tags, text),
         max_rows=max_rows,
         subset=entry.get("subset"),
         split=entry.get("split", "train"),

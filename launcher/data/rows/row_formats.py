@@ -87,8 +87,10 @@ def to_conversation(location: str, row: Any, format: str, tags: dict[str, str]) 
     )
     check_unicode(location, "the row", [conversation.messages, conversation.tools])
     if not conversation.learned:
+        reason = "its answers are not in the loss" if conversation.answers else "it has no answer"
         raise UserError(
-            f"{location} has no answer to train on; add an assistant message or remove the row"
+            f"{location} has nothing to train on: {reason}; add an assistant message or remove the "
+            "row"
         )
     return conversation
 
@@ -125,8 +127,8 @@ def _recognize_format(location: str, row: Row) -> str:
             return format
     raise UserError(
         f"{location} has the fields {', '.join(row) or '(none)'}; needed are messages, "
-        "conversations, instruction and output, or prompt and completion"
-        + ("; raw text is data=pretrain" if "text" in row else "")
+        "conversations, instruction and output, or prompt and completion, by these names or with "
+        "data.columns={FIELD: COLUMN}" + ("; raw text is data=pretrain" if "text" in row else "")
     )
 
 

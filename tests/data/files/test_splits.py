@@ -234,3 +234,26 @@ def test_the_content_is_that_of_the_split(tmp_path: Path) -> None:
     assert [*source.iter_content(chosen)] == before
     train = (tmp_path / "train.json").read_bytes()
     assert before == [f".json {len(train)}".encode(), train]
+
+
+def test_files_that_are_not_read_are_named(tmp_path: Path) -> None:
+    make(tmp_path, "train/a.json", "test/b.json", "more.json")
+    (tmp_path / "scan.pdf").write_bytes(b"x")
+    (tmp_path / "README.md").write_text("about")
+    notes = [*source.file_notes(DataConfig(path=str(tmp_path)))]
+    assert notes == [
+        f"{tmp_path}: 1 file(s) of train are read, 2 file(s) (more.json, test/b.json) of other "
+        "splits, or of none, are not",
+        f"{tmp_path}: 1 file(s) (scan.pdf) of other types are not read",
+    ]
+    everything = f"{tmp_path}/**/*.json"
+    assert [*source.file_notes(DataConfig(path=everything))] == []
+
+
+def test_the_way_out_of_a_missing_split_reads_all_files(tmp_path: Path) -> None:
+    make(tmp_path, "train/a.json", "test/b.json")
+    assert f"data.path='{tmp_path}/**'" in problem(tmp_path, split="validation")
+    assert read(f"{tmp_path}/**") == ["test/b.json", "train/a.json"]
+    found = problem(f"{tmp_path}/*")
+    assert "matches only folders" in found
+    assert f"data.path='{tmp_path}/test/**'" in found

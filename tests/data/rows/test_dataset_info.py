@@ -146,3 +146,26 @@ def test_columns_for_tools_and_system_are_read(tmp_path: Path, formatting: str) 
     assert talk.messages[0] == {"role": "system", "content": "S"}
     assert talk.tools == [{"type": "function", "function": {"name": "f"}}]
     assert talk.notes == ()
+
+
+def test_columns_and_keys_that_do_not_exist_are_named(info: Path) -> None:
+    entries = {
+        "misspelt": {**INFO["mapped"], "columns": {"prompt": "qeustion", "response": "a"}},
+        "key": {**INFO["mapped"], "column": {"prompt": "q"}},
+        "column": {**INFO["mapped"], "columns": {"promt": "q"}},
+        "tag": {**INFO["openai"], "tags": {"rol_tag": "role"}},
+    }
+    info.write_text(json.dumps(entries))
+    sentences = {
+        "misspelt": "instruction=qeustion is not a column of",
+        "key": "has column, which is no key of an entry",
+        "column": "has promt in columns; known are prompt, query",
+        "tag": "has rol_tag in tags; known are role_tag",
+    }
+    for name, sentence in sentences.items():
+        config = DataConfig(dataset_info=str(info), name=name)
+        assert any(sentence in problem for problem in source.find_problems(config)), name
+
+
+def test_the_folder_of_a_list_names_the_list(info: Path) -> None:
+    assert [*source.resolve_sources(DataConfig(dataset_info=str(info.parent), name="identity"))]
