@@ -15,6 +15,7 @@ import sys
 from typing import NoReturn
 
 from launcher.cluster.launch import launch, launch_sweep, print_dry_run
+from launcher.cluster.liveness import refuse_to_join
 from launcher.cluster.preflight import check, check_first_rows, get_rank, under_torchrun
 from launcher.config.compose import compose_command_line
 from launcher.errors import REFUSED, UserError
@@ -43,6 +44,9 @@ def train() -> int:
         if get_rank() == 0:
             print_dry_run(configs, worlds)
         return 0
+    if get_rank() == 0:
+        for config in configs:
+            refuse_to_join(config)
     if under_torchrun():
         from launcher import worker  # imports torch, which only a rank needs
 

@@ -24,7 +24,7 @@ from launcher.errors import STOPPED, UserError
 from launcher.folders import manifest
 from launcher.folders.checkpoint import finished_checkpoints
 from launcher.folders.run import RunDir
-from launcher.run import create, rank_log
+from launcher.run import create, processes, rank_log
 from launcher.run.deadline import Deadline
 from launcher.run.stop import Stopped, StopRequest
 
@@ -107,7 +107,8 @@ def _train_with_log(folder: RunDir, key_value_store: dist.Store | None = None) -
     stop = StopRequest(folder.stop, newer_attempt, Deadline.from_job_file(folder.job))
     stop.listen()
     console = rank_log.open_log(folder, rank)
-    with rank_log.report_failure(folder, rank), console:
+    record = processes.recorded(folder.rank_process(rank))
+    with record, rank_log.report_failure(folder, rank), console:
         prepare_and_train(Run(folder, store.load(folder.config), console, stop), key_value_store)
 
 

@@ -64,7 +64,7 @@ def start_attempt(arguments: list[str]) -> RunDir | None:
         print(f"{run.path} was stopped while it waited in the queue")
         return None
     world_size = World.from_config(config, Machine()).size
-    run, _ = create.start_attempt_in(run, config, sys.argv, world_size)
+    run, _ = create.start_attempt_in(run, config, sys.argv, world_size, _job_id())
     manifest.write_json(run.job, {**_job_record(), "step": _newest_saved_step(run)})
     if config.strategy.on_disk:
         build_ops.build_async_io(run)

@@ -63,6 +63,7 @@ def launch(run: RunDir, nproc_per_node: int, gpus: int) -> int:
         status = agent.wait()
     for number, handler in previous.items():
         signal.signal(number, handler)
+    run.starter.unlink(missing_ok=True)
     if status == 0 and run.status.is_file():
         return int(json.loads(run.status.read_text())["exit_code"])
     run.stop.unlink(missing_ok=True)
