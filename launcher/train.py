@@ -19,11 +19,13 @@ from launcher.cluster.liveness import refuse_to_join
 from launcher.cluster.preflight import check, check_first_rows, get_rank, under_torchrun
 from launcher.config.compose import compose_command_line
 from launcher.errors import REFUSED, UserError
-from launcher.run import sweep
+from launcher.run import parent, sweep
 
 
 def main() -> None:
     """Exit with the ranks' status, or with 2 if the configuration cannot run."""
+    if under_torchrun():
+        parent.die_with_agent()
     try:
         sys.exit(train())
     except UserError as error:

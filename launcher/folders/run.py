@@ -31,8 +31,14 @@ class RunDir:
 
     @classmethod
     def from_logs(cls, logs: Path) -> RunDir:
-        """The run and the attempt to which `RUN/logs/attempt-N` belongs."""
-        return cls(logs.parents[1], int(logs.name.removeprefix("attempt-")))
+        """The run and the attempt to which `RUN/logs/attempt-N` belongs.
+
+        Raises UserError if there is no such folder.
+        """
+        prefix, _, number = logs.absolute().name.rpartition("-")
+        if prefix != "attempt" or not number.isdecimal() or not logs.is_dir():
+            raise UserError(f"{logs} is not the folder of an attempt (RUN/logs/attempt-N)")
+        return cls(logs.parents[1], int(number))
 
     @property
     def config(self) -> Path:

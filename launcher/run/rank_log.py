@@ -7,10 +7,8 @@ to the rank's log, including what C libraries write to them.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import os
-import signal
 import sys
 import time
 import traceback
@@ -55,7 +53,6 @@ class Console(io.TextIOBase):
 
 def open_log(run: RunDir, rank: int) -> Console:
     """Send stdout and stderr to the rank's log. Returns the console, silent except on rank 0."""
-    _die_with_parent()
     sys.stdout.flush()
     console = Console(os.dup(1) if rank == 0 else os.open(os.devnull, os.O_WRONLY))
     log = os.open(run.rank_log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -63,12 +60,6 @@ def open_log(run: RunDir, rank: int) -> Console:
     os.dup2(log, 2)
     os.close(log)
     return console
-
-
-def _die_with_parent() -> None:
-    """Have the kernel kill this rank when torchrun is killed, which cannot end its ranks then."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
 @contextmanager
