@@ -101,6 +101,8 @@ def train_under_torchrun(config: Config, argv: list[str]) -> None:
     if rank == 0:
         print(f"run folder: {folder.path}", flush=True)
     _train_with_log(folder, key_value_store)
+    if rank == 0 or not shared:
+        folder.starter.unlink(missing_ok=True)
 
 
 def _train_with_log(folder: RunDir, key_value_store: dist.Store | None = None) -> None:
