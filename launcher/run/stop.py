@@ -15,7 +15,7 @@ import threading
 import time
 
 from launcher.folders.run import RunDir
-from launcher.run import processes
+from launcher.run import processes, rank_log
 from launcher.run.deadline import Deadline
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
@@ -112,20 +112,34 @@ class StopRequest:
             return file.name
 
     def _receive_signals(self, numbers: tuple[signal.Signals, ...], as_rank: bool) -> None:
-        first: float | None = None
+        first, first_time = None, 0.0
         while True:
             received = signal.sigwaitinfo(numbers)
-            if as_rank and self._ends_rank(received):
+            if as_rank and self._has_lost_rank(received):
+                rank_log.report_lost_rank(self._run, int(os.environ["RANK"]))
                 os._exit(128 + received.si_signo)
             if first is None:
-                first = time.monotonic()
+                first, first_time = received, time.monotonic()
                 self.request(signal.Signals(received.si_signo).name)
-            elif self._deadline is None and time.monotonic() - first > SAME_REQUEST_SECONDS:
+            elif self._deadline is None and (
+                time.monotonic() - first_time > SAME_REQUEST_SECONDS
+                or _is_second_ctrl_c(first, received)
+            ):
                 os._exit(128 + received.si_signo)
 
-    def _ends_rank(self, received: signal.struct_siginfo) -> bool:
+    def _has_lost_rank(self, received: signal.struct_siginfo) -> bool:
         """Whether the agent ends this rank because another one was lost. Saving is not possible
         then. Our own agent never passes a signal on, torchrun does."""
-        is_from_agent = received.si_signo == signal.SIGTERM and received.si_pid == os.getppid()
         ours = os.environ.get("SHARDWAY_AGENT") == str(os.getppid())
-        return is_from_agent and (ours or processes.has_lost_one(self._run))
+        return _is_from_agent(received, signal.SIGTERM) and (
+            ours or processes.has_lost_one(self._run)
+        )
+
+
+def _is_from_agent(received: signal.struct_siginfo, number: int) -> bool:
+    return received.si_signo == number and received.si_pid == os.getppid()
+
+
+def _is_second_ctrl_c(first: signal.struct_siginfo, received: signal.struct_siginfo) -> bool:
+    """torchrun passes SIGINT on. It sends SIGTERM after it when it receives SIGINT once more."""
+    return _is_from_agent(first, signal.SIGINT) and _is_from_agent(received, signal.SIGTERM)

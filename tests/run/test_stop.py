@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -40,7 +41,7 @@ def rank(run: RunDir) -> Callable[..., subprocess.Popen[bytes]]:
         process = subprocess.Popen(
             [*before, sys.executable, "-c", RANK, str(run.path)],
             stdout=subprocess.PIPE,
-            env={**os.environ, **variables},
+            env={**os.environ, "RANK": "0", **variables},
         )
         assert process.stdout is not None
         process.stdout.readline()
@@ -123,6 +124,17 @@ def test_sigterm_of_torchrun_is_a_request_unless_a_rank_was_lost(
     process.terminate()
     assert process.wait(60) == 128 + signal.SIGTERM
     assert not run.stop.exists()
+    assert json.loads(run.rank_error(0).read_text())["lost_peer"], "it is not the first to fail"
+
+
+def test_a_second_ctrl_c_to_torchrun_ends_the_rank(
+    run: RunDir, rank: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    process = rank()
+    process.send_signal(signal.SIGINT)
+    until(run.stop.is_file)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
 
 
 def test_sigterm_of_our_own_agent_ends_the_rank(
