@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 from launcher.config import Config, store
 from launcher.config.schema.scheduler import WarmupConfig
 from launcher.distributed import rendezvous
-from launcher.errors import REFUSED, STOPPED, UserError, exit_when_refused
-from launcher.folders import manifest
+from launcher.errors import UserError, exit_when_refused
 from launcher.folders.checkpoint import finished_checkpoints
 from launcher.folders.run import RunDir
 from launcher.run import create, parent, processes, rank_log
+from launcher.run.outcome import Outcome, write_status, write_superseded
 from launcher.run.stop import Stopped, StopRequest
 
 if TYPE_CHECKING:
@@ -50,14 +50,6 @@ class Run:
     def log(self, line: str) -> None:
         """Print `line` on the console of rank 0."""
         print(line, file=self.console, flush=True)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How training ended."""
-
-    step: int  # the last step
-    reason: str | None  # why it ended before its schedule did; None: the last step is done
 
 
 def main() -> None:
@@ -141,7 +133,9 @@ def prepare_and_train(run: Run, key_value_store: dist.Store | None = None) -> No
     else:
         outcome = _train(run, folder, tokenizer, loaders, rank_info)
     if rank_info.is_main:
-        _write_status(run, outcome)
+        write_status(run.folder, outcome)
+        if message := outcome.message(run.folder):
+            run.log(message)
     dist.destroy_process_group()
 
 
@@ -218,8 +212,7 @@ def _stop_reason(run: Run, rank_info: RankInfo) -> str:
     if newer is not None:
         started = f"attempt {newer} of {run.folder.path} has started"
         if rank_info.is_main:
-            status = {"state": "superseded", "reason": started, "exit_code": REFUSED}
-            manifest.write_json(run.folder.status, status)
+            write_superseded(run.folder, started)
         raise UserError(f"{started}: attempt {run.folder.attempt} is superseded and has ended")
     reason = first_not_none(run.stop.reason())
     if reason is None:
@@ -268,26 +261,6 @@ def _planned_end(config: Config, plan: Plan) -> str | None:
     if plan.end_step == plan.total_steps:
         return None
     return f"training.stop_after_steps={config.training.stop_after_steps}"
-
-
-def _write_status(run: Run, outcome: Outcome) -> None:
-    """Write how this attempt ended to a file, because torchrun does not pass on exit statuses."""
-    reason = outcome.reason
-    planned = reason is None or reason.startswith("training.")
-    status = {
-        "state": "finished" if reason is None else "stopped",
-        "reason": reason,
-        "step": outcome.step,
-        "exit_code": 0 if planned else STOPPED,
-    }
-    manifest.write_json(run.folder.status, status)
-    run.folder.stop.unlink(missing_ok=True)
-    if reason is not None:
-        without_limit = f" {reason.partition('=')[0]}=null" if planned else ""
-        run.log(
-            f"stopped after step {outcome.step} ({reason}); resume: shardway train --config-path "
-            f"{run.folder.path} --config-name config resume=auto{without_limit}"
-        )
 
 
 def _plan(config: Config, steps_per_epoch: int) -> Plan:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from launcher.folders.run import RunDir
+from launcher.run import stop
 
 SAME_REQUEST_SECONDS = 1.0
 RANK = f"""
@@ -145,3 +146,22 @@ def test_sigterm_of_our_own_agent_ends_the_rank(
     process.terminate()
     assert process.wait(60) == 128 + signal.SIGTERM
     assert not run.stop.exists()
+
+
+def test_a_request_keeps_its_reason_when_its_file_is_gone(run: RunDir) -> None:
+    request = stop.StopRequest(run)
+    assert not request.requested()
+    run.stop.touch()
+    until(request.requested)
+    run.stop.unlink()
+    assert request.requested()
+    assert request.reason() == "stop"
+    assert request.superseded_by() is None
+
+
+def test_a_newer_attempt_is_a_request_and_is_named(run: RunDir) -> None:
+    request = stop.StopRequest(run)
+    for attempt in (2, 3):
+        RunDir(run.path, attempt).logs.mkdir()
+    assert request.requested()
+    assert request.superseded_by() == 3
