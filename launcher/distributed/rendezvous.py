@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 TIMEOUT_SECONDS = 300
+CONNECT_SECONDS = 60
 POLL_SECONDS = 1.0  # between two checks whether another round has begun
 
 
@@ -41,7 +42,16 @@ def open_store() -> dist.Store:
         return join_store(Path(os.environ["SHARDWAY_RENDEZVOUS"]))
     import torch.distributed as dist
 
-    store: dist.Store = next(dist.rendezvous("env://"))[0]
+    store: dist.Store
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        store = next(dist.rendezvous("env://"))[0]
+        return store
+    # An agent serves its store before it starts ranks: if nobody answers, it has been killed.
+    try:
+        store = next(dist.rendezvous("env://", timeout=timedelta(seconds=CONNECT_SECONDS)))[0]
+    except dist.DistError as error:
+        raise UserError(f"torchrun's agent does not answer; it may have ended: {error}") from error
+    store.set_timeout(dist.default_pg_timeout)
     return store
 
 

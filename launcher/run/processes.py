@@ -45,7 +45,7 @@ class Process:
 
     def is_alive(self, renewed: float) -> bool:
         """Whether it still runs, if its record was renewed at `renewed` (seconds since 1970)."""
-        if self.is_here:
+        if self.is_here and not _is_hidden(self.pid):
             return _start_of(self.pid) == self.started
         if self.host == platform.node() and self.machine.split()[0] != _this_machine().split()[0]:
             return False  # this machine was started again
@@ -109,7 +109,7 @@ def _read(file: Path) -> Process | None:
     texts = (process.host, process.machine, process.job or "")
     numbers = (process.pid, process.started)
     is_record = all(isinstance(t, str) for t in texts) and all(type(n) is int for n in numbers)
-    return process if is_record and process.machine else None
+    return process if is_record and process.machine and process.pid > 0 else None
 
 
 def _renewed(file: Path) -> float:
@@ -131,6 +131,19 @@ def _this_machine() -> str:
     """The boot of this machine, and the namespace of the process numbers (containers)."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether the process of another user is not shown to this one (/proc with hidepid)."""
+    if Path(f"/proc/{pid}").exists():
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        pass
+    return False
 
 
 def _start_of(pid: int) -> int | None:
