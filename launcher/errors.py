@@ -1,5 +1,11 @@
 """The exception whose message is written for the user, and the exit statuses of a process."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 FAILED = 1
 REFUSED = 2  # the request or the configuration cannot be met; the message gives the reason
 STOPPED = 75  # sysexits.h EX_TEMPFAIL: a checkpoint is saved, the run can be resumed
@@ -10,3 +16,13 @@ class UserError(ValueError):
 
     It is shown without a traceback, and the process exits with status 2.
     """
+
+
+@contextmanager
+def exit_when_refused() -> Iterator[None]:
+    """Print a UserError and exit with status 2: for programs that other programs start."""
+    try:
+        yield
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(REFUSED)

@@ -15,14 +15,17 @@ import sys
 from typing import NoReturn
 
 from launcher.cluster.launch import launch, launch_sweep, print_dry_run
+from launcher.cluster.liveness import refuse_to_join
 from launcher.cluster.preflight import check, check_first_rows, get_rank, under_torchrun
 from launcher.config.compose import compose_command_line
 from launcher.errors import REFUSED, UserError
-from launcher.run import sweep
+from launcher.run import parent, sweep
 
 
 def main() -> None:
     """Exit with the ranks' status, or with 2 if the configuration cannot run."""
+    if under_torchrun():
+        parent.die_with_agent()
     try:
         sys.exit(train())
     except UserError as error:
@@ -43,6 +46,9 @@ def train() -> int:
         if get_rank() == 0:
             print_dry_run(configs, worlds)
         return 0
+    if get_rank() == 0:
+        for config in configs:
+            refuse_to_join(config)
     if under_torchrun():
         from launcher import worker  # imports torch, which only a rank needs
 

@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING
 from launcher.config import Config, store
 from launcher.config.schema.scheduler import WarmupConfig
 from launcher.distributed import rendezvous
-from launcher.errors import STOPPED, UserError
-from launcher.folders import manifest
+from launcher.errors import UserError, exit_when_refused
 from launcher.folders.checkpoint import finished_checkpoints
 from launcher.folders.run import RunDir
-from launcher.run import create, rank_log
-from launcher.run.deadline import Deadline
+from launcher.run import create, parent, processes, rank_log
+from launcher.run.outcome import Outcome, write_status, write_superseded
 from launcher.run.stop import Stopped, StopRequest
 
 if TYPE_CHECKING:
@@ -53,19 +52,15 @@ class Run:
         print(line, file=self.console, flush=True)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How training ended."""
-
-    step: int  # the last step
-    reason: str | None  # why it ended before its schedule did; None: it is finished
-
-
 def main() -> None:
-    """Train in an existing run folder, as one rank."""
+    """Train in an existing run folder, as one rank. Raises UserError if it is not started so."""
+    if len(sys.argv) != 3 or "RANK" not in os.environ:
+        raise UserError("usage: torchrun … -m launcher.worker RUN ATTEMPT")
+    parent.die_with_agent()
+    path, attempt = sys.argv[1:]
     if "SHARDWAY_NODES" in os.environ:
         rendezvous.set_global_ranks()
-    _train_with_log(RunDir(Path(sys.argv[1]), int(sys.argv[2])))
+    _train_with_log(RunDir.from_logs(Path(path, "logs", f"attempt-{attempt}")))
 
 
 def train_under_torchrun(config: Config, argv: list[str]) -> None:
@@ -77,7 +72,7 @@ def train_under_torchrun(config: Config, argv: list[str]) -> None:
     from launcher.distributed import run_folder
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    key_value_store = rendezvous.open_store()
+    key_value_store = rendezvous.enter_round(rendezvous.open_store(), rank, world_size)
 
     def create_folder() -> RunDir:
         return create.start_attempt(config, argv, world_size)[0]
@@ -98,16 +93,18 @@ def train_under_torchrun(config: Config, argv: list[str]) -> None:
     if rank == 0:
         print(f"run folder: {folder.path}", flush=True)
     _train_with_log(folder, key_value_store)
+    if rank == 0 or not shared:
+        folder.starter.unlink(missing_ok=True)
 
 
 def _train_with_log(folder: RunDir, key_value_store: dist.Store | None = None) -> None:
     """Train with output to this rank's log; if it fails, write the reason to a file."""
     rank = int(os.environ["RANK"])
-    newer_attempt = RunDir(folder.path, folder.attempt + 1).logs
-    stop = StopRequest(folder.stop, newer_attempt, Deadline.from_job_file(folder.job))
+    stop = StopRequest(folder)
     stop.listen()
     console = rank_log.open_log(folder, rank)
-    with rank_log.report_failure(folder, rank), console:
+    record = processes.recorded(folder.rank_process(rank))
+    with record, rank_log.report_failure(folder, rank), console:
         prepare_and_train(Run(folder, store.load(folder.config), console, stop), key_value_store)
 
 
@@ -119,7 +116,7 @@ def prepare_and_train(run: Run, key_value_store: dist.Store | None = None) -> No
     import torch.distributed as dist
 
     from launcher.distributed import process_group
-    from launcher.distributed.collectives import any_rank, first_not_none
+    from launcher.distributed.collectives import any_rank
     from launcher.model.open import open_model
 
     rank_info = process_group.read_rank_info()
@@ -132,11 +129,13 @@ def prepare_and_train(run: Run, key_value_store: dist.Store | None = None) -> No
     process_group.init_process_group(rank_info, key_value_store)
     if any_rank(run.stop.requested()) or loaders is None:
         saved = finished_checkpoints(run.folder.checkpoints)
-        outcome = Outcome(saved[0].step if saved else 0, first_not_none(run.stop.reason()))
+        outcome = Outcome(saved[0].step if saved else 0, _stop_reason(run, rank_info))
     else:
         outcome = _train(run, folder, tokenizer, loaders, rank_info)
     if rank_info.is_main:
-        _write_status(run, outcome)
+        write_status(run.folder, outcome)
+        if message := outcome.message(run.folder):
+            run.log(message)
     dist.destroy_process_group()
 
 
@@ -169,7 +168,6 @@ def _train(
     """Build the train state, resume from a checkpoint, and train to the planned end or a stop."""
     from launcher.checkpoint import load
     from launcher.checkpoint.save import Saver
-    from launcher.distributed.collectives import first_not_none
     from launcher.io.answer_end import end_tokens
     from launcher.model.open import files_to_save
     from launcher.training.build import build_train_state
@@ -199,8 +197,27 @@ def _train(
         run.log(f"compile: {choose_compile(state.strategy, batch, device)}")
     last = _fit(run, state, loaders, plan, saver, done)
     if last < plan.end_step:
-        return Outcome(last, state.early_stopping.reason() or first_not_none(run.stop.reason()))
+        return Outcome(last, state.early_stopping.reason() or _stop_reason(run, rank_info))
     return Outcome(last, _planned_end(config, plan))
+
+
+def _stop_reason(run: Run, rank_info: RankInfo) -> str:
+    """Why training ends before its planned step. Collective.
+
+    Raises UserError if a newer attempt has started: this one is not to be resumed.
+    """
+    from launcher.distributed.collectives import first_not_none
+
+    newer = first_not_none(run.stop.superseded_by())
+    if newer is not None:
+        started = f"attempt {newer} of {run.folder.path} has started"
+        if rank_info.is_main:
+            write_superseded(run.folder, started)
+        raise UserError(f"{started}: attempt {run.folder.attempt} is superseded and has ended")
+    reason = first_not_none(run.stop.reason())
+    if reason is None:
+        raise RuntimeError("training ended before its planned step, and no rank knows the reason")
+    return reason
 
 
 def _fit(
@@ -246,26 +263,6 @@ def _planned_end(config: Config, plan: Plan) -> str | None:
     return f"training.stop_after_steps={config.training.stop_after_steps}"
 
 
-def _write_status(run: Run, outcome: Outcome) -> None:
-    """Write how this attempt ended to a file, because torchrun does not pass on exit statuses."""
-    reason = outcome.reason
-    planned = reason is None or reason.startswith("training.")
-    status = {
-        "state": "finished" if reason is None else "stopped",
-        "reason": reason,
-        "step": outcome.step,
-        "exit_code": 0 if planned else STOPPED,
-    }
-    manifest.write_json(run.folder.status, status)
-    run.folder.stop.unlink(missing_ok=True)
-    if reason is not None:
-        without_limit = f" {reason.partition('=')[0]}=null" if planned else ""
-        run.log(
-            f"stopped after step {outcome.step} ({reason}); resume: shardway train --config-path "
-            f"{run.folder.path} --config-name config resume=auto{without_limit}"
-        )
-
-
 def _plan(config: Config, steps_per_epoch: int) -> Plan:
     """The steps at which training ends, evaluates, saves and logs.
 
@@ -296,4 +293,5 @@ def _plan(config: Config, steps_per_epoch: int) -> Plan:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_when_refused():
+        main()

@@ -165,6 +165,7 @@ class Saver:
 
     def _create_folder(self, final: Path, partial_folder: Checkpoint, nbytes: int) -> None:
         if self.rank_info.is_main:
+            self._refuse_if_outdated()  # the newer attempt may write a folder of this name
             if final.exists():
                 raise UserError(f"{final} exists; checkpoints are never overwritten")
             self._refuse_without_space(nbytes)

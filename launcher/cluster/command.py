@@ -7,19 +7,17 @@ import sys
 from pathlib import Path
 
 
-def torchrun_command(
-    run_dir: Path, attempt: int, nproc_per_node: int, ignore_signals: bool = False
-) -> list[str]:
+def torchrun_command(run_dir: Path, attempt: int, nproc_per_node: int) -> list[str]:
     """One agent on this machine. `--standalone` binds a free port; a rank that dies ends the run.
 
-    `ignore_signals`: the agent handles no signal except SIGINT.
+    The agent (launcher/agent.py) receives signals before torchrun's own handlers can.
     """
     return [
-        *(sys.executable, "-m", "torch.distributed.run"),
+        *(sys.executable, "-m", "launcher.agent"),
         "--standalone",
         f"--nproc-per-node={nproc_per_node}",
         "--max-restarts=0",
-        *(["--signals-to-handle=SIGINT"] if ignore_signals else []),
+        "--signals-to-handle=SIGINT",  # SIGHUP stays ignored under nohup
         *("-m", "launcher.worker", str(run_dir), str(attempt)),
     ]
 

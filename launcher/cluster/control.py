@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.cluster import launch, preflight, slurm
+from launcher.cluster import launch, liveness, preflight, slurm
 from launcher.config import store
 from launcher.errors import UserError
 from launcher.folders.checkpoint import finished_checkpoints
-from launcher.run import status, sweep
+from launcher.run import processes, status, sweep
 
 
 def request_stop(path: Path) -> Iterator[str]:
@@ -22,7 +22,7 @@ def request_stop(path: Path) -> Iterator[str]:
     run_of_job = {job: run for run in runs if (job := status.slurm_job_id(run))}
     queue = slurm.query_queue(list(run_of_job))
     alive = {run_of_job[job] for job in queue}
-    alive |= {run for run in runs if status.has_local_ranks(run.newest_attempt())}
+    alive |= {run for run in runs if processes.living(run.newest_attempt())}
     for run in alive:  # a run that starts at this moment reads the file too
         run.stop.write_text("shardway stop")
     waiting = [job for job, queued in queue.items() if queued.state == "PENDING"]
@@ -47,26 +47,13 @@ def resume_run(path: Path) -> int:
     """Resume the run at `path` from its newest checkpoint, on the cluster where it ran before.
     Returns its exit status.
 
-    Raises UserError if it is running or has no checkpoint.
+    Raises UserError if it is running, waits in a queue, or has no checkpoint.
     """
     run = status.find_run(path)
-    if status.has_local_ranks(run):
-        raise UserError(f"{run.path} is running; stop it first: shardway stop {run.path}")
+    liveness.refuse_if_alive(run)
     config = store.load(run.config)
     if not finished_checkpoints(run.checkpoints):
         raise UserError(f"{run.path} has no finished checkpoint; start again with another run_dir")
     training = dataclasses.replace(config.training, stop_after_steps=None)
     config = dataclasses.replace(config, resume="auto", run_dir=str(run.path), training=training)
     return launch.launch(config, preflight.check(config))
-
-
-def is_alive(path: Path) -> bool:
-    """Whether the run at `path` has ranks on this machine, or a job that waits or runs.
-
-    Raises UserError if Slurm does not answer.
-    """
-    run = status.find_run(path)
-    if status.has_local_ranks(run):
-        return True
-    job = status.slurm_job_id(run)
-    return bool(job and job in slurm.query_queue([job]))

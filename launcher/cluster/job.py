@@ -23,7 +23,7 @@ from launcher.config import Config, store
 from launcher.config.compose import compose_command_line
 from launcher.config.rules.rule import Machine, World
 from launcher.config.schema.cluster import SlurmConfig
-from launcher.errors import FAILED, REFUSED, STOPPED, UserError
+from launcher.errors import FAILED, STOPPED, UserError, exit_when_refused
 from launcher.folders import manifest
 from launcher.folders.checkpoint import finished_checkpoints
 from launcher.folders.run import RunDir
@@ -34,19 +34,22 @@ from launcher.run import create, sweep
 # too, but also ends the batch script.
 REQUEUE_REASONS = ("SIGUSR2", "SIGTERM", "time limit")
 ATTEMPTS_WITHOUT_PROGRESS = 3
+USAGE = """\
+python -m launcher.cluster.job begin --run RUN | OVERRIDES…
+python -m launcher.cluster.job end RUN/logs/attempt-N"""
 
 
 def main() -> None:
-    try:
-        if sys.argv[1] == "begin":
-            with redirect_stdout(sys.stderr):  # the script reads only the folder from stdout
-                run = start_attempt(sys.argv[2:])
-            print(run.logs if run else "")
-        else:
-            sys.exit(end_attempt(RunDir.from_logs(Path(sys.argv[2]))))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(REFUSED)
+    with exit_when_refused():
+        match sys.argv[1:]:
+            case ["begin", *arguments] if "SLURM_JOB_ID" in os.environ and arguments != ["--run"]:
+                with redirect_stdout(sys.stderr):  # the script reads only the folder from stdout
+                    run = start_attempt(arguments)
+                print(run.logs if run else "")
+            case ["end", logs] if "SLURM_JOB_ID" in os.environ:
+                sys.exit(end_attempt(RunDir.from_logs(Path(logs))))
+            case _:
+                raise UserError(f"usage, in the batch script of a job:\n{USAGE}")
 
 
 def start_attempt(arguments: list[str]) -> RunDir | None:
@@ -64,7 +67,7 @@ def start_attempt(arguments: list[str]) -> RunDir | None:
         print(f"{run.path} was stopped while it waited in the queue")
         return None
     world_size = World.from_config(config, Machine()).size
-    run, _ = create.start_attempt_in(run, config, sys.argv, world_size)
+    run, _ = create.start_attempt_in(run, config, sys.argv, world_size, _job_id())
     manifest.write_json(run.job, {**_job_record(), "step": _newest_saved_step(run)})
     if config.strategy.on_disk:
         build_ops.build_async_io(run)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-import psutil
-
 from launcher.cluster import command
 from launcher.folders.run import RunDir
+from launcher.run import stop
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -31,64 +33,79 @@ def launch(run: RunDir, nproc_per_node: int, gpus: int) -> int:
     """Run all ranks until they end. Returns the exit status of the attempt.
 
     Rank 0 prints to this process's stdout; the output of the agent and of libraries goes to logs.
-    The first signal asks the ranks to stop with a checkpoint, the second ends them at once.
     """
-    received: list[int] = []
-    agent: subprocess.Popen[bytes] | None = None
-
-    def handle_signal(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if len(received) == 1:
-            run.stop.write_text(signal.Signals(number).name)
-            print("\nstopping with a checkpoint at the next step; signal again to end at once")
-        elif agent is not None:
-            _kill_all(agent)
-
-    # An ignored signal stays ignored, as `nohup` requires.
-    previous = {
-        number: signal.signal(number, handle_signal)
-        for number in SIGNALS
-        if signal.getsignal(number) is not signal.SIG_IGN
-    }
-    with (run.logs / "torchrun.log").open("wb") as log:
-        agent = subprocess.Popen(
+    with _receive_signals(run) as signals, (run.logs / "torchrun.log").open("wb") as log:
+        # A blocked signal waits until the agent receives it: none ends an agent that just starts.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, stop.signals_to_receive())
+        signals.agent = subprocess.Popen(
             command.torchrun_command(run.path, run.attempt, nproc_per_node),
             stdin=subprocess.DEVNULL,
             stderr=log,
-            env=command.rank_environment(nproc_per_node, gpus),
+            env={
+                **command.rank_environment(nproc_per_node, gpus),
+                "SHARDWAY_LAUNCHER": str(os.getpid()),
+            },
             start_new_session=True,  # Ctrl-C in a terminal reaches only this process
         )
-        if len(received) > 1:
-            _kill_all(agent)
-        status = agent.wait()
-    for number, handler in previous.items():
-        signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        status = signals.agent.wait()
+    run.stop.unlink(missing_ok=True)
+    run.starter.unlink(missing_ok=True)
     if status == 0 and run.status.is_file():
         return int(json.loads(run.status.read_text())["exit_code"])
-    run.stop.unlink(missing_ok=True)
-    if len(received) > 1:
-        print(f"\nended by {signal.Signals(received[1]).name}; all ranks have ended: {run.path}")
-        return 128 + received[1]
+    # Its own second signal ends the agent with 128 + N.
+    ended_by = signals.ended_by or (status - 128 if status > 128 else None)
+    if ended_by:
+        print(f"\nended by {signal.Signals(ended_by).name}; all ranks have ended: {run.path}")
+        return 128 + ended_by
     failure = first_failure(run)
+    if failure is None and status < 0:
+        print(f"torchrun was ended by signal {signal.Signals(-status).name}, its ranks with it")
+        return 128 - status
     print(describe_failure(run, failure))
     return failure.exit_code if failure else status or 1
 
 
-def _kill_all(agent: subprocess.Popen[bytes]) -> None:
-    """Kill the agent and its ranks.
+@dataclass
+class _Signals:
+    """The signals to this process: the first asks the ranks to stop with a checkpoint, a second
+    request ends them at once."""
 
-    The kernel kills a rank with its agent only once the rank has asked for it (rank_log): a rank
-    that has just started would survive. The agent is paused first, so that it starts no more ranks.
-    """
-    agent.send_signal(signal.SIGSTOP)
+    run: RunDir
+    agent: subprocess.Popen[bytes] | None = None
+    first: signal.Signals | None = None
+    first_time: float = 0.0
+    ended_by: signal.Signals | None = None
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        received, now = signal.Signals(number), time.monotonic()
+        if self.first is None:
+            self.first, self.first_time = received, now
+            self.run.stop.write_text(received.name)
+            print("\nstopping with a checkpoint at the next step; signal again to end at once")
+            return
+        # Only a person sends SIGINT twice; a supervisor may send several signals for one request.
+        is_ctrl_c = received == self.first == signal.SIGINT
+        if is_ctrl_c or now - self.first_time > stop.SAME_REQUEST_SECONDS:
+            self.ended_by = received
+            if self.agent is not None:
+                self.agent.kill()  # its ranks end with it (launcher/run/parent.py)
+
+
+@contextmanager
+def _receive_signals(run: RunDir) -> Iterator[_Signals]:
+    """Receive signals during the block. An ignored signal stays ignored, as `nohup` requires."""
+    signals = _Signals(run)
+    previous = {
+        number: signal.signal(number, signals.receive)
+        for number in SIGNALS
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
-        ranks = psutil.Process(agent.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        ranks = []
-    agent.kill()
-    for rank in ranks:
-        with suppress(psutil.NoSuchProcess):
-            rank.kill()
+        yield signals
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def first_failure(run: RunDir) -> Failure | None:

@@ -18,10 +18,16 @@ from launcher.cluster import command
 from launcher.cluster.devices import visible_gpus
 from launcher.config import store
 from launcher.config.rules.rule import Machine, World
+from launcher.errors import UserError, exit_when_refused
 from launcher.folders.run import RunDir
+from launcher.run import stop
 
 
 def main() -> None:
+    # Slurm signals every process of the step. A blocked signal waits for the agent and the ranks.
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop.SIGNALS)
+    if len(sys.argv) != 2 or "SLURM_NODEID" not in os.environ:
+        raise UserError("usage: srun … python -m launcher.cluster.node RUN/logs/attempt-N")
     run = RunDir.from_logs(Path(sys.argv[1]))
     gpus = visible_gpus()
     world = World.from_config(store.load(run.config), Machine(gpus=gpus))
@@ -33,18 +39,13 @@ def main() -> None:
         "SHARDWAY_NODES": os.environ["SLURM_NNODES"],
         "SHARDWAY_RENDEZVOUS": str(run.rendezvous),
     }
-    # Slurm signals every process of the step. The ranks then save and end. Their agent would end
-    # them at once, so it ignores these signals: an ignored signal stays ignored after exec.
-    for number in (signal.SIGUSR2, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     os.listdir(run.logs.parent)  # NFS may have cached that this attempt did not exist
     log = os.open(run.agent_log(node), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(log, 2)
-    torchrun = command.torchrun_command(
-        run.path, run.attempt, world.nproc_per_node, ignore_signals=True
-    )
+    torchrun = command.torchrun_command(run.path, run.attempt, world.nproc_per_node)
     os.execve(torchrun[0], torchrun, environment)
 
 
 if __name__ == "__main__":
-    main()
+    with exit_when_refused():
+        main()

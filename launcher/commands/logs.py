@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.cluster.control import is_alive
+from launcher.cluster.liveness import is_alive
 from launcher.commands.arguments import command_parser, number
 from launcher.errors import UserError
 from launcher.folders.run import RunDir

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import socket
 import time
+import uuid
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 TIMEOUT_SECONDS = 300
+CONNECT_SECONDS = 60
+POLL_SECONDS = 1.0  # between two checks whether another round has begun
 
 
 def set_global_ranks() -> None:
@@ -38,8 +42,71 @@ def open_store() -> dist.Store:
         return join_store(Path(os.environ["SHARDWAY_RENDEZVOUS"]))
     import torch.distributed as dist
 
-    store: dist.Store = next(dist.rendezvous("env://"))[0]
+    store: dist.Store
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        store = next(dist.rendezvous("env://"))[0]
+        return store
+    # An agent serves its store before it starts ranks: if nobody answers, it has been killed.
+    try:
+        store = next(dist.rendezvous("env://", timeout=timedelta(seconds=CONNECT_SECONDS)))[0]
+    except dist.DistError as error:
+        raise UserError(f"torchrun's agent does not answer; it may have ended: {error}") from error
+    store.set_timeout(dist.default_pg_timeout)
     return store
+
+
+def enter_round(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """A part of `store` without the keys of earlier rounds.
+
+    When torchrun restarts ranks (`--max-restarts`), they find the keys of the ranks before them in
+    its store, and no variable has a number of the round that all agents agree on: an agent that
+    restarts because another one did counts no restart. So rank 0 chooses a name, and another rank
+    accepts it only once rank 0 has answered: the rank 0 of an earlier round is dead by then.
+
+    Raises UserError on a rank that waits in vain.
+    """
+    import torch.distributed as dist
+
+    if rank == 0:
+        name = uuid.uuid4().hex
+        store.set("shardway/round", name)
+        wait_for_ranks(store, [f"{name}/{other}" for other in range(1, world_size)])
+        for other in range(1, world_size):
+            guest = store.get(f"{name}/{other}").decode()
+            store.set(f"{name}/{other}/{guest}", "")
+        return dist.PrefixStore(name, store)
+    end, guest = time.monotonic() + TIMEOUT_SECONDS, uuid.uuid4().hex
+    while time.monotonic() < end:
+        wait_for_ranks(store, ["shardway/round"])
+        name = store.get("shardway/round").decode()
+        store.set(f"{name}/{rank}", guest)
+        try:
+            store.wait([f"{name}/{rank}/{guest}"], timedelta(seconds=POLL_SECONDS))
+            return dist.PrefixStore(name, store)
+        except dist.DistStoreError:
+            continue  # of an earlier round, or rank 0 still waits for others
+    raise UserError(
+        f"rank 0 has not answered rank {rank} within {TIMEOUT_SECONDS // 60} minutes; the output "
+        "of another rank shows why, or its torchrun was not started"
+    )
+
+
+def wait_for_ranks(store: dist.Store, keys: list[str]) -> None:
+    """Wait until all `keys` are set, each by the rank that its last part names.
+
+    Raises UserError with the ranks that did not answer.
+    """
+    import torch.distributed as dist
+
+    try:
+        store.wait(keys, timedelta(seconds=TIMEOUT_SECONDS))
+    except dist.DistStoreError as error:
+        missing = [key.rpartition("/")[2] for key in keys if not store.check([key])]
+        ranks = ", ".join(name for name in missing if name.isdecimal()) or "0"
+        raise UserError(
+            f"no answer from rank {ranks} within {TIMEOUT_SECONDS // 60} minutes; "
+            "its own output shows why, or its torchrun was not started"
+        ) from error
 
 
 def join_store(file: Path) -> dist.Store:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
+from launcher.distributed.rendezvous import wait_for_ranks
 from launcher.errors import UserError
 from launcher.folders.run import RunDir
-
-TIMEOUT = timedelta(minutes=5)
 
 
 def agree_on_run(
@@ -31,10 +29,10 @@ def agree_on_run(
     if rank == 0:
         verdict = _compare_and_create(store, world_size, fingerprint, create)
         store.set("shardway/verdict", verdict)
-        _wait(store, [f"shardway/heard/{other}" for other in range(1, world_size)])
+        wait_for_ranks(store, [f"shardway/heard/{other}" for other in range(1, world_size)])
     else:
         store.set(f"shardway/fingerprint/{rank}", fingerprint)
-        _wait(store, ["shardway/verdict"])
+        wait_for_ranks(store, ["shardway/verdict"])
         verdict = store.get("shardway/verdict").decode()
         store.set(f"shardway/heard/{rank}", "")
     run = _parse_verdict(verdict)
@@ -61,7 +59,7 @@ def run_folder_of_node(
     """
     if node and create is not None:
         store.set(f"shardway/folder/{node}", _create_on_node(main_run, create))
-    _wait(store, [f"shardway/folder/{other}" for other in range(1, nodes)])
+    wait_for_ranks(store, [f"shardway/folder/{other}" for other in range(1, nodes)])
     runs = [main_run] + [
         _parse_verdict(store.get(f"shardway/folder/{other}").decode()) for other in range(1, nodes)
     ]
@@ -96,7 +94,7 @@ def _compare_and_create(
 ) -> str:
     """A verdict, as `_parse_verdict` reads it."""
     try:
-        _wait(store, [f"shardway/fingerprint/{rank}" for rank in range(1, world_size)])
+        wait_for_ranks(store, [f"shardway/fingerprint/{rank}" for rank in range(1, world_size)])
         for rank in range(1, world_size):
             if store.get(f"shardway/fingerprint/{rank}").decode() != fingerprint:
                 raise UserError(
@@ -107,14 +105,3 @@ def _compare_and_create(
         return f"made {run.attempt} {run.path}"
     except UserError as error:
         return f"refused {error}"
-
-
-def _wait(store: dist.Store, keys: list[str]) -> None:
-    try:
-        store.wait(keys, TIMEOUT)
-    except dist.DistStoreError as error:
-        missing = [key.rpartition("/")[2] for key in keys if not store.check([key])]
-        raise UserError(
-            f"no answer from rank {', '.join(missing)} within {TIMEOUT.seconds // 60} minutes; "
-            "its own output shows why, or its torchrun was not started"
-        ) from error

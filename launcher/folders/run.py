@@ -4,7 +4,8 @@ RUN/config.yaml  launch.json  metrics.jsonl  loss.png
     tensorboard/  wandb/  mlruns/  trackers.json    written by tracking.trackers
     deepspeed.json                      DeepSpeed's configuration, under zero1, zero2 and zero3
     stop                                create it to stop: training ends after a step and saves
-    logs/attempt-1/{config.yaml, steps.json, status.json, rank-00.log, rank-00.error.json, …}
+    logs/attempt-1/{config.yaml, steps.json, status.json, rank-00.log, rank-00.error.json,
+                    starter.process.json, rank-00.process.json, …}
     checkpoints/step-000045/            launcher/folders/checkpoint.py
     export/
 """
@@ -30,8 +31,14 @@ class RunDir:
 
     @classmethod
     def from_logs(cls, logs: Path) -> RunDir:
-        """The run and the attempt to which `RUN/logs/attempt-N` belongs."""
-        return cls(logs.parents[1], int(logs.name.removeprefix("attempt-")))
+        """The run and the attempt to which `RUN/logs/attempt-N` belongs.
+
+        Raises UserError if there is no such folder.
+        """
+        prefix, _, number = logs.absolute().name.rpartition("-")
+        if prefix != "attempt" or not number.isdecimal() or not logs.is_dir():
+            raise UserError(f"{logs} is not the folder of an attempt (RUN/logs/attempt-N)")
+        return cls(logs.parents[1], int(number))
 
     @property
     def config(self) -> Path:
@@ -123,6 +130,14 @@ class RunDir:
     def rank_log(self, rank: int) -> Path:
         """stdout and stderr of a rank."""
         return self.logs / f"rank-{rank:02d}.log"
+
+    @property
+    def starter(self) -> Path:
+        return self.logs / "starter.process.json"  # the process that started the attempt
+
+    def rank_process(self, rank: int) -> Path:
+        """Where and as which process a rank runs."""
+        return self.logs / f"rank-{rank:02d}.process.json"
 
     def rank_error(self, rank: int) -> Path:
         """The reason why a rank failed."""

@@ -14,7 +14,7 @@ from launcher.config.schema.strategy import ZeroConfig
 from launcher.errors import UserError
 from launcher.folders import manifest, versions
 from launcher.folders.run import RunDir, new_run_path
-from launcher.run import resume
+from launcher.run import processes, resume
 
 
 def start_attempt(config: Config, argv: list[str], world_size: int) -> tuple[RunDir, Config]:
@@ -38,10 +38,13 @@ def find_or_create_folder(config: Config) -> RunDir:
 
 
 def start_attempt_in(
-    run: RunDir, config: Config, argv: list[str], world_size: int
+    run: RunDir, config: Config, argv: list[str], world_size: int, job: str | None = None
 ) -> tuple[RunDir, Config]:
-    """Start the next attempt in the folder of `run`. Returns it and the frozen configuration."""
-    run = _create_attempt(run.path)
+    """Start the next attempt in the folder of `run`. Returns it and the frozen configuration.
+
+    Raises UserError if the newest attempt still runs, unless the Slurm job `job` has started it.
+    """
+    run = _create_attempt(run.path, job)
     config = freeze_config(run, config)
     run.stop.unlink(missing_ok=True)  # it was meant for the previous attempt
     manifest.write_json(run.launch, _launch_record(argv))
@@ -77,12 +80,15 @@ def _template_date(run: RunDir, config: Config) -> str | None:
     return datetime.now(UTC).astimezone().date().isoformat()
 
 
-def _create_attempt(path: Path) -> RunDir:
-    """Create the log folder of the next attempt. From then on no earlier attempt can commit a
-    checkpoint."""
+def _create_attempt(path: Path, job: str | None) -> RunDir:
+    """Create the log folder of the next attempt, with the record of this process. From then on no
+    earlier attempt can commit a checkpoint, and no later one can start while this one runs."""
     with RunDir(path).lock():
-        run = RunDir(path, RunDir(path).newest_attempt().attempt + 1)
+        newest = RunDir(path).newest_attempt()
+        processes.refuse_if_running(newest, job)
+        run = RunDir(path, newest.attempt + 1)
         run.logs.mkdir(parents=True)
+        processes.write_record(run.starter, job)
     return run
 
 

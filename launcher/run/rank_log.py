@@ -7,16 +7,13 @@ to the rank's log, including what C libraries write to them.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import os
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
 
 from launcher.errors import FAILED, REFUSED, UserError
 from launcher.folders.manifest import write_json
@@ -55,7 +52,6 @@ class Console(io.TextIOBase):
 
 def open_log(run: RunDir, rank: int) -> Console:
     """Send stdout and stderr to the rank's log. Returns the console, silent except on rank 0."""
-    _die_with_parent()
     sys.stdout.flush()
     console = Console(os.dup(1) if rank == 0 else os.open(os.devnull, os.O_WRONLY))
     log = os.open(run.rank_log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -63,12 +59,6 @@ def open_log(run: RunDir, rank: int) -> Console:
     os.dup2(log, 2)
     os.close(log)
     return console
-
-
-def _die_with_parent() -> None:
-    """Have the kernel kill this rank when torchrun is killed, which cannot end its ranks then."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
 @contextmanager
@@ -85,20 +75,28 @@ def report_failure(run: RunDir, rank: int) -> Iterator[None]:
         else:
             traceback.print_exc()
         exit_code = REFUSED if refused else FAILED
-        report = {
-            "rank": rank,
-            "time": time.time(),
-            "message": message,
-            "exit_code": exit_code,
-            "lost_peer": any(part in message for part in LOST_PEER_MESSAGES),
-        }
-        _write_report_and_exit(run, report, exit_code)
+        lost_peer = any(part in message for part in LOST_PEER_MESSAGES)
+        try:
+            _write_report(run, rank, message, exit_code, lost_peer)
+            sys.stderr.flush()
+        finally:
+            # Not sys.exit: destroying a process group can hang while its other ranks wait.
+            os._exit(exit_code)
 
 
-def _write_report_and_exit(run: RunDir, report: dict[str, Any], exit_code: int) -> NoReturn:
-    try:
-        write_json(run.rank_error(report["rank"]), report)
-        sys.stderr.flush()
-    finally:
-        # Not sys.exit: destroying a process group can hang while its other ranks wait.
-        os._exit(exit_code)
+def report_lost_rank(run: RunDir, rank: int) -> None:
+    """Write that this rank ends because another one has failed, if it can be written."""
+    with contextlib.suppress(OSError):
+        if not run.rank_error(rank).exists():
+            _write_report(run, rank, "ended: another rank has failed", FAILED, lost_peer=True)
+
+
+def _write_report(run: RunDir, rank: int, message: str, exit_code: int, lost_peer: bool) -> None:
+    report = {
+        "rank": rank,
+        "time": time.time(),
+        "message": message,
+        "exit_code": exit_code,
+        "lost_peer": lost_peer,
+    }
+    write_json(run.rank_error(rank), report)

@@ -1,4 +1,4 @@
-"""The status of a run: its state, metrics, Slurm job and local ranks. Imports no torch."""
+"""The status of a run: its state, metrics, Slurm job. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from launcher.config import Config
 from launcher.errors import UserError
 from launcher.folders.run import RunDir
-from launcher.run import sweep
+from launcher.run import processes, sweep
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def run_state(run: RunDir, queued: QueuedJob | None) -> str:
         return queued.state.lower()
     if run.status.is_file():
         return str(json.loads(run.status.read_text())["state"])
-    return "running" if has_local_ranks(run) else "failed" if run.attempt else "not started"
+    return "running" if processes.living(run) else "failed" if run.attempt else "not started"
 
 
 def read_metrics(run: RunDir) -> list[dict[str, Any]]:
@@ -78,21 +76,6 @@ def read_metrics(run: RunDir) -> list[dict[str, Any]]:
             raise UserError(f"{run.metrics}, line {number} is not a record: {error}") from error
         records.append(record)
     return records
-
-
-def has_local_ranks(run: RunDir) -> bool:
-    """Whether ranks of this attempt run on this machine."""
-    return (str(run.path), run.attempt) in local_attempts()
-
-
-def local_attempts() -> set[tuple[str, int]]:
-    """(folder, attempt) of every run that has ranks on this machine."""
-    commands = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
-    return {
-        (path, int(attempt))
-        for *_, module, path, attempt in (words[-3:] for words in commands if len(words) > 2)
-        if module == "launcher.worker" and attempt.isdigit()
-    }
 
 
 def total_steps(run: RunDir, config: Config) -> int | None:

@@ -16,8 +16,8 @@ from launcher.cluster import slurm
 from launcher.config import store
 from launcher.errors import UserError
 from launcher.folders.run import RunDir
-from launcher.run import status
-from launcher.run.status import QueuedJob, find_runs, local_attempts, slurm_job_id
+from launcher.run import processes, status
+from launcher.run.status import QueuedJob, find_runs, slurm_job_id
 from launcher.tracking import report
 from launcher.ui import run_html
 from launcher.ui.i18n import Translations
@@ -25,7 +25,6 @@ from launcher.ui.jobs import Jobs, tail
 from launcher.ui.roots import Roots
 from launcher.ui.run_html import Records
 
-PROCESSES_SECONDS = 1.0  # minimum time between scans of this machine's processes
 QUEUE_SECONDS = 5.0  # minimum time between queries of Slurm's queue
 MAX_LOG_LINES = 300
 log = logging.getLogger("shardway.ui")
@@ -125,7 +124,6 @@ class Viewer:
 
     def __init__(self, roots: Roots, jobs: Jobs) -> None:
         self.roots, self.jobs = roots, jobs
-        self._local_attempts = CachedValue(local_attempts, PROCESSES_SECONDS)
         self._queue = CachedValue(self._query_queue, QUEUE_SECONDS)
         self._metrics: dict[Path, MetricsReader] = {}
         self._charts: dict[Path, CachedCharts] = {}
@@ -161,7 +159,7 @@ class Viewer:
         queue = self._queue.get() if job_id else {}
         if job_id and queue and job_id in queue:
             return queue[job_id].state.lower()
-        if (str(run.path), run.attempt) in (self._local_attempts.get() or ()):
+        if processes.living(run):
             return "running"
         job = self.jobs.job(str(run.path.relative_to(self.roots.runs)))
         if job.is_running:  # the command of an attempt outlives its ranks for a moment

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from time import sleep
 
 import pytest
 
 from launcher.cluster import local
 from launcher.cluster.local import Failure
 from launcher.folders.run import RunDir
+from launcher.run import stop
 
 KILLED = """\
 Root Cause (first observed failure):
@@ -72,3 +78,42 @@ def test_no_node_is_lost_if_a_signal_ended_a_rank(run: RunDir) -> None:
     report(run, 0, time=1.0, lost_peer=True)
     (run.logs / "torchrun.log").write_text(KILLED.format(rank=1))
     assert not local.lost_a_node(run, world_size=2)
+
+
+@pytest.fixture
+def signals(run: RunDir) -> Iterator[local._Signals]:
+    """Those of a launcher whose agent only waits."""
+    agent = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    yield local._Signals(run, agent)
+    agent.kill()
+    agent.communicate()
+
+
+@pytest.mark.parametrize(
+    ("sequence", "ends"),
+    [
+        (("SIGTERM", "SIGTERM", "SIGHUP", "SIGTERM"), False),
+        (("SIGINT", "SIGTERM"), False),
+        (("SIGINT", "SIGINT"), True),
+        (("SIGTERM", "later", "SIGTERM"), True),
+        (("SIGHUP", "later", "SIGINT"), True),
+    ],
+)
+def test_only_a_second_request_ends_the_agent(
+    run: RunDir, signals: local._Signals, monkeypatch: pytest.MonkeyPatch,
+    sequence: tuple[str, ...], ends: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(stop, "SAME_REQUEST_SECONDS", 0.3)
+    for name in sequence:
+        if name == "later":
+            sleep(0.4)
+        else:
+            signals.receive(signal.Signals[name], None)
+    assert run.stop.read_text() == sequence[0]
+    assert signals.agent is not None
+    if ends:
+        assert signals.agent.wait(60) == -signal.SIGKILL
+        assert signals.ended_by == signal.Signals[sequence[-1]]
+    else:
+        assert signals.ended_by is None
+        assert signals.agent.poll() is None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from launcher.distributed import run_folder
+from launcher.distributed import rendezvous, run_folder
 from launcher.errors import UserError
 from launcher.folders.run import RunDir
 
@@ -19,12 +19,13 @@ def agreement(
     world: int, prints: list[str], create: Callable[[], RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> list[RunDir | str]:
     """What each rank gets: the folder, or the message of its refusal."""
-    monkeypatch.setattr(run_folder, "TIMEOUT", timedelta(seconds=2))
-    store = dist.HashStore()
+    monkeypatch.setattr(rendezvous, "TIMEOUT_SECONDS", 2)
+    all_rounds = dist.HashStore()
     results: list[RunDir | str] = [""] * world
 
     def rank_of(rank: int) -> None:
         try:
+            store = rendezvous.enter_round(all_rounds, rank, world)
             results[rank] = run_folder.agree_on_run(store, rank, world, prints[rank], create)
         except UserError as error:
             results[rank] = str(error)
@@ -81,3 +82,33 @@ def test_a_folder_that_other_ranks_cannot_see_is_reported(monkeypatch: pytest.Mo
 def test_a_rank_that_never_connects_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     (result, _) = agreement(2, ["a"], lambda: RunDir(Path()), monkeypatch)
     assert "no answer from rank 1" in str(result)
+
+
+def test_a_restarted_round_sees_nothing_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever rank comes first, and whatever the ranks that were killed have written."""
+    monkeypatch.setattr(rendezvous, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(rendezvous, "TIMEOUT_SECONDS", 20)
+    left_by_killed = dist.HashStore()
+    left_by_killed.set("shardway/round", "old")
+    left_by_killed.set("old/1", "a rank that was killed before rank 0 answered")
+    left_by_killed.set("old/2/b rank", "")
+    seen: list[str] = []
+
+    def rank_of(rank: int, delay: float, now: int) -> None:
+        time.sleep(delay)
+        store = rendezvous.enter_round(left_by_killed, rank, 3)
+        if rank == 0:
+            store.set("verdict", str(now))
+        store.wait(["verdict"])
+        seen.append(f"{now}: {store.get('verdict').decode()}")
+
+    for now, delays in enumerate([(0.4, 0.0, 0.1), (0.0, 0.2, 0.4), (0.2, 0.0, 0.3)]):
+        threads = [
+            threading.Thread(target=rank_of, args=(rank, delay, now))
+            for rank, delay in enumerate(delays)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert seen == [f"{now}: {now}" for now in range(3) for _ in range(3)]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launcher.folders import paths
@@ -229,9 +230,23 @@ def test_a_killed_rank_is_reported_and_the_others_end(tiny: Path, tmp_path: Path
 
 
 def test_a_killed_agent_leaves_no_orphan_processes(tiny: Path, tmp_path: Path) -> None:
-    process = start(*TRAIN_TINY, *LONG, "run_dir=run", cwd=tmp_path)
-    wait_for_training(process, tmp_path / "run")
+    """Neither ranks nor the processes in which a rank tokenizes rows."""
+    row = json.dumps(
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    )
+    (tmp_path / "rows.jsonl").write_text(f"{row}\n" * 100_000)
+    words = (*TRAIN_TINY, *LONG, "data=messages", "data.path=rows.jsonl", "data.workers=2")
+    process = start(*words, "run_dir=run", cwd=tmp_path)
+    launcher = psutil.Process(process.pid)
+
+    def pools() -> list[psutil.Process]:
+        ours = launcher.children(recursive=True)
+        return [each for each in ours if "spawn_main" in " ".join(each.cmdline())]
+
+    wait_until(process, lambda: len(pools()) >= 2)
+    everyone = launcher.children(recursive=True)
     the_agent(tmp_path / "run").kill()
     process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode != 0
-    wait_until_none_is_left(tmp_path / "run")
+    assert process.returncode == 128 + signal.SIGKILL
+    _, left = psutil.wait_procs(everyone, timeout=60)
+    assert left == []

@@ -33,6 +33,9 @@ def test_the_date_of_the_launch_is_frozen_and_a_later_attempt_keeps_it(tmp_path:
     text = run.config.read_text().replace(f"'{frozen.data.template_date}'", "'2024-07-26'")
     run.config.write_text(text)
     again = store.build({**raw, "resume": "auto"})
-    assert create.start_attempt(again, ["x"], 1)[1].data.template_date == "2024-07-26"
+    run.starter.unlink()  # the attempt is over
+    run, frozen = create.start_attempt(again, ["x"], 1)
+    assert frozen.data.template_date == "2024-07-26"
+    run.starter.unlink()
     run.config.write_text(text.replace("  template_date: '2024-07-26'\n", ""))  # of 0.1.0
     assert create.start_attempt(again, ["x"], 1)[1].data.template_date is None

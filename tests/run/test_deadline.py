@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.folders.run import RunDir
 from launcher.run import deadline
 from launcher.run.deadline import Deadline
 from launcher.run.stop import StopRequest
@@ -37,10 +38,10 @@ def test_without_a_limit_the_deadline_never_comes(clock: list[float]) -> None:
 
 
 def test_the_stop_reason_is_the_time_limit(tmp_path: Path, clock: list[float]) -> None:
-    (tmp_path / "job.json").write_text(json.dumps({"end": 1000.0 + deadline.SPARE_SECONDS - 1}))
-    stop = StopRequest(
-        tmp_path / "stop", tmp_path / "newer", Deadline.from_job_file(tmp_path / "job.json")
-    )
+    run = RunDir(tmp_path)
+    run.logs.mkdir(parents=True)
+    run.job.write_text(json.dumps({"end": 1000.0 + deadline.SPARE_SECONDS - 1}))
+    stop = StopRequest(run)
     assert stop.requested()
     assert stop.reason() == "time limit"
     assert Deadline.from_job_file(tmp_path / "none.json") is None

@@ -127,6 +127,10 @@ def test_a_run_is_managed_from_the_login_node(slurm: Slurm, tiny: Path, tmp_path
     refused = verb(slurm, tmp_path, "resume", "runs/far")
     assert refused.returncode == 2
     assert "stop it first" in refused.stderr
+    joined = verb(slurm, tmp_path, "train", "model=tiny", "run_dir=runs/far", "resume=auto")
+    assert (joined.returncode, joined.stderr.strip()) == (
+        2, f"{far} is job {job} already; stop it first: shardway stop {far}",
+    )  # fmt: skip
     assert verb(slurm, tmp_path, "stop", "runs/far").returncode == 0
     followed = verb(slurm, tmp_path, "logs", "runs/far", "--follow")
     assert "stopped after step" in followed.stdout

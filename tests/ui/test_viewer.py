@@ -39,6 +39,7 @@ def make(name: str, *overrides: str) -> RunDir:
         ["model=tiny", f"run_dir={override_syntax.format_value(f'runs/{name}')}", *overrides]
     )
     run, _ = create.start_attempt(config, ["shardway"], 1)
+    run.starter.unlink()  # this process is no launcher
     return run
 
 

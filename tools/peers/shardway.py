@@ -26,10 +26,8 @@ def main() -> None:
         return
     ours, path = command.torchrun_command, sys.argv[1]
 
-    def torchrun(
-        run_dir: Path, attempt: int, nproc_per_node: int, ignore_signals: bool = False
-    ) -> list[str]:
-        words = ours(run_dir, attempt, nproc_per_node, ignore_signals)
+    def torchrun(run_dir: Path, attempt: int, nproc_per_node: int) -> list[str]:
+        words = ours(run_dir, attempt, nproc_per_node)
         at = words.index("launcher.worker")
         return [*words[:at], "peers.shardway", path, *words[at + 1 :]]
 

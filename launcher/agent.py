@@ -1,0 +1,45 @@
+"""torchrun's agent, which starts the ranks of one machine, with other signals.
+
+    python -m launcher.agent FLAGS_OF_TORCHRUN… -m launcher.worker RUN ATTEMPT
+
+A signal asks the ranks to save and end, like a signal to a rank; torchrun would pass it on and kill
+ranks that need more than 30 seconds. A second request ends the agent at once, and its ranks with
+it. If `shardway train` is killed, that is a request too: nobody waits for the run any more.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from launcher.errors import UserError, exit_when_refused
+from launcher.folders.run import RunDir
+from launcher.run import parent
+from launcher.run.stop import StopRequest
+
+USAGE = "python -m launcher.agent FLAGS_OF_TORCHRUN… -m launcher.worker RUN ATTEMPT"
+
+
+def main() -> None:
+    """Start the ranks and wait for them, with torchrun's exit status."""
+    if sys.argv[-4:-2] != ["-m", "launcher.worker"]:
+        raise UserError(f"usage: {USAGE}")
+    path, attempt = sys.argv[-2:]
+    stop = StopRequest(RunDir.from_logs(Path(path, "logs", f"attempt-{attempt}")))
+    stop.listen(as_rank=False)
+    starter = os.environ.pop("SHARDWAY_LAUNCHER", None)
+    if starter is not None:
+        parent.signal_when_parent_dies(signal.SIGTERM)
+        if str(os.getppid()) != starter:
+            stop.request(signal.SIGTERM.name)
+    os.environ["SHARDWAY_AGENT"] = str(os.getpid())
+    from torch.distributed.run import main as torchrun
+
+    torchrun()
+
+
+if __name__ == "__main__":
+    with exit_when_refused():
+        main()

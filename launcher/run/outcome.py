@@ -1,0 +1,53 @@
+"""How an attempt ended: its file status.json, because torchrun passes no exit status on. No torch.
+
+`finished` is an attempt that has done its planned last step, and no other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.errors import REFUSED, STOPPED
+from launcher.folders import manifest
+from launcher.folders.run import RunDir
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended."""
+
+    step: int  # the last step
+    reason: str | None  # why it ended before its schedule did; None: the last step is done
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether a setting ended it, or its schedule."""
+        return self.reason is None or self.reason.startswith("training.")
+
+    def message(self, run: RunDir) -> str | None:
+        """What to tell the user: how to resume. None if it is finished."""
+        if self.reason is None:
+            return None
+        without_limit = f" {self.reason.partition('=')[0]}=null" if self.is_planned else ""
+        return (
+            f"stopped after step {self.step} ({self.reason}); resume: shardway train --config-path "
+            f"{run.path} --config-name config resume=auto{without_limit}"
+        )
+
+
+def write_status(run: RunDir, outcome: Outcome) -> None:
+    """Write how this attempt ended. A request to stop is fulfilled then."""
+    status = {
+        "state": "finished" if outcome.reason is None else "stopped",
+        "reason": outcome.reason,
+        "step": outcome.step,
+        "exit_code": 0 if outcome.is_planned else STOPPED,
+    }
+    manifest.write_json(run.status, status)
+    run.stop.unlink(missing_ok=True)
+
+
+def write_superseded(run: RunDir, reason: str) -> None:
+    """Write that a newer attempt has replaced this one. A request to stop is not for it."""
+    status = {"state": "superseded", "reason": reason, "step": None, "exit_code": REFUSED}
+    manifest.write_json(run.status, status)
