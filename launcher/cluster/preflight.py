@@ -13,6 +13,7 @@ from launcher.cluster.gpus import visible_gpus
 from launcher.config import Config, store
 from launcher.config.rules.rule import Machine, World
 from launcher.config.rules.table import broken_rules
+from launcher.config.schema.cluster import ClusterConfig
 from launcher.data import source
 from launcher.errors import REFUSED, UserError
 from launcher.folders.checkpoint import Checkpoint
@@ -112,12 +113,12 @@ def under_torchrun() -> bool:
     return all(name in os.environ for name in RANK_VARIABLES)
 
 
-def refuse_other_launchers() -> None:
-    """Raise UserError if this process would launch ranks although another launcher has started it:
-    one task of several under srun, or what is left of a torchrun."""
+def refuse_other_launchers(cluster: ClusterConfig) -> None:
+    """Raise UserError if this process would launch a run although another launcher has started it:
+    as one task of several under srun, or it is not clear whether as a rank of torchrun."""
     if under_torchrun():
         return
-    if RANK_VARIABLES[0] in os.environ:
+    if RANK_VARIABLES[0] in os.environ and cluster.name != "slurm":
         missing = ", ".join(name for name in RANK_VARIABLES if name not in os.environ)
         raise UserError(
             f"{RANK_VARIABLES[0]} is set as if torchrun had started this process, but not "
