@@ -32,6 +32,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from launcher.cpus import usable_cpus
 from launcher.distributed.process_group import RankInfo
 from launcher.export.writing.direct_writer import Sink
 
@@ -296,7 +297,7 @@ def _table(title: str, arms: dict[str, Any], scratch: Path, arguments: argparse.
                 os.sync()
                 bar.update()
     first = statistics.median(each.seconds for each in taken["shardway"])
-    print(f"\n{title}, {arguments.rounds} rounds, {os.cpu_count()} cores\n")
+    print(f"\n{title}, {arguments.rounds} rounds, {usable_cpus()} cores\n")
     print("| arm | wall, median (range) | × shardway | peak resident set | while writing |")
     print("|---|---|---|---|---|")
     for name, each in taken.items():

@@ -29,6 +29,7 @@ import psutil
 
 from launcher.commands.fetch import MODELS, fetch
 from launcher.config.schema.data import DataConfig
+from launcher.cpus import usable_cpus
 from launcher.data import source
 from launcher.data.build import TokenizationProgress, sequence_lengths
 from launcher.data.dataset import load_data
@@ -61,7 +62,7 @@ def main() -> None:
     seconds = tokenized - began
     print(
         f"tokenized in {seconds:,.0f} s: {arguments.rows / seconds:,.0f} rows/s on "
-        f"{len(os.sched_getaffinity(0))} cores\n"
+        f"{usable_cpus()} cores\n"
         f"packed in {packed - tokenized:.1f} s: {len(sequences):,} sequences, {full:.2%} full\n"
         f"peak memory: {peak['main'] / 1e9:.2f} GB, with workers {peak['all'] / 1e9:.2f} GB"
     )

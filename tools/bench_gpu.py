@@ -29,7 +29,7 @@ import random_model
 from bench_process import Family, peak_rss, watch
 
 import launcher
-from launcher.cluster.devices import visible_gpus
+from launcher.cluster.gpus import visible_gpus
 from launcher.config import store
 from launcher.errors import UserError
 

@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import datetime
 import json
-import os
 import platform
 import signal
 import subprocess
@@ -30,6 +29,7 @@ from peers.job import SEED, Job
 from peers.process import CHECKOUT, Run
 
 from launcher.commands.fetch import MODELS, fetch
+from launcher.cpus import usable_cpus
 from launcher.errors import UserError
 
 WARM_UP = 2  # steps that are not timed
@@ -160,7 +160,7 @@ def conditions(
         "date": datetime.date.today().isoformat(),
         "commit": _output([*git, "describe", "--always", "--dirty", "--abbrev=12"]),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cpus(),
         "python": platform.python_version(),
         "versions": {name: install.versions(path) for name, path in systems.items()},
         "model": arguments.model,

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launcher.cluster.devices import visible_gpus
+from launcher.cluster.gpus import visible_gpus
 from launcher.folders import paths
 
 ROWS_PER_STEP = 16

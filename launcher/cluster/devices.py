@@ -1,4 +1,4 @@
-"""The hardware and software of this machine, found without importing torch."""
+"""The software of this machine, found without importing torch."""
 
 from __future__ import annotations
 
@@ -8,43 +8,6 @@ import shutil
 import subprocess
 import tempfile
 from importlib import metadata
-
-
-def visible_gpus() -> int:
-    """The number of GPUs in `CUDA_VISIBLE_DEVICES` if set, otherwise of the NVIDIA driver; 0
-    without a driver."""
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is not None:
-        devices = [device.strip() for device in listed.split(",")]
-        return len([device for device in devices if device and device != "-1"])
-    import pynvml  # slow to load with a driver; not needed if the variable is set
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return 0  # no driver on this machine: ranks run on CPU
-    try:
-        return int(pynvml.nvmlDeviceGetCount())
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def gpu_memory() -> int | None:
-    """Memory of this machine's first visible GPU in bytes; None without one or if it is unknown."""
-    if not visible_gpus():
-        return None
-    import pynvml
-
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-    try:
-        pynvml.nvmlInit()
-        if first.isdigit():
-            device = pynvml.nvmlDeviceGetHandleByIndex(int(first))
-        else:
-            device = pynvml.nvmlDeviceGetHandleByUUID(first)
-        return int(pynvml.nvmlDeviceGetMemoryInfo(device).total)
-    except pynvml.NVMLError:
-        return None
 
 
 def has_flash_attention() -> bool:

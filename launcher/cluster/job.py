@@ -10,22 +10,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
-import subprocess
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from launcher.cluster import build_ops, local, preflight, runs_table
+from launcher.cluster.slurm_command import run_slurm
 from launcher.config import Config, store
 from launcher.config.compose import compose_command_line
 from launcher.config.rules.rule import Machine, World
 from launcher.config.schema.cluster import SlurmConfig
+from launcher.config.secrets import secret_values
 from launcher.errors import FAILED, STOPPED, UserError, exit_when_refused
 from launcher.folders import manifest
 from launcher.folders.checkpoint import finished_checkpoints
+from launcher.folders.json_file import read_object
 from launcher.folders.run import RunDir
 from launcher.run import create, sweep
 
@@ -40,7 +43,7 @@ python -m launcher.cluster.job end RUN/logs/attempt-N"""
 
 
 def main() -> None:
-    with exit_when_refused():
+    with exit_when_refused(), _exit_when_disk_fails():
         match sys.argv[1:]:
             case ["begin", *arguments] if "SLURM_JOB_ID" in os.environ and arguments != ["--run"]:
                 with redirect_stdout(sys.stderr):  # the script reads only the folder from stdout
@@ -50,6 +53,15 @@ def main() -> None:
                 sys.exit(end_attempt(RunDir.from_logs(Path(logs))))
             case _:
                 raise UserError(f"usage, in the batch script of a job:\n{USAGE}")
+
+
+@contextmanager
+def _exit_when_disk_fails() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # such as a full disk
+        print(f"{error.filename or 'the run folder'}: {error.strerror}", file=sys.stderr)
+        sys.exit(FAILED)
 
 
 def start_attempt(arguments: list[str]) -> RunDir | None:
@@ -64,6 +76,7 @@ def start_attempt(arguments: list[str]) -> RunDir | None:
     else:
         run, config = _compose_run(arguments)
     if _take_stop_by_person(run):
+        run.starting.unlink(missing_ok=True)
         print(f"{run.path} was stopped while it waited in the queue")
         return None
     world_size = World.from_config(config, Machine()).size
@@ -85,12 +98,13 @@ def end_attempt(run: RunDir) -> int:
             print(f"{sweep.SUMMARY} was not updated: {error}", file=sys.stderr)
     if not requeue:
         return status
-    result = subprocess.run(["scontrol", "requeue", _job_id()], capture_output=True, text=True)
-    if result.returncode == 0:
+    try:
+        run_slurm(["scontrol", "requeue", _job_id()])
         return 0
-    print(f"job {_job_id()} cannot be queued again: {result.stderr.strip()}", file=sys.stderr)
-    print(f"to resume it: shardway resume {run.path}", file=sys.stderr)
-    return STOPPED
+    except UserError as error:
+        print(f"job {_job_id()} cannot be queued again: {error}", file=sys.stderr)
+        print(f"to resume it: shardway resume {run.path}", file=sys.stderr)
+        return STOPPED
 
 
 def _outcome(run: RunDir) -> tuple[int, bool]:
@@ -99,8 +113,8 @@ def _outcome(run: RunDir) -> tuple[int, bool]:
         print(f"attempt {newest} of {run.path} has started: this one is over", file=sys.stderr)
         return FAILED, False
     if run.status.is_file():
-        status = json.loads(run.status.read_text())
-        requeue = status["state"] == "stopped" and status["reason"] in REQUEUE_REASONS
+        state, reason = _read(run.status, "state", str), _read(run.status, "reason", object)
+        requeue = state == "stopped" and reason in REQUEUE_REASONS
         exit_code = 0
     else:
         failure = local.first_failure(run)
@@ -110,8 +124,8 @@ def _outcome(run: RunDir) -> tuple[int, bool]:
         exit_code = failure.exit_code if failure else FAILED
     if not requeue or _take_stop_by_person(run):
         return exit_code, False
-    if reason := _reason_not_to_requeue(run):
-        print(f"not queued again: {reason}", file=sys.stderr)
+    if why_not := _reason_not_to_requeue(run):
+        print(f"not queued again: {why_not}", file=sys.stderr)
         return exit_code or STOPPED, False
     return 0, True
 
@@ -132,20 +146,26 @@ def _job_field(key: str) -> str | None:
 @functools.cache
 def _job_fields() -> dict[str, str]:
     job = os.environ["SLURM_JOB_ID"]
-    result = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True)
+    answer = run_slurm(["scontrol", "show", "job", "-o", job])
     # For an array there may be one line per task.
-    lines = [line for line in result.stdout.splitlines() if line.startswith(f"JobId={job} ")]
-    if result.returncode != 0 or not lines:
-        message = result.stderr.strip() or result.stdout.strip()
-        raise UserError(f"scontrol show job {job}: {message}")
+    lines = [line for line in answer.splitlines() if line.startswith(f"JobId={job} ")]
+    if not lines:
+        raise UserError(f"scontrol show job {job}: {answer.strip()}")
     return dict(word.split("=", 1) for word in lines[0].split() if "=" in word)
 
 
 def _config_to_resume(run: RunDir) -> Config:
     """A run's frozen configuration, set to resume from the newest checkpoint if there is one."""
     config = store.load(run.config)
+    _check_secrets(config)
     has_checkpoint = bool(finished_checkpoints(run.checkpoints))
     return dataclasses.replace(config, resume="auto" if has_checkpoint else config.resume)
+
+
+def _check_secrets(config: Config) -> None:
+    """Raise UserError with the names of secrets that have not reached this job."""
+    if isinstance(config.cluster, SlurmConfig):
+        secret_values(config.cluster)
 
 
 def _compose_run(overrides: list[str]) -> tuple[RunDir, Config]:
@@ -175,6 +195,7 @@ def _compose_run(overrides: list[str]) -> tuple[RunDir, Config]:
             "shardway train cluster=slurm …"
         )
     preflight.check(config)
+    _check_secrets(config)
     return create.find_or_create_folder(config), config
 
 
@@ -193,12 +214,10 @@ def _end_time(job: str) -> float | None:
 
     Slurm 22 does not set SLURM_JOB_END_TIME.
     """
-    result = subprocess.run(
-        ["squeue", "--noheader", f"--jobs={job}", "--format=%e"], capture_output=True, text=True
-    )
     try:
-        return datetime.fromisoformat(result.stdout.strip()).timestamp()
-    except ValueError:
+        answer = run_slurm(["squeue", "--noheader", f"--jobs={job}", "--format=%e"])
+        return datetime.fromisoformat(answer.strip()).timestamp()
+    except ValueError:  # no limit, or no answer
         return None
 
 
@@ -209,12 +228,21 @@ def _reason_not_to_requeue(run: RunDir) -> str | None:
     if int(_job_field("Restarts") or 0) >= cluster.requeue_limit:
         return f"cluster.requeue_limit={cluster.requeue_limit} is reached"
     files = [RunDir(run.path, number).job for number in range(1, run.attempt + 1)]
-    first_steps = [json.loads(file.read_text())["step"] for file in files if file.is_file()]
+    first_steps = [_read(file, "step", int) for file in files if file.is_file()]
     if len(first_steps) >= ATTEMPTS_WITHOUT_PROGRESS:
         saved = _newest_saved_step(run)
         if saved <= first_steps[-ATTEMPTS_WITHOUT_PROGRESS]:
             return f"{ATTEMPTS_WITHOUT_PROGRESS} attempts in a row got no further than step {saved}"
     return None
+
+
+def _read(file: Path, key: str, kind: type) -> Any:
+    """The value of `key` in a JSON file of an attempt. Raises UserError if the file is damaged: the
+    job then ends, because requeueing it might go on for ever."""
+    content = read_object(file)
+    if key not in content or not isinstance(content[key], kind):
+        raise UserError(f"{file} is damaged: it has no valid {key!r}")
+    return content[key]
 
 
 def _newest_saved_step(run: RunDir) -> int:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from launcher.cluster import build_ops, command, local, runs_table, slurm
-from launcher.cluster.preflight import find_resume_checkpoint
+from launcher.cluster.preflight import find_resume_checkpoint, refuse_other_launchers
 from launcher.config import Config, deepspeed, store
 from launcher.config.rules.rule import World
 from launcher.config.schema.cluster import SlurmConfig
@@ -48,6 +48,7 @@ def launch(config: Config, world: World) -> int:
 
     Raises UserError if the run cannot start.
     """
+    refuse_other_launchers(config.cluster)
     if mismatch := versions.describe_mismatch():
         print(mismatch, file=sys.stderr)
     checkpoint = find_resume_checkpoint(config)
@@ -70,6 +71,7 @@ def launch_sweep(configs: list[Config], worlds: list[World]) -> int:
 
     The other runs still start if one fails. Stopping one run stops the sweep.
     """
+    refuse_other_launchers(configs[0].cluster)
     cluster, first_failed = configs[0].cluster, 0
     if isinstance(cluster, SlurmConfig):
         return slurm.launch_sweep(configs, cluster)

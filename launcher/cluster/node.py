@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from launcher.cluster import command
-from launcher.cluster.devices import visible_gpus
+from launcher.cluster.gpus import visible_gpus
 from launcher.config import store
 from launcher.config.rules.rule import Machine, World
 from launcher.errors import UserError, exit_when_refused

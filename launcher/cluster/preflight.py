@@ -9,15 +9,23 @@ import tempfile
 from pathlib import Path
 
 from launcher.cluster import devices
+from launcher.cluster.gpus import visible_gpus
 from launcher.config import Config, store
 from launcher.config.rules.rule import Machine, World
 from launcher.config.rules.table import broken_rules
+from launcher.config.schema.cluster import ClusterConfig
 from launcher.data import source
 from launcher.errors import REFUSED, UserError
 from launcher.folders.checkpoint import Checkpoint
 from launcher.folders.model import is_hub_id
 from launcher.folders.run import RunDir
 from launcher.run import resume
+
+# What torchrun sets and a rank reads.
+RANK_VARIABLES = (
+    *("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+)
 
 
 def check(config: Config) -> World:
@@ -89,7 +97,7 @@ def get_world(config: Config) -> World:
 def inspect_machine(config: Config) -> Machine:
     """What is installed on this machine. Checks only what `config` needs."""
     return Machine(
-        gpus=devices.visible_gpus(),
+        gpus=visible_gpus(),
         flash_attention=devices.has_flash_attention(),
         libaio=not config.strategy.on_disk or devices.has_libaio(),
         missing_trackers=devices.missing_packages(config.tracking.trackers),
@@ -100,8 +108,29 @@ def inspect_machine(config: Config) -> Machine:
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    """Whether torchrun started this process. A RANK alone is left over from something else, and no
+    rank of this launch gets it."""
+    return all(name in os.environ for name in RANK_VARIABLES)
+
+
+def refuse_other_launchers(cluster: ClusterConfig) -> None:
+    """Raise UserError if this process would launch a run although another launcher has started it:
+    as one task of several under srun, or it is not clear whether as a rank of torchrun."""
+    if under_torchrun():
+        return
+    if RANK_VARIABLES[0] in os.environ and cluster.name != "slurm":
+        missing = ", ".join(name for name in RANK_VARIABLES if name not in os.environ)
+        raise UserError(
+            f"{RANK_VARIABLES[0]} is set as if torchrun had started this process, but not "
+            f"{missing}: it is left over from another launch → unset {RANK_VARIABLES[0]}"
+        )
+    task = os.environ.get("SLURM_PROCID", "0")
+    if task != "0":
+        raise UserError(
+            f"SLURM_PROCID={task}: srun has started this command more than once, and each would "
+            "start all ranks → srun --ntasks=1 …, or shardway train cluster=slurm without srun; "
+            "if each is a run of its own: unset SLURM_PROCID"
+        )
 
 
 def get_rank() -> int:

@@ -12,6 +12,7 @@ from launcher.folders import manifest
 from launcher.folders.run import RunDir
 from launcher.run import sweep
 from launcher.run.status import (
+    NO_ATTEMPT,
     QueuedJob,
     find_runs,
     read_metrics,
@@ -90,4 +91,5 @@ def _row(run: RunDir, config: Config, queue: dict[str, QueuedJob]) -> Row:
         "left": time_left(steps, total) if queued or state == "running" else "",
         "job": job,
         "nodes": queued.nodes if queued else "",
+        "log": str(run.job_console(job)) if state == NO_ATTEMPT else "",
     }

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
+from launcher.cluster.slurm_command import run_slurm
 from launcher.config import Config
 from launcher.config.schema.cluster import SlurmConfig
+from launcher.config.secrets import secret_names, secret_values
 from launcher.errors import UserError
 from launcher.folders import manifest, paths
 from launcher.folders.run import RunDir
@@ -19,8 +20,8 @@ from launcher.run.status import QueuedJob, slurm_job_id
 SCRIPT, SETUP = "train.sbatch", "setup.sh"
 QUEUE_SECONDS = 30.0  # timeout of squeue: repeated queries must not accumulate
 FLAG_FIELDS = (  # fields of SlurmConfig that are flags of sbatch with the same name
-    *("partition", "account", "qos", "time", "mem", "constraint", "reservation", "exclude"),
-    *("nodelist", "dependency", "comment"),
+    *("partition", "account", "qos", "time", "mem", "mem_per_cpu", "mem_per_gpu", "constraint"),
+    *("reservation", "exclude", "nodelist", "dependency", "comment"),
 )
 
 
@@ -30,7 +31,7 @@ def launch(config: Config, cluster: SlurmConfig) -> int:
     Raises UserError with Slurm's reason, before anything is written, if the job could never start.
     """
     _refuse_if_queued([config])
-    _run_slurm(["sbatch", "--test-only", *sbatch_flags(cluster), str(script_path())])
+    _test(cluster, Path(config.run_dir or "runs"))
     run = _freeze_run(config)
     return submit(run.path, [run], cluster)
 
@@ -38,20 +39,29 @@ def launch(config: Config, cluster: SlurmConfig) -> int:
 def launch_sweep(configs: list[Config], cluster: SlurmConfig) -> int:
     """Queue the runs of a sweep as one job array. `sweep.assign_run_dirs` has set their folders."""
     _refuse_if_queued(configs)
-    _run_slurm(["sbatch", "--test-only", *sbatch_flags(cluster, len(configs)), str(script_path())])
+    _test(cluster, Path(configs[0].run_dir or "runs"), len(configs))
     folder = sweep.create_folder(configs)
     return submit(folder, [_freeze_run(config) for config in configs], cluster)
+
+
+def _test(cluster: SlurmConfig, folder: Path, runs: int = 1) -> None:
+    """Raise UserError, before anything is written, if a job for `folder` could never start."""
+    sbatch_command(cluster, folder.absolute(), runs)
+    secret_values(cluster)
+    run_slurm(["sbatch", "--test-only", *sbatch_flags(cluster, runs), str(script_path())])
 
 
 def submit(folder: Path, runs: list[RunDir], cluster: SlurmConfig) -> int:
     """Queue frozen runs: the run in `folder`, or those of the sweep there. Returns 0."""
     print(f"run folder: {folder}", flush=True)
-    manifest.write_text(folder / SETUP, setup_script(cluster))
+    manifest.write_text(folder / SETUP, setup_script(cluster), private=True)
     manifest.write_text(folder / SCRIPT, script_path().read_text(encoding="utf-8"))
     for run in runs:
         run.stop.unlink(missing_ok=True)  # it was meant for a previous attempt
     command = sbatch_command(cluster, folder, len(runs))
-    answer = _run_slurm([command[0], "--parsable", *command[1:]])
+    # They reach the job, and the next start of a job that is queued again, by --export=ALL.
+    secrets = secret_values(cluster)
+    answer = run_slurm([command[0], "--parsable", *command[1:]], variables=secrets)
     job = answer.strip().splitlines()[-1].partition(";")[0]
     for index, run in enumerate(runs):
         run_job = job if len(runs) == 1 else f"{job}_{index}"
@@ -89,7 +99,7 @@ def query_queue(jobs: list[str]) -> dict[str, QueuedJob]:
     if not jobs:
         return {}
     command = ["squeue", f"--jobs={','.join(jobs)}", "--array", "--noheader", "--format=%i|%T|%R"]
-    answer = _run_slurm(command, allowed_error="Invalid job id", seconds=QUEUE_SECONDS)
+    answer = run_slurm(command, allowed_error="Invalid job id", seconds=QUEUE_SECONDS)
     lines = (line.split("|", 2) for line in answer.splitlines())
     listed = {job: QueuedJob(state, nodes) for job, state, nodes in lines}
     return {job: listed[job] for job in jobs if job in listed}
@@ -97,12 +107,12 @@ def query_queue(jobs: list[str]) -> dict[str, QueuedJob]:
 
 def cancel_waiting(job: str) -> None:
     """Remove `job` from the queue if it still waits. A job that has started continues."""
-    _run_slurm(["scancel", "--state=PENDING", job])
+    run_slurm(["scancel", "--state=PENDING", job])
 
 
 def cancel(job: str) -> None:
     """Cancel `job`, whether it waits or runs."""
-    _run_slurm(["scancel", job])
+    run_slurm(["scancel", job])
 
 
 def print_dry_run(cluster: SlurmConfig, folder: Path, runs: int) -> None:
@@ -118,9 +128,18 @@ def script_path() -> Path:
 
 
 def sbatch_command(cluster: SlurmConfig, folder: Path, runs: int = 1) -> list[str]:
-    """The command that queues the run in `folder`, or the `runs` of the sweep there."""
+    """The command that queues the run in `folder`, or the `runs` of the sweep there.
+
+    Raises UserError for a folder in which Slurm cannot write the job's log.
+    """
+    if bad := re.search(r"[\\\x00-\x1f]", str(folder)):
+        raise UserError(
+            f"run_dir={str(folder)!r} contains {bad[0]!r}, and Slurm could not write the job's log "
+            "there → another run_dir, or another working folder"
+        )
     log = "logs/slurm-%j.out" if runs == 1 else "%a/logs/slurm-%A_%a.out"
-    own_flags = [f"--output={folder / log}", f"--chdir={folder}"]
+    # In names of logs, Slurm replaces what follows a percent sign.
+    own_flags = [f"--output={str(folder).replace('%', '%%')}/{log}", f"--chdir={folder}"]
     script = [str(folder / SCRIPT), "--run", str(folder)]
     return ["sbatch", *sbatch_flags(cluster, runs), *own_flags, *script]
 
@@ -131,7 +150,7 @@ def sbatch_flags(cluster: SlurmConfig, runs: int = 1) -> list[str]:
     values: dict[str, object] = {
         "job-name": cluster.job_name,
         "nodes": cluster.nodes,
-        **{key: getattr(cluster, key) for key in FLAG_FIELDS},
+        **{key.replace("_", "-"): getattr(cluster, key) for key in FLAG_FIELDS},
         cluster.gpu_flag: _gpu_request(cluster),
         "cpus-per-task": cluster.cpus_per_task,
         "mail-user": cluster.mail_user,
@@ -145,10 +164,13 @@ def sbatch_flags(cluster: SlurmConfig, runs: int = 1) -> list[str]:
 
 
 def setup_script(cluster: SlurmConfig) -> str:
-    """The bash lines that the batch script runs first. Every value is quoted."""
+    """The bash lines that the batch script runs first. Every value is quoted; secrets are not among
+    them."""
+    secrets = secret_names(cluster)
+    plain = {key: value for key, value in cluster.environment.items() if key not in secrets}
     lines = [
         f"export SHARDWAY_PYTHON={shlex.quote(sys.executable)}",
-        *(f"export {key}={shlex.quote(value)}" for key, value in cluster.environment.items()),
+        *(f"export {key}={shlex.quote(value)}" for key, value in plain.items()),
         *cluster.setup,
     ]
     if cluster.container_python:
@@ -165,36 +187,3 @@ def _gpu_request(cluster: SlurmConfig) -> str | None:
     parts = ["gpu"] if cluster.gpu_flag == "gres" else []
     parts += [cluster.gpu_type] if cluster.gpu_type else []
     return ":".join([*parts, str(cluster.gpus_per_node)])
-
-
-def _run_slurm(
-    command: list[str], allowed_error: str | None = None, seconds: float | None = None
-) -> str:
-    """Run a command of Slurm and return its output, or "" if it fails with `allowed_error` in its
-    message. Raises UserError with Slurm's reason, or if it takes more than `seconds`."""
-    # A job that another job submits inherits its variables, and Slurm overwrites only some of them.
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if not key.startswith("SLURM_ARRAY_") and key != "SLURM_RESTART_COUNT"
-    }
-    try:
-        result = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=seconds
-        )
-    except subprocess.TimeoutExpired as error:
-        raise UserError(
-            f"Slurm has not answered within {seconds:.0f} s: {shlex.join(command)}"
-        ) from error
-    except FileNotFoundError as error:
-        raise UserError(
-            f"cluster=slurm: there is no {command[0]} on this machine; use a login node, or "
-            "cluster=local"
-        ) from error
-    if result.returncode != 0 and allowed_error and allowed_error in result.stderr:
-        return ""
-    if result.returncode != 0:
-        status = f"exit status {result.returncode}"
-        reason = result.stderr.strip() or result.stdout.strip() or status
-        raise UserError(f"Slurm refused the command: {reason}\n{shlex.join(command)}")
-    return result.stdout

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.cluster.devices import gpu_memory, visible_gpus
+from launcher.cluster.gpus import gpu_memory, visible_gpus
 from launcher.commands.arguments import UNITS, command_parser, parse_size
 from launcher.config import Config, store
 from launcher.config.compose import compose_command_line

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launcher.config import Config, overrides, store
 from launcher.config.overrides import Implied
+from launcher.config.secrets import masked_yaml, secret_names
 from launcher.errors import UserError
 from launcher.folders import paths
 
@@ -41,9 +44,10 @@ def compose_command_line() -> list[Config]:
     """The configurations that `sys.argv` asks for: one, or with --multirun one per combination.
 
     Raises UserError if Hydra or the schema refuses one. Exits after --help, --cfg and --info, which
-    Hydra answers itself.
+    Hydra answers itself. In `sys.argv`, `•••` then stands for secrets.
     """
     composed: list[Any] = []  # plain mappings; the schema checks them outside Hydra's job
+    printed = io.StringIO()  # by --cfg and the like
 
     @hydra.main(version_base="1.3", config_path=str(paths.resource("conf")), config_name="config")
     def collect(raw: DictConfig) -> None:
@@ -64,14 +68,21 @@ def compose_command_line() -> list[Config]:
             options, words = _split_command_line()
             files, multirun = _files_of(options), bool({"--multirun", "-m"} & {*options})
             sys.argv = [*options, *defaults, *complete(words, files, multirun)]
-            collect()
+            try:
+                with redirect_stdout(printed):
+                    collect()
+            finally:
+                print(masked_yaml(printed.getvalue()), end="")
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(hydra_message(error)) from error
         finally:
             sys.argv = original_argv
     if not composed:
         sys.exit(0)
-    return [store.build(raw) for raw in composed]
+    configs = [store.build(raw) for raw in composed]
+    secrets = {name for config in configs for name in secret_names(config.cluster)}
+    sys.argv = overrides.masked(sys.argv, secrets)  # it is recorded
+    return configs
 
 
 def compose(words: list[str]) -> Config:

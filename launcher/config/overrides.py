@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, QuotedString
 
 from launcher.config import store
+from launcher.config.secrets import MASK, masked_values
 from launcher.errors import UserError
 from launcher.folders import paths
 
+ENVIRONMENT = "cluster.environment"
 MISSING = "???"  # OmegaConf's word for a value that is still to be set
 
 
@@ -138,6 +140,27 @@ def apply_changes(overrides: list[str], changes: list[str]) -> list[str]:
     """`overrides` with `changes`: each replaces the override of the same key, or is appended."""
     remaining = {key_of(change): change for change in changes}
     return [remaining.pop(key_of(word), word) for word in overrides] + list(remaining.values())
+
+
+def masked(words: list[str], secrets: Collection[str]) -> list[str]:
+    """`words` with `•••` in place of the values of `secrets`, variables in cluster.environment."""
+    return [_masked(word, secrets) for word in words]
+
+
+def _masked(word: str, secrets: Collection[str]) -> str:
+    key, equals, _ = word.partition("=")
+    section, _, name = key.lstrip("+~").partition(ENVIRONMENT)
+    if section or not equals:
+        return word
+    if name.removeprefix(".") in secrets:
+        return f"{key}={MASK}"
+    if name or not secrets:
+        return word
+    value = parse([word])[0].value()
+    if not isinstance(value, dict):  # of a sweep
+        return f"{key}={MASK}"
+    plain = {str(next(_scalars(name))): next(_scalars(item)) for name, item in value.items()}
+    return f"{key}={format_value(masked_values(plain, secrets))}"
 
 
 def key_of(override: str) -> str:

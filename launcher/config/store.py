@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launcher.config import SECTIONS, TOP_LEVEL, Config
 from launcher.config.schema.setting import broken_limits
+from launcher.config.secrets import masked_settings
 from launcher.errors import UserError
 
 
@@ -148,13 +149,18 @@ def describe_unknown(key: str, known: list[str] | None = None) -> str:
 
 
 def dump(config: Config) -> str:
-    """The frozen form: plain YAML without tags and interpolation."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    """The frozen form: plain YAML without tags, interpolation and secrets."""
+    return yaml.safe_dump(_tree(config), sort_keys=False, allow_unicode=True)
 
 
 def leaves(config: Config) -> dict[str, Any]:
-    """The value of every setting by its dotted name, such as `optimizer.learning_rate`."""
-    return dict(leaves_of(dataclasses.asdict(config)))
+    """The value of every setting by its dotted name, such as `optimizer.learning_rate`; `•••` for
+    a secret."""
+    return dict(leaves_of(_tree(config)))
+
+
+def _tree(config: Config) -> dict[str, Any]:
+    return masked_settings(dataclasses.asdict(config))
 
 
 def leaves_of(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

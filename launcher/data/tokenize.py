@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from launcher.config.schema.data import DataConfig, SourceConfig
+from launcher.cpus import usable_cpus
 from launcher.data import source
 from launcher.data.files.file_rows import RawRow
 from launcher.data.raw_text import tokenize_texts
@@ -226,7 +227,7 @@ def _tokenize_rows(
 
     if workers is None:
         yield from map(row_tokenizer, chunks(SINGLE_PROCESS_ROWS))
-        workers = min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+        workers = min(usable_cpus(), MAX_WORKERS)
     yield from (
         map(row_tokenizer, chunks())
         if workers == 1

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from launcher.cpus import usable_cpus
 from launcher.errors import UserError
 from launcher.export.writing import readback
 from launcher.export.writing.extra_files import INDEX, MANIFEST
@@ -60,7 +60,7 @@ def _compare_contents(folder: Path, written: dict[str, Any], shards: set[str]) -
     tensors = {name: str(entry["xxh3_64"]) for name, entry in written["tensors"].items()}
     files = {name: written["files"][name] | {"tensors": tensors} for name in sorted(shards)}
     try:
-        readback.compare_checksums(folder, files, min(os.cpu_count() or 1, 4))
+        readback.compare_checksums(folder, files, min(usable_cpus(), 4))
     except UserError as error:
         problems.append(str(error))
     if problems:

@@ -69,15 +69,19 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` atomically: a reader finds the complete file or no file."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+def write_json(path: Path, content: Any, private: bool = False) -> None:
+    """Write `content` atomically: a reader finds the complete file or no file. See write_text."""
+    write_text(path, json.dumps(content, indent=2) + "\n", private)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` atomically: a reader finds the complete file or no file."""
+def write_text(path: Path, text: str, private: bool = False) -> None:
+    """Write `text` atomically: a reader finds the complete file or no file. `private`: only its
+    owner can read it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
+    descriptor = os.open(
+        temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666
+    )
+    with open(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -120,6 +120,14 @@ class RunDir:
         return self.logs / "job.json"  # facts about the Slurm job
 
     @property
+    def starting(self) -> Path:
+        return self.path / "logs" / "starting"  # a job has started, but not yet its attempt
+
+    def job_console(self, job: str) -> Path:
+        """The output of a Slurm job. `job`: its number, ARRAY_INDEX for a task of an array."""
+        return self.path / "logs" / f"slurm-{job}.out"
+
+    @property
     def rendezvous(self) -> Path:
         return self.logs / "rendezvous"  # the address of rank 0, for the other nodes
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from launcher.config import Config, deepspeed, store
 from launcher.config.schema.data import HUB
 from launcher.config.schema.strategy import ZeroConfig
+from launcher.config.secrets import secret_names
 from launcher.errors import UserError
 from launcher.folders import manifest, versions
 from launcher.folders.run import RunDir, new_run_path
@@ -47,7 +48,8 @@ def start_attempt_in(
     run = _create_attempt(run.path, job)
     config = freeze_config(run, config)
     run.stop.unlink(missing_ok=True)  # it was meant for the previous attempt
-    manifest.write_json(run.launch, _launch_record(argv))
+    run.starting.unlink(missing_ok=True)
+    manifest.write_json(run.launch, _launch_record(argv), private=True)
     if isinstance(config.strategy, ZeroConfig):
         engine_config = deepspeed.engine_config(
             config.strategy, config.training, config.precision, world_size
@@ -62,7 +64,7 @@ def freeze_config(run: RunDir, config: Config) -> Config:
     config = dataclasses.replace(_with_absolute_paths(config), run_dir=str(run.path))
     data = dataclasses.replace(config.data, template_date=_template_date(run, config))
     config = dataclasses.replace(config, data=data)
-    manifest.write_text(run.config, store.dump(config))
+    manifest.write_text(run.config, store.dump(config), private=bool(secret_names(config.cluster)))
     return config
 
 

@@ -9,8 +9,11 @@ from typing import Any
 
 from launcher.config import Config
 from launcher.errors import UserError
+from launcher.folders.json_file import read_object
 from launcher.folders.run import RunDir
 from launcher.run import processes, sweep
+
+NO_ATTEMPT = "ended before it began"  # the state of a run whose job has made no attempt
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,31 @@ def run_state(run: RunDir, queued: QueuedJob | None) -> str:
     """Slurm's state of the job while there is one; otherwise how the newest attempt ended."""
     if queued:
         return queued.state.lower()
+    if ended_before_attempt(run):
+        return NO_ATTEMPT
     if run.status.is_file():
         return str(json.loads(run.status.read_text())["state"])
     return "running" if processes.living(run) else "failed" if run.attempt else "not started"
+
+
+def ended_before_attempt(run: RunDir) -> bool:
+    """Whether the run's job, which is in the queue no more, ended before its attempt began: a line
+    of cluster.setup failed, or Python does not find Shardway. Its log says why."""
+    if run.starting.is_file():
+        return True
+    job = slurm_job_id(run)
+    if job is None or not run.job_console(job).is_file():
+        return False  # it never started
+    attempts = (RunDir(run.path, number).job for number in range(run.attempt, 0, -1))
+    return not any(file.is_file() and _job_in(file) == job for file in attempts)
+
+
+def _job_in(file: Path) -> str | None:
+    """The job that a job.json names; None if it is damaged."""
+    try:
+        return str(read_object(file)["job"])
+    except (UserError, KeyError):
+        return None
 
 
 def read_metrics(run: RunDir) -> list[dict[str, Any]]:

@@ -54,7 +54,7 @@ def create_folder(configs: list[Config]) -> Path:
     """Create the sweep folder that `assign_run_dirs` chose."""
     path = Path(configs[0].run_dir or "").parent
     path.mkdir(parents=True, exist_ok=True)
-    manifest.write_json(path / INDEX, {"argv": sys.argv, "runs": len(configs)})
+    manifest.write_json(path / INDEX, {"argv": sys.argv, "runs": len(configs)}, private=True)
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +12,7 @@ from torch import nn
 
 from launcher.config.schema.strategy import StrategyConfig
 from launcher.config.schema.training import TrainingConfig
+from launcher.cpus import usable_cpus
 from launcher.distributed.process_group import RankInfo
 from launcher.distributed.shards import Shard, shard_of
 from launcher.model.load import Weights
@@ -124,7 +124,7 @@ def share_cores(rank_info: RankInfo) -> None:
     Ranks on GPUs are started with one thread; ranks on the CPU have their share already.
     """
     if rank_info.device.type == "cuda" and torch.get_num_threads() == 1:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // rank_info.local_world_size))
+        torch.set_num_threads(max(1, usable_cpus() // rank_info.local_world_size))
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -65,6 +65,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("cluster", "cluster.nodes", "cluster.nproc_per_node", "cluster.cpu_processes"),
         *("cluster.gpus_per_node", "cluster.gpu_type", "cluster.partition", "cluster.account"),
         *("cluster.qos", "cluster.time", "cluster.cpus_per_task", "cluster.mem"),
+        *("cluster.mem_per_cpu", "cluster.mem_per_gpu"),
     ),
 }
 FIELDS = tuple(key for keys in GROUPS.values() for key in keys)
@@ -73,9 +74,9 @@ ACCUMULATION = "accumulation"  # not a setting; with the ranks it determines glo
 PATH_FIELDS = ("model.name_or_path", "data.path")  # empty: the path in the chosen file of conf/
 # Settings that run commands or other people's code must come from files of the site.
 FILE_ONLY_KEYS = (
-    *("cluster.setup", "cluster.extra_flags", "cluster.environment", "cluster.container"),
-    *("cluster.container_python", "model.trust_remote_code", "strategy.extra", "resume_force"),
-    *("run_dir", "launch", "hydra", "experiment"),
+    *("cluster.setup", "cluster.extra_flags", "cluster.environment", "cluster.secrets"),
+    *("cluster.container", "cluster.container_python", "model.trust_remote_code"),
+    *("strategy.extra", "resume_force", "run_dir", "launch", "hydra", "experiment"),
 )
 OVERRIDE = re.compile(r"(\+\+|\+|~)?([a-z][\w.]*)(=(.*))?", re.ASCII | re.DOTALL)
 _HYDRA_LOCK = threading.Lock()  # Hydra composes through a global singleton

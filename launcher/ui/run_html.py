@@ -8,7 +8,7 @@ from typing import Any
 from launcher.config import Config
 from launcher.config.schema.cluster import SlurmConfig
 from launcher.folders.run import RunDir
-from launcher.run.status import slurm_job_id, time_left, total_steps
+from launcher.run.status import NO_ATTEMPT, slurm_job_id, time_left, total_steps
 from launcher.tracking import svg
 from launcher.tracking.svg import Curve
 from launcher.ui.i18n import Translations
@@ -18,7 +18,7 @@ CHARTS = (  # title, field of metrics.jsonl
     ("learning rate", "learning_rate"),
     ("tokens / s", "tokens_per_second"),
 )
-ENDED = ("finished", "stopped", "failed", "not started")
+ENDED = ("finished", "stopped", "failed", "not started", NO_ATTEMPT)
 Records = list[dict[str, Any]]  # lines of metrics.jsonl
 
 

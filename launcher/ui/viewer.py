@@ -165,7 +165,7 @@ class Viewer:
         if job.is_running:  # the command of an attempt outlives its ranks for a moment
             has_ended = run.status.is_file() and _is_newer(run.status, job.record)
             return "running" if has_ended else "starting"
-        if not run.status.is_file() and queue is None:
+        if queue is None and (run.starting.is_file() or not run.status.is_file()):
             return "unknown"
         return status.run_state(run, None)
 

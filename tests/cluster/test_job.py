@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import stat
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +150,32 @@ def test_an_array_task_is_requeued_by_index_and_a_failing_table_is_only_reported
     assert job.end_attempt(made.attempt("stopped", "SIGUSR2")) == 0
     assert made.requeued() == ["7_2"]
     assert sweep.run_of_task(made.path.parent, "2").path == made.path
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", "null", '{"state": 3}', '{"reason": null}', '{"state": "stopped"}']
+)
+def test_a_damaged_status_ends_the_job(a_job: Any, damage: str) -> None:
+    made = a_job()
+    run = made.attempt("stopped", "SIGUSR2")
+    run.status.write_text(damage)
+    assert_refused(made, run, "status.json")
+
+
+@pytest.mark.parametrize("damage", ["", "[1]", "{}", '{"step": null}', '{"step": "4"}'])
+def test_a_damaged_record_of_an_attempt_ends_the_job(a_job: Any, damage: str) -> None:
+    made = a_job()
+    made.attempt("stopped", "SIGUSR2").job.write_text(damage)
+    assert_refused(made, made.attempt("stopped", "SIGUSR2"), "attempt-1/job.json")
+
+
+def assert_refused(made: Job, run: RunDir, file: str) -> None:
+    """The job ends with a sentence, and is not queued again."""
+    made.monkeypatch.setattr("sys.argv", ["job", "end", str(run.logs)])
+    said = io.StringIO()
+    with pytest.raises(SystemExit) as ended, redirect_stderr(said):
+        job.main()
+    assert ended.value.code == 2
+    assert file in said.getvalue()
+    assert "Traceback" not in said.getvalue()
+    assert made.requeued() == []

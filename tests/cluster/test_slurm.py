@@ -14,7 +14,8 @@ import pytest
 
 from launcher.cluster import slurm
 from launcher.config.schema.cluster import SlurmConfig
-from tests.helpers.commands import SHARDWAY, written
+from launcher.errors import UserError
+from tests.helpers.commands import SHARDWAY, in_process, written
 
 HOSTILE = """a b,"c" 'd' $(touch hit) `touch hit`; é \\ =x"""
 
@@ -32,7 +33,7 @@ def fake(tmp_path: Path) -> dict[str, str]:
         script = bin_folder / name
         script.write_text(
             f"#!/bin/bash\nprintf '%s\\0' {name} \"$@\" >> {tmp_path}/calls\n"
-            f"printf '\\n' >> {tmp_path}/calls\necho '{answer}'\n"
+            f"printf '\\n' >> {tmp_path}/calls\nenv > {tmp_path}/environment\necho '{answer}'\n"
         )
         script.chmod(script.stat().st_mode | stat.S_IXUSR)
     return {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}"}
@@ -170,3 +171,71 @@ def test_the_script_passes_shellcheck() -> None:
         pytest.skip("there is no shellcheck; apt-get install shellcheck")
     done = subprocess.run(["shellcheck", str(slurm.script_path())], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_memory_is_requested_per_node_cpu_or_gpu() -> None:
+    for setting in ("mem", "mem_per_cpu", "mem_per_gpu"):
+        flags = slurm.sbatch_flags(SlurmConfig(name="slurm", **{setting: "4G"}))
+        assert [flag for flag in flags if flag.startswith("--mem")] == [
+            f"--{setting.replace('_', '-')}=4G"
+        ]
+
+
+def test_a_percent_sign_in_a_folder_is_none_of_slurm_s() -> None:
+    words = slurm.sbatch_command(SlurmConfig(name="slurm"), Path("/runs/50%j %% a"))
+    assert "--output=/runs/50%%j %%%% a/logs/slurm-%j.out" in words
+    assert "--chdir=/runs/50%j %% a" in words
+
+
+@pytest.mark.parametrize("name", ["a\\b", "a\nb", "a\tb"])
+def test_a_folder_in_which_slurm_writes_no_log_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="Slurm could not write the job's log there"):
+        slurm.sbatch_command(SlurmConfig(name="slurm"), Path("/runs", name))
+
+
+@pytest.mark.parametrize("sweep", [[], ["--multirun", "training.seed=1,2"]], ids=["run", "sweep"])
+def test_secrets_reach_sbatch_by_its_environment_only(
+    tiny: Path, tmp_path: Path, fake: dict[str, str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], sweep: list[str],
+) -> None:  # fmt: skip
+    here(monkeypatch, tmp_path, fake)
+    leaked = {"SLURM_NTASKS": "4", "SBATCH_EXPORT": "NONE", "SQUEUE_USERS": "x"}
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "SBATCH_ACCOUNT": "ours", "LICENSE": "xyz-inherited"}
+    for key, value in {**leaked, **kept}.items():
+        monkeypatch.setenv(key, value)
+    words = ("cluster.environment={MY_TOKEN: xyz-typed, A: b}", "cluster.secrets=[LICENSE]")
+    command = ("train", "cluster=slurm", "model=tiny", *words, *sweep)
+    assert in_process(monkeypatch, *command, "launch.dry_run=true") == 0
+    assert in_process(monkeypatch, *command, "run_dir=run") == 0
+    assert "xyz-" not in "".join(capsys.readouterr())
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert [path for path in files if "xyz-" in path.read_text()] == []
+    assert "export A=b" in (tmp_path / "run/setup.sh").read_text()
+    assert "MY_TOKEN" not in (tmp_path / "run/setup.sh").read_text()
+    for path in files:
+        if path.name in ("setup.sh", "sweep.json", "config.yaml"):
+            assert path.stat().st_mode & 0o777 == 0o600, path
+    lines = (tmp_path / "environment").read_text().splitlines()
+    environment = dict(line.split("=", 1) for line in lines if "=" in line)
+    assert environment["MY_TOKEN"] == "xyz-typed"
+    assert kept.items() <= environment.items()
+    assert not leaked.keys() & environment.keys()
+
+
+def test_a_missing_secret_and_a_bad_folder_are_named_before_anything_is_written(
+    tiny: Path, tmp_path: Path, fake: dict[str, str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    here(monkeypatch, tmp_path, fake)
+    words = ("train", "cluster=slurm", "model=tiny", "cluster.secrets=[LICENSE]")
+    assert in_process(monkeypatch, *words, "run_dir=run") == 2
+    assert "LICENSE must be set in the environment" in capsys.readouterr().err
+    assert in_process(monkeypatch, *words, r"run_dir='a\b'") == 2
+    assert "Slurm could not write the job's log there" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"bin"}
+
+
+def here(monkeypatch: pytest.MonkeyPatch, folder: Path, environment: dict[str, str]) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PATH", environment["PATH"])
+    monkeypatch.setattr("launcher.train.check_first_rows", lambda config: None)  # it loads torch

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import tempfile
 import time
@@ -54,6 +55,7 @@ KillWait=5
 SlurmdTimeout=30
 ReturnToService=2
 PropagateResourceLimits=NONE
+GresTypes=gpu
 {places}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=20
 PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
@@ -61,6 +63,7 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 
 
 NODE = "NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs=8 RealMemory=4000"
+NODE += " Gres=gpu:2"
 NETWORK = "10.213.77"  # of nodes with separate networks
 
 LONG = ("model=tiny", "strategy=ddp", "training.epochs=null", "training.global_batch_size=8")
@@ -110,9 +113,16 @@ class Slurm:
         values = {"host": host, "address": address, "folder": folder, "port": port}
         (folder / "slurm.conf").write_text(CONF.format(**values, places="\n".join(places)))
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        (folder / "gres.conf").write_text("".join(map(self._fake_gpus, self.nodes)))
         key = folder / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
+
+    def _fake_gpus(self, node: str) -> str:
+        """Make device files that stand for the GPUs of `node`; its line of gres.conf."""
+        for number in range(2):
+            os.mknod(self.folder / f"{node}-gpu{number}", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        return f"NodeName={node} Name=gpu File={self.folder}/{node}-gpu[0-1]\n"
 
     def start(self) -> None:
         paths = {"socket": "munge.socket", "pid-file": "munged.pid", "log-file": "munged.log"}
@@ -228,11 +238,11 @@ def _free_ports(count: int) -> list[int]:
     raise OSError("no free ports")
 
 
-def submit(slurm: Slurm, cwd: Path, *words: str) -> str:
-    """Queue a training run; return the job's number."""
+def submit(slurm: Slurm, cwd: Path, *words: str, variables: dict[str, str] | None = None) -> str:
+    """Queue a training run, with more environment variables; return the job's number."""
     done = subprocess.run(
         [*SHARDWAY, "train", "cluster=slurm", *words],
-        cwd=cwd, env=slurm.environment, capture_output=True, text=True,
+        cwd=cwd, env={**slurm.environment, **(variables or {})}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     queued = re.search(r"job (\d+) is in the queue", done.stdout)

@@ -38,13 +38,14 @@ def test_two_nodes_give_the_same_losses_as_two_local_ranks(
 def test_sbatch_accepts_overrides_and_values_with_special_characters(
     slurm: Slurm, tiny: Path, tmp_path: Path
 ) -> None:
-    """Submission with sbatch directly, with the first Python on PATH."""
+    """Submission with sbatch directly, with the first Python on PATH, and with the common habit of
+    a task for each rank: still one agent trains on each node."""
     name = "a b,c $(touch hit) `touch hit` é"
     (tmp_path / name).mkdir()
     path = f"{Path(sys.executable).parent}:{slurm.environment['PATH']}"
     words = ("model=tiny", "strategy=fsdp", *QUICK, f"run_dir='{name}/run'")
     done = subprocess.run(
-        ["sbatch", "--parsable", "--nodes=2", str(script_path()), *words],
+        ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=3", str(script_path()), *words],
         cwd=tmp_path, env={**slurm.environment, "PATH": path}, capture_output=True, text=True,
     )  # fmt: skip
     job = done.stdout.strip()
@@ -52,6 +53,8 @@ def test_sbatch_accepts_overrides_and_values_with_special_characters(
     console = (tmp_path / f"slurm-{job}.out").read_text()
     assert slurm.state(job) == "COMPLETED", console
     assert len(losses(tmp_path / name / "run")) == 6
+    assert len(list((tmp_path / name / "run/logs").glob("attempt-1/torchrun-*.log"))) == 2
+    assert len(list((tmp_path / name / "run/logs").glob("attempt-1/rank-*.log"))) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, f"slurm-{job}.out"])
 
 

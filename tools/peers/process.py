@@ -12,6 +12,7 @@ from typing import Any
 from bench_process import Family, peak_rss, watch
 
 import launcher
+from launcher.cpus import usable_cpus
 from peers.arms import Arm
 from peers.job import Job
 
@@ -76,7 +77,7 @@ def command(arm: Arm, job: Job, python: Path) -> list[str]:
 def environment(arm: Arm, job: Job) -> dict[str, str]:
     """Caches are new for every run, so that each run tokenizes; ranks share the cores."""
     path = [str(TOOLS), *([str(CHECKOUT)] if arm.is_ours else [])]
-    threads = max(1, len(os.sched_getaffinity(0)) // job.ranks)
+    threads = max(1, usable_cpus() // job.ranks)
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path),

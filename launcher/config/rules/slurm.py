@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
-from launcher.config import Config
+from launcher.config import Config, store
 from launcher.config.rules.rule import Example, Rule, World
 from launcher.config.schema.cluster import SlurmConfig
+from launcher.config.secrets import secrets_in_script
+from launcher.folders.run import RunDir
 
 # sbatch(1), --time: minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]. Plain
 # minutes are not accepted: YAML reads 4:00:00 without quotes as the number 14400.
@@ -50,19 +53,102 @@ def _quarter_of_limit(cluster: SlurmConfig) -> int:
     return max(1, int(time_limit_seconds(cluster.time or "") or 0) // 4)
 
 
-# Options of sbatch that Shardway sets.
+# Options of sbatch that Shardway sets, and their letters.
 MANAGED_OPTIONS = (
-    *("nodes", "ntasks", "ntasks-per-node", "array", "output", "chdir", "open-mode"),
-    *("requeue", "no-requeue", "signal", "export", "wrap"),
+    *("nodes", "ntasks", "ntasks-per-node", "array", "output", "error", "chdir", "open-mode"),
+    *("requeue", "no-requeue", "signal", "export", "export-file", "wrap", "wait", "parsable"),
 )
+MANAGED_LETTERS = "NnaoeDW"
 
 
 def _managed_flags(cluster: SlurmConfig) -> list[str]:
-    matches = (re.match(r"--([a-z-]+)", flag) for flag in cluster.extra_flags)
-    return [f"--{match[1]}" for match in matches if match and match[1] in MANAGED_OPTIONS]
+    matches = [re.match(r"--([a-z-]+)|-(\w)", flag) for flag in cluster.extra_flags]
+    return [
+        match[0]
+        for match in matches
+        if match
+        # sbatch accepts the beginning of an option, too.
+        and (
+            any(option.startswith(match[1]) for option in MANAGED_OPTIONS)
+            if match[1]
+            else match[2] in MANAGED_LETTERS
+        )
+    ]
+
+
+def _memory_settings(cluster: SlurmConfig) -> dict[str, str]:
+    """The settings of memory that are set, by their name."""
+    values = {name: getattr(cluster, name) for name in ("mem", "mem_per_cpu", "mem_per_gpu")}
+    return {f"cluster.{name}": value for name, value in values.items() if value is not None}
+
+
+def _bad_names(cluster: SlurmConfig) -> str:
+    """The settings with what stands there in place of names of variables, without values that may
+    be secret."""
+    found = []
+    for setting in ("secrets", "environment"):
+        names = [re.sub(r"=.*", "=…", name, flags=re.DOTALL) for name in getattr(cluster, setting)]
+        if bad := [n for n in names if not re.fullmatch(r"[A-Za-z_]\w*", n, re.ASCII)]:
+            found.append(f"cluster.{setting}=[{', '.join(bad)}]")
+    return ", ".join(found)
+
+
+def _secrets_in_setup(config: Config) -> list[str]:
+    """The variables to which cluster.setup assigns secrets, except in a run that has such lines
+    already."""
+    cluster = _slurm(config)
+    found = secrets_in_script(cluster.setup, cluster.secrets)
+    if not found or config.run_dir is None or not RunDir(Path(config.run_dir)).config.is_file():
+        return found
+    former = _slurm(store.load(RunDir(Path(config.run_dir)).config)).setup
+    return secrets_in_script([line for line in cluster.setup if line not in former])
 
 
 SLURM_RULES: tuple[Rule, ...] = (
+    Rule(
+        "one-kind-of-memory",
+        "at most one of cluster.mem, cluster.mem_per_cpu and cluster.mem_per_gpu is set",
+        lambda c, w: len(_memory_settings(_slurm(c))) > 1,
+        lambda c, w: (
+            ", ".join(f"{key}={value}" for key, value in _memory_settings(_slurm(c)).items())
+            + ": Slurm takes one of them"
+        ),
+        lambda c, w: " ".join(f"{key}=null" for key in [*_memory_settings(_slurm(c))][1:]),
+        Example("cluster=slurm cluster.mem=64G cluster.mem_per_cpu=4G"),
+    ),
+    Rule(
+        "memory-per-gpu-has-gpus",
+        "cluster.mem_per_gpu needs cluster.gpus_per_node",
+        lambda c, w: _slurm(c).mem_per_gpu is not None and _slurm(c).gpus_per_node == 0,
+        lambda c, w: f"cluster.mem_per_gpu={_slurm(c).mem_per_gpu}, but cluster.gpus_per_node=0",
+        lambda c, w: "cluster.mem_per_gpu=null, or cluster.gpus_per_node=8",
+        Example("cluster=slurm cluster.mem_per_gpu=100G"),
+    ),
+    Rule(
+        "variables-have-names",
+        "cluster.secrets and the keys of cluster.environment are names of variables",
+        lambda c, w: bool(_bad_names(_slurm(c))),
+        lambda c, w: (
+            f"{_bad_names(_slurm(c))}: these must be names of environment variables, and values "
+            "come from the environment or from cluster.environment.NAME"
+        ),
+        lambda c, w: "cluster.secrets=[] cluster.environment={}, or names such as HF_TOKEN",
+        Example("cluster=slurm 'cluster.secrets=[\"HF_TOKEN=abc\"]'"),
+    ),
+    Rule(
+        "setup-has-no-secrets",
+        "cluster.setup assigns no secret: the run folder keeps its lines",
+        lambda c, w: bool(_secrets_in_setup(c)),
+        lambda c, w: (
+            f"cluster.setup=[… {_secrets_in_setup(c)[0]}=•••]: the run folder would keep the value "
+            f"of {', '.join(_secrets_in_setup(c))}"
+        ),
+        lambda c, w: (
+            f"export {_secrets_in_setup(c)[0]} before this command, and put its name in "
+            "cluster.secrets instead"
+        ),
+        Example("cluster=slurm 'cluster.setup=[\"export WANDB_API_KEY=abc\"]'"),
+    ),
     Rule(
         "limit-is-readable",
         "cluster.time is hours:minutes:seconds, minutes:seconds or days-hours",

@@ -41,6 +41,8 @@ class SlurmConfig(ClusterConfig):
     time: str | None = setting(None, "time limit of each start of the job, such as 4:00:00 or 1-12")
     cpus_per_task: int | None = setting(None, "CPUs per node", minimum=1)
     mem: str | None = setting(None, "memory per node, such as 64G; 0: all memory of the node")
+    mem_per_cpu: str | None = setting(None, "memory per CPU instead, such as 4G")
+    mem_per_gpu: str | None = setting(None, "memory per GPU instead, such as 100G")
     constraint: str | None = setting(None, "--constraint")
     reservation: str | None = setting(None, "--reservation")
     exclusive: bool = setting(False, "do not share the nodes with other jobs")
@@ -65,6 +67,11 @@ class SlurmConfig(ClusterConfig):
     )
     environment: dict[str, str] = setting(
         {}, "environment variables for all ranks; values are not expanded"
+    )
+    secrets: list[str] = setting(
+        [],
+        "names of environment variables that are passed to the job and whose values are never "
+        "written, such as [HF_TOKEN]",
     )
     container: list[str] = setting(
         [],

@@ -18,6 +18,7 @@ from typing import TextIO
 import torch
 import xxhash
 
+from launcher.cpus import usable_cpus
 from launcher.errors import UserError
 from launcher.export.plan import Plan
 from launcher.export.writing import journal, readback
@@ -57,7 +58,7 @@ class WriteOptions:
                 f"--memory {self.memory} bytes: one file at a time needs "
                 f"{(PROCESS_BYTES + WORKER_BYTES) >> 20}MiB"
             )
-        wanted = self.workers or min(os.cpu_count() or 1, 4)
+        wanted = self.workers or min(usable_cpus(), 4)
         return max(1, min(wanted, (self.memory - PROCESS_BYTES) // WORKER_BYTES))
 
 

@@ -49,6 +49,10 @@ MORE: list[tuple[str, str | Example]] = [
     ("quant-storage-is-not-cast", "method=qlora method.quant_storage=bfloat16 precision=fp16"),
     ("8bit-has-one-form", "method=qlora method.bits=8 method.quant_storage=float32"),
     ("run-dir-is-new", "run_dir=."),
+    ("one-kind-of-memory", "cluster=slurm cluster.mem_per_cpu=4G cluster.mem=0"),
+    ("variables-have-names", "cluster=slurm 'cluster.environment={A B: c}'"),
+    ("flags-are-not-settings", "cluster=slurm cluster.extra_flags=[-n4]"),
+    ("flags-are-not-settings", "cluster=slurm 'cluster.extra_flags=[\"--ntasks-per-n=4\"]'"),
     ("liger-needs-a-gpu", "training.loss=liger"),
     ("zero-extra-agrees", "strategy=zero3 precision=pure_bf16 +strategy.extra.fp16.enabled=true"),
 ]
@@ -147,6 +151,11 @@ def leave_name_out(overrides: list[str], fix: str) -> None:
     overrides[:] = [word for word in overrides if "data.columns.sytem" not in word]
 
 
+def name_the_secret(overrides: list[str], fix: str) -> None:
+    assert fix.startswith("export WANDB_API_KEY before this command")
+    overrides[-1] = "cluster.secrets=[WANDB_API_KEY]"
+
+
 # Rules whose fix is not an override: each function applies the fix by hand.
 IN_WORDS: dict[str, Callable[[list[str], str], None]] = {
     "model-has-safetensors": convert,
@@ -155,6 +164,7 @@ IN_WORDS: dict[str, Callable[[list[str], str], None]] = {
     "tied-head-is-the-embedding": untie,
     "zero-extra-agrees": leave_out,
     "columns-and-tags": leave_name_out,
+    "setup-has-no-secrets": name_the_secret,
 }
 
 

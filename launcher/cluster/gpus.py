@@ -1,0 +1,128 @@
+"""The GPUs that CUDA shows to a process on this machine, found without importing torch."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+VARIABLE = "CUDA_VISIBLE_DEVICES"
+
+
+def visible_gpus() -> int:
+    """The number of GPUs that CUDA shows to a process here.
+
+    Without an NVIDIA driver: as many as `CUDA_VISIBLE_DEVICES` names. Ranks that find none of them
+    refuse to run.
+    """
+    listed = listed_devices()
+    if listed == []:
+        return 0
+    with _nvml() as nvml:
+        return len(listed or []) if nvml is None else len(_visible_devices(nvml, listed))
+
+
+def gpu_memory() -> int | None:
+    """Memory of the first visible GPU or MIG device in bytes; None without one or if unknown."""
+    listed = listed_devices()
+    with _nvml() as nvml:
+        devices = _visible_devices(nvml, listed) if nvml and listed != [] else []
+        if nvml is None or not devices:
+            return None
+        try:
+            return int(nvml.nvmlDeviceGetMemoryInfo(devices[0]).total)
+        except nvml.NVMLError:  # a GPU without memory of its own
+            return None
+
+
+def listed_devices() -> list[int] | list[str] | None:
+    """What CUDA reads from `CUDA_VISIBLE_DEVICES`: indices, or names with GPU- or MIG-; None if it
+    is not set.
+
+    The list ends before the first entry of another kind, such as -1, and a duplicate empties it.
+    Source: CUDA Programming Guide, "CUDA Environment Variables", and
+    torch.cuda._parse_visible_devices.
+    """
+    text = os.environ.get(VARIABLE)
+    if text is None:
+        return None
+    entries = text.split(",")
+    for prefix in ("GPU-", "MIG-"):
+        if text.startswith(prefix):
+            is_name = re.compile(prefix).match
+            names = list(itertools.takewhile(is_name, entries))
+            return names if len(set(names)) == len(names) else []
+    numbers = [re.match(r"[+-]?\d+", entry.strip(), re.ASCII) for entry in entries]
+    indices = [int(number[0]) if number else -1 for number in numbers]  # `1gpu2` is 1
+    indices = list(itertools.takewhile(lambda index: index >= 0, indices))
+    return indices if len(set(indices)) == len(indices) else []
+
+
+def _visible_devices(nvml: Any, listed: list[int] | list[str] | None) -> list[Any]:
+    """NVML's handles of the visible GPUs: of those that are listed, up to the first that this
+    machine does not have.
+
+    If MIG devices are among them, CUDA shows only the first of these: NVIDIA MIG User Guide, "CUDA
+    Device Enumeration".
+    """
+    gpus = [nvml.nvmlDeviceGetHandleByIndex(at) for at in range(nvml.nvmlDeviceGetCount())]
+    names = [nvml.nvmlDeviceGetUUID(gpu) for gpu in gpus]
+    if listed and str(listed[0]).startswith("MIG-"):
+        named = [pair for gpu in gpus for pair in _mig_devices(nvml, gpu)]
+        return _choose(listed, [name for name, _ in named], [device for _, device in named])[:1]
+    gpus = gpus if listed is None else _choose(listed, names, gpus)
+    parts = [device for gpu in gpus for _, device in _mig_devices(nvml, gpu)]
+    return parts[:1] or gpus
+
+
+def _choose(listed: list[int] | list[str], names: list[str], devices: list[Any]) -> list[Any]:
+    """The devices with these indices or these unique beginnings of names."""
+    found: list[int] = []
+    for entry in listed:
+        index = entry if isinstance(entry, int) else _index_of(entry, names)
+        if index is None or index >= len(devices):
+            break
+        found.append(index)
+    # Two abbreviations of one name are a duplicate, too.
+    return [devices[index] for index in found] if len(set(found)) == len(found) else []
+
+
+def _index_of(prefix: str, names: list[str]) -> int | None:
+    """The position of the one name that begins with `prefix`; None without one or with several."""
+    matches = [index for index, name in enumerate(names) if name.startswith(prefix)]
+    return matches[0] if len(matches) == 1 else None
+
+
+def _mig_devices(nvml: Any, gpu: Any) -> list[tuple[str, Any]]:
+    """(name, handle) of the MIG devices of a GPU, each also under its name before driver 470,
+    MIG-GPU-UUID/INSTANCE/COMPUTE."""
+    found = []
+    for at in range(nvml.nvmlDeviceGetMaxMigDeviceCount(gpu)):  # 0 for a GPU without MIG
+        try:
+            device = nvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, at)
+        except nvml.NVMLError:  # there is no device at this position
+            continue
+        instance = nvml.nvmlDeviceGetGpuInstanceId(device)
+        compute = nvml.nvmlDeviceGetComputeInstanceId(device)
+        former_name = f"MIG-{nvml.nvmlDeviceGetUUID(gpu)}/{instance}/{compute}"
+        found += [(nvml.nvmlDeviceGetUUID(device), device), (former_name, device)]
+    return found
+
+
+@contextmanager
+def _nvml() -> Iterator[Any | None]:
+    """NVML; None without a driver."""
+    import pynvml  # slow to load with a driver
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        yield None
+        return
+    try:
+        yield pynvml
+    finally:
+        pynvml.nvmlShutdown()
