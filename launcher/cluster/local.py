@@ -48,6 +48,8 @@ def launch(run: RunDir, nproc_per_node: int, gpus: int) -> int:
             start_new_session=True,  # Ctrl-C in a terminal reaches only this process
         )
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if signals.ended_by:  # before there was an agent
+            signals.agent.kill()
         status = signals.agent.wait()
     run.stop.unlink(missing_ok=True)
     run.starter.unlink(missing_ok=True)

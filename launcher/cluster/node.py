@@ -39,7 +39,6 @@ def main() -> None:
         "SHARDWAY_NODES": os.environ["SLURM_NNODES"],
         "SHARDWAY_RENDEZVOUS": str(run.rendezvous),
     }
-    os.listdir(run.logs.parent)  # NFS may have cached that this attempt did not exist
     log = os.open(run.agent_log(node), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(log, 2)
     torchrun = command.torchrun_command(run.path, run.attempt, world.nproc_per_node)

@@ -13,8 +13,9 @@ RUN/config.yaml  launch.json  metrics.jsonl  loss.png
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +36,8 @@ class RunDir:
 
         Raises UserError if there is no such folder.
         """
+        with suppress(OSError):
+            os.listdir(logs.parent)  # NFS may have cached that this attempt did not exist
         prefix, _, number = logs.absolute().name.rpartition("-")
         if prefix != "attempt" or not number.isdecimal() or not logs.is_dir():
             raise UserError(f"{logs} is not the folder of an attempt (RUN/logs/attempt-N)")
