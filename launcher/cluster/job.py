@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -151,7 +152,9 @@ def _job_fields() -> dict[str, str]:
     lines = [line for line in answer.splitlines() if line.startswith(f"JobId={job} ")]
     if not lines:
         raise UserError(f"scontrol show job {job}: {answer.strip()}")
-    return dict(word.split("=", 1) for word in lines[0].split() if "=" in word)
+    # Free texts may look like fields. The job's name comes before these, comment and folder behind.
+    line = re.sub(r" JobName=.*? UserId=", " UserId=", lines[0])
+    return dict(word.split("=", 1) for word in reversed(line.split()) if "=" in word)
 
 
 def _config_to_resume(run: RunDir) -> Config:

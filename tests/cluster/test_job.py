@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import stat
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ import pytest
 from launcher.cluster import job
 from launcher.folders.run import RunDir
 from launcher.run import create, sweep
+from launcher.run.status import run_state
 from tests.helpers.compose import composed
 
-FACTS = "JobId=7 JobName=x Restarts={restarts} {array}JobState=RUNNING"
+FACTS = "JobId=7 {array}JobName={name} UserId=me(1) Restarts={restarts} Comment={name} WorkDir=/a"
 
 
 class Job:
@@ -34,9 +37,9 @@ class Job:
         monkeypatch.setenv("SLURM_RESTART_COUNT", "99")  # leaked by another job: not read
         self.says()
 
-    def says(self, restarts: int = 0, array: str = "") -> None:
+    def says(self, restarts: int = 0, array: str = "", name: str = "x") -> None:
         """Set what scontrol reports for the job."""
-        line = FACTS.format(restarts=restarts, array=array)
+        line = FACTS.format(restarts=restarts, array=array, name=name)
         other = line.replace("JobId=7", "JobId=70")
         script = self.folder / "bin/scontrol"
         script.parent.mkdir(exist_ok=True)
@@ -103,7 +106,7 @@ def test_a_user_stop_during_a_signal_prevents_the_requeue(a_job: Any) -> None:
 
 def test_the_requeue_limit_is_respected(a_job: Any, capsys: pytest.CaptureFixture[str]) -> None:
     made = a_job()
-    made.says(restarts=5)
+    made.says(restarts=5, name="a Restarts=0 ArrayTaskId=3")
     assert job.end_attempt(made.attempt("stopped", "SIGUSR2")) == 75
     assert "cluster.requeue_limit=5 is reached" in capsys.readouterr().err
     assert made.requeued() == []
@@ -179,3 +182,32 @@ def assert_refused(made: Job, run: RunDir, file: str) -> None:
     assert file in said.getvalue()
     assert "Traceback" not in said.getvalue()
     assert made.requeued() == []
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("this machine lets no test mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_named_and_the_job_has_made_no_attempt(
+    a_job: Any, full_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = a_job("disk/run")
+    run = RunDir(made.path)
+    run.starting.touch()  # by the batch script
+    with contextlib.suppress(OSError), (full_disk / "rest").open("wb", buffering=0) as file:
+        while file.write(b"x" * 4096):
+            pass
+    made.monkeypatch.setattr("sys.argv", ["job", "begin", "--run", str(made.path)])
+    with pytest.raises(SystemExit) as ended:
+        job.main()
+    assert ended.value.code == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert run_state(run.newest_attempt(), None) == "ended before it began"
