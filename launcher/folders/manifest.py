@@ -11,6 +11,7 @@ from typing import Any
 import xxhash
 
 from launcher.errors import UserError
+from launcher.folders import durable
 
 BLOCK_BYTES = 1 << 20
 Entries = dict[str, dict[str, Any]]  # name → bytes, xxh3_128
@@ -79,9 +80,7 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    durable.replace(temporary, path)
 
 
 def problem(path: Path, expected: dict[str, Any]) -> str | None:

@@ -193,7 +193,8 @@ def test_a_broken_checkpoint_that_resume_names_is_refused_and_keeps_its_name(
     broken = Checkpoint(tmp_path / "other/checkpoints/step-000002")
     broken.path.mkdir(parents=True)
     (broken.path / "trainer.json").write_text("{}")
-    manifest.write(broken.manifest, {"step": 2})
+    broken.config.write_text("model: {}\n")
+    manifest.write(broken.manifest, {"step": 2, "content": "all", "base": {}})
     reason = truncate(broken.path / "trainer.json")
     (tmp_path / "new/checkpoints").mkdir(parents=True)
     named = tmp_path / "other" if names_the_run else broken.path

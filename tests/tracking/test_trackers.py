@@ -30,7 +30,7 @@ def tracked_run(folder: Path, config: Any = None) -> RunDir:
 def told(run: RunDir, name: str, done: int, records: list[dict[str, Any]]) -> None:
     """One attempt on rank 0: `records` after step `done`."""
     tracker = Tracker(name, "house", run, io.StringIO())
-    lines = MetricsFile(run.metrics, run.logs / "lost-metrics.jsonl", run.steps)
+    lines = MetricsFile(run.metrics, run.logs / "lost-metrics.jsonl", run.steps, io.StringIO())
     for observer in (lines, tracker):
         observer.start(done, 9)
         observer.log(records)

@@ -20,7 +20,7 @@ from launcher.ui import override_syntax, run_html
 from launcher.ui.i18n import ENGLISH
 from launcher.ui.jobs import Jobs, tail
 from launcher.ui.roots import Roots
-from launcher.ui.viewer import MetricsReader, Viewer
+from launcher.ui.viewer import Viewer
 
 
 @pytest.fixture
@@ -58,10 +58,11 @@ def test_a_finished_run_is_shown(view: Viewer) -> None:
     write(run, 1, 2, 3, 4)
     run.status.write_text(json.dumps({"state": "finished"}))
     shown = view.view("a", ENGLISH)
-    assert (shown.state, len(shown.records)) == ("finished", 4)
+    assert shown.metrics is not None
+    assert (shown.state, shown.metrics.count) == ("finished", 4)
     assert "step 4 / 4" in shown.html
     assert "time left" not in shown.html
-    assert run_html.charts(shown.records).count("<svg") == 3
+    assert run_html.charts(shown.metrics).count("<svg") == 3
 
 
 def test_the_total_steps_of_epochs_are_shown_once_the_ranks_report_them(view: Viewer) -> None:
@@ -83,23 +84,6 @@ def test_names_are_escaped(view: Viewer) -> None:
     page = view.view("a", ENGLISH).html
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
-
-
-def test_only_new_lines_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    metrics = MetricsReader(path)
-    assert metrics.read() == []
-    path.write_text('{"step": 1}\n{"step": 2}\nnonsense\n{"ste')
-    assert [record["step"] for record in metrics.read()] == [1, 2]
-    first = metrics.records[0]
-    with path.open("a") as file:
-        file.write('p": 3}\n')
-    assert [record["step"] for record in metrics.read()] == [1, 2, 3]
-    assert metrics.records[0] is first
-    other = tmp_path / "other"  # written by a new attempt
-    other.write_text('{"step": 1}\n')
-    os.replace(other, path)
-    assert [record["step"] for record in metrics.read()] == [1]
 
 
 def test_logs_are_shown_by_rank(view: Viewer) -> None:
@@ -130,9 +114,10 @@ def test_a_long_log_is_cut_at_a_line(tmp_path: Path) -> None:
     ("file", "content"),
     [
         ("config.yaml", "{}"),
-        ("metrics.jsonl", '{"step": 1, "loss": null, "learning_rate": 0.1}\n'),
-        ("metrics.jsonl", '{"step": 1, "loss": 1.0}\n'),
+        ("metrics.jsonl", '{"step": 1, "loss": null, "learning_rate": 0.1}\nnonsense\n'),
+        ("metrics.jsonl", '{"step": "1", "loss": 1.0}\n'),
         ("logs/attempt-1/status.json", ""),
+        ("logs/attempt-1/status.json", '{"state": ""}'),
         ("logs/attempt-1/steps.json", "{}"),
         ("slurm.json", "{}"),
     ],
@@ -143,7 +128,8 @@ def test_an_invalid_run_folder_does_not_hide_the_others(
     write(make("good"), 1)
     (make("odd").path / file).write_text(content)
     assert set(view.names()) == {"good", "odd"}
-    assert view.view("good", ENGLISH).records
+    assert view.view("good", ENGLISH).metrics is not None
+    assert "error" not in view.view("good", ENGLISH).html
     assert "error" in view.view("odd", ENGLISH).html
 
 
