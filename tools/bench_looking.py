@@ -62,8 +62,8 @@ def main() -> None:
         }
         for title, (where, *words) in cases.items():
             measured = [measure(folder / where, words) for _ in range(arguments.times)]
-            seconds, megabytes = (statistics.median(each) for each in zip(*measured, strict=True))
-            print(f"{title}: {seconds:.1f} s, {megabytes:.0f} MB", flush=True)
+            wall, cpu, megabytes = map(statistics.median, zip(*measured, strict=True))
+            print(f"{title}: {wall:.1f} s, {cpu:.1f} s of CPU, {megabytes:.0f} MB", flush=True)
 
 
 @cache
@@ -94,15 +94,15 @@ def make_run(path: Path, lines: int) -> None:
                 file.write(json.dumps({"step": step, "eval_loss": 2.5 + step % 3}) + "\n")
 
 
-def measure(folder: Path, words: list[str]) -> tuple[float, float]:
-    """Seconds and peak memory (MB) of a Python process with these arguments."""
+def measure(folder: Path, words: list[str]) -> tuple[float, float, float]:
+    """Seconds, seconds of CPU and peak memory (MB) of a Python process with these arguments."""
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, *words], cwd=folder, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - started
     if status:
         raise SystemExit(f"{words} ended with {status}")
-    return seconds, usage.ru_maxrss / 1e3
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e3
 
 
 if __name__ == "__main__":

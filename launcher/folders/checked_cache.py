@@ -26,7 +26,7 @@ from launcher.errors import UserError
 from launcher.folders import durable
 from launcher.folders.json_file import DamagedFile, read_object
 
-BLOCK_BYTES = 1 << 24  # read at a time
+BLOCK_BYTES = 1 << 20  # read at a time
 SECONDS_BETWEEN_LINES = 5.0
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -159,10 +159,11 @@ def _compare(file: Path, facts: Facts, say: Say, tick: Callable[[], object]) -> 
 
 def _checksum(file: Path, size: int, say: Say, tick: Callable[[], object]) -> str:
     digest, done, last_line = xxhash.xxh3_128(), 0, time.monotonic()
-    with file.open("rb") as opened:
-        while block := opened.read(BLOCK_BYTES):
-            digest.update(block)
-            done += len(block)
+    block = memoryview(bytearray(BLOCK_BYTES))
+    with file.open("rb", buffering=0) as opened:
+        while count := opened.readinto(block):
+            digest.update(block[:count])
+            done += count
             tick()
             if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
                 last_line = time.monotonic()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from pyarrow import compute
 from pyarrow import json as arrow_json
 
+from launcher.errors import UserError
 from launcher.run.metrics import MAX_STEP, PACE_STEPS, Record, is_evaluation, number, parse_record
 
 MAX_POINTS = 2_000  # of a curve
@@ -144,9 +146,14 @@ class EvenSample:
 class RunMetrics:
     """What metrics.jsonl says about a run. `update` reads what is new in it."""
 
-    def __init__(self, path: Path, max_points: int = MAX_POINTS) -> None:
-        """`max_points`: of each curve."""
-        self.path, self._max_points = path, max_points
+    def __init__(
+        self,
+        path: Path,
+        max_points: int = MAX_POINTS,
+        open_file: Callable[[Path], IO[bytes]] = lambda path: path.open("rb"),
+    ) -> None:
+        """`max_points`: of each curve. `open_file` may raise OSError or UserError."""
+        self.path, self._max_points, self._open_file = path, max_points, open_file
         self._inode = 0
         self._forget()
 
@@ -170,7 +177,8 @@ class RunMetrics:
     def update(self) -> RunMetrics:
         """Read the lines that were added; all lines of a file that was cut or replaced, as a new
         attempt does. Returns itself."""
-        with suppress(OSError), self.path.open("rb") as file:  # there may be none yet
+        # There may be none yet.
+        with suppress(OSError, UserError), self._open_file(self.path) as file:
             status = os.fstat(file.fileno())
             if status.st_ino != self._inode or status.st_size < self._offset:
                 self._forget()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import psutil
@@ -133,6 +135,35 @@ def test_an_invalid_run_folder_does_not_hide_the_others(
     assert "error" in view.view("odd", ENGLISH).html
 
 
+def test_what_a_damaged_run_still_says_is_shown(view: Viewer) -> None:
+    run = make("odd", "training.epochs=null", "training.max_steps=4")
+    write(run, 1, 2)
+    run.config.write_text("model: [")
+    run.status.write_text("{")
+    run.steps.write_text(json.dumps({"total_steps": 4}))
+    shown = view.view("odd", ENGLISH)
+    assert (shown.state, shown.can_stop) == ("damaged", False)
+    assert "step 2 / 4" in shown.html
+    assert "4.5000" in shown.html
+    assert "config.yaml is not a frozen configuration" in shown.html
+    assert "status.json cannot be read" in shown.html
+
+
+def test_of_many_long_runs_only_samples_are_kept(view: Viewer) -> None:
+    """All have the lines of one, so that the test needs no gigabytes."""
+    first = make("r0")
+    write(first, *range(1, 15_001))
+    for number in range(1, 4):
+        shutil.copytree(first.path, first.path.with_name(f"r{number}"), copy_function=os.link)
+    view.charts(view.view("r0", ENGLISH))  # imports
+    tracemalloc.start()
+    shown = [view.view(name, ENGLISH).metrics for name in view.names()]
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert all(metrics is not None and metrics.count == 15_000 for metrics in shown)
+    assert kept < 4 * 1_000_000, "so twenty runs keep less than 20 MB"
+
+
 def test_unusual_run_names_and_log_backups_are_accepted(view: Viewer) -> None:
     run = make("my run é")
     (run.path / "logs/attempt-1.bak").mkdir()
@@ -199,6 +230,15 @@ def test_a_process_outlives_the_server_and_is_found_again(roots: Roots) -> None:
         job.stop()
     psutil.Process(pid).wait(30)
     assert not again.is_running
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"pid": "1", "created": 1.0}'])
+def test_a_job_with_a_damaged_record_is_not_running(roots: Roots, content: str) -> None:
+    job = Jobs(roots).job("a")
+    job.folder.mkdir(parents=True)
+    job.record.write_text(content)
+    assert not job.is_running
+    job.stop()
 
 
 def test_another_process_with_the_same_pid_is_not_running_as_this_job(roots: Roots) -> None:
