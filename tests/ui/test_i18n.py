@@ -51,7 +51,7 @@ def test_every_entry_is_used() -> None:
     help = {field.metadata["help"] for key in FIELDS if (field := override_syntax.field_of(key))}
     known = set().union(*map(asked, CODE)) | help | GROUPS.keys()
     text = "\n".join(file.read_text() for file in [*CODE, *paths.bundled("chat").glob("*.py")])
-    states = {"running", "pending", "finished", "stopped"}  # of launcher/run/status.py and Slurm
+    states = {"running", "pending", "finished", "stopped", "damaged"}  # of run/status.py and Slurm
     states |= {"writing", "reading back"}  # of launcher/export
     left = {e for e in chinese().table if e not in known and f'"{e}"' not in text} - states
     assert left == set()
