@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.errors import UserError
@@ -14,6 +14,7 @@ from launcher.folders.checkpoint import (
     MANIFEST,
     SCHEME,
     Checkpoint,
+    describe_skipped,
     finished_checkpoints,
     newest_checkpoint,
 )
@@ -103,12 +104,16 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _run_target(path: Path, base: Path | None) -> ChatTarget:
-    if not finished_checkpoints(RunDir(path).checkpoints):
+    checkpoints = RunDir(path).checkpoints
+    skipped = describe_skipped(checkpoints)
+    if not finished_checkpoints(checkpoints):
         raise UserError(
-            f"{path} has no finished checkpoint yet; see its progress with shardway runs "
+            "; ".join(skipped)
+            or f"{path} has no finished checkpoint yet; see its progress with shardway runs "
             f"{path.absolute().parent}"
         )
-    return _checkpoint_target(newest_checkpoint(RunDir(path).checkpoints), base, run=path)
+    target = _checkpoint_target(newest_checkpoint(checkpoints), base, run=path)
+    return replace(target, notes=(*skipped, *target.notes))
 
 
 def _checkpoint_target(

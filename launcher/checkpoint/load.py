@@ -41,9 +41,8 @@ def choose_checkpoint(
     file_sync = FileSync(rank_info, config.launch.shared_disk)
     cleans = rank_info.is_main or file_sync.is_node_leader
     on_all_ranks(partial(retention.delete_leftovers, checkpoints) if cleans else _nothing)
-    broadcast: list[list[Checkpoint] | None] = [None]
-    if rank_info.is_main:
-        broadcast = [resume.candidates(config.resume, checkpoints)]
+    find = partial(resume.candidates, config.resume, checkpoints)
+    broadcast: list[list[Checkpoint] | None] = [on_all_ranks(find if rank_info.is_main else _none)]
     dist.broadcast_object_list(broadcast)
     for original in broadcast[0] or []:
         # On another machine, this machine's copy.
@@ -56,7 +55,7 @@ def choose_checkpoint(
         if not problems:
             return checkpoint
         log(f"{checkpoint.path.name} is broken and skipped: {'; '.join(problems)}")
-        _on_main(partial(resume.rename_broken, original), rank_info)
+        _on_main(partial(_move_aside, original), rank_info)
     return None
 
 
@@ -65,8 +64,16 @@ def _on_main(action: Callable[[], None], rank_info: RankInfo) -> None:
     on_all_ranks(action if rank_info.is_main else _nothing)
 
 
+def _move_aside(checkpoint: Checkpoint) -> None:
+    retention.move_aside(checkpoint.path)
+
+
 def _nothing() -> None:
     pass
+
+
+def _none() -> None:
+    return None
 
 
 def _refuse(checkpoint: Checkpoint, config: Config, checkpoints: Path, problems: list[str]) -> None:
@@ -140,6 +147,7 @@ def _find_damage(checkpoint: Checkpoint, rank_info: RankInfo) -> list[str]:
 
     def check_share() -> list[str]:
         try:
+            checkpoint.summary()
             return manifest.problems(checkpoint.manifest, rank_info.rank, rank_info.world_size)
         except UserError as error:
             return [str(error)]

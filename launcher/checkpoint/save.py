@@ -7,6 +7,7 @@ CPU.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -75,6 +76,8 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint") if config.async_save else None
         self._running: Future[None] | None = None
         self._staging = dcp.Staging()
+        # As it is now: a file that is damaged later would be in every checkpoint.
+        self._frozen_config = run.config.read_bytes() if self.rank_info.is_main else b""
 
     def save(self, step: int, tokens: int, eval_loss: float | None) -> None:
         """Write `checkpoints/step-N`, or start to write it in the background. Collective.
@@ -166,8 +169,10 @@ class Saver:
     def _create_folder(self, final: Path, partial_folder: Checkpoint, nbytes: int) -> None:
         if self.rank_info.is_main:
             self._refuse_if_outdated()  # the newer attempt may write a folder of this name
-            if final.exists():
+            if Checkpoint(final).is_finished:
                 raise UserError(f"{final} exists; checkpoints are never overwritten")
+            _make_room(final)
+            _make_room(partial_folder.path)
             self._refuse_without_space(nbytes)
         if self.rank_info.is_main or self.file_sync.is_node_leader:
             partial_folder.rng(0).parent.mkdir(parents=True)
@@ -188,7 +193,7 @@ class Saver:
             folder.rng(self.rank_info.rank).write_bytes(save(snapshot.rng))
         if self.rank_info.is_main:
             folder.trainer.write_text(json.dumps(snapshot.trainer, indent=1) + "\n")
-            shutil.copyfile(self.run.config, folder.config)
+            folder.config.write_bytes(self._frozen_config)
             for name, content in self.train_state.tokenizer_files.items():
                 (folder.path / name).write_bytes(content)
         if snapshot.adapter is not None:
@@ -223,6 +228,12 @@ class Saver:
                 f"attempt {newest} of {self.run.path} has started: attempt {self.run.attempt} can "
                 "no longer save"
             )
+
+
+def _make_room(path: Path) -> None:
+    """Rename what has the name of the folder that will be written."""
+    if os.path.lexists(path):
+        print(f"{path} is not a checkpoint; renamed to {retention.move_aside(path).name}")
 
 
 def _to_numbers(counts: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, float]]:

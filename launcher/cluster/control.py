@@ -9,7 +9,8 @@ from pathlib import Path
 from launcher.cluster import launch, liveness, preflight, slurm
 from launcher.config import store
 from launcher.errors import UserError
-from launcher.folders.checkpoint import finished_checkpoints
+from launcher.folders.checkpoint import describe_skipped, finished_checkpoints
+from launcher.folders.json_file import DamagedFile
 from launcher.run import processes, status, sweep
 
 
@@ -19,7 +20,7 @@ def request_stop(path: Path) -> Iterator[str]:
     Raises UserError if none of them is running.
     """
     runs = sweep.list_runs(path) if sweep.is_sweep(path) else [status.find_run(path)]
-    run_of_job = {job: run for run in runs if (job := status.slurm_job_id(run))}
+    run_of_job = {job: run for run in runs if (job := status.known_job_id(run))}
     queue = slurm.query_queue(list(run_of_job))
     alive = {run_of_job[job] for job in queue}
     alive |= {run for run in runs if processes.living(run.newest_attempt())}
@@ -51,9 +52,14 @@ def resume_run(path: Path) -> int:
     """
     run = status.find_run(path)
     liveness.refuse_if_alive(run)
-    config = store.load(run.config)
-    if not finished_checkpoints(run.checkpoints):
-        raise UserError(f"{run.path} has no finished checkpoint; start again with another run_dir")
+    finished = finished_checkpoints(run.checkpoints)
+    if not finished:
+        reasons = "; ".join(describe_skipped(run.checkpoints)) or "start again with another run_dir"
+        raise UserError(f"{run.path} has no finished checkpoint; {reasons}")
+    try:
+        config = store.load(run.config)
+    except DamagedFile as error:
+        raise UserError(f"{error} → copy that of a checkpoint: {finished[0].config}") from error
     training = dataclasses.replace(config.training, stop_after_steps=None)
     config = dataclasses.replace(config, resume="auto", run_dir=str(run.path), training=training)
     return launch.launch(config, preflight.check(config))

@@ -18,7 +18,7 @@ def is_alive(path: Path) -> bool:
     Raises UserError if Slurm does not answer.
     """
     run = status.find_run(path)
-    job = status.slurm_job_id(run)
+    job = status.known_job_id(run)
     if job and slurm.query_queue([job]):
         return True
     # Slurm knows better than the age of a record whether the processes of its job still exist.
@@ -28,7 +28,7 @@ def is_alive(path: Path) -> bool:
 def refuse_if_alive(run: RunDir) -> None:
     """Raise UserError if a process of the run exists, or if its job waits or runs: two attempts
     never train in one folder."""
-    job = status.slurm_job_id(run)
+    job = status.known_job_id(run)
     if job and shutil.which("squeue") and slurm.query_queue([job]):
         raise UserError(f"{run.path} is job {job} already; stop it first: shardway stop {run.path}")
     processes.refuse_if_running(run.newest_attempt())

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from launcher.cluster import slurm
-from launcher.config import Config, store
+from launcher.config import store
 from launcher.errors import UserError
 from launcher.folders import manifest
+from launcher.folders.json_file import DamagedFile, has_type
 from launcher.folders.run import RunDir
 from launcher.run import sweep
+from launcher.run.metrics import PACE_STEPS, Glance, format_number
 from launcher.run.status import (
+    DAMAGED,
     NO_ATTEMPT,
     QueuedJob,
     find_runs,
-    read_metrics,
     run_state,
     slurm_job_id,
     time_left,
@@ -23,30 +27,28 @@ from launcher.run.status import (
 )
 
 Row = dict[str, str]
+T = TypeVar("T")
 
 
 def format_table(folder: Path, without: str | None = None) -> str:
     """One line for each run in `folder`; for a sweep, also the settings that differ.
 
-    `without`: a job that squeue is not asked about, because it is ending and calls this.
+    `without`: a job that squeue is not asked about, because it is ending and calls this. A damaged
+    file is named in the line of its run.
     """
-    runs = find_runs(folder)
-    configs = [_load_config(run) for run in runs]
-    jobs = [job for run in runs if (job := slurm_job_id(run)) and job != without]
+    looks = [_Look(run.newest_attempt()) for run in find_runs(folder)]
+    jobs = [look.job for look in looks if look.job and look.job != without]
     try:
         queue = slurm.query_queue(jobs)
     except UserError as error:  # the content of the folders is still useful
         print(error, file=sys.stderr)
         queue = {}
-    readable = [config for config in configs if config]
+    readable = [look.config for look in looks if look.config]
     settings = iter(sweep.differing_settings(readable) if sweep.is_sweep(folder) else [])
     rows: list[Row] = []
-    for run, config in zip(runs, configs, strict=True):
-        row = {"run": str(run.path.relative_to(folder))}
-        if config is None:
-            rows.append({**row, "state": "config.yaml is of another version"})
-        else:
-            rows.append({**row, **next(settings, {}), **_row(run.newest_attempt(), config, queue)})
+    for look in looks:
+        row = {"run": str(look.run.path.relative_to(folder))}
+        rows.append({**row, **(next(settings, {}) if look.config else {}), **look.row(queue)})
     columns = list(dict.fromkeys(name for row in rows for name in row))
     columns = [name for name in columns if any(row.get(name) for row in rows)]
     lines = [columns, *([row.get(name, "") for name in columns] for row in rows)]
@@ -65,31 +67,45 @@ def write_summary(folder: Path, without: str | None = None) -> str:
     return text
 
 
-def _load_config(run: RunDir) -> Config | None:
-    """None if this version of Shardway cannot read it."""
-    try:
-        return store.load(run.config)
-    except UserError:
-        return None
+class _Look:
+    """What the folder of a run says."""
 
+    def __init__(self, run: RunDir) -> None:
+        self.run = run
+        self.damaged: list[Path] = []
+        self.config = self._read(lambda: store.read_mapping(run.config))
+        self.job = self._read(lambda: slurm_job_id(run))
 
-def _row(run: RunDir, config: Config, queue: dict[str, QueuedJob]) -> Row:
-    job = slurm_job_id(run) or ""
-    queued = queue.get(job)
-    records = read_metrics(run)
-    steps = [record for record in records if "loss" in record]
-    evaluations = [record["eval_loss"] for record in records if "eval_loss" in record]
-    total = total_steps(run, config)
-    step = f"{steps[-1]['step'] if steps else 0}{f'/{total}' if total else ''}"
-    state = run_state(run, queued)
-    return {
-        "state": state,
-        "attempt": str(run.attempt),
-        "step": step,
-        "loss": f"{steps[-1]['loss']:.4f}" if steps else "",
-        "eval_loss": f"{min(evaluations):.4f}" if evaluations else "",
-        "left": time_left(steps, total) if queued or state == "running" else "",
-        "job": job,
-        "nodes": queued.nodes if queued else "",
-        "log": str(run.job_console(job)) if state == NO_ATTEMPT else "",
-    }
+    def row(self, queue: dict[str, QueuedJob]) -> Row:
+        """The cells of its line."""
+        queued = queue.get(self.job or "")
+        state = self._read(lambda: run_state(self.run, queued)) or DAMAGED
+        is_alive = queued is not None or state == "running"
+        seen = Glance.of(self.run.metrics, PACE_STEPS if is_alive else 1)
+        if seen.is_damaged:
+            self.damaged.append(self.run.metrics)
+        max_steps = self.config["training"].get("max_steps") if self.config else None
+        max_steps = max_steps if has_type(max_steps, int) else None
+        total = self._read(lambda: total_steps(self.run, max_steps))
+        step = seen.newest["step"] if seen.newest else 0
+        best = seen.best_eval_loss
+        return {
+            "state": state,
+            "attempt": str(self.run.attempt),
+            "step": f"{step}{f'/{total}' if total else ''}",
+            "loss": format_number(seen.newest, "loss", ".4f"),
+            "eval_loss": "" if best is None else f"{best:.4f}",
+            "left": time_left(seen.pace, total) if is_alive else "",
+            "job": self.job or "",
+            "nodes": queued.nodes if queued else "",
+            "log": str(self.run.job_console(self.job)) if self.job and state == NO_ATTEMPT else "",
+            "damaged": ", ".join(str(path.relative_to(self.run.path)) for path in self.damaged),
+        }
+
+    def _read(self, read: Callable[[], T]) -> T | None:
+        """What `read` returns; None if the file that it reads is damaged, which is kept in mind."""
+        try:
+            return read()
+        except DamagedFile as error:
+            self.damaged.append(error.path)
+            return None

@@ -116,7 +116,7 @@ def plan_each(configs: list[Config], memory: int | None) -> tuple[list[PlannedRu
     """The plans, and an error message for each run that cannot be planned."""
     labels = [
         " ".join(f"{key}={value}" for key, value in settings.items())
-        for settings in sweep.differing_settings(configs)
+        for settings in sweep.differing_settings([dataclasses.asdict(config) for config in configs])
     ]
     plans, errors = [], []
     for label, config in zip(labels, configs, strict=True):

@@ -17,6 +17,10 @@ from launcher.config import SECTIONS, TOP_LEVEL, Config
 from launcher.config.schema.setting import broken_limits
 from launcher.config.secrets import masked_settings
 from launcher.errors import UserError
+from launcher.folders.json_file import DamagedFile
+
+# The safe loader of libyaml is several times as fast.
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class ConfigError(UserError):
@@ -175,15 +179,23 @@ def leaves_of(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def load(path: Path) -> Config:
     """Read a frozen configuration and check it in the same way.
 
-    Raises UserError if it cannot be read, ConfigError if the schema refuses it.
+    Raises DamagedFile if it cannot be read, ConfigError if the schema refuses it.
+    """
+    return build(read_mapping(path))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A frozen configuration as nested mappings, not checked against the schema.
+
+    Raises DamagedFile if it cannot be read.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not a frozen configuration: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} is not a frozen configuration: it has no sections")
-    return build(raw)
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise DamagedFile(path, f"is not a frozen configuration: {error}") from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("training"), dict):
+        raise DamagedFile(path, "is not a frozen configuration: it has no sections")
+    return raw
 
 
 def fingerprint(config: Config) -> str:

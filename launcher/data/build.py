@@ -68,9 +68,9 @@ def build_loaders(
     on_progress = TokenizationProgress(say, check)
     evaluation = None
     if config.eval_path:
-        dataset = load_evaluation(config, tokenizer, on_progress, vocabulary_size)
         for note in source.file_notes(source.evaluation_config(config)):
             say(note)
+        dataset = load_evaluation(config, tokenizer, on_progress, vocabulary_size, say)
         say(f"evaluation data: {dataset.describe()}")
         numbers = np.arange(len(dataset.rows))
         evaluation = _evaluation_loader(dataset.rows, numbers, config, new_loader)
@@ -83,7 +83,7 @@ def build_loaders(
         say(f"data: {len(rows):,} rows, tokenized while training")
         loader = _streaming_loader(rows, config, training.seed, new_loader)
         return Loaders(loader, evaluation, rows.fingerprint)
-    dataset = load_data(config, tokenizer, on_progress, vocabulary_size)
+    dataset = load_data(config, tokenizer, on_progress, vocabulary_size, say)
     say(f"data: {dataset.describe()}")
     training_numbers, eval_numbers = split_rows(len(dataset.rows), config, training.seed)
     if len(eval_numbers):

@@ -1,21 +1,21 @@
 """Tokenized rows, built once and cached by content.
 
 Each source has two files in the cache: Arrow record batches with the token ids and loss masks of
-its rows, and a JSON summary, which is written last. The record batches are memory-mapped: the ranks
-of a machine share the pages, and no rank holds all rows in memory.
+its rows, and a JSON summary with their checksum (`folders/checked_cache.py`). The record batches
+are memory-mapped: the ranks of a machine share the pages, and no rank holds all rows in memory.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import xxhash
-from filelock import FileLock
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -30,7 +30,7 @@ from launcher.data.tokenize import (
     tokenize_source,
 )
 from launcher.errors import UserError
-from launcher.folders import paths
+from launcher.folders import checked_cache, paths
 
 FORMAT = "3"  # part of every fingerprint: a run resumes only with the same one
 TOKENIZATION = "4"  # part of the names of cached files: increase it when tokenization changes
@@ -39,6 +39,7 @@ SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.uint8
 
 Row = tuple[NDArray[np.int32], NDArray[np.bool_]]  # token ids [n], loss mask [n]
 OnProgress = Callable[[int], None]
+Say = Callable[[str], None]
 
 
 class TokenizedRows:
@@ -97,6 +98,7 @@ def load_data(
     tokenizer: PreTrainedTokenizerBase,
     on_progress: OnProgress = lambda rows_read: None,
     vocabulary_size: int | None = None,
+    say: Say = lambda line: None,
 ) -> TokenizedDataset:
     """Tokenize the sources of `config`, or read them from the cache if they were tokenized before.
 
@@ -104,14 +106,15 @@ def load_data(
     options, so a changed file is noticed. One process of a machine tokenizes (with its worker
     processes); the others wait for its lock. `on_progress` receives the number of rows read so far;
     if it raises, the work stops and nothing is cached. A row with a token beyond `vocabulary_size`
-    is bad. Raises UserError if a source has no row to train on.
+    is bad. `say` receives log lines about the cache. Raises UserError if a source has no row to
+    train on.
     """
     arrow_files, summaries, keys = [], {}, []
     for name, source_config in source.resolve_sources(config).items():
         row_tokenizer = RowTokenizer(source_config, config, tokenizer, vocabulary_size)
         key = cache_key(row_tokenizer, source.iter_content(source_config))
         arrow_file = paths.cache() / "tokens" / f"{_file_key(key, row_tokenizer)}.arrow"
-        summary = _tokenize_once(arrow_file, row_tokenizer, on_progress)
+        summary = _tokenize_once(arrow_file, row_tokenizer, on_progress, say)
         keys.append(" ".join([key, *_differences(row_tokenizer, summary)]))
         summaries[name] = summary
         arrow_files.append(arrow_file)
@@ -149,55 +152,38 @@ def load_evaluation(
     tokenizer: PreTrainedTokenizerBase,
     on_progress: OnProgress = lambda rows_read: None,
     vocabulary_size: int | None = None,
+    say: Say = lambda line: None,
 ) -> TokenizedDataset:
     """The rows of `data.eval_path`, as `load_data` loads them."""
-    return load_data(source.evaluation_config(config), tokenizer, on_progress, vocabulary_size)
+    evaluation = source.evaluation_config(config)
+    return load_data(evaluation, tokenizer, on_progress, vocabulary_size, say)
 
 
 def _tokenize_once(
-    arrow_file: Path, row_tokenizer: RowTokenizer, on_progress: OnProgress
+    arrow_file: Path, row_tokenizer: RowTokenizer, on_progress: OnProgress, say: Say
 ) -> Summary:
-    """The summary of `arrow_file`; the file is built first if it is missing or incomplete."""
-    try:
-        summary = Summary.read(arrow_file)
-        if summary is None:
-            arrow_file.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(arrow_file.with_suffix(".lock")):
-                # Another rank may have built it in the meantime.
-                summary = Summary.read(arrow_file) or _build(arrow_file, row_tokenizer, on_progress)
-    except OSError as error:
-        raise cache_error(arrow_file.parent, error) from error
+    """The summary of `arrow_file`; the file is built first if it is missing or damaged."""
+    facts = checked_cache.ensure(
+        arrow_file,
+        lambda partial: _build(partial, row_tokenizer, on_progress),
+        Summary.from_facts,
+        say,
+        lambda: on_progress(0),
+    )
+    summary = Summary.from_facts(facts)
     if summary.skipped and row_tokenizer.config.on_bad_row == "fail":
         raise UserError(summary.errors[0])
     return summary
 
 
-def cache_error(folder: Path, error: OSError) -> UserError:
-    """The error to raise if the cache `folder` cannot be written."""
-    return UserError(
-        f"the token cache {folder} cannot be written: {error.strerror or error}; free disk space, "
-        "or set SHARDWAY_CACHE to a folder that you can write"
-    )
-
-
-def _build(arrow_file: Path, row_tokenizer: RowTokenizer, on_progress: OnProgress) -> Summary:
-    partial_arrow = arrow_file.with_suffix(".partial")
-    partial_json = arrow_file.with_suffix(".json.partial")
-    try:
-        summary = Summary()
-        with pa.OSFile(str(partial_arrow), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-            for batch in tokenize_source(row_tokenizer, row_tokenizer.config.workers, on_progress):
-                summary = summary.add(batch)
-                if len(batch.lengths):
-                    writer.write_batch(_record_batch(batch))
-        summary = replace(summary, nbytes=partial_arrow.stat().st_size)
-        partial_json.write_text(summary.to_json(), encoding="utf-8")
-        partial_arrow.replace(arrow_file)
-        partial_json.replace(arrow_file.with_suffix(".json"))
-    finally:  # an incomplete file must not stay, least of all on a full disk
-        partial_arrow.unlink(missing_ok=True)
-        partial_json.unlink(missing_ok=True)
-    return summary
+def _build(partial: Path, row_tokenizer: RowTokenizer, on_progress: OnProgress) -> dict[str, Any]:
+    summary = Summary()
+    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        for batch in tokenize_source(row_tokenizer, row_tokenizer.config.workers, on_progress):
+            summary = summary.add(batch)
+            if len(batch.lengths):
+                writer.write_batch(_record_batch(batch))
+    return summary.facts()
 
 
 def _record_batch(batch: TokenBatch) -> pa.RecordBatch:

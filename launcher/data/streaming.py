@@ -10,17 +10,16 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import xxhash
-from filelock import FileLock
 from numpy.typing import NDArray
 
 from launcher.config.schema.data import SourceConfig
-from launcher.data.dataset import Row, cache_error, cache_key
+from launcher.data.dataset import Row, Say, cache_key
 from launcher.data.files import file_rows
 from launcher.data.files.arrow_files import open_record_batches
 from launcher.data.files.file_rows import RawRow
@@ -31,13 +30,12 @@ from launcher.data.source import TextPart
 from launcher.data.summary import UNENDED
 from launcher.data.tokenize import RowTokenizer, TokenBatch
 from launcher.errors import UserError
-from launcher.folders import paths
+from launcher.folders import checked_cache, paths
 
 CACHED_ROWS = 4_096  # tokenized rows in memory: a step needs a row's length first, then the row
 COMPARED_ROWS = 10_000  # decide whether nulls are removed; a step cannot wait for all of them
 LOGGED_ERRORS = 20  # messages of bad rows in the log; more bad rows are only counted
 BLOCK_BYTES = 1 << 24  # read at a time
-HASH_SUFFIX = ".hash"  # of a file in the cache with the hash of a data file
 
 
 class IndexedFile(Protocol):
@@ -56,13 +54,13 @@ class StreamedRows:
     A row that cannot be trained on is empty; with data.on_bad_row=fail it raises UserError.
     """
 
-    def __init__(self, row_tokenizers: Sequence[RowTokenizer], say: Callable[[str], None]) -> None:
+    def __init__(self, row_tokenizers: Sequence[RowTokenizer], say: Say) -> None:
         self._files: list[tuple[RowTokenizer, IndexedFile]] = []
         sizes, keys = [0], []
         for row_tokenizer in row_tokenizers:
             max_rows = row_tokenizer.source.max_rows
             remaining = sys.maxsize if max_rows is None else max_rows
-            files = open_files(row_tokenizer.source)
+            files = open_files(row_tokenizer.source, say)
             content = [f"{file.content}".encode() for file in files]
             content += encoding_content(row_tokenizer.source)
             keys.append(cache_key(row_tokenizer, content))
@@ -125,27 +123,30 @@ class StreamedRows:
             self._say(f"{location}: {fate}")
 
 
-def open_files(source: SourceConfig) -> list[IndexedFile]:
-    """The files of a source. Raises UserError for a format whose rows cannot be read by number."""
+def open_files(source: SourceConfig, say: Say = lambda line: None) -> list[IndexedFile]:
+    """The files of a source. `say` receives log lines about the cache.
+
+    Raises UserError for a format whose rows cannot be read by number.
+    """
     check_streaming(source)
-    return [_open_file(file, source.encoding) for file in find_files(source)]
+    return [_open_file(file, source.encoding, say) for file in find_files(source)]
 
 
-def _open_file(file: Path, encoding: str) -> IndexedFile:
+def _open_file(file: Path, encoding: str, say: Say) -> IndexedFile:
     file_rows.check(file, encoding)
     is_arrow = file_rows.suffix_of(file) == ".arrow"
-    return ArrowFile(file) if is_arrow else LineFile(file, encoding)
+    return ArrowFile(file, say) if is_arrow else LineFile(file, encoding, say)
 
 
 class LineFile:
     """A .jsonl file, or a .txt file by line. Empty lines are not counted; a line of spaces is an
     empty row."""
 
-    def __init__(self, file: Path, encoding: str) -> None:
+    def __init__(self, file: Path, encoding: str, say: Say) -> None:
         self.file = file
         self._encoding = encoding
         self._is_text = file_rows.suffix_of(file) == ".txt"
-        self._line_starts, self.content = _line_starts(file)
+        self._line_starts, self.content = _line_starts(file, say)
 
     def __len__(self) -> int:
         return len(self._line_starts) - 1
@@ -169,58 +170,49 @@ class LineFile:
         return location, file_rows.without_nulls(self.file, self._encoding, row, COMPARED_ROWS)
 
 
-def _line_starts(file: Path) -> tuple[NDArray[np.int64], str]:
+def _line_starts(file: Path, say: Say) -> tuple[NDArray[np.int64], str]:
     """The byte positions where the lines that are not empty begin, with the end of the file, and a
     hash of the file. Cached."""
-    cached = _build_once(file, ".npy", _build_line_starts)
+
+    def make(partial: Path) -> dict[str, str]:
+        digest = xxhash.xxh3_128()
+        with partial.open("wb") as out:
+            np.save(out, _find_line_starts(file, digest))
+        return {"content": digest.hexdigest()}
+
+    cached = _cached_file(file, ".npy")
+    content = _content_of(checked_cache.ensure(cached, make, _content_of, say))
     starts: NDArray[np.int64] = np.load(cached, mmap_mode="r")
     if len(starts) < 2:
         raise UserError(f"data.path={file} contains no rows; add at least one")
-    return starts, cached.with_suffix(HASH_SUFFIX).read_text()
+    return starts, content
 
 
-def _build_line_starts(file: Path, cached: Path, partial: Path) -> None:
-    digest = xxhash.xxh3_128()
-    with partial.open("wb") as out:
-        np.save(out, _find_line_starts(file, digest))
-    cached.with_suffix(HASH_SUFFIX).write_text(digest.hexdigest())
-
-
-def _content_hash(file: Path) -> str:
+def _content_hash(file: Path, say: Say) -> str:
     """A hash of the whole file. Cached."""
-    return _build_once(file, HASH_SUFFIX, _build_content_hash).read_text()
+
+    def make(partial: Path) -> dict[str, str]:
+        digest = xxhash.xxh3_128()
+        with file.open("rb") as opened:
+            while block := opened.read(BLOCK_BYTES):
+                digest.update(block)
+        return {"content": digest.hexdigest()}
+
+    cached = _cached_file(file, ".hash")
+    return _content_of(checked_cache.ensure(cached, make, _content_of, say))
 
 
-def _build_content_hash(file: Path, cached: Path, partial: Path) -> None:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as opened:
-        while block := opened.read(BLOCK_BYTES):
-            digest.update(block)
-    partial.write_text(digest.hexdigest())
-
-
-def _build_once(file: Path, suffix: str, build: Callable[[Path, Path, Path], None]) -> Path:
-    """A file of the cache about `file`, by its path, size and modification time.
-
-    `build` receives `file`, the file of the cache, and a file that becomes it once it is complete.
-    """
+def _cached_file(file: Path, suffix: str) -> Path:
+    """The name of a file of the cache about `file`, by its path, size and modification time."""
     status = file.stat()
     name = f"{file.absolute()} {status.st_size} {status.st_mtime_ns}"
-    cached = paths.cache() / "lines" / f"{xxhash.xxh3_128_hexdigest(name.encode())}{suffix}"
-    partial = cached.with_suffix(".partial")
-    try:
-        if not cached.is_file():
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(cached.with_suffix(".lock")):
-                if not cached.is_file():  # otherwise another rank built it in the meantime
-                    try:
-                        build(file, cached, partial)
-                        partial.replace(cached)
-                    finally:
-                        partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise cache_error(cached.parent, error) from error
-    return cached
+    return paths.cache() / "lines" / f"{xxhash.xxh3_128_hexdigest(name.encode())}{suffix}"
+
+
+def _content_of(facts: Mapping[str, Any]) -> str:
+    if not isinstance(content := facts["content"], str):
+        raise TypeError(content)
+    return content
 
 
 def _find_line_starts(file: Path, digest: xxhash.xxh3_128) -> NDArray[np.int64]:
@@ -247,11 +239,11 @@ def _find_line_starts(file: Path, digest: xxhash.xxh3_128) -> NDArray[np.int64]:
 class ArrowFile:
     """A file or a stream of record batches, memory-mapped."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, say: Say) -> None:
         self.file = file
         self._batches = open_record_batches(file)
         self._first_rows = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
-        self.content = f"{file.stat().st_size} {_content_hash(file)}"
+        self.content = f"{file.stat().st_size} {_content_hash(file, say)}"
 
     def __len__(self) -> int:
         return int(self._first_rows[-1])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from typing import Any
 
 from launcher.data.tokenize import TokenBatch
+from launcher.folders.json_file import has_type
 
 UNENDED = "answers do not end with a special token: a model does not learn to stop (docs/data.md)"
+COUNTS = (
+    *("rows", "tokens", "dropped", "truncated", "too_long", "split", "unended", "skipped"),
+)  # fmt: skip
 MAX_ERRORS = 20  # error messages of skipped rows that a summary keeps
 
 
@@ -29,7 +32,6 @@ class Summary:
     skipped: int = 0  # rows that could not be read
     errors: tuple[str, ...] = ()  # the messages of the first skipped rows
     notes: Mapping[str, int] = field(default_factory=dict)  # remark → number of rows
-    nbytes: int = 0  # size of the file of record batches
 
     def add(self, batch: TokenBatch) -> Summary:
         return Summary(
@@ -47,21 +49,22 @@ class Summary:
         )
 
     @classmethod
-    def read(cls, arrow_file: Path) -> Summary | None:
-        """The summary of `arrow_file`, or None if the file is missing or incomplete."""
-        try:
-            values = {**json.loads(arrow_file.with_suffix(".json").read_text(encoding="utf-8"))}
-            errors, loss_tokens = tuple(values.pop("bad")), values.pop("learned")
-            summary = cls(**values, errors=errors, loss_tokens=loss_tokens)
-            return summary if arrow_file.stat().st_size == summary.nbytes else None
-        except (FileNotFoundError, ValueError, TypeError, KeyError):
-            return None
+    def from_facts(cls, facts: Mapping[str, Any]) -> Summary:
+        """The summary that `facts` returned. Raises KeyError or TypeError for others."""
+        counts = {name: facts[name] for name in COUNTS}
+        counts["loss_tokens"] = facts["learned"]
+        errors, notes = facts["bad"], dict(facts["notes"])
+        if not all(has_type(count, int) for count in (*counts.values(), *notes.values())):
+            raise TypeError("a count is not a number")
+        if not isinstance(errors, list) or not all(isinstance(error, str) for error in errors):
+            raise TypeError("bad is not a list of messages")
+        return cls(**counts, errors=tuple(errors), notes=notes)
 
-    def to_json(self) -> str:
+    def facts(self) -> dict[str, Any]:
+        """As JSON, under the names on disk."""
         values = asdict(self)
-        # The names on disk.
-        values["bad"], values["learned"] = values.pop("errors"), values.pop("loss_tokens")
-        return json.dumps(values)
+        values["bad"], values["learned"] = list(values.pop("errors")), values.pop("loss_tokens")
+        return values
 
     def describe(self) -> str:
         text = (

@@ -15,6 +15,7 @@ from launcher.folders.checkpoint import (
     MANIFEST,
     SCHEME,
     Checkpoint,
+    describe_skipped,
     newest_checkpoint,
 )
 from launcher.folders.json_file import read_object
@@ -48,15 +49,16 @@ class Source:
     # Folder with the chat template and the EOS token of a tokenizer whose other files are the
     # base's: checkpoints of old versions have them in the form of one version of transformers.
     old_tokenizer: Path | None = None
+    skipped: tuple[str, ...] = ()  # damaged checkpoints of the run that are newer, with the reason
 
     def describe(self) -> str:
-        """SOURCE, its base and its adapters, one line for each."""
+        """SOURCE, its base, its adapters and what was skipped, one line for each."""
         parts = [
             f"source {self.path} ({self.kind.value})",
             f"base {self.base}" if self.base else "",
         ]
         parts += [f"adapter {folder}" for folder in self.adapters if folder != self.path]
-        return "\n".join(filter(None, parts))
+        return "\n".join(filter(None, [*parts, *self.skipped]))
 
 
 def find_source(
@@ -79,11 +81,13 @@ def find_source(
     """
     if not path.is_dir():
         raise UserError(f"SOURCE {path} is not a folder")
+    skipped: list[str] = []
     if is_run(path):
-        path = newest_checkpoint(RunDir(path).checkpoints).path
+        checkpoints = RunDir(path).checkpoints
+        path, skipped = newest_checkpoint(checkpoints).path, describe_skipped(checkpoints)
     kind = next(iter(kinds_of(path)), None)
     if kind is Kind.CHECKPOINT:
-        source = _checkpoint_source(path, base, adapter_only)
+        source = replace(_checkpoint_source(path, base, adapter_only), skipped=tuple(skipped))
     elif tag is not None or kind in SHARDED:
         source = _sharded_source(path, base, tag, adapter_only)
     elif kind is Kind.ADAPTER:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from launcher.folders.checkpoint import ADAPTER
+from launcher.folders.checkpoint import ADAPTER, all_checkpoints
 from launcher.folders.json_file import read_object_or_empty
 
 SETTINGS = "adapter_config.json"
@@ -18,8 +18,8 @@ def adapter_folder(path: str) -> Path | None:
     `path` is an adapter, a checkpoint, or a run, whose newest checkpoint is used.
     """
     start = Path(path)
-    newest = sorted(start.glob("checkpoints/step-*/manifest.json"))[-1:]
-    candidates = [start, start / ADAPTER, *(manifest.parent / ADAPTER for manifest in newest)]
+    newest = next((c for c in all_checkpoints(start / "checkpoints") if c.is_finished), None)
+    candidates = [start, start / ADAPTER, *([newest.path / ADAPTER] if newest else [])]
     return next(
         (c for c in candidates if (c / SETTINGS).is_file() and (c / WEIGHTS).is_file()), None
     )

@@ -13,12 +13,14 @@ checkpoints/step-000045/
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
 from launcher.folders import manifest
+from launcher.folders.json_file import DamagedFile, FieldType
 
 MANIFEST = "manifest.json"
 ADAPTER = "adapter"
@@ -28,6 +30,19 @@ SCHEME = "quantisation"
 # The manifest key for the ids of the tokens that end an answer; null: the rows have no answers.
 # Checkpoints of versions that did not save the key have a tokenizer in transformers' own form.
 END_TOKENS = "end_tokens"
+NAME = re.compile(r"step-[0-9]{6,}")  # of a checkpoint's folder; no other name is looked at
+CONTENTS = ("all", "weights")
+# The types of the manifest's keys. Those after the first three came with later versions.
+TYPES: dict[str, FieldType] = {
+    "step": int,
+    "content": str,
+    "base": dict,
+    "eval_loss": (int, float, type(None)),
+    "partial": bool,
+    SCHEME: (dict, type(None)),
+    END_TOKENS: (list, type(None)),
+}
+REQUIRED = ("step", "content", "base")
 
 
 @dataclass(frozen=True)
@@ -81,16 +96,37 @@ class Checkpoint:
 
     @property
     def is_finished(self) -> bool:
-        """Whether it has a manifest, which is written last. Files may have been damaged since."""
+        """Whether it has a manifest, which is written last, and `find_damage` finds nothing."""
+        return self.find_damage() is None
+
+    def find_damage(self) -> str | None:
+        """Why this cannot be used as a checkpoint, from its manifest and its configuration; None if
+        it can. The files with tensors are not opened."""
         try:
-            self.summary()
-        except UserError:
-            return False
-        return True
+            files = self.summary()["files"]
+        except UserError as error:
+            return str(error)
+        if self.config.name not in files:
+            return f"{self.manifest} does not list {self.config.name}"
+        return manifest.problem(self.config, files[self.config.name])
 
     def summary(self) -> dict[str, Any]:
-        """The manifest. The files are not checked against it."""
-        return manifest.read(self.manifest)
+        """The manifest. The files are not checked against it. Raises UserError if it is not the
+        manifest of a checkpoint."""
+        content = manifest.read(self.manifest)
+        for key, expected in TYPES.items():
+            if key not in content and key not in REQUIRED:
+                continue
+            value = content.get(key)
+            if not isinstance(value, expected) or (
+                isinstance(value, bool) and expected is not bool
+            ):
+                raise DamagedFile(
+                    self.manifest, f"is not the manifest of a checkpoint: {key} is {value!r}"
+                )
+        if content["content"] not in CONTENTS:
+            raise DamagedFile(self.manifest, f"is damaged: content is {content['content']!r}")
+        return content
 
 
 def checkpoint_name(step: int) -> str:
@@ -99,20 +135,39 @@ def checkpoint_name(step: int) -> str:
 
 
 def all_checkpoints(checkpoints: Path) -> list[Checkpoint]:
-    """All folders with the name of a checkpoint, newest first, complete or not."""
-    return sorted(
-        map(Checkpoint, checkpoints.glob("step-*")), key=lambda checkpoint: -checkpoint.step
-    )
+    """All folders with the name of a checkpoint, newest first, complete or not. Files and folders
+    with other names are not looked at."""
+    if not checkpoints.is_dir():
+        return []
+    folders = (path for path in checkpoints.iterdir() if NAME.fullmatch(path.name))
+    found = [Checkpoint(path) for path in folders if path.is_dir()]
+    return sorted(found, key=lambda checkpoint: (-checkpoint.step, checkpoint.path.name))
 
 
 def finished_checkpoints(checkpoints: Path) -> list[Checkpoint]:
-    """The checkpoints that have a manifest, newest first."""
+    """The checkpoints that have a manifest and are not visibly damaged, newest first."""
     return [each for each in all_checkpoints(checkpoints) if each.is_finished]
 
 
 def newest_checkpoint(checkpoints: Path) -> Checkpoint:
     """The finished checkpoint with the highest step. Raises UserError if there is none."""
-    finished = finished_checkpoints(checkpoints)
-    if not finished:
-        raise UserError(f"{checkpoints} contains no finished checkpoint (step-…/{MANIFEST})")
-    return finished[0]
+    every = all_checkpoints(checkpoints)
+    newest = next((each for each in every if each.is_finished), None)
+    if newest is None:
+        damage = f": {every[0].find_damage()}" if every else ""
+        raise UserError(
+            f"{checkpoints} contains no finished checkpoint (step-…/{MANIFEST}){damage}"
+        )
+    return newest
+
+
+def describe_skipped(checkpoints: Path) -> list[str]:
+    """A message for each checkpoint that is newer than the newest finished one and damaged. A
+    folder without a manifest is one that is being written or was given up, and not mentioned."""
+    messages = []
+    for checkpoint in all_checkpoints(checkpoints):
+        if (damage := checkpoint.find_damage()) is None:
+            break
+        if checkpoint.manifest.exists():
+            messages.append(f"{checkpoint.path.name} is damaged and not used: {damage}")
+    return messages

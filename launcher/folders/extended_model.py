@@ -18,6 +18,7 @@ from launcher.folders.json_file import read_object_or_empty
 FORMAT = 1  # part of the name: increase it when the content changes
 ROW_MULTIPLE = 64  # a vocabulary that grows is rounded up to it, for fast matrix products
 RECORD = ".new_tokens.json"  # in the folder: what was added
+FILES = "files"  # in the record: size and checksum of each file that is not a link to the base's
 
 
 def extended_folder(base: Path, tokens: Sequence[str]) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 import xxhash
 
 from launcher.errors import UserError
+from launcher.folders import durable
 
 BLOCK_BYTES = 1 << 20
 Entries = dict[str, dict[str, Any]]  # name → bytes, xxh3_128
@@ -83,9 +84,7 @@ def write_text(path: Path, text: str, private: bool = False) -> None:
     )
     with open(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    durable.replace(temporary, path)
 
 
 def problem(path: Path, expected: dict[str, Any]) -> str | None:

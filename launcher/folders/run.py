@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from launcher.errors import UserError
+
+ATTEMPT = re.compile(r"attempt-([1-9][0-9]*)")  # the folder with the logs of an attempt
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,10 @@ class RunDir:
 
     def newest_attempt(self) -> RunDir:
         """The same run at its newest attempt; attempt 0 if there is none yet."""
-        suffixes = (p.name.removeprefix("attempt-") for p in self.path.glob("logs/attempt-*"))
-        return RunDir(self.path, max((int(s) for s in suffixes if s.isdecimal()), default=0))
+        logs = self.path / "logs"
+        names = [path.name for path in logs.iterdir() if path.is_dir()] if logs.is_dir() else []
+        numbers = [int(match[1]) for name in names if (match := ATTEMPT.fullmatch(name))]
+        return RunDir(self.path, max(numbers, default=0))
 
     @property
     def job(self) -> Path:
@@ -153,6 +158,14 @@ class RunDir:
     def rank_error(self, rank: int) -> Path:
         """The reason why a rank failed."""
         return self.logs / f"rank-{rank:02d}.error.json"
+
+
+def runs_in(folder: Path) -> list[RunDir]:
+    """The run folders in `folder`: those with a config.yaml, in no particular order."""
+    if not folder.is_dir():
+        return []
+    runs = [RunDir(path) for path in folder.iterdir()]
+    return [run for run in runs if run.config.is_file()]
 
 
 def new_run_path(label: str) -> Path:

@@ -8,20 +8,25 @@ as an average one (https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from launcher.errors import UserError
+from launcher.folders import durable, manifest
+from launcher.folders.checked_cache import is_checked, lock
 from launcher.folders.extended_model import (
+    FILES,
     RECORD,
     extended_folder,
     is_special_token,
@@ -66,12 +71,11 @@ def extend(base: Path, tokens: Sequence[str], trust_remote_code: bool = False) -
     """The folder of `base` with new `tokens`. One process makes it, others wait for it. Raises
     UserError if the tokens cannot be added."""
     folder = extended_folder(base, tokens)
-    if folder.is_dir():
+    if folder == base or is_checked(folder / RECORD, folder / CONFIG):
         return folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
-            if not folder.is_dir():
+        with lock(folder.with_name(f".{folder.name}.lock"), folder):
+            if not _is_whole(folder):
                 _write_whole(base.resolve(), tokens, folder, trust_remote_code)
     except OSError as error:
         raise UserError(
@@ -79,6 +83,27 @@ def extend(base: Path, tokens: Sequence[str], trust_remote_code: bool = False) -
             "space, or set SHARDWAY_CACHE to a folder that you can write"
         ) from error
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the folder exists and its own files are as they were written. A damaged one is named
+    and deleted. The first process of a start looks, the others trust that."""
+    if not folder.is_dir() or is_checked(folder / RECORD, folder / CONFIG):
+        return folder.is_dir()
+    try:
+        # Earlier versions wrote no checksums.
+        files = read_object(folder / RECORD).get(FILES, {})
+        found = [manifest.problem(folder / name, entry) for name, entry in files.items()]
+        problems = [problem for problem in found if problem]
+    except (UserError, AttributeError, KeyError, TypeError):
+        problems = [f"{folder / RECORD} is damaged"]
+    if problems:
+        print(f"{'; '.join(problems)}; made anew", file=sys.stderr, flush=True)
+        shutil.rmtree(folder)
+        return False
+    with suppress(OSError):  # a read-only cache
+        os.utime(folder / RECORD)
+    return True
 
 
 def _write_whole(base: Path, tokens: Sequence[str], folder: Path, trust_remote_code: bool) -> None:
@@ -90,7 +115,7 @@ def _write_whole(base: Path, tokens: Sequence[str], folder: Path, trust_remote_c
     except BaseException:
         shutil.rmtree(partial)
         raise
-    partial.rename(folder)
+    durable.replace(partial, folder)
 
 
 def _write(base: Path, tokens: Sequence[str], folder: Path, trust_remote_code: bool) -> None:
@@ -111,13 +136,16 @@ def _write(base: Path, tokens: Sequence[str], folder: Path, trust_remote_code: b
     if (base / INDEX).is_file():
         _write_json(folder / INDEX, _resized_index(base / INDEX, added_bytes))
     _link_other_files(base, folder)
-    record = {
+    record: dict[str, Any] = {
         "base": str(base),
         "tokens": list(tokens),
         "added": list(vocabulary.added),
         "known": vocabulary.known,
         "rows": [vocabulary.rows_before, vocabulary.rows],
+        FILES: manifest.entries(folder, lambda path: not path.is_symlink()),
     }
+    for name in record[FILES]:
+        durable.sync(folder / name)
     _write_json(folder / RECORD, record)
 
 

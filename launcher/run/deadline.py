@@ -6,9 +6,11 @@ Python handles signals is lost.
 
 from __future__ import annotations
 
-import json
+import sys
 import time
 from pathlib import Path
+
+from launcher.folders.json_file import DamagedFile, read_fields
 
 SPARE_SECONDS = 10.0
 
@@ -28,10 +30,17 @@ class Deadline:
 
     @classmethod
     def from_job_file(cls, job: Path) -> Deadline | None:
-        """The deadline of the Slurm job that `job` (job.json) describes; None without that file."""
+        """The deadline of the Slurm job that `job` (job.json) describes; None without that file.
+
+        If the file is damaged, only Slurm's signal tells when to stop.
+        """
         if not job.is_file():
             return None
-        return cls(json.loads(job.read_text(encoding="utf-8"))["end"])
+        try:
+            return cls(read_fields(job, end=(int, float, type(None)))["end"])
+        except DamagedFile as error:
+            print(f"{error}; only Slurm's signal stops this attempt in time", file=sys.stderr)
+            return cls(None)
 
     def reset(self) -> None:
         """Forget the times so far. Training starts now: what came before was not a step."""

@@ -12,7 +12,13 @@ from launcher.config import SECTIONS, Config, store
 from launcher.config.overrides import format_value
 from launcher.config.schema.scheduler import PlateauConfig
 from launcher.errors import UserError
-from launcher.folders.checkpoint import MANIFEST, Checkpoint, all_checkpoints, finished_checkpoints
+from launcher.folders.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    all_checkpoints,
+    describe_skipped,
+    finished_checkpoints,
+)
 from launcher.folders.run import RunDir
 
 # Settings that may change between two attempts: where and how the run is executed, and what is
@@ -91,9 +97,14 @@ def named_checkpoint(resume: str) -> Checkpoint:
     """
     path = Path(resume)
     if (path / MANIFEST).is_file():
-        return Checkpoint(path.absolute())
+        checkpoint = Checkpoint(path.absolute())
+        if damage := checkpoint.find_damage():
+            raise UserError(f"resume={resume} is broken: {damage} → choose an earlier checkpoint")
+        return checkpoint
     finished = finished_checkpoints(RunDir(path).checkpoints)
     if not finished:
+        if skipped := describe_skipped(RunDir(path).checkpoints):
+            raise UserError(f"resume={resume} is broken: {'; '.join(skipped)}")
         raise UserError(
             f"resume={resume} is neither a checkpoint ({MANIFEST}) nor a run that contains one; "
             "choose one that exists, or resume=auto with run_dir=RUN"
@@ -167,11 +178,3 @@ def find_problems(checkpoint: Checkpoint, config: Config) -> list[str]:
 
 def _typed(differences: Differences) -> str:
     return shlex.join(differences.undo)
-
-
-def rename_broken(checkpoint: Checkpoint) -> None:
-    """Rename a broken checkpoint to `broken-N-step-…`, so that its step can be saved again."""
-    number = 1
-    while (path := checkpoint.path.with_name(f"broken-{number}-{checkpoint.path.name}")).exists():
-        number += 1
-    checkpoint.path.rename(path)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from launcher.config import Config
 from launcher.errors import UserError
-from launcher.folders.json_file import read_object
-from launcher.folders.run import RunDir
+from launcher.folders.json_file import DamagedFile, read_fields, read_object
+from launcher.folders.run import RunDir, runs_in
 from launcher.run import processes, sweep
 
 NO_ATTEMPT = "ended before it began"  # the state of a run whose job has made no attempt
+
+DAMAGED = "damaged"  # the state of a run whose status.json cannot be read
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,18 @@ def find_runs(folder: Path) -> list[RunDir]:
     newest last."""
     if sweep.is_sweep(folder):
         return sweep.list_runs(folder)
-    runs = [RunDir(file.parent) for file in folder.glob("*/config.yaml")]
+    runs = runs_in(folder)
     runs += [
         run for index in folder.glob(f"*/{sweep.INDEX}") for run in sweep.list_runs(index.parent)
     ]
-    return sorted(runs, key=lambda run: run.config.stat().st_mtime)
+    return sorted(runs, key=_modified)
+
+
+def _modified(run: RunDir) -> float:
+    try:
+        return run.config.stat().st_mtime
+    except OSError:  # it is being deleted
+        return 0.0
 
 
 def find_run(path: Path) -> RunDir:
@@ -46,21 +54,40 @@ def find_run(path: Path) -> RunDir:
 
 def slurm_job_id(run: RunDir) -> str | None:
     """The Slurm job that `run` was last queued as, by `shardway train` or by sbatch; None if it
-    never was."""
+    never was. Raises DamagedFile if the files that say so cannot be read."""
+    damage: DamagedFile | None = None
     for file in (run.submitted, run.newest_attempt().job):
-        if file.is_file():
-            return str(json.loads(file.read_text(encoding="utf-8"))["job"])
+        try:
+            if file.is_file():
+                return str(read_fields(file, job=(str, int))["job"])
+        except DamagedFile as error:
+            damage = damage or error
+    if damage is not None:
+        raise damage
     return None
 
 
+def known_job_id(run: RunDir) -> str | None:
+    """The same; None, with a message on stderr, if the files cannot be read."""
+    try:
+        return slurm_job_id(run)
+    except DamagedFile as error:
+        print(f"{error}; if it has a job, squeue shows that", file=sys.stderr)
+        return None
+
+
 def run_state(run: RunDir, queued: QueuedJob | None) -> str:
-    """Slurm's state of the job while there is one; otherwise how the newest attempt ended."""
+    """Slurm's state of the job while there is one; otherwise how the newest attempt ended. Raises
+    DamagedFile if the file that says so cannot be read."""
     if queued:
         return queued.state.lower()
     if ended_before_attempt(run):
         return NO_ATTEMPT
     if run.status.is_file():
-        return str(json.loads(run.status.read_text())["state"])
+        state = str(read_fields(run.status, state=str)["state"])
+        if not state.strip():
+            raise DamagedFile(run.status, "is damaged: its state is empty")
+        return state
     return "running" if processes.living(run) else "failed" if run.attempt else "not started"
 
 
@@ -84,37 +111,27 @@ def _job_in(file: Path) -> str | None:
         return None
 
 
-def read_metrics(run: RunDir) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl, empty if the file does not exist yet. Raises UserError for a
-    line that is not a record."""
-    if not run.metrics.is_file():
-        return []
-    records = []
-    lines = run.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
-        if number == len(lines) and not line.endswith("}"):
-            break  # it is being written
-        try:
-            record = json.loads(line)
-            int(record["step"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{run.metrics}, line {number} is not a record: {error}") from error
-        records.append(record)
-    return records
+def total_steps(run: RunDir, max_steps: int | None) -> int | None:
+    """The steps of the complete training; None while only the number of epochs is known.
 
-
-def total_steps(run: RunDir, config: Config) -> int | None:
-    """The steps of the complete training; None while only the number of epochs is known."""
+    `max_steps`: the setting, for runs whose ranks have not reported the steps yet. Raises
+    DamagedFile if the file with them cannot be read.
+    """
     if run.steps.is_file():
-        return int(json.loads(run.steps.read_text())["total_steps"])
-    return config.training.max_steps
+        return int(read_fields(run.steps, total_steps=int)["total_steps"])
+    return max_steps
 
 
-def time_left(steps: list[dict[str, Any]], total: int | None) -> str:
-    """`h:mm:ss` at the speed of the last hundred logged steps; empty if it is unknown."""
-    recent = steps[-100:]
-    if total is None or len(recent) < 2:
+def time_left(pace: Sequence[tuple[int, float]], total: int | None) -> str:
+    """`h:mm:ss` at the speed of the last logged steps, `pace` as (step, time); empty if it is
+    unknown."""
+    if total is None or len(pace) < 2 or pace[-1][0] <= pace[0][0]:
         return ""
-    pace = (recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"])
-    seconds = int(pace * (total - recent[-1]["step"]))
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+    seconds_per_step = (pace[-1][1] - pace[0][1]) / (pace[-1][0] - pace[0][0])
+    return format_duration(max(0.0, seconds_per_step * (total - pace[-1][0])))
+
+
+def format_duration(seconds: float) -> str:
+    """`h:mm:ss`."""
+    total = round(seconds)
+    return f"{total // 3600}:{total // 60 % 60:02d}:{total % 60:02d}"

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from launcher.config import TOP_LEVEL, Config, store
 from launcher.errors import UserError
 from launcher.folders import manifest
-from launcher.folders.run import RunDir, new_run_path
+from launcher.folders.run import RunDir, new_run_path, runs_in
 
 INDEX, SUMMARY = "sweep.json", "summary.txt"
+INDEX_NAME = re.compile("0|[1-9][0-9]*")  # of a run's folder in a sweep
 
 
 def assign_run_dirs(configs: list[Config]) -> list[Config]:
@@ -65,7 +69,7 @@ def is_sweep(path: Path) -> bool:
 
 def list_runs(path: Path) -> list[RunDir]:
     """The runs of a sweep that have started or are queued, in their order."""
-    runs = [RunDir(f.parent) for f in path.glob("*/config.yaml") if f.parent.name.isdigit()]
+    runs = [run for run in runs_in(path) if INDEX_NAME.fullmatch(run.path.name)]
     return sorted(runs, key=lambda run: int(run.path.name))
 
 
@@ -74,13 +78,16 @@ def run_of_task(path: Path, index: str | None) -> RunDir:
     return RunDir(path / index if index and is_sweep(path) else path)
 
 
-def differing_settings(configs: list[Config]) -> list[dict[str, str]]:
+def differing_settings(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """For each configuration, the settings that are not the same in all, as override → value.
 
+    The configurations are given as nested mappings, so that those of old versions can be compared.
     `run_dir` and `resume` are left out. A group of which different files are chosen (`method=full`)
     counts as one setting; settings that exist in only some of these files are left out.
     """
-    sides = [store.leaves(config) for config in configs]
+    sides = [dict(store.leaves_of(config)) for config in configs]
+    if not sides:
+        return []
     common = set.intersection(*(set(side) for side in sides)) - set(TOP_LEVEL)
     keys = [k for k in sides[0] if k in common and any(side[k] != sides[0][k] for side in sides)]
     return [{key.removesuffix(".name"): _format_value(side[key]) for key in keys} for side in sides]

@@ -14,7 +14,7 @@ from launcher.tracking.plot import LossPlot
 
 def build_observers(config: TrackingConfig, run: RunDir, console: TextIOBase) -> list[Observer]:
     """The observers that `config` asks for; metrics.jsonl is always written."""
-    metrics = MetricsFile(run.metrics, run.logs / "lost-metrics.jsonl", run.steps)
+    metrics = MetricsFile(run.metrics, run.logs / "lost-metrics.jsonl", run.steps, console)
     observers: list[Observer] = [metrics]
     if config.progress:
         observers.append(ConsoleProgress(console))

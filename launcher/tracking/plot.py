@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from launcher.run.curves import RunMetrics
 from launcher.tracking.base import Record
-from launcher.tracking.svg import smooth
 
 
 class LossPlot:
@@ -31,15 +30,14 @@ def draw_loss(metrics: Path, picture: Path) -> None:
     """
     from matplotlib.figure import Figure  # half a second to import, needed once per run
 
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    losses = [(record["step"], record["loss"]) for record in records if "loss" in record]
-    eval_losses = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
+    read = RunMetrics(metrics).update()
+    losses, averages, eval_losses = read.points("loss"), read.smoothed("loss"), read.evaluations()
     if not losses:
         return
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*losses, strict=True), color="tab:blue", alpha=0.35, label="loss")
-    axes.plot([step for step, _ in losses], smooth([loss for _, loss in losses]), label="smoothed")
+    axes.plot(*zip(*averages, strict=True), label="smoothed")
     if eval_losses:
         axes.plot(*zip(*eval_losses, strict=True), "o-", color="tab:red", label="evaluation loss")
     axes.set_xlabel("step")

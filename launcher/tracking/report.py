@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import os
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.config import Config, store
 from launcher.errors import UserError
+from launcher.folders.json_file import DamagedFile
 from launcher.folders.run import RunDir
 from launcher.run import sweep
-from launcher.run.status import read_metrics, run_state
+from launcher.run.curves import MAX_POINTS, RunMetrics
+from launcher.run.metrics import format_number
+from launcher.run.status import DAMAGED, format_duration, run_state
 from launcher.tracking import svg
-from launcher.tracking.base import Record
-from launcher.tracking.svg import Curve, Point
+from launcher.tracking.svg import Curve
 
+MIN_POINTS = 100  # of a curve
+POINTS_PER_CHART = 40_000  # about: curves of many runs have fewer points each
 HEADER = "<!doctype html>\n<!-- written by shardway report -->\n"  # identifies a report
 CHARTS = (  # title, field of metrics.jsonl, divisor
     ("loss per target token", "loss", 1.0),
@@ -47,16 +51,9 @@ class LoadedRun:
 
     name: str
     run: RunDir
-    config: Config
-    records: list[Record]
-
-    def points(self, field: str, divisor: float = 1.0) -> list[Point]:
-        """(step, value) of each record with a number in `field`, divided by `divisor`."""
-        return [
-            (int(line["step"]), line[field] / divisor)
-            for line in self.records
-            if field in line and isinstance(line[field], (int, float))
-        ]
+    config: Config | None  # None: config.yaml cannot be read
+    metrics: RunMetrics
+    damage: tuple[str, ...]  # what cannot be read, and why
 
 
 def read_runs(paths: list[Path]) -> list[LoadedRun]:
@@ -65,13 +62,27 @@ def read_runs(paths: list[Path]) -> list[LoadedRun]:
     Raises UserError for a folder that is neither a run nor a sweep, and if no step was logged.
     """
     runs = list(dict.fromkeys(run for path in paths for run in _find_runs(path.absolute())))
+    max_points = min(MAX_POINTS, max(MIN_POINTS, POINTS_PER_CHART // len(runs)))
     loaded_runs = [
-        LoadedRun(name, run.newest_attempt(), _load_config(run), read_metrics(run))
+        _load(name, run.newest_attempt(), max_points)
         for name, run in zip(_names(runs), runs, strict=True)
     ]
-    if not any(loaded.points("loss") for loaded in loaded_runs):
+    if not any(loaded.metrics.points("loss") for loaded in loaded_runs):
         raise UserError(f"{', '.join(map(str, paths))}: no step has been logged yet")
     return loaded_runs
+
+
+def _load(name: str, run: RunDir, max_points: int) -> LoadedRun:
+    damage: list[str] = []
+    config: Config | None = None
+    try:
+        config = store.load(run.config)
+    except UserError as error:
+        damage.append(f"{run.config} cannot be read by this version. {error}")
+    metrics = RunMetrics(run.metrics, max_points).update()
+    if metrics.bad_lines:
+        damage.append(f"{run.metrics}: {metrics.bad_lines:,} lines are not records and left out")
+    return LoadedRun(name, run, config, metrics, tuple(damage))
 
 
 def render_page(runs: list[LoadedRun]) -> str:
@@ -97,15 +108,17 @@ def render_body(runs: list[LoadedRun]) -> str:
     charts = [
         svg.chart(title, [_curve(run, field, divisor) for run in runs])
         for title, field, divisor in CHARTS
-        if any(run.points(field) for run in runs)
+        if any(run.metrics.points(field) for run in runs)
     ]
+    damage = "".join(f"<p>{html.escape(line)}</p>" for run in runs for line in run.damage)
     return "\n".join(
         [
-            render_table([_row(index, run) for index, run in enumerate(runs)]),
+            render_table([_row(index, run) for index, run in enumerate(runs)]) + damage,
             f'<h2>Curves</h2><div class="charts">{"".join(charts)}</div>',
             "<p>Loss and gradient norm: the faint line is the logged value, the strong line its "
-            "moving average (weight 0.8). Dots: the evaluation loss. Tokens/s: the sum over all "
-            "ranks.</p>",
+            "moving average over all steps (weight 0.8). Dots: the evaluation loss. Tokens/s: the "
+            "sum over all ranks. Of a long curve, the lowest and the highest point of each stretch "
+            "are drawn.</p>",
             _render_settings(runs),
         ]
     )
@@ -128,13 +141,6 @@ def _names(runs: list[RunDir]) -> list[str]:
     return [name.encode("utf-8", "backslashreplace").decode() for name in names]
 
 
-def _load_config(run: RunDir) -> Config:
-    try:
-        return store.load(run.config)
-    except UserError as error:
-        raise UserError(f"{run.config} cannot be read by this version. {error}") from error
-
-
 def output_path(output: Path | None, runs: list[LoadedRun], overwrite: bool) -> Path:
     """The file to write the page to. Raises UserError if that would replace another file."""
     if output is None:
@@ -155,34 +161,46 @@ def output_path(output: Path | None, runs: list[LoadedRun], overwrite: bool) -> 
 
 
 def _curve(loaded: LoadedRun, field: str, divisor: float) -> Curve:
-    dots = loaded.points("eval_loss") if field == "loss" else []
-    return Curve(loaded.points(field, divisor), dots, smoothed=field in ("loss", "grad_norm"))
+    metrics = loaded.metrics
+    dots = metrics.evaluations() if field == "loss" else []
+    points = [(step, value / divisor) for step, value in metrics.points(field)]
+    return Curve(points, dots, metrics.smoothed(field))
 
 
 def _row(index: int, loaded: LoadedRun) -> dict[str, str]:
     """A row of the table of runs; the values are HTML."""
-    config, losses = loaded.config, loaded.points("loss")
-    eval_losses = [value for _, value in loaded.points("eval_loss")]
-    token_rates = [value for _, value in loaded.points("tokens_per_second")]
-    memory_peaks = [value for _, value in loaded.points("peak_memory_bytes", 1e9)]
-    total_steps = config.training.max_steps
+    config, metrics = loaded.config, loaded.metrics
+    total_steps = config.training.max_steps if config else None
+    step = metrics.newest["step"] if metrics.newest else 0
+    memory = metrics.peak_memory
     values = {
-        "state": run_state(loaded.run, None),
-        "model": config.model.name,
-        "method": config.method.name,
-        "strategy": config.strategy.name,
-        "precision": config.precision.name,
-        "steps": f"{losses[-1][0] if losses else 0}{f' / {total_steps}' if total_steps else ''}",
-        "loss": f"{losses[-1][1]:.4f}" if losses else "",
-        "eval loss": f"{eval_losses[-1]:.4f}" if eval_losses else "",
-        "best": f"{min(eval_losses):.4f}" if eval_losses else "",
-        "tokens/s (median)": f"{statistics.median(token_rates):,.0f}" if token_rates else "",
-        "peak GB": f"{max(memory_peaks):.2f}" if memory_peaks else "",
-        "time in steps": _format_duration(_seconds_in_steps(loaded)) if losses else "",
+        "state": _state(loaded.run),
+        "model": config.model.name if config else "",
+        "method": config.method.name if config else "",
+        "strategy": config.strategy.name if config else "",
+        "precision": config.precision.name if config else "",
+        "steps": f"{step}{f' / {total_steps}' if total_steps else ''}",
+        "loss": format_number(metrics.newest, "loss", ".4f"),
+        "eval loss": _format(metrics.last_eval_loss, ".4f"),
+        "best": _format(metrics.best_eval_loss, ".4f"),
+        "tokens/s (median)": _format(metrics.median_rate(), ",.0f"),
+        "peak GB": _format(None if memory is None else memory / 1e9, ".2f"),
+        "time in steps": format_duration(metrics.seconds_in_steps) if metrics.newest else "",
     }
     sample = _line_sample(*svg.line_style(index))
     escaped = {key: html.escape(value) for key, value in values.items()}
     return {"run": f"{sample}{html.escape(loaded.name)}", **escaped}
+
+
+def _state(run: RunDir) -> str:
+    try:
+        return run_state(run, None)
+    except DamagedFile:
+        return DAMAGED
+
+
+def _format(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _line_sample(color: str, dashes: str) -> str:
@@ -194,40 +212,24 @@ def _line_sample(color: str, dashes: str) -> str:
     )
 
 
-def _seconds_in_steps(loaded: LoadedRun) -> float:
-    """The time of the steps alone, without evaluation, saving and pauses between attempts."""
-    token_counts, token_rates = loaded.points("tokens"), loaded.points("tokens_per_second")
-    if not token_counts or len(token_counts) != len(token_rates):
-        return 0.0
-    # A run that was resumed from another run's checkpoint starts with the tokens of that run.
-    previous = 0.0 if token_counts[0][0] == 1 else token_counts[0][1]
-    seconds = 0.0
-    for (_, count), (_, rate) in zip(token_counts, token_rates, strict=True):
-        seconds += (count - previous) / rate if rate else 0.0
-        previous = count
-    return seconds
-
-
-def _format_duration(seconds: float) -> str:
-    total = round(seconds)
-    return f"{total // 3600}:{total // 60 % 60:02d}:{total % 60:02d}"
-
-
 def _render_settings(runs: list[LoadedRun]) -> str:
     """The settings in which several runs differ; all settings of a single run."""
+    readable = [(run.name, run.config) for run in runs if run.config is not None]
+    if not readable:
+        return "<h2>Settings</h2><p>They cannot be read.</p>"
     if len(runs) == 1:
-        text = html.escape(store.dump(runs[0].config))
+        text = html.escape(store.dump(readable[0][1]))
         return (
             f"<h2>Settings</h2><details><summary>config.yaml</summary><pre>{text}</pre></details>"
         )
-    differing = sweep.differing_settings([run.config for run in runs])
+    differing = sweep.differing_settings([dataclasses.asdict(config) for _, config in readable])
     if not differing[0]:
         return "<h2>Settings</h2><p>All runs have the same settings.</p>"
     rows = [
         {"setting": html.escape(key)}
         | {
-            html.escape(run.name): html.escape(settings[key])
-            for run, settings in zip(runs, differing, strict=True)
+            html.escape(name): html.escape(settings[key])
+            for (name, _), settings in zip(readable, differing, strict=True)
         }
         for key in differing[0]
     ]

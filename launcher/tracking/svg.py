@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import io
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any
+
+from launcher.run.curves import Point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Point = tuple[int, float]  # step, value
-MAX_POINTS = 1500  # per curve; more would only make the page larger
 COLORS = (
     "#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd",
     "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f",
@@ -27,7 +27,8 @@ class Curve:
 
     points: list[Point]
     dots: list[Point]  # drawn as single dots: evaluations
-    smoothed: bool = False  # draw a moving average, and the points themselves in a faint color
+    # If there are any, they are drawn as the curve, and the points in a faint color.
+    smoothed: list[Point] = field(default_factory=list)
 
 
 def line_style(index: int) -> tuple[str, str]:
@@ -61,30 +62,14 @@ def chart(title: str, curves: list[Curve]) -> str:
     return "<svg " + buffer.getvalue().partition("<svg ")[2]  # without prolog and doctype
 
 
-def smooth(values: list[float], weight: float = 0.8) -> list[float]:
-    """The exponential moving average, without the bias toward zero at the start (as in Adam)."""
-    smoothed, average = [], 0.0
-    for count, value in enumerate(values, start=1):
-        average = weight * average + (1 - weight) * value
-        smoothed.append(average / (1 - weight**count))
-    return smoothed
-
-
 def _draw(axes: Axes, curve: Curve, color: str, dashes: str) -> None:
     points = curve.points
-    if curve.smoothed and points:
-        axes.plot(*_columns(_thin_out(points)), color=color, alpha=0.25, linewidth=0.8)
-        averages = smooth([value for _, value in points])
-        points = [(step, value) for (step, _), value in zip(points, averages, strict=True)]
+    if curve.smoothed:
+        axes.plot(*_columns(points), color=color, alpha=0.25, linewidth=0.8)
+        points = curve.smoothed
     marker = "o" if len(points) == 1 else None
-    axes.plot(*_columns(_thin_out(points)), dashes, color=color, linewidth=1.4, marker=marker)
+    axes.plot(*_columns(points), dashes, color=color, linewidth=1.4, marker=marker)
     axes.plot(*_columns(curve.dots), "o", color=color, markersize=5, markeredgecolor="black")
-
-
-def _thin_out(points: list[Point]) -> list[Point]:
-    """At most MAX_POINTS of `points` at equal distances, including the last one."""
-    stride = -(-len(points) // MAX_POINTS)
-    return points if stride <= 1 else points[::-1][::stride][::-1]
 
 
 def _columns(points: list[Point]) -> tuple[list[int], list[float]]:

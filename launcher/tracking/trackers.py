@@ -14,7 +14,9 @@ from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracke
 
 from launcher.config import store
 from launcher.folders import manifest
+from launcher.folders.json_file import DamagedFile, read_object
 from launcher.folders.run import RunDir
+from launcher.run.metrics import parse_record
 from launcher.tracking.base import Record
 
 # The other ranks wait while rank 0 sends to a server, which may be unreachable.
@@ -30,8 +32,7 @@ class Tracker:
 
     def __init__(self, name: str, project: str, run: RunDir, console: TextIOBase) -> None:
         self.name, self.project, self.run, self.console = name, project, run, console
-        # Read before metrics.jsonl is cut back to the checkpoint.
-        self._logged = _logged_before(run)
+        self._logged: set[tuple[int, bool]] = set()
         self._alive = True
 
     def start(self, done_steps: int, total_steps: int) -> None:
@@ -44,8 +45,9 @@ class Tracker:
         self._try(lambda: self._tracker.finish())
 
     def _open(self, done_steps: int) -> None:
+        self._logged = _logged_after(self.run, done_steps)
         PartialState()  # by which accelerate finds rank 0; uses the existing process group
-        run_ids = _read_run_ids(self.run)
+        run_ids = _read_run_ids(self.run, self._say)
         run_id = run_ids.get(self.name)
         self._tracker: GeneralTracker = OPENERS[self.name](self, run_id, done_steps)
         self._tracker.start()
@@ -74,12 +76,14 @@ class Tracker:
             call(*args)
         except Exception as error:  # the libraries raise errors of many types
             self._alive = False
-            message = (
+            self._say(
                 f"tracking.trackers: {self.name} failed and receives nothing more in this attempt "
                 f"({type(error).__name__}: {error}); metrics.jsonl has all records"
             )
-            print(message, file=sys.stderr, flush=True)  # the log of rank 0
-            print(message, file=self.console, flush=True)
+
+    def _say(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)  # the log of rank 0
+        print(message, file=self.console, flush=True)
 
     def open_tensorboard(self, run_id: str | None, done_steps: int) -> TensorBoardTracker:
         """Steps that an earlier attempt wrote after `done_steps` are no longer shown."""
@@ -115,20 +119,26 @@ OPENERS: dict[str, Callable[[Tracker, str | None, int], GeneralTracker]] = {
 }
 
 
-def _read_run_ids(run: RunDir) -> dict[str, str]:
+def _read_run_ids(run: RunDir, say: Callable[[str], None]) -> dict[str, str]:
     """Tracker → the id of its run, for the trackers that earlier attempts started."""
     if not run.trackers.is_file():
         return {}
-    run_ids: dict[str, str] = json.loads(run.trackers.read_text(encoding="utf-8"))
-    return run_ids
+    try:
+        return {name: str(run_id) for name, run_id in read_object(run.trackers).items()}
+    except DamagedFile as error:
+        say(f"{error}; the trackers start new runs")
+        return {}
 
 
-def _logged_before(run: RunDir) -> set[tuple[int, bool]]:
-    """The records of earlier attempts. wandb and mlflow keep them, although their steps may be
-    repeated."""
-    files = [run.metrics, *run.path.glob("logs/*/lost-metrics.jsonl")]
-    lines = [line for file in files if file.is_file() for line in file.open(encoding="utf-8")]
-    return {_key(json.loads(line)) for line in lines if line.endswith("}\n")}
+def _logged_after(run: RunDir, done_steps: int) -> set[tuple[int, bool]]:
+    """The records of earlier attempts about steps that are repeated. wandb and mlflow keep them."""
+    logged = set()
+    for file in [run.metrics, *run.path.glob("logs/*/lost-metrics.jsonl")]:
+        if file.is_file():
+            with file.open("rb") as lines:
+                records = filter(None, map(parse_record, lines))
+                logged |= {_key(record) for record in records if record["step"] > done_steps}
+    return logged
 
 
 def _key(record: Record) -> tuple[int, bool]:

@@ -10,7 +10,7 @@ from launcher.chat.remote import RemoteModel
 from launcher.chat.target import find_target
 from launcher.folders import paths
 from launcher.folders.adapter import SETTINGS
-from launcher.folders.checkpoint import Checkpoint, finished_checkpoints, newest_checkpoint
+from launcher.folders.checkpoint import Checkpoint, finished_checkpoints
 from launcher.folders.json_file import read_object_or_empty
 from launcher.folders.model import is_hub_id
 from launcher.folders.run import RunDir
@@ -97,14 +97,13 @@ def _runs(roots: Roots) -> list[RunDir]:
 
 def base_folders(path: Path) -> Iterator[str]:
     """The folders that a run, a checkpoint or an adapter names as its base model."""
-    checkpoints = RunDir(path).checkpoints
-    if checkpoints.is_dir():
-        path = newest_checkpoint(checkpoints).path
-    checkpoint = Checkpoint(path)
+    newest = finished_checkpoints(RunDir(path).checkpoints)[:1]
+    checkpoint = newest[0] if newest else Checkpoint(path)
+    path = checkpoint.path
     adapters = [
         read_object_or_empty(folder / SETTINGS) for folder in (path, checkpoint.adapter) if folder
     ]
     bases = [settings.get("base_model_name_or_path") for settings in adapters]
     if checkpoint.is_finished:
-        bases.append(checkpoint.summary().get("base", {}).get("name_or_path"))
+        bases.append(checkpoint.summary()["base"].get("name_or_path"))
     yield from (base for base in bases if isinstance(base, str) and not is_hub_id(base))

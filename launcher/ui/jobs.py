@@ -5,7 +5,6 @@ Imports no torch.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -19,6 +18,7 @@ import psutil
 
 from launcher.errors import UserError
 from launcher.folders import manifest
+from launcher.folders.json_file import DamagedFile, read_fields
 from launcher.ui.roots import Roots
 
 FOLDER = ".page"  # in runs/: a record and the output of each job
@@ -55,7 +55,10 @@ class Job:
         """Whether this process, and not another one with the same ID, is running."""
         if not self.record.is_file():
             return False
-        record = json.loads(self.record.read_text())
+        try:
+            record = read_fields(self.record, pid=int, created=(float, type(None)))
+        except DamagedFile:
+            return False
         try:
             process = psutil.Process(record["pid"])
             return (
@@ -69,7 +72,7 @@ class Job:
         """Send SIGTERM if the process is running."""
         if self.is_running:
             with suppress(ProcessLookupError):
-                os.kill(json.loads(self.record.read_text())["pid"], signal.SIGTERM)
+                os.kill(read_fields(self.record, pid=int)["pid"], signal.SIGTERM)
 
     def log_tail(self) -> str:
         """The end of its log."""

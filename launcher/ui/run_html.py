@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import html
-from typing import Any
 
 from launcher.config import Config
 from launcher.config.schema.cluster import SlurmConfig
 from launcher.folders.run import RunDir
-from launcher.run.status import NO_ATTEMPT, slurm_job_id, time_left, total_steps
+from launcher.run.curves import RunMetrics
+from launcher.run.metrics import format_number
+from launcher.run.status import DAMAGED, NO_ATTEMPT, time_left
 from launcher.tracking import svg
 from launcher.tracking.svg import Curve
 from launcher.ui.i18n import Translations
@@ -18,51 +19,46 @@ CHARTS = (  # title, field of metrics.jsonl
     ("learning rate", "learning_rate"),
     ("tokens / s", "tokens_per_second"),
 )
-ENDED = ("finished", "stopped", "failed", "not started", NO_ATTEMPT)
-Records = list[dict[str, Any]]  # lines of metrics.jsonl
+ENDED = ("finished", "stopped", "failed", "not started", NO_ATTEMPT, DAMAGED)
 
 
-def charts(records: Records) -> str:
+def charts(metrics: RunMetrics) -> str:
     """The charts of one run; empty without records."""
     found = []
-    evaluations = [
-        (record["step"], record["eval_loss"]) for record in records if "eval_loss" in record
-    ]
     for title, name in CHARTS:
-        points = [(line["step"], line[name]) for line in records if name in line]
-        if points:
-            is_loss = name == "loss"
-            curve = Curve(points, evaluations if is_loss else [], smoothed=is_loss)
+        is_loss = name == "loss"
+        curve = Curve(
+            metrics.points(name),
+            metrics.evaluations() if is_loss else [],
+            metrics.smoothed(name) if is_loss else [],
+        )
+        if curve.points:
             found.append(svg.chart(title, [curve]))
     return f'<div class="charts">{"".join(found)}</div>' if found else ""
 
 
-def progress(run: RunDir, config: Config, records: Records) -> tuple[int, int] | None:
+def progress(metrics: RunMetrics, total: int | None) -> tuple[int, int] | None:
     """(steps done, total steps); None while the total is unknown."""
-    total = total_steps(run, config)
-    steps = [record["step"] for record in records[-50:] if "loss" in record]
-    return (steps[-1] if steps else 0, total) if total else None
+    return (metrics.newest.get("step", 0), total) if total else None
 
 
-def facts(run: RunDir, config: Config, records: Records) -> dict[str, str]:
+def facts(
+    run: RunDir, config: Config | None, metrics: RunMetrics, total: int | None, job: str | None
+) -> dict[str, str]:
     """The facts about a run by their English label. Leaves out unknown ones."""
-    steps = [record for record in records[-200:] if "loss" in record]
-    evaluated = [record["eval_loss"] for record in records if "eval_loss" in record]
-    newest = steps[-1] if steps else {}
+    newest, last_eval = metrics.newest, metrics.last_eval_loss
     values = {
-        "model": config.model.name,
-        "method": config.method.name,
-        "strategy": config.strategy.name,
-        "precision": config.precision.name,
+        "model": config.model.name if config else "",
+        "method": config.method.name if config else "",
+        "strategy": config.strategy.name if config else "",
+        "precision": config.precision.name if config else "",
         "attempt": str(run.attempt),
-        "loss": f"{newest['loss']:.4f}" if "loss" in newest else "",
-        "eval_loss": f"{evaluated[-1]:.4f}" if evaluated else "",
-        "learning rate": f"{newest['learning_rate']:.2e}" if newest else "",
-        "tokens / s": f"{newest['tokens_per_second']:,.0f}"
-        if "tokens_per_second" in newest
-        else "",
-        "time left": time_left(steps, total_steps(run, config)),
-        "job": (slurm_job_id(run) or "") if isinstance(config.cluster, SlurmConfig) else "",
+        "loss": format_number(newest, "loss", ".4f"),
+        "eval_loss": "" if last_eval is None else f"{last_eval:.4f}",
+        "learning rate": format_number(newest, "learning_rate", ".2e"),
+        "tokens / s": format_number(newest, "tokens_per_second", ",.0f"),
+        "time left": time_left(metrics.pace, total),
+        "job": (job or "") if config and isinstance(config.cluster, SlurmConfig) else "",
     }
     return {key: value for key, value in values.items() if value}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -13,22 +12,25 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from launcher.cluster import slurm
-from launcher.config import store
+from launcher.config import Config, store
 from launcher.errors import UserError
+from launcher.folders.json_file import DamagedFile
 from launcher.folders.run import RunDir
 from launcher.run import processes, status
-from launcher.run.status import QueuedJob, find_runs, slurm_job_id
+from launcher.run.curves import RunMetrics
+from launcher.run.status import DAMAGED, QueuedJob, find_runs, slurm_job_id
 from launcher.tracking import report
 from launcher.ui import run_html
 from launcher.ui.i18n import Translations
 from launcher.ui.jobs import Jobs, tail
 from launcher.ui.roots import Roots
-from launcher.ui.run_html import Records
 
 QUEUE_SECONDS = 5.0  # minimum time between queries of Slurm's queue
 MAX_LOG_LINES = 300
+KEPT_RUNS = 50  # whose curves and charts are kept
 log = logging.getLogger("shardway.ui")
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -64,35 +66,23 @@ class CachedValue(Generic[T]):
         self._value, self._expires = value, time.monotonic() + self.seconds
 
 
-@dataclass
-class MetricsReader:
-    """Reads only the new lines of metrics.jsonl. A new attempt replaces the file."""
+class LastUsed(Generic[K, T]):
+    """The values that were used last; older ones are forgotten."""
 
-    path: Path
-    records: Records = field(default_factory=list)
-    _inode: int = 0
-    _offset: int = 0
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._values: dict[K, T] = {}
 
-    def read(self) -> Records:
-        """All records so far. Skips lines that are not valid records."""
-        try:
-            with self.path.open("rb") as file:
-                if (inode := self.path.stat().st_ino) != self._inode:
-                    self.records, self._inode, self._offset = [], inode, 0
-                file.seek(self._offset)
-                new = file.read()
-        except OSError:
-            return self.records
-        complete_lines = new[: new.rfind(b"\n") + 1]
-        self._offset += len(complete_lines)
-        for line in complete_lines.splitlines():
-            try:
-                record = json.loads(line)
-                int(record["step"])
-            except (ValueError, TypeError, KeyError):
-                continue
-            self.records.append(record)
-        return self.records
+    def get(self, key: K) -> T | None:
+        """The value, None if there is none or it was forgotten."""
+        return self._values.get(key)
+
+    def put(self, key: K, value: T) -> None:
+        """Keep the value as the one that was used last."""
+        self._values.pop(key, None)
+        self._values[key] = value
+        while len(self._values) > self._limit:
+            del self._values[next(iter(self._values))]
 
 
 @dataclass(frozen=True)
@@ -111,7 +101,7 @@ class RunView:
     name: str
     state: str
     html: str  # state, progress bar and facts
-    records: Records
+    metrics: RunMetrics | None = None  # None: they cannot be read
 
     @property
     def can_stop(self) -> bool:
@@ -125,8 +115,9 @@ class Viewer:
     def __init__(self, roots: Roots, jobs: Jobs) -> None:
         self.roots, self.jobs = roots, jobs
         self._queue = CachedValue(self._query_queue, QUEUE_SECONDS)
-        self._metrics: dict[Path, MetricsReader] = {}
-        self._charts: dict[Path, CachedCharts] = {}
+        self._metrics: LastUsed[Path, RunMetrics] = LastUsed(KEPT_RUNS)
+        self._charts: LastUsed[Path, CachedCharts] = LastUsed(KEPT_RUNS)
+        self._configs: LastUsed[tuple[Path, int, int], Config] = LastUsed(KEPT_RUNS)
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
@@ -155,7 +146,10 @@ class Viewer:
 
         In addition "starting" until there are ranks, and "unknown" while Slurm does not answer.
         """
-        job_id = slurm_job_id(run)
+        try:
+            job_id = slurm_job_id(run)
+        except DamagedFile:
+            job_id = None
         queue = self._queue.get() if job_id else {}
         if job_id and queue and job_id in queue:
             return queue[job_id].state.lower()
@@ -181,39 +175,74 @@ class Viewer:
             job = self.jobs.job(name)
             state = "starting" if job.is_running else "failed"
             values = {} if job.record.is_file() else {"error": str(error)}
-            return RunView(name, state, run_html.run_card(name, state, values, None, translate), [])
+            return RunView(name, state, run_html.run_card(name, state, values, None, translate))
         try:
-            state, records = self.state(run), self.records(run)
-            config = store.load(run.config)
-            values = run_html.facts(run, config, records)
-            progress = run_html.progress(run, config, records)
+            return self._view(name, run, translate)
         except Exception as error:
             log.info("%s cannot be shown", run.path, exc_info=True)
             values = {"error": f"{type(error).__name__}: {error}"}
-            card = run_html.run_card(name, "failed", values, None, translate)
-            return RunView(name, "failed", card, [])
+            return RunView(
+                name, "failed", run_html.run_card(name, "failed", values, None, translate)
+            )
+
+    def _view(self, name: str, run: RunDir, translate: Translations) -> RunView:
+        """Damaged files are named; what the others say is shown."""
+        errors: list[str] = []
+
+        def read(call: Callable[[], T]) -> T | None:
+            try:
+                return call()
+            except UserError as error:
+                errors.append(str(error))
+                return None
+
+        state = read(lambda: self.state(run)) or DAMAGED
+        config = read(lambda: self._config(run))
+        job = read(lambda: slurm_job_id(run))
+        max_steps = config.training.max_steps if config else None
+        total = read(lambda: status.total_steps(run, max_steps))
+        metrics = self.metrics(run)
+        if metrics.bad_lines:
+            errors.append(f"{run.metrics}: {metrics.bad_lines:,} lines are not records")
+        values = run_html.facts(run, config, metrics, total, job)
+        if errors:
+            values["error"] = "; ".join(dict.fromkeys(errors))
+        progress = run_html.progress(metrics, total)
         card = run_html.run_card(name, state, values, progress, translate)
-        return RunView(name, state, card, records)
+        return RunView(name, state, card, metrics)
 
     def charts(self, view: RunView) -> str:
         """The charts of a run, as HTML. All windows share them.
 
         After a drawing that took t seconds, a live run's charts are not drawn again for 20·t.
         """
-        path, count = self.roots.runs / view.name, len(view.records)
+        if view.metrics is None:
+            return ""
+        path, count = self.roots.runs / view.name, view.metrics.count
         cached = self._charts.get(path)
         is_fresh = cached and time.monotonic() < cached.expires and view.can_stop
         if cached is None or (cached.record_count != count and not is_fresh):
             start = time.monotonic()
-            charts = run_html.charts(view.records)
+            charts = run_html.charts(view.metrics)
             end = time.monotonic()
-            cached = self._charts[path] = CachedCharts(count, charts, end + 20 * (end - start))
+            cached = CachedCharts(count, charts, end + 20 * (end - start))
+            self._charts.put(path, cached)
         return cached.html
 
-    def records(self, run: RunDir) -> Records:
-        """The records of metrics.jsonl."""
+    def metrics(self, run: RunDir) -> RunMetrics:
+        """What metrics.jsonl says."""
         with self._lock:
-            return self._metrics.setdefault(run.path, MetricsReader(run.metrics)).read()
+            metrics = self._metrics.get(run.path) or RunMetrics(run.metrics)
+            self._metrics.put(run.path, metrics)
+            return metrics.update()
+
+    def _config(self, run: RunDir) -> Config:
+        file = run.config.stat()
+        key = (run.path, file.st_mtime_ns, file.st_size)
+        with self._lock:
+            config = self._configs.get(key) or store.load(run.config)
+            self._configs.put(key, config)
+            return config
 
     def logs(self, name: str) -> dict[str, Path]:
         """The log files of a run by label: its console, and the log of every rank."""
@@ -242,7 +271,7 @@ class Viewer:
         """The jobs of all runs in Slurm's queue; None if Slurm does not answer."""
         job_ids = []
         for run in self._runs().values():
-            with suppress(ValueError, KeyError, TypeError, OSError):  # an invalid slurm.json
+            with suppress(DamagedFile):
                 job_ids += [job_id] if (job_id := slurm_job_id(run)) else []
         try:
             return slurm.query_queue(job_ids)

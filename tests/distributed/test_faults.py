@@ -138,6 +138,48 @@ DAMAGES = [
 ]
 
 
+def lose_the_configuration(rank_info: RankInfo, case: Case, folder: Path) -> list[float]:
+    """As train_and_save; config.yaml of the run is lost after it has started."""
+    train_state, loader = parts.set_up(rank_info, case)
+    saver = checkpoints.saver(train_state, case.config(), folder, keep_last=2)
+    (folder / "config.yaml").unlink()
+    return [one_step(train_state, saver, loader, step) for step in SAVES]
+
+
+def test_what_does_not_belong_there_does_not_end_a_live_run(
+    ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    stray = ("step-000001.bak", "step-abc", "step-000009 (copy)", "step-5", ".step-x.partial")
+    for name in stray:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints/step-000002").write_text("a file")
+    (tmp_path / "checkpoints/step-000003").symlink_to(tmp_path / "nothing")
+    (tmp_path / "checkpoints/.step-000003.partial").mkdir()
+    case = six_steps(tiny, rows_file, "lora", "single")
+    ranks.run(1, lose_the_configuration, case, tmp_path)
+    found = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    moved = {"step-000002", "step-000003", ".step-000003.partial"}
+    assert found == {*stray, "step-000002", "step-000003", *(f"broken-1-{name}" for name in moved)}
+    for step in (2, 3):
+        saved = Checkpoint(tmp_path / f"checkpoints/step-{step:06d}")
+        assert manifest.check(saved.manifest)["step"] == step
+        assert saved.config.read_text().startswith("model:")
+
+
+@pytest.mark.parametrize("change", [{"content": None}, {"step": "3"}, {"base": []}])
+def test_a_manifest_of_wrong_types_is_named_and_the_previous_one_is_resumed(
+    ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    case = six_steps(tiny, rows_file, "lora", "single")
+    whole = ranks.run(1, train_and_save, case, tmp_path)[0]
+    file = tmp_path / "checkpoints/step-000003/manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    done, losses, said = ranks.run(1, go_on, case, tmp_path)[0]
+    assert (done, losses) == (2, whole[2:])
+    assert said[0].startswith("step-000003 is broken and skipped: ")
+    assert next(iter(change)) in said[0]
+
+
 @pytest.mark.parametrize(("method", "name", "damage"), DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_resumed(
     ranks: Any,
@@ -193,7 +235,8 @@ def test_a_broken_checkpoint_that_resume_names_is_refused_and_keeps_its_name(
     broken = Checkpoint(tmp_path / "other/checkpoints/step-000002")
     broken.path.mkdir(parents=True)
     (broken.path / "trainer.json").write_text("{}")
-    manifest.write(broken.manifest, {"step": 2})
+    broken.config.write_text("model: {}\n")
+    manifest.write(broken.manifest, {"step": 2, "content": "all", "base": {}})
     reason = truncate(broken.path / "trainer.json")
     (tmp_path / "new/checkpoints").mkdir(parents=True)
     named = tmp_path / "other" if names_the_run else broken.path

@@ -250,3 +250,46 @@ def test_a_killed_agent_leaves_no_orphan_processes(tiny: Path, tmp_path: Path) -
     assert process.returncode == 128 + signal.SIGKILL
     _, left = psutil.wait_procs(everyone, timeout=60)
     assert left == []
+
+
+STRAY = ("step-000009.bak", "step-abc", "step-000009 (copy)", "step-5", ".DS_Store")
+
+
+def test_strays_and_damaged_files_do_not_stop_a_resume(
+    finished: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest checkpoint has a damaged configuration, the files of the last attempt and the
+    token cache are damaged, and the run's folders contain what does not belong there."""
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    shutil.copytree(finished, run)
+    shutil.copytree(Path(os.environ["SHARDWAY_CACHE"]) / "tokens", cache / "tokens")
+    monkeypatch.setenv("SHARDWAY_CACHE", str(cache))
+    for file in (cache / "tokens").glob("*.arrow"):
+        file.write_bytes(b"\1" * file.stat().st_size)
+    for name in STRAY:
+        (run / "checkpoints" / name).mkdir()
+    (run / "checkpoints/.step-000004.partial").write_text("a file")
+    (run / "logs/attempt-x").mkdir()
+    (run / "logs/attempt-1.bak").mkdir()
+    (run / "checkpoints/step-000004/config.yaml").write_text("model: [")
+    for name in ("logs/attempt-1/status.json", "logs/attempt-1/steps.json", "trackers.json"):
+        (run / name).write_text("{")
+    (run / "launch.json").write_text("")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join([lines[0], "nonsense\n", *lines[1:]]))
+    same = (*AS_FINISHED, f"model.name_or_path={tiny}", "run_dir=run", "resume=auto")
+    done = shardway(*same, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step-000004 is broken and skipped" in done.stdout
+    assert "resumed from step-000003" in done.stdout
+    assert ".arrow has changed since it was written; made anew" in done.stdout
+    assert "metrics.jsonl: 1 lines are not records; moved to " in done.stdout
+    assert "nonsense\n" in (run / "logs/attempt-2/lost-metrics.jsonl").read_text()
+    assert losses(run) == losses(finished)
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names >= {*STRAY, "broken-1-step-000004", "broken-1-.step-000004.partial"}
+    (run / "checkpoints/step-000004/manifest.json").write_text('{"files": {}}')
+    for words in (("consolidate", "run", "--output", "out", "--dry-run"), ("runs", ".")):
+        done = shardway(*words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert ("step-000004 is damaged and not used" in done.stdout) == (words[0] != "runs")

@@ -175,7 +175,7 @@ def test_the_tokenizer_of_an_older_checkpoint_gets_the_form_of_the_base(tmp_path
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template, tokenizer.eos_token = CHATML, "<|im_end|>"
     tokenizer.save_pretrained(step)
-    said = {"step": 2, "base": read(step / MANIFEST)["base"]}
+    said = {"step": 2, "content": "all", "base": read(step / MANIFEST)["base"]}
     (step / MANIFEST).unlink()
     manifest.write(step / MANIFEST, said)
     consolidate(step, "--output", tmp_path / "old", "--modelfile")

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import UserError
-from launcher.folders.json_file import dump_like, read_object, read_object_or_empty
+from launcher.folders.json_file import (
+    DamagedFile,
+    dump_like,
+    read_fields,
+    read_object,
+    read_object_or_empty,
+)
 
 
 def test_an_object_is_read(tmp_path: Path) -> None:
@@ -64,3 +70,23 @@ def test_a_changed_object_keeps_its_form(text: str) -> None:
 
 def test_a_new_file_is_indented_and_ends_in_a_newline() -> None:
     assert dump_like({"a": "ü"}, "") == '{\n  "a": "ü"\n}\n'
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "3", "null", "{}", '{"job": null}', '{"job": true}', '{"job": NaN}', "[" * 9999,
+     '{"job": []}', "\0"],
+)  # fmt: skip
+def test_a_file_without_the_expected_fields_is_damaged_and_named(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "slurm.json"
+    file.write_text(text)
+    said = r"slurm\.json (is damaged|cannot be read|contains)"
+    with pytest.raises(DamagedFile, match=said) as caught:
+        read_fields(file, job=(str, int, float))
+    assert caught.value.path == file
+
+
+def test_fields_of_the_expected_types_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"job": "7", "end": null, "more": [1]}')
+    found = read_fields(tmp_path / "a.json", job=(str, int), end=(float, type(None)))
+    assert found == {"job": "7", "end": None, "more": [1]}

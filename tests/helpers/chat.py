@@ -35,7 +35,13 @@ def write_checkpoint(folder: Path, adapter: Path | None, base: Path, **said: Any
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(base / name, folder / name)
     (folder / "trainer.json").write_text("{}")
-    told = {"step": 2, "base": {"name_or_path": str(base), "revision": None}, **said}
+    (folder / "config.yaml").write_text("model: {}\n")
+    told = {
+        "step": 2,
+        "content": "all",
+        "base": {"name_or_path": str(base), "revision": None},
+        **said,
+    }
     manifest.write(folder / MANIFEST, told)
     return folder
 

@@ -103,8 +103,10 @@ def make_checkpoint(base: Path, folder: Path, template: str | None) -> Path:
         for name, content in trained_files(base, tokenizer).items():
             (folder / name).write_bytes(content)
     (folder / "trainer.json").write_text("{}")
+    (folder / "config.yaml").write_text("model: {}\n")
     said: dict[str, Any] = {
         "step": 2,
+        "content": "all",
         "base": {"name_or_path": str(base), "revision": None},
         "end_tokens": end_tokens(tokenizer),
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 from launcher.errors import UserError
-from launcher.folders.extended_model import describe_extension, extended_folder, read_record
+from launcher.folders.extended_model import (
+    RECORD,
+    describe_extension,
+    extended_folder,
+    read_record,
+)
 from launcher.folders.vocabulary import embedding_rows
 from launcher.io.new_tokens import base_model_folder, extend
 from launcher.io.readers.model_folder import read_model
@@ -185,3 +192,37 @@ def test_nested_configs_get_the_new_size(base: Path) -> None:
     content = json.loads((folder / "config.json").read_text())
     assert content["text_config"]["vocab_size"] == embedding_rows(folder) == 320
     assert "vocab_size" not in content
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.safetensors", flip),
+        ("tokenizer.json", lambda file: file.write_text("")),
+        ("config.json", Path.unlink),
+        (RECORD, lambda file: file.write_text("[]")),
+        (RECORD, lambda file: file.write_text('{"files": {"config.json": 3}}')),
+    ],
+)
+def test_a_damaged_folder_is_named_and_made_anew(
+    base: Path, name: str, damage: Callable[[Path], object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = extend(base, TOKENS)
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert extend(base, TOKENS) == folder
+    assert capsys.readouterr().err == ""
+    damage(folder / name)
+    os.utime(folder, (1e9, 1e9))
+    if (folder / RECORD).is_file():
+        os.utime(folder / RECORD, (1e9, 1e9))  # of an earlier start
+    assert extend(base, TOKENS) == folder
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+    said = capsys.readouterr().err
+    assert name in said
+    assert "made anew" in said

@@ -45,3 +45,14 @@ def test_the_stop_reason_is_the_time_limit(tmp_path: Path, clock: list[float]) -
     assert stop.requested()
     assert stop.reason() == "time limit"
     assert Deadline.from_job_file(tmp_path / "none.json") is None
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"end": "soon"}', '{"end": NaN}', "[1]"])
+def test_without_a_readable_file_the_signal_of_slurm_stops_the_run(
+    tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "job.json").write_text(content)
+    limit = Deadline.from_job_file(tmp_path / "job.json")
+    assert limit is not None, "Slurm signals more than once: later signals do not end the process"
+    assert not limit.is_near()
+    assert "job.json" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import yaml
 from launcher.config import store
 from launcher.config.compose import compose
 from launcher.config.overrides import apply_changes
+from launcher.folders import manifest
 from launcher.folders.checkpoint import Checkpoint
 from launcher.run import resume
 from launcher.run.resume import compare_configs
@@ -23,7 +23,7 @@ def checkpoint(folder: Path, *overrides: str) -> Checkpoint:
     path = folder / "checkpoints/step-000004"
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(store.dump(compose([*overrides])))
-    (path / "manifest.json").write_text(json.dumps({"content": "all", "files": {}}))
+    manifest.write(path / "manifest.json", {"step": 4, "content": "all", "base": {}})
     return Checkpoint(path)
 
 

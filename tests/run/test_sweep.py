@@ -19,7 +19,7 @@ def test_differences_are_named_by_their_overrides() -> None:
         composed("method=lora", "method.rank=8", "optimizer.learning_rate=1e-4"),
         composed("method=lora", "method.rank=16", "optimizer.learning_rate=3e-4"),
     ]
-    assert sweep.differing_settings(configs) == [
+    assert sweep.differing_settings([*map(dataclasses.asdict, configs)]) == [
         {"method.rank": "8", "optimizer.learning_rate": "0.0001"},
         {"method.rank": "16", "optimizer.learning_rate": "0.0003"},
     ]
@@ -27,7 +27,8 @@ def test_differences_are_named_by_their_overrides() -> None:
 
 def test_another_file_of_a_group_replaces_its_settings_in_the_name() -> None:
     configs = [composed("strategy=fsdp"), composed("strategy=zero3")]
-    assert [each["strategy"] for each in sweep.differing_settings(configs)] == ["fsdp", "zero3"]
+    found = sweep.differing_settings([*map(dataclasses.asdict, configs)])
+    assert [each["strategy"] for each in found] == ["fsdp", "zero3"]
 
 
 def test_a_sweep_has_one_folder_and_one_cluster(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def tracked_run(folder: Path, config: Any = None) -> RunDir:
 def told(run: RunDir, name: str, done: int, records: list[dict[str, Any]]) -> None:
     """One attempt on rank 0: `records` after step `done`."""
     tracker = Tracker(name, "house", run, io.StringIO())
-    lines = MetricsFile(run.metrics, run.logs / "lost-metrics.jsonl", run.steps)
+    lines = MetricsFile(run.metrics, run.logs / "lost-metrics.jsonl", run.steps, io.StringIO())
     for observer in (lines, tracker):
         observer.start(done, 9)
         observer.log(records)
@@ -104,3 +104,19 @@ def test_a_failing_tracker_warns_once_and_training_continues(
     assert log.count("tensorboard failed") == 1
     assert "ConnectionError: no route to host" in log
     assert console.getvalue() == log
+
+
+@pytest.mark.parametrize("content", ["", "[]", "\0"])
+def test_damaged_ids_are_named_and_a_new_run_is_started(tmp_path: Path, content: str) -> None:
+    run = tracked_run(tmp_path / "run")
+    run.trackers.write_text(content)
+    run.metrics.write_text('nonsense\n{"step": 1, "loss": 2.0}\n')
+    console = io.StringIO()
+    tracker = Tracker("tensorboard", "house", run, console)
+    tracker.start(1, 9)
+    tracker.log([record(2)])
+    tracker.finish()
+    assert tracker._alive
+    assert "trackers.json" in console.getvalue()
+    assert "the trackers start new runs" in console.getvalue()
+    assert scalars(run)["loss"] == [(2, 2.5)]

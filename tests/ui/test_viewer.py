@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import psutil
@@ -20,7 +22,7 @@ from launcher.ui import override_syntax, run_html
 from launcher.ui.i18n import ENGLISH
 from launcher.ui.jobs import Jobs, tail
 from launcher.ui.roots import Roots
-from launcher.ui.viewer import MetricsReader, Viewer
+from launcher.ui.viewer import Viewer
 
 
 @pytest.fixture
@@ -59,10 +61,11 @@ def test_a_finished_run_is_shown(view: Viewer) -> None:
     write(run, 1, 2, 3, 4)
     run.status.write_text(json.dumps({"state": "finished"}))
     shown = view.view("a", ENGLISH)
-    assert (shown.state, len(shown.records)) == ("finished", 4)
+    assert shown.metrics is not None
+    assert (shown.state, shown.metrics.count) == ("finished", 4)
     assert "step 4 / 4" in shown.html
     assert "time left" not in shown.html
-    assert run_html.charts(shown.records).count("<svg") == 3
+    assert run_html.charts(shown.metrics).count("<svg") == 3
 
 
 def test_the_total_steps_of_epochs_are_shown_once_the_ranks_report_them(view: Viewer) -> None:
@@ -84,23 +87,6 @@ def test_names_are_escaped(view: Viewer) -> None:
     page = view.view("a", ENGLISH).html
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
-
-
-def test_only_new_lines_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    metrics = MetricsReader(path)
-    assert metrics.read() == []
-    path.write_text('{"step": 1}\n{"step": 2}\nnonsense\n{"ste')
-    assert [record["step"] for record in metrics.read()] == [1, 2]
-    first = metrics.records[0]
-    with path.open("a") as file:
-        file.write('p": 3}\n')
-    assert [record["step"] for record in metrics.read()] == [1, 2, 3]
-    assert metrics.records[0] is first
-    other = tmp_path / "other"  # written by a new attempt
-    other.write_text('{"step": 1}\n')
-    os.replace(other, path)
-    assert [record["step"] for record in metrics.read()] == [1]
 
 
 def test_logs_are_shown_by_rank(view: Viewer) -> None:
@@ -131,9 +117,10 @@ def test_a_long_log_is_cut_at_a_line(tmp_path: Path) -> None:
     ("file", "content"),
     [
         ("config.yaml", "{}"),
-        ("metrics.jsonl", '{"step": 1, "loss": null, "learning_rate": 0.1}\n'),
-        ("metrics.jsonl", '{"step": 1, "loss": 1.0}\n'),
+        ("metrics.jsonl", '{"step": 1, "loss": null, "learning_rate": 0.1}\nnonsense\n'),
+        ("metrics.jsonl", '{"step": "1", "loss": 1.0}\n'),
         ("logs/attempt-1/status.json", ""),
+        ("logs/attempt-1/status.json", '{"state": ""}'),
         ("logs/attempt-1/steps.json", "{}"),
         ("slurm.json", "{}"),
     ],
@@ -144,8 +131,38 @@ def test_an_invalid_run_folder_does_not_hide_the_others(
     write(make("good"), 1)
     (make("odd").path / file).write_text(content)
     assert set(view.names()) == {"good", "odd"}
-    assert view.view("good", ENGLISH).records
+    assert view.view("good", ENGLISH).metrics is not None
+    assert "error" not in view.view("good", ENGLISH).html
     assert "error" in view.view("odd", ENGLISH).html
+
+
+def test_what_a_damaged_run_still_says_is_shown(view: Viewer) -> None:
+    run = make("odd", "training.epochs=null", "training.max_steps=4")
+    write(run, 1, 2)
+    run.config.write_text("model: [")
+    run.status.write_text("{")
+    run.steps.write_text(json.dumps({"total_steps": 4}))
+    shown = view.view("odd", ENGLISH)
+    assert (shown.state, shown.can_stop) == ("damaged", False)
+    assert "step 2 / 4" in shown.html
+    assert "4.5000" in shown.html
+    assert "config.yaml is not a frozen configuration" in shown.html
+    assert "status.json cannot be read" in shown.html
+
+
+def test_of_many_long_runs_only_samples_are_kept(view: Viewer) -> None:
+    """All have the lines of one, so that the test needs no gigabytes."""
+    first = make("r0")
+    write(first, *range(1, 15_001))
+    for number in range(1, 4):
+        shutil.copytree(first.path, first.path.with_name(f"r{number}"), copy_function=os.link)
+    view.charts(view.view("r0", ENGLISH))  # imports
+    tracemalloc.start()
+    shown = [view.view(name, ENGLISH).metrics for name in view.names()]
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert all(metrics is not None and metrics.count == 15_000 for metrics in shown)
+    assert kept < 4 * 1_000_000, "so twenty runs keep less than 20 MB"
 
 
 def test_unusual_run_names_and_log_backups_are_accepted(view: Viewer) -> None:
@@ -214,6 +231,15 @@ def test_a_process_outlives_the_server_and_is_found_again(roots: Roots) -> None:
         job.stop()
     psutil.Process(pid).wait(30)
     assert not again.is_running
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"pid": "1", "created": 1.0}'])
+def test_a_job_with_a_damaged_record_is_not_running(roots: Roots, content: str) -> None:
+    job = Jobs(roots).job("a")
+    job.folder.mkdir(parents=True)
+    job.record.write_text(content)
+    assert not job.is_running
+    job.stop()
 
 
 def test_another_process_with_the_same_pid_is_not_running_as_this_job(roots: Roots) -> None:
