@@ -13,7 +13,6 @@ import os
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from io import TextIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,7 +44,7 @@ class Run:
 
     folder: RunDir
     config: Config
-    console: TextIOBase  # silent except on rank 0
+    console: rank_log.Console  # silent except on rank 0
     stop: StopRequest
 
     def log(self, line: str) -> None:
@@ -96,7 +95,7 @@ def train_under_torchrun(config: Config, argv: list[str]) -> None:
             create=create_folder if os.environ["LOCAL_RANK"] == "0" else None,
         )
     if rank == 0:
-        print(f"run folder: {folder.path}", flush=True)
+        rank_log.say(folder, f"run folder: {folder.path}")
     _train_with_log(folder, key_value_store)
 
 
@@ -259,11 +258,13 @@ def _write_status(run: Run, outcome: Outcome) -> None:
     manifest.write_json(run.folder.status, status)
     run.folder.stop.unlink(missing_ok=True)
     if reason is not None:
-        without_limit = f" {reason.partition('=')[0]}=null" if planned else ""
-        run.log(
-            f"stopped after step {outcome.step} ({reason}); resume: shardway train --config-path "
-            f"{run.folder.path} --config-name config resume=auto{without_limit}"
-        )
+        command = f"shardway resume {run.folder.path}"  # without training.stop_after_steps
+        if reason.startswith("training.early_stopping"):
+            command = (
+                f"shardway train --config-path {run.folder.path} --config-name config resume=auto "
+                f"{reason.partition('=')[0]}=null"
+            )
+        run.log(f"stopped after step {outcome.step} ({reason}); resume: {command}")
 
 
 def _plan(config: Config, steps_per_epoch: int) -> Plan:

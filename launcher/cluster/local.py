@@ -14,6 +14,7 @@ import psutil
 
 from launcher.cluster import command
 from launcher.folders.run import RunDir
+from launcher.run.rank_log import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -40,7 +41,7 @@ def launch(run: RunDir, nproc_per_node: int, gpus: int) -> int:
         received.append(number)
         if len(received) == 1:
             run.stop.write_text(signal.Signals(number).name)
-            print("\nstopping with a checkpoint at the next step; signal again to end at once")
+            say(run, "\nstopping with a checkpoint at the next step; signal again to end at once")
         elif agent is not None:
             _kill_all(agent)
 
@@ -67,10 +68,11 @@ def launch(run: RunDir, nproc_per_node: int, gpus: int) -> int:
         return int(json.loads(run.status.read_text())["exit_code"])
     run.stop.unlink(missing_ok=True)
     if len(received) > 1:
-        print(f"\nended by {signal.Signals(received[1]).name}; all ranks have ended: {run.path}")
+        name = signal.Signals(received[1]).name
+        say(run, f"\nended by {name}; all ranks have ended: {run.path}")
         return 128 + received[1]
     failure = first_failure(run)
-    print(describe_failure(run, failure))
+    say(run, describe_failure(run, failure))
     return failure.exit_code if failure else status or 1
 
 
