@@ -82,6 +82,11 @@ def find_source(
     if is_run(path):
         path = newest_checkpoint(RunDir(path).checkpoints).path
     kind = next(iter(kinds_of(path)), None)
+    if kind is Kind.CHECKPOINT and tag is not None:
+        raise UserError(
+            f"--tag {tag} needs a DeepSpeed checkpoint as SOURCE, and {path} is one of Shardway → "
+            "leave --tag out; SOURCE may be one checkpoint of a run: RUN/checkpoints/step-…"
+        )
     if kind is Kind.CHECKPOINT:
         source = _checkpoint_source(path, base, adapter_only)
     elif tag is not None or kind in SHARDED:
