@@ -87,7 +87,7 @@ def test_names_are_escaped(view: Viewer) -> None:
 
 def test_only_new_lines_are_read(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    metrics = MetricsReader(path)
+    metrics = MetricsReader(Roots.of([tmp_path]), path)
     assert metrics.read() == []
     path.write_text('{"step": 1}\n{"step": 2}\nnonsense\n{"ste')
     assert [record["step"] for record in metrics.read()] == [1, 2]
@@ -120,7 +120,7 @@ def test_only_the_last_state_of_a_progress_bar_is_shown(view: Viewer) -> None:
 def test_a_long_log_is_cut_at_a_line(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_text("".join(f"line {number}\n" for number in range(100_000)))
-    text = tail(path)
+    text = tail(Roots.of([tmp_path]), path)
     assert text.startswith("line ")
     assert text.endswith("line 99999\n")
     assert len(text) <= 1 << 16
