@@ -7,6 +7,7 @@ import os
 import sys
 
 from launcher.errors import REFUSED, UserError
+from launcher.folders import versions
 
 COMMANDS = {
     "train": ("launcher.train", "compose, check and launch a run (Hydra overrides)"),
@@ -36,6 +37,7 @@ COMMANDS = {
 USAGE = """shardway: launch sharded fine-tuning and export a folder that a server can load.
 
     shardway COMMAND [ARGUMENTS]     shardway COMMAND --help explains a command
+    shardway --version
 
 {commands}
 
@@ -53,6 +55,9 @@ def main() -> None:
     if command in ("-h", "--help", "help"):
         table = "\n".join(f"    {name:<12} {help}" for name, (_, help) in COMMANDS.items())
         print(USAGE.format(commands=table))
+        return
+    if command == "--version":
+        print(f"shardway {versions.installed_versions()['shardway']}")
         return
     if command not in COMMANDS:
         choices = ", ".join(COMMANDS)

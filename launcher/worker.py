@@ -13,7 +13,6 @@ import os
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from io import TextIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +43,7 @@ class Run:
 
     folder: RunDir
     config: Config
-    console: TextIOBase  # silent except on rank 0
+    console: rank_log.Console  # silent except on rank 0
     stop: StopRequest
 
     def log(self, line: str) -> None:
@@ -91,7 +90,7 @@ def train_under_torchrun(config: Config, argv: list[str]) -> None:
             create=create_folder if os.environ["LOCAL_RANK"] == "0" else None,
         )
     if rank == 0:
-        print(f"run folder: {folder.path}", flush=True)
+        rank_log.say(folder, f"run folder: {folder.path}")
     _train_with_log(folder, key_value_store)
     if rank == 0 or not shared:
         folder.starter.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from launcher.chat.options import Conversation, Options, check_conversation
 from launcher.chat.target import ChatTarget
 from launcher.errors import UserError
 from launcher.io.answer_end import end_tokens
+from launcher.io.limits import render_within_limits
 
 GREEDY = Options()
 PARAMETER_SUFFIX = r"\.(lora_|token_adapter\.|base_layer\.|weight$|bias$).*"  # after a module name
@@ -95,8 +96,10 @@ class ChatModel:
         """input_ids and attention_mask, [1, tokens] int64, on the model's device."""
         check_conversation(conversation)
         try:
-            prompt = self.tokenizer.apply_chat_template(
-                conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            prompt = render_within_limits(
+                lambda: self.tokenizer.apply_chat_template(
+                    conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                )
             )
         except Exception as error:  # a template is a program and can raise any error
             raise UserError(

@@ -10,6 +10,7 @@ import sys
 
 from launcher.errors import UserError
 from launcher.folders.run import RunDir
+from launcher.run.rank_log import say
 
 BUILD_ASYNC_IO = "from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load()"
 
@@ -19,7 +20,7 @@ def build_async_io(run: RunDir) -> None:
 
     Raises UserError with the path of the log if it cannot be built.
     """
-    print("building DeepSpeed's async I/O op, once on this machine", flush=True)
+    say(run, "building DeepSpeed's async I/O op, once on this machine")
     log = run.logs / "compiler.log"
     with log.open("wb") as output:
         result = subprocess.run(

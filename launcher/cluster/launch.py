@@ -16,6 +16,7 @@ from launcher.config.schema.strategy import ZeroConfig
 from launcher.errors import STOPPED
 from launcher.folders import versions
 from launcher.run import create, resume, sweep
+from launcher.run.rank_log import say
 
 # Exit statuses of a run that a person has stopped.
 STOPPED_BY_USER = (STOPPED, *(128 + number for number in local.SIGNALS))
@@ -55,11 +56,11 @@ def launch(config: Config, world: World) -> int:
     if isinstance(config.cluster, SlurmConfig):
         return slurm.launch(config, config.cluster)
     run, frozen = create.start_attempt(config, sys.argv, world.size)
-    print(f"run folder: {run.path}", flush=True)
+    say(run, f"run folder: {run.path}")
     if checkpoint:
         changed = resume.compare_configs(checkpoint.config, frozen)
         lines = [*changed.allowed, *changed.breaking]
-        print(f"resumes from {checkpoint.path.name}", *lines, sep="\n  ")
+        say(run, "\n  ".join([f"resumes from {checkpoint.path.name}", *lines]))
     if config.strategy.on_disk:
         build_ops.build_async_io(run)
     return local.launch(run, world.nproc_per_node, world.gpus)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -12,10 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 from launcher.cluster import command
+from launcher.folders.json_file import FieldType, read_fields
 from launcher.folders.run import RunDir
 from launcher.run import stop
+from launcher.run.rank_log import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -54,17 +56,18 @@ def launch(run: RunDir, nproc_per_node: int, gpus: int) -> int:
     run.stop.unlink(missing_ok=True)
     run.starter.unlink(missing_ok=True)
     if status == 0 and run.status.is_file():
-        return int(json.loads(run.status.read_text())["exit_code"])
+        return int(read_fields(run.status, exit_code=int)["exit_code"])
     # Its own second signal ends the agent with 128 + N.
     ended_by = signals.ended_by or (status - 128 if status > 128 else None)
     if ended_by:
-        print(f"\nended by {signal.Signals(ended_by).name}; all ranks have ended: {run.path}")
+        say(run, f"\nended by {signal.Signals(ended_by).name}; all ranks have ended: {run.path}")
         return 128 + ended_by
     failure = first_failure(run)
     if failure is None and status < 0:
-        print(f"torchrun was ended by signal {signal.Signals(-status).name}, its ranks with it")
+        name = signal.Signals(-status).name
+        say(run, f"torchrun was ended by signal {name}, its ranks with it")
         return 128 - status
-    print(describe_failure(run, failure))
+    say(run, describe_failure(run, failure))
     return failure.exit_code if failure else status or 1
 
 
@@ -84,7 +87,10 @@ class _Signals:
         if self.first is None:
             self.first, self.first_time = received, now
             self.run.stop.write_text(received.name)
-            print("\nstopping with a checkpoint at the next step; signal again to end at once")
+            say(
+                self.run,
+                "\nstopping with a checkpoint at the next step; signal again to end at once",
+            )
             return
         # Only a person sends SIGINT twice; a supervisor may send several signals for one request.
         is_ctrl_c = received == self.first == signal.SIGINT
@@ -112,7 +118,7 @@ def _receive_signals(run: RunDir) -> Iterator[_Signals]:
 
 def first_failure(run: RunDir) -> Failure | None:
     """The rank that failed first, from the ranks' own reports or from the agent's summary."""
-    reports = [json.loads(path.read_text()) for path in run.logs.glob("rank-*.error.json")]
+    reports = _reports(run)
     killed = _killed_rank(run)
     if reports:
         first = min(reports, key=lambda report: report["time"])
@@ -122,10 +128,18 @@ def first_failure(run: RunDir) -> Failure | None:
     return killed
 
 
+def _reports(run: RunDir) -> list[dict[str, Any]]:
+    """The ranks' own reports. Raises DamagedFile for one that cannot be read."""
+    types: dict[str, FieldType] = {
+        "rank": int, "time": float, "message": str, "exit_code": int, "lost_peer": bool,
+    }  # fmt: skip
+    return [read_fields(path, **types) for path in run.logs.glob("rank-*.error.json")]
+
+
 def lost_a_node(run: RunDir, world_size: int) -> bool:
     """Whether a machine was lost: some ranks left no report, and all others failed only because
     they had lost a rank."""
-    reports = [json.loads(path.read_text()) for path in run.logs.glob("rank-*.error.json")]
+    reports = _reports(run)
     only_lost_peers = all(report["lost_peer"] for report in reports)
     return 0 < len(reports) < world_size and only_lost_peers and _killed_rank(run) is None
 

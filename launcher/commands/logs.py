@@ -10,6 +10,7 @@ from pathlib import Path
 from launcher.cluster.liveness import is_alive
 from launcher.commands.arguments import command_parser, number
 from launcher.errors import UserError
+from launcher.folders.json_file import read_object
 from launcher.folders.run import RunDir
 from launcher.run.status import find_run
 
@@ -17,7 +18,7 @@ POLL_SECONDS = 5.0  # between two checks whether the run is alive
 
 
 def main() -> None:
-    parser = command_parser("logs", "Print the console of a run's newest job, or a rank's log.")
+    parser = command_parser("logs", "Print the console of a run, or the log of a rank.")
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("--rank", type=number(int, 0), help="print the log of this rank")
     parser.add_argument(
@@ -28,8 +29,10 @@ def main() -> None:
     run = find_run(arguments.run)
     if arguments.attempt:
         run = RunDir(run.path, arguments.attempt)
-    wants_console = arguments.rank is None and not arguments.attempt
-    file = _console(run) if wants_console else _rank_log(run, arguments.rank or 0)
+    if arguments.rank is None:
+        file = _console(run, newest=not arguments.attempt)
+    else:
+        file = _rank_log(run, arguments.rank)
     texts = _follow(file, run) if arguments.follow else [file.read_text(errors="replace")]
     for text in texts:
         print(text, end="", flush=True)
@@ -42,14 +45,22 @@ def _rank_log(run: RunDir, rank: int) -> Path:
     return file
 
 
-def _console(run: RunDir) -> Path:
-    """The output of the newest job; without a job, the log of rank 0."""
-    consoles = sorted(run.logs.parent.glob("slurm-*.out"), key=lambda file: file.stat().st_mtime)
-    if consoles:
-        return consoles[-1]
+def _console(run: RunDir, newest: bool) -> Path:
+    """What the attempt printed, on this machine or as a job; the log of rank 0 for a run of a
+    version that kept no console. `newest`: also what a job printed that has not begun an attempt.
+    """
+    job = "*" if newest else _job_of(run)
+    consoles = [run.console, *run.logs.parent.glob(f"slurm-{job}.out")]
+    if found := [file for file in consoles if file.is_file()]:
+        return max(found, key=lambda file: file.stat().st_mtime)
     if not run.rank_log(0).is_file():
         raise UserError(f"{run.path} has printed nothing yet")
     return run.rank_log(0)
+
+
+def _job_of(run: RunDir) -> str:
+    """The job of this attempt, as in the name of its console; empty if it is none."""
+    return str(read_object(run.job).get("job", "")) if run.job.is_file() else ""
 
 
 def _ranks_with_logs(run: RunDir) -> str:

@@ -233,4 +233,6 @@ def _changed_options(row_tokenizer: RowTokenizer) -> Iterator[str]:
 def _file_key(key: str, row_tokenizer: RowTokenizer) -> str:
     """The name of the cached file of rows with this cache key."""
     parts = [key, TOKENIZATION, row_tokenizer.too_long, str(row_tokenizer.embeddings or "")]
+    if row_tokenizer.config.row_seconds != DataConfig().row_seconds:  # it decides about bad rows
+        parts.append(str(row_tokenizer.config.row_seconds))
     return xxhash.xxh3_128_hexdigest(" ".join(parts).encode())

@@ -10,8 +10,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +24,14 @@ from launcher.data import source
 from launcher.data.files.file_rows import RawRow
 from launcher.data.raw_text import tokenize_texts
 from launcher.data.rows.row_formats import Conversation
+from launcher.data.source import ParsedRow
 from launcher.data.template.chat_template import ChatTemplate
 from launcher.data.template.loss_mask import Tokens, fit, tokenize_segments
 from launcher.data.template.segments import Segment, render_segments
 from launcher.errors import UserError
+from launcher.io import limits
+from launcher.io.limits import LimitExceeded
+from launcher.io.template_sizes import size_of
 
 CHUNK_ROWS = 512  # tokenized in one call and written as one record batch
 CHUNK_CHARACTERS = 1 << 20  # of raw text
@@ -35,6 +40,10 @@ SINGLE_PROCESS_ROWS = 20_000
 MAX_WORKERS = 32
 # A note that does not change the rows: they are tokenized as in every version.
 SPECIAL_TOKENS = "texts contain special tokens, which are tokenized as such and not as text"
+# A template that never ends does not cost data.row_seconds for every row.
+MAX_ENDLESS_ROWS = 3
+USUAL_CHARACTERS = 400_000  # about 100,000 tokens: longer rows may take longer,
+MAX_EXTENSION = 4.0  # as many times as long
 
 
 @dataclass
@@ -61,6 +70,7 @@ class RowTokenizer:
     config: DataConfig
     tokenizer: PreTrainedTokenizerBase
     vocabulary_size: int | None = None  # rows of the embedding; None: not checked
+    endless: list[str] = field(default_factory=list, compare=False)  # rows that took too long
 
     def __call__(self, rows: list[RawRow]) -> TokenBatch:
         """Raises UserError for the first bad row if data.on_bad_row=fail."""
@@ -116,12 +126,11 @@ class RowTokenizer:
         template = None if is_text else self.template
         for location, row in rows:
             try:
-                parsed = source.parse_row(self.source, location, row)
+                parsed, made = self._parse(location, row)
                 if isinstance(parsed, source.TextPart):
                     texts.append(parsed)
                     locations.append(location)
                 else:
-                    made = self._render(parsed, location)
                     segmented += made
                     locations += [location] * len(made)
                     notes.update(self._special_tokens_in(parsed))
@@ -134,6 +143,29 @@ class RowTokenizer:
             # With train_on=all, prompts are in the loss too.
             tokens = tokenize_segments(template, segmented, self.config.train_on != "all")
         return zip(locations, tokens, strict=True)
+
+    def _parse(self, location: str, row: Any) -> tuple[ParsedRow, list[list[Segment]]]:
+        """The conversation or text of a row, and the segments of a conversation."""
+
+        def parse() -> tuple[ParsedRow, list[list[Segment]]]:
+            parsed = source.parse_row(self.source, location, row)
+            if isinstance(parsed, source.TextPart):
+                return parsed, []
+            return parsed, self._render(parsed, location)
+
+        try:
+            return limits.within(self.config.row_seconds, parse, partial(_extension, row))
+        except LimitExceeded as error:
+            raise self._endless(location, error) from error
+
+    def _endless(self, location: str, error: LimitExceeded) -> UserError:
+        """The error of a row that takes too long."""
+        others = f" (and so did {', '.join(self.endless)})" if self.endless else ""
+        self.endless.append(location)
+        return UserError(
+            f"{location}: the chat template {error} for this row{others} → a shorter row, or "
+            f"another data.template; data.row_seconds={10 * self.config.row_seconds:g} allows more"
+        )
 
     def _render(self, conversation: Conversation, location: str) -> list[list[Segment]]:
         config = self.config
@@ -154,7 +186,7 @@ class RowTokenizer:
             yield SPECIAL_TOKENS
 
     def _handle(self, error: UserError, errors: list[str]) -> None:
-        if self.config.on_bad_row == "fail":
+        if self.config.on_bad_row == "fail" or len(self.endless) == MAX_ENDLESS_ROWS:
             raise error
         errors.append(str(error))
 
@@ -167,6 +199,11 @@ class RowTokenizer:
             f"of the tokenizer, but the model has embeddings for {self.embeddings} tokens → "
             "model.add_tokens=[…] for new tokens, or the tokenizer of this model"
         )
+
+
+def _extension(row: Any) -> float:
+    """How much longer than others a long row may take: its prompts are rendered again and again."""
+    return min(MAX_EXTENSION, size_of(row) / USUAL_CHARACTERS)
 
 
 def make_batch(

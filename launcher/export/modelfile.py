@@ -12,6 +12,7 @@ from typing import Any
 
 from launcher.errors import UserError
 from launcher.io.answer_end import end_tokens
+from launcher.io.limits import render_within_limits
 
 # Contents of messages that can be found again in the rendered text.
 SYSTEM, USER, ANSWER, AGAIN = "\u2460sys", "\u2461usr", "\u2462ans", "\u2463agn"
@@ -80,7 +81,10 @@ def _system_part(tokenizer: Any, before_user: str) -> str:
 
 def _render(tokenizer: Any, messages: list[tuple[str, str]], add_generation_prompt: bool) -> str:
     conversation = [{"role": role, "content": content} for role, content in messages]
-    text: str = tokenizer.apply_chat_template(
-        conversation, tokenize=False, add_generation_prompt=add_generation_prompt
+    return render_within_limits(
+        lambda: str(
+            tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
     )
-    return text

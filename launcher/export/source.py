@@ -86,6 +86,11 @@ def find_source(
         checkpoints = RunDir(path).checkpoints
         path, skipped = newest_checkpoint(checkpoints).path, describe_skipped(checkpoints)
     kind = next(iter(kinds_of(path)), None)
+    if kind is Kind.CHECKPOINT and tag is not None:
+        raise UserError(
+            f"--tag {tag} needs a DeepSpeed checkpoint as SOURCE, and {path} is one of Shardway → "
+            "leave --tag out; SOURCE may be one checkpoint of a run: RUN/checkpoints/step-…"
+        )
     if kind is Kind.CHECKPOINT:
         source = replace(_checkpoint_source(path, base, adapter_only), skipped=tuple(skipped))
     elif tag is not None or kind in SHARDED:

@@ -143,6 +143,11 @@ class RunDir:
         """The output of a node's torchrun."""
         return self.logs / f"torchrun-{node:02d}.log"
 
+    @property
+    def console(self) -> Path:
+        """What the attempt printed on the terminal, with plain lines of progress."""
+        return self.logs / "console.log"
+
     def rank_log(self, rank: int) -> Path:
         """stdout and stderr of a rank."""
         return self.logs / f"rank-{rank:02d}.log"

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from launcher.io.limits import render_within_limits
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -38,15 +40,20 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     is another one.
 
     Empty without a chat template, and if no token ends the answers. A template that refuses a
-    conversation of a question and an answer is asked about tool calls only.
+    conversation of a question and an answer is asked about tool calls only. Raises UserError for a
+    template that does not end.
     """
     if not tokenizer.chat_template:
         return ()
-    rendered = _Rendered(tokenizer)
-    found = (rendered.after_answer(opening) for opening in _openings())
-    plain = next((token for token in found if token is not None), None)
-    call = rendered.after_call(plain)
-    return tuple(dict.fromkeys(token for token in (plain, call) if token is not None))
+
+    def find() -> tuple[int, ...]:
+        rendered = _Rendered(tokenizer)
+        found = (rendered.after_answer(opening) for opening in _openings())
+        plain = next((token for token in found if token is not None), None)
+        call = rendered.after_call(plain)
+        return tuple(dict.fromkeys(token for token in (plain, call) if token is not None))
+
+    return render_within_limits(find)
 
 
 def written_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -54,7 +61,7 @@ def written_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
     Raises whatever the template raises for a question and an answer.
     """
-    return _Rendered(tokenizer).written_end([QUESTION])
+    return render_within_limits(lambda: _Rendered(tokenizer).written_end([QUESTION]))
 
 
 def _openings() -> Iterator[list[Message]]:

@@ -28,11 +28,13 @@ class Outcome:
         """What to tell the user: how to resume. None if it is finished."""
         if self.reason is None:
             return None
-        without_limit = f" {self.reason.partition('=')[0]}=null" if self.is_planned else ""
-        return (
-            f"stopped after step {self.step} ({self.reason}); resume: shardway train --config-path "
-            f"{run.path} --config-name config resume=auto{without_limit}"
-        )
+        command = f"shardway resume {run.path}"  # without training.stop_after_steps
+        if self.reason.startswith("training.early_stopping"):
+            command = (
+                f"shardway train --config-path {run.path} --config-name config resume=auto "
+                f"{self.reason.partition('=')[0]}=null"
+            )
+        return f"stopped after step {self.step} ({self.reason}); resume: {command}"
 
 
 def write_status(run: RunDir, outcome: Outcome) -> None:

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from launcher.errors import FAILED, REFUSED, UserError
 from launcher.folders.manifest import write_json
@@ -31,7 +32,7 @@ LOST_PEER_MESSAGES = (
 )
 
 
-class Console(io.TextIOBase):
+class Terminal(io.TextIOBase):
     """A terminal or pipe. Training continues if it goes away (`| head`, a closed window)."""
 
     def __init__(self, descriptor: int) -> None:
@@ -50,10 +51,55 @@ class Console(io.TextIOBase):
         return self._descriptor
 
 
+class ConsoleFile(io.TextIOBase):
+    """The file of a console; None: nowhere. Training continues on a full disk."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+
+    def write(self, text: str) -> int:
+        # Opened each time, so that a file that was deleted is made anew.
+        if self._path is not None:
+            with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        return len(text)
+
+
+class Console(io.TextIOBase):
+    """What a person watches: a terminal, and a file with the same text."""
+
+    def __init__(self, terminal: Terminal, file: ConsoleFile) -> None:
+        self.terminal, self.file = terminal, file
+
+    def write(self, text: str) -> int:
+        self.terminal.write(text)
+        return self.file.write(text)
+
+    def isatty(self) -> bool:
+        return self.terminal.isatty()
+
+    def fileno(self) -> int:
+        return self.terminal.fileno()
+
+
+def say(run: RunDir, text: str) -> None:
+    """Print `text` on the terminal and in the file of the console, where no rank runs."""
+    print(text, flush=True)
+    console_file(run).write(f"{text}\n")
+
+
+def console_file(run: RunDir) -> ConsoleFile:
+    """The file of the attempt's console. Slurm writes that of a job itself."""
+    return ConsoleFile(None if run.job.is_file() else run.console)
+
+
 def open_log(run: RunDir, rank: int) -> Console:
     """Send stdout and stderr to the rank's log. Returns the console, silent except on rank 0."""
     sys.stdout.flush()
-    console = Console(os.dup(1) if rank == 0 else os.open(os.devnull, os.O_WRONLY))
+    if rank == 0:
+        console = Console(Terminal(os.dup(1)), console_file(run))
+    else:
+        console = Console(Terminal(os.open(os.devnull, os.O_WRONLY)), ConsoleFile(None))
     log = os.open(run.rank_log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(log, 1)
     os.dup2(log, 2)

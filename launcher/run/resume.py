@@ -40,6 +40,7 @@ ALLOWED_SETTINGS = (
     "data.template_date",  # likewise
     "data.dataset_info",
     "data.workers",
+    "data.row_seconds",
     "data.eval_path",
     "data.pad_to_multiple_of",
     "training.micro_batch_size",

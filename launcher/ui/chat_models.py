@@ -10,7 +10,7 @@ from launcher.chat.remote import RemoteModel
 from launcher.chat.target import find_target
 from launcher.folders import paths
 from launcher.folders.adapter import SETTINGS
-from launcher.folders.checkpoint import Checkpoint, finished_checkpoints
+from launcher.folders.checkpoint import Checkpoint, all_checkpoints, finished_checkpoints
 from launcher.folders.json_file import read_object_or_empty
 from launcher.folders.model import is_hub_id
 from launcher.folders.run import RunDir
@@ -33,12 +33,12 @@ class LoadedModels:
 
         Raises UserError if one cannot chat with it, or if it lies outside the roots.
         """
-        folder = self.roots.to_read(path)
-        base_folder = self.roots.to_read(base) if base.strip() else None
+        folder = self.roots.check_tree(path)
+        base_folder = self.roots.check_tree(base) if base.strip() else None
         target = find_target(folder, base_folder)
         for used in (target.model, target.tokenizer, target.adapter):
             if used is not None:  # an adapter may name a base outside the roots
-                self.roots.to_read(used)
+                self.roots.check_tree(used)
         with self._lock:
             previous = self._loaded.get(side)
             self._loaded[side] = RemoteModel(folder, base_folder)
@@ -76,7 +76,7 @@ def export_choices(roots: Roots) -> list[str]:
     """Paths to export: runs with a finished checkpoint, and each of their checkpoints."""
     choices = []
     for run in _runs(roots):
-        if checkpoints := finished_checkpoints(run.checkpoints):
+        if checkpoints := _checkpoints(roots, run):
             folders = [run.path, *(checkpoint.path for checkpoint in checkpoints)]
             choices += [roots.short_path(folder) for folder in folders]
     return choices
@@ -85,7 +85,13 @@ def export_choices(roots: Roots) -> list[str]:
 def _chat_folders(roots: Roots) -> Iterator[Path]:
     for run in _runs(roots):
         yield from sorted(file.parent for file in run.path.glob("export*/config.json"))
-        yield from (c.path for c in finished_checkpoints(run.checkpoints) if c.adapter)
+        yield from (c.path for c in _checkpoints(roots, run) if c.adapter)
+
+
+def _checkpoints(roots: Roots, run: RunDir) -> list[Checkpoint]:
+    """The finished checkpoints of a run that the page may read, newest first."""
+    readable = (c for c in all_checkpoints(run.checkpoints) if roots.is_readable(c.manifest))
+    return [checkpoint for checkpoint in readable if checkpoint.is_finished]
 
 
 def _runs(roots: Roots) -> list[RunDir]:

@@ -84,9 +84,10 @@ def load(roots: Roots, name: str) -> tuple[Values, str]:
         raise UserError(
             f"experiment {name} does not exist; the experiments are {', '.join(names(roots))}"
         )
-    path = roots.to_read(own) if own.is_file() else bundled
+    path = own if own.is_file() else bundled
     try:
-        tree = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        with roots.open(path) as file:
+            tree = dict(yaml.safe_load(file))
         defaults = tree.pop("defaults", [])
         pairs = [pair for entry in defaults if isinstance(entry, dict) for pair in entry.items()]
         overrides = [f"{key.removeprefix('override /')}={file}" for key, file in pairs]

@@ -231,6 +231,9 @@ def _data_problems(data: DataConfig) -> list[str]:
         local = [p for p in (*source_paths, data.eval_path) if p and not p.startswith(HUB)]
         files = [file for path in local for file in file_rows.find(path, text=True)]
         files += [Path(data.dataset_info)] if data.dataset_info else []
+        files += [  # it says which files are which split
+            readme for path in local if (readme := Path(path) / "README.md").is_file()
+        ]
         stats = tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files)
     except (UserError, OSError):  # source.find_problems is fast then, and reports the same error
         return source.find_problems(data)

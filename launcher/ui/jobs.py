@@ -5,20 +5,22 @@ Imports no torch.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from launcher.errors import UserError
 from launcher.folders import manifest
-from launcher.folders.json_file import DamagedFile, read_fields
+from launcher.folders.json_file import has_type
 from launcher.ui.roots import Roots
 
 FOLDER = ".page"  # in runs/: a record and the output of each job
@@ -32,6 +34,7 @@ class Job:
     """A process, identified by its files: `NAME.json`, `NAME.log`, and `NAME.out` if its stdout is
     separate. The server that started it may have ended."""
 
+    roots: Roots
     folder: Path
     name: str
 
@@ -53,11 +56,7 @@ class Job:
     @property
     def is_running(self) -> bool:
         """Whether this process, and not another one with the same ID, is running."""
-        if not self.record.is_file():
-            return False
-        try:
-            record = read_fields(self.record, pid=int, created=(float, type(None)))
-        except DamagedFile:
+        if (record := self._read_record()) is None:
             return False
         try:
             process = psutil.Process(record["pid"])
@@ -70,13 +69,26 @@ class Job:
 
     def stop(self) -> None:
         """Send SIGTERM if the process is running."""
-        if self.is_running:
+        if self.is_running and (record := self._read_record()):
             with suppress(ProcessLookupError):
-                os.kill(read_fields(self.record, pid=int)["pid"], signal.SIGTERM)
+                os.kill(record["pid"], signal.SIGTERM)
 
     def log_tail(self) -> str:
         """The end of its log."""
-        return tail(self.log)
+        return tail(self.roots, self.log)
+
+    def _read_record(self) -> dict[str, Any] | None:
+        """The content of `record`; None if there is none, or what is there is none."""
+        try:
+            with self.roots.open(self.record) as file:
+                record = json.load(file)
+        except (OSError, ValueError, RecursionError, UserError):
+            return None
+        types = {"pid": int, "created": (int, float, type(None))}
+        is_record = isinstance(record, dict) and all(
+            has_type(record.get(name, ""), expected) for name, expected in types.items()
+        )
+        return record if is_record else None
 
 
 @dataclass
@@ -95,7 +107,7 @@ class Jobs:
 
     def job(self, name: str) -> Job:
         """The job with this name, whether or not it was ever started."""
-        return Job(self.folder, name.replace("/", "+"))
+        return Job(self.roots, self.folder, name.replace("/", "+"))
 
     def start(self, name: str, arguments: list[str], separate_stdout: bool = False) -> Job:
         """Run `shardway ARGUMENTS` in the first root.
@@ -110,16 +122,22 @@ class Jobs:
     def _start(self, job: Job, arguments: list[str], separate_stdout: bool) -> Job:
         if job.is_running:
             raise UserError(f"{job.name} is still running → wait until it has ended")
-        job.folder.mkdir(parents=True, exist_ok=True)
+        self.roots.to_write(job.folder).mkdir(parents=True, exist_ok=True)
         self.reap()
-        out_file = job.out if separate_stdout else Path(os.devnull)
-        log_mode = "wb" if separate_stdout else "ab"
-        with job.log.open(log_mode) as log, out_file.open("wb") as out:
+        with ExitStack() as files:
+            log = files.enter_context(
+                self.roots.open(job.log, writing=separate_stdout, append=not separate_stdout)
+            )
+            out = (
+                files.enter_context(self.roots.open(job.out, writing=True))
+                if separate_stdout
+                else log
+            )
             process = subprocess.Popen(
                 [*self.command, *arguments],
                 cwd=self.roots.home,
                 stdin=subprocess.DEVNULL,
-                stdout=out if separate_stdout else log,
+                stdout=out,
                 stderr=log,
                 start_new_session=True,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
@@ -161,13 +179,14 @@ def _create_time(pid: int) -> float | None:
         return None
 
 
-def tail(path: Path) -> str:
-    """The last 64 KiB of a text file, from the start of a line; empty if there is no file."""
+def tail(roots: Roots, path: Path) -> str:
+    """The last 64 KiB of a text file, from the start of a line; empty if there is no file that the
+    page may read."""
     try:
-        with path.open("rb") as file:
+        with roots.open(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - TAIL_BYTES))
-            text = file.read().decode(errors="replace")
-    except OSError:
+            text = file.read(TAIL_BYTES).decode(errors="replace")
+    except (OSError, UserError):
         return ""
     return text if size <= TAIL_BYTES else text.partition("\n")[2]

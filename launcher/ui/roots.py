@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import BinaryIO
 
 from launcher.config import Config
 from launcher.config.schema.data import HUB
@@ -16,7 +18,8 @@ from launcher.errors import UserError
 from launcher.folders import paths
 from launcher.folders.model import is_hub_id
 
-MAX_CHECKED_FILES = 20_000  # in a folder of data
+MAX_CHECKED_FILES = 20_000  # in a folder
+MAX_RECORD_BYTES = 16_000_000  # of a settings or status file, which is read at once
 NAME_PATTERN = re.compile(r"\w[\w.+-]{0,99}", re.ASCII)
 
 
@@ -50,16 +53,87 @@ class Roots:
     def to_read(self, path: str | Path) -> Path:
         """`path` with links resolved. Raises UserError if the page may not read it."""
         expanded = _expand(path)
-        # The page cannot write to these folders, so links in them can be trusted.
-        read_only = (paths.cache(), paths.PACKAGE)
-        in_read_only = any(expanded.is_relative_to(folder) for folder in read_only)
-        if ".." not in expanded.parts and in_read_only:
-            return expanded
-        return self._resolve(path)
+        return expanded if _is_read_only(expanded) else self._resolve(path)
 
     def to_write(self, path: str | Path) -> Path:
         """`path` with links resolved. Raises UserError if it lies outside the roots."""
         return self._resolve(path)
+
+    def open(self, path: Path, writing: bool = False, append: bool = False) -> BinaryIO:
+        """Open a regular file for reading, or create or truncate it to write.
+
+        Raises UserError if it lies outside the roots, also if a link is put there at this moment,
+        and for a pipe or a device; OSError if it cannot be opened.
+        """
+        resolved = self.to_write(path) if writing or append else self.to_read(path).resolve()
+        if resolved.exists() and not resolved.is_file():  # opening a device may have an effect
+            raise UserError(f"{path} is not a regular file")
+        mode = os.O_WRONLY | os.O_CREAT if writing or append else os.O_RDONLY
+        mode |= os.O_APPEND if append else os.O_TRUNC if writing else 0
+        # A pipe does not wait for its other end.
+        descriptor = os.open(resolved, mode | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        try:
+            opened = Path(f"/proc/self/fd/{descriptor}")
+            if opened.exists() and opened.resolve() != resolved:
+                raise UserError(f"{path} has changed while it was opened")
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise UserError(f"{path} is not a regular file")
+            return os.fdopen(descriptor, "wb" if writing or append else "rb")
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def check_record(self, path: Path) -> None:
+        """Raises UserError if `path` exists and is no file that the page may read at once."""
+        if not os.path.lexists(path):
+            return
+        try:
+            with self.open(path) as file:
+                size = os.fstat(file.fileno()).st_size
+        except FileNotFoundError:
+            return  # a link to a file in a root that does not exist
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        if size > MAX_RECORD_BYTES:
+            raise UserError(f"{path} has {size / 1e6:,.0f} MB, which is no settings or status file")
+
+    def is_readable(self, path: Path) -> bool:
+        """Whether `path` is a regular file that the page may read."""
+        try:
+            self.open(path).close()
+        except (OSError, UserError):
+            return False
+        return True
+
+    def check_tree(self, path: str | Path) -> Path:
+        """`path` as `to_read` returns it. Raises UserError if it lies outside the roots, or a file
+        in it does through a link, or is a pipe or a device, or if there are too many files.
+
+        For folders that a command will read, which opens more files than the page knows.
+        """
+        top = self.to_read(path)
+        if not _is_read_only(top):
+            self._check_entry(top)
+            self._check_below(top, path)
+        return top
+
+    def _check_below(self, top: Path, name: str | Path) -> None:
+        remaining = MAX_CHECKED_FILES
+        for folder, folders, names in os.walk(top, followlinks=True):  # as readers do
+            remaining -= len(folders) + len(names)
+            if remaining < 0:
+                raise UserError(
+                    f"{name} contains more than {MAX_CHECKED_FILES:,} files → a folder that "
+                    "contains only what is needed"
+                )
+            for entry in (*folders, *names):
+                self._check_entry(Path(folder, entry))
+
+    def _check_entry(self, path: Path) -> None:
+        if path.is_symlink():
+            self.to_read(path)
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is neither a file nor a folder → remove it")
 
     def run_folder(self, name: str) -> Path:
         """The folder in runs/ with this name; it may not exist. Raises UserError for a bad name."""
@@ -89,10 +163,18 @@ class Roots:
                 yield f"strategy.nvme_path={error}"
 
     def refusals_within(self, config: Config) -> Iterator[str]:
-        """The same for the files in a list of data sets, a folder or a glob, and for their links.
+        """The same for the files in a list of data sets, a folder or a glob, in the folder of a
+        model, an adapter or a checkpoint, and for their links.
 
         Reads the list and the names of the files.
         """
+        for key, path in _paths_in(config):
+            try:
+                if not key.startswith("data.") or key in ("data.template", "data.dataset_info"):
+                    self.check_tree(path)
+            except UserError as error:
+                yield f"{key}={error}"
+                return
         try:
             for each in source.resolve_sources(config.data).values():
                 if each.path and not each.path.startswith(HUB):
@@ -105,18 +187,7 @@ class Roots:
         """Raises UserError if a file of a folder or a glob lies outside the roots, or if there are
         too many files."""
         fixed = Path(*takewhile(lambda part: not re.search(r"[*?\[]", part), Path(pattern).parts))
-        self.to_read(pattern if fixed == Path(pattern) else fixed)
-        remaining = MAX_CHECKED_FILES
-        for folder, folders, names in os.walk(fixed, followlinks=True):  # as the reader does
-            remaining -= len(folders) + len(names)
-            if remaining < 0:
-                raise UserError(
-                    f"{pattern} contains more than {MAX_CHECKED_FILES:,} files → a folder that "
-                    "contains only data"
-                )
-            for name in (*folders, *names):
-                if (link := Path(folder, name)).is_symlink():
-                    self.to_read(link)
+        self.check_tree(pattern if fixed == Path(pattern) else fixed)
 
     def _resolve(self, path: str | Path) -> Path:
         resolved = (self.home / _expand(path)).resolve()
@@ -126,6 +197,17 @@ class Roots:
                 "shardway ui with one more --root"
             )
         return resolved
+
+
+def _is_read_only(path: Path) -> bool:
+    """Whether `path` is in the cache, the package or the hub's cache, whose snapshots are links.
+
+    The page cannot write to these folders, so links in them can be trusted.
+    """
+    from huggingface_hub import constants
+
+    folders = (paths.cache(), paths.PACKAGE, Path(constants.HF_HUB_CACHE).absolute())
+    return ".." not in path.parts and any(path.is_relative_to(folder) for folder in folders)
 
 
 def _expand(path: str | Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -23,11 +24,12 @@ from launcher.tracking import report
 from launcher.ui import run_html
 from launcher.ui.i18n import Translations
 from launcher.ui.jobs import Jobs, tail
-from launcher.ui.roots import Roots
+from launcher.ui.roots import MAX_RECORD_BYTES, Roots
 
 QUEUE_SECONDS = 5.0  # minimum time between queries of Slurm's queue
 MAX_LOG_LINES = 300
 KEPT_RUNS = 50  # whose curves and charts are kept
+RECORD_SUFFIXES = (".json", ".yaml")
 log = logging.getLogger("shardway.ui")
 
 K = TypeVar("K")
@@ -139,7 +141,26 @@ class Viewer:
         """The newest attempt of a run. Raises UserError if there is no run with this name."""
         if name not in (runs := self._runs()):
             raise UserError(f"runs/{name} is not a run")
-        return runs[name].newest_attempt()
+        run = runs[name].newest_attempt()
+        self._check_records(run)
+        return run
+
+    def _check_records(self, run: RunDir) -> None:
+        """Raises UserError if a file that this process or a command reads from the run's folders
+        lies outside the roots through a link, is a pipe or a device, or is too large."""
+        for folder in (run.path, run.logs.parent, run.logs):
+            if not self.roots.to_write(folder).is_dir():
+                continue
+            for entry in os.scandir(folder):
+                path = Path(entry.path)
+                is_plain = entry.is_file(follow_symlinks=False)
+                if path == run.metrics:
+                    if not is_plain:
+                        self.roots.open(path).close()
+                elif (path.suffix in RECORD_SUFFIXES or path == run.stop) and (
+                    not is_plain or entry.stat().st_size > MAX_RECORD_BYTES
+                ):
+                    self.roots.check_record(path)
 
     def state(self, run: RunDir) -> str:
         """The state that `shardway runs` shows.
@@ -232,7 +253,9 @@ class Viewer:
     def metrics(self, run: RunDir) -> RunMetrics:
         """What metrics.jsonl says."""
         with self._lock:
-            metrics = self._metrics.get(run.path) or RunMetrics(run.metrics)
+            metrics = self._metrics.get(run.path) or RunMetrics(
+                run.metrics, open_file=self.roots.open
+            )
             self._metrics.put(run.path, metrics)
             return metrics.update()
 
@@ -246,20 +269,26 @@ class Viewer:
 
     def logs(self, name: str) -> dict[str, Path]:
         """The log files of a run by label: its console, and the log of every rank."""
-        files = {"console": self.jobs.job(name).log}
+        own = self.jobs.job(name).log
+        files = {"console": own}
         if run := self._runs().get(name):
             run, path = run.newest_attempt(), run.path
             consoles = sorted(path.glob("logs/slurm-*.out"), key=lambda f: f.stat().st_mtime)
             if consoles:
                 files["slurm"] = consoles[-1]
-            files |= {_log_label(file): file for file in sorted(run.logs.glob("*.log"))}
-        return {label: file for label, file in files.items() if file.is_file()}
+            files |= {
+                _log_label(file): file
+                for file in sorted(run.logs.glob("*.log"))
+                # A run that the page started has the same text in both.
+                if file != run.console or _is_newer(file, own, seconds=2)
+            }
+        return {label: file for label, file in files.items() if self.roots.is_readable(file)}
 
     def log(self, name: str, label: str) -> str:
         """The end of the log with this label, or of the first log if there is no such label."""
         files = self.logs(name)
         file = files.get(label) or next(iter(files.values()), None)
-        lines = tail(file).split("\n") if file else []
+        lines = tail(self.roots, file).split("\n") if file else []
         # A progress bar overwrites its line after each \r: keep the last state.
         return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines[-MAX_LOG_LINES:])
 
@@ -271,7 +300,9 @@ class Viewer:
         """The jobs of all runs in Slurm's queue; None if Slurm does not answer."""
         job_ids = []
         for run in self._runs().values():
-            with suppress(DamagedFile):
+            # A damaged slurm.json, or one that is not in the roots.
+            with suppress(OSError, UserError):
+                self._check_records(run.newest_attempt())
                 job_ids += [job_id] if (job_id := slurm_job_id(run)) else []
         try:
             return slurm.query_queue(job_ids)
@@ -280,8 +311,11 @@ class Viewer:
             return None
 
 
-def _is_newer(file: Path, other: Path) -> bool:
-    return file.stat().st_mtime > other.stat().st_mtime
+def _is_newer(file: Path, other: Path, seconds: float = 0) -> bool:
+    """Whether `file` was written at least `seconds` after `other`, or `other` does not exist."""
+    if not other.is_file():
+        return True
+    return file.lstat().st_mtime > other.stat().st_mtime + seconds
 
 
 def _log_label(file: Path) -> str:

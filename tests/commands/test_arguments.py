@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,12 @@ def test_every_verb_refuses_such_a_number_by_the_name_of_its_option(
     assert re.search(
         f"argument {words[-2]}: {words[-1]} is not a (whole )?number of at least", said
     )
+
+
+def test_the_version_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert in_process(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"shardway {metadata.version('shardway')}\n"
+    in_process(monkeypatch, "--help")
+    assert "shardway --version" in capsys.readouterr().out

@@ -94,3 +94,18 @@ def test_bad_input_gets_a_clear_message(
     assert done.returncode == 2
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_template_that_never_ends_is_named_with_its_row(tmp_path: Path, tiny: Path) -> None:
+    rows, template = tmp_path / "rows.jsonl", tmp_path / "endless.jinja"
+    rows.write_text('{"instruction": "q", "output": "a"}\n')
+    template.write_text(
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    )
+    done = shardway(
+        "data", "preview", "model=tiny", f"data.path={rows}", "data.format=alpaca",
+        f"data.template={template}", "data.row_seconds=0.5", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"{rows}:1: the chat template takes more than 0.5 s for this row" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -224,3 +224,50 @@ def test_special_tokens_in_texts_are_named(own_cache: Path, tmp_path: Path) -> N
     )
     (summary,) = load_data(DataConfig(path=str(path)), tokenizer).summaries.values()
     assert summary.notes == {tokenize.SPECIAL_TOKENS: 1}
+
+
+ENDLESS = (
+    "{%- for m in messages %}{% if 'forever' in m.content %}{% for a in range(99999) %}"
+    "{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def endless_rows(path: Path, *questions: str) -> DataConfig:
+    talks = [[{**TALK[0], "content": question}, TALK[1]] for question in questions]
+    path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    return DataConfig(path=str(path), max_length=64, row_seconds=0.2, workers=1)
+
+
+def test_a_row_that_never_ends_is_a_bad_row_with_its_number(
+    tmp_path: Path, own_cache: Path
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = ENDLESS
+    config = endless_rows(tmp_path / "rows.jsonl", "a", "forever", "b")
+    with pytest.raises(UserError, match=r"rows.jsonl:2: the chat template takes more than 0.2 s"):
+        load_data(config, tokenizer)
+    data = load_data(replace(config, on_bad_row="skip"), tokenizer)
+    (summary,) = data.summaries.values()
+    assert (summary.rows, summary.skipped) == (2, 1)
+    assert f"{config.path}:2: the chat template takes more than 0.2 s" in summary.errors[0]
+
+
+def test_a_template_that_never_ends_does_not_cost_the_limit_for_each_row(
+    tmp_path: Path, own_cache: Path
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = ENDLESS
+    config = endless_rows(tmp_path / "rows.jsonl", *["forever"] * 1000)
+    message = r":3: the chat template takes more than 0.2 s for this row \(and so did .*:1, .*:2\)"
+    with pytest.raises(UserError, match=message):
+        load_data(replace(config, on_bad_row="skip"), tokenizer)
+
+
+def test_a_template_whose_probing_never_ends_is_refused(tmp_path: Path, own_cache: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = ENDLESS.replace("'forever' in m.content", "true")
+    config = endless_rows(tmp_path / "rows.jsonl", "a")
+    with pytest.raises(UserError, match=r":1: the chat template takes more than 0.2 s"):
+        load_data(config, tokenizer)

@@ -34,7 +34,7 @@ def test_the_run_folder_contains_the_expected_files(finished: Path) -> None:
         "config.yaml", "launch.json", "metrics.jsonl", "loss.png", "logs", "checkpoints",
     }  # fmt: skip
     assert {path.name for path in (finished / "logs/attempt-1").iterdir()} == {
-        "torchrun.log", "rank-00.log", "rank-01.log", "status.json", "steps.json",
+        "torchrun.log", "rank-00.log", "rank-01.log", "status.json", "steps.json", "console.log",
     }  # fmt: skip
     assert {p.name for p in (finished / "checkpoints").iterdir()} == {"step-000003", "step-000004"}
     assert newest_checkpoint(finished / "checkpoints").step == 4
@@ -110,6 +110,9 @@ def test_torchrun_on_one_host_makes_one_run_folder(tiny: Path, tmp_path: Path) -
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     assert len(losses(folder)) == 4
+    console = (folder / "logs/attempt-1/console.log").read_text().splitlines()
+    assert console[0] == f"run folder: {folder}"
+    assert console[-1].startswith("step 4/4  loss ")
 
 
 def agents(
@@ -142,7 +145,7 @@ def test_torchrun_on_two_hosts_agrees_on_one_run_folder(tiny: Path, tmp_path: Pa
     (folder,) = (tmp_path / "runs").iterdir()
     assert len(losses(folder)) == 4
     assert {path.name for path in (folder / "logs/attempt-1").iterdir()} == {
-        "rank-00.log", "rank-01.log", "status.json", "steps.json",
+        "rank-00.log", "rank-01.log", "status.json", "steps.json", "console.log",
     }  # fmt: skip
 
 
@@ -252,3 +255,4 @@ def test_errors_that_only_ranks_can_detect_are_reported(tiny: Path, tmp_path: Pa
     assert done.returncode == 2
     assert "no_such_module" in done.stdout
     assert "Traceback" not in done.stdout
+    assert (tmp_path / "run/logs/attempt-1/console.log").read_text() == done.stdout

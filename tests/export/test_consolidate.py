@@ -95,6 +95,13 @@ def test_options_that_would_be_ignored_are_refused(tmp_path: Path, tiny: Path) -
         plan_of(tiny, base=str(tiny))
     with pytest.raises(UserError, match="--tag"):
         plan_of(tiny, tag="global_step3")
+    checkpoint = tmp_path / "run/checkpoints/step-000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint.parents[1] / "config.yaml").write_text("")
+    (checkpoint / "manifest.json").write_text("{}")
+    for source in (checkpoint, checkpoint.parents[1]):
+        with pytest.raises(UserError, match="--tag 3 needs a DeepSpeed checkpoint as SOURCE, and"):
+            plan_of(source, tag="3")
     for option in ("--tied=untie", "--qlora-base=dequantized"):
         with pytest.raises(UserError, match="needs an adapter"):
             consolidate(tiny, "--output", tmp_path / "out", option)

@@ -154,6 +154,21 @@ def test_files_are_read_again_when_they_change(roots: Roots) -> None:
     assert "rows.jsonl:1" in problem
 
 
+def test_the_readme_of_a_folder_is_read_again_when_it_changes(roots: Roots) -> None:
+    folder = roots.home / "set"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"instruction": "q", "output": "a"}\n')
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: x\n  data_files: a.jsonl\n---\n"
+    )
+    values = typed(data="alpaca", data__path="set")
+    assert form.check_form(values, "", roots).problems == []
+    text = "---\nconfigs:\n- config_name: x\n  data_files: missing.jsonl\n---\n"
+    (folder / "README.md").write_text(text)
+    (problem,) = form.check_form(values, "", roots).problems
+    assert "missing.jsonl" in problem
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

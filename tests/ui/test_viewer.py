@@ -107,7 +107,7 @@ def test_only_the_last_state_of_a_progress_bar_is_shown(view: Viewer) -> None:
 def test_a_long_log_is_cut_at_a_line(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_text("".join(f"line {number}\n" for number in range(100_000)))
-    text = tail(path)
+    text = tail(Roots.of([tmp_path]), path)
     assert text.startswith("line ")
     assert text.endswith("line 99999\n")
     assert len(text) <= 1 << 16

@@ -118,6 +118,12 @@ class DataConfig(SourceConfig):
         "a row that cannot be used for training: fail ends the run, skip skips and counts it",
         choices=("fail", "skip"),
     )
+    row_seconds: float = setting(
+        30.0,
+        "seconds of CPU time that a row may take in the chat template, and up to four times as "
+        "many if it has more than 400,000 characters; one that takes longer is a bad row",
+        above=0,
+    )
     packing: bool = setting(
         False,
         "pack several rows into a sequence of data.max_length; attention stays within each row; "

@@ -20,6 +20,7 @@ from launcher.data.rows.messages import Message
 from launcher.data.rows.row_formats import Conversation
 from launcher.data.template.dialect import Dialect, probe_dialect
 from launcher.errors import UserError
+from launcher.io import sandbox
 
 # A template with {% generation %} … {% endgeneration %} marks what the assistant writes.
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -34,7 +35,8 @@ GIVEN_VARIABLES = (
 class ChatTemplate:
     """Renders conversations as text with a tokenizer's template.
 
-    Messages are adapted to the dialect of the template, which is found by rendering, once.
+    Messages are adapted to the dialect of the template, which is found by rendering, once. It is
+    up to the caller to end a template that does not end (launcher.io.limits).
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class ChatTemplate:
             arguments: Values for variables of the template, such as enable_thinking.
             today: The date that the template writes, as YYYY-MM-DD; None: that of the clock.
         """
+        sandbox.install()
         self.tokenizer = tokenizer
         self.text = str(tokenizer.get_chat_template())
         self.arguments = dict(arguments or {})

@@ -59,7 +59,7 @@ def render_segments(
         )
     template.check_arguments(conversation.template_arguments, f"{location}: chat_template_kwargs")
     conversation = template.adapt(conversation)
-    rows = _join_answers(list(_answers(template, conversation, split, location)))
+    rows = _join_answers(_answers(template, conversation, split, location))
     check_context(template, conversation, split, _text(rows[-1]), location)
     if not learn_empty_reasoning:
         rows = [_without_empty_reasoning(row) for row in rows]
@@ -70,14 +70,25 @@ def render_segments(
     return [[(part.text, part.turn in learned) for part in row] for row in rows]
 
 
-def _join_answers(answers: list[list[Part]]) -> list[list[Part]]:
-    """One row of all answers if each prompt continues the text before it, otherwise a row each."""
+def _join_answers(answers: Iterator[list[Part]]) -> list[list[Part]]:
+    """One row of all answers if each prompt continues the text before it, otherwise a row each.
+
+    Keeps each text once while that is possible: a long conversation has many prompts.
+    """
     row: list[Part] = []
+    starts: list[int] = []  # the number of parts before each answer
     done = ""
     for prompt, *answer in answers:
         if not prompt.text.startswith(done):
-            return answers
-        row += [Part(prompt.text[len(done) :]), *answer]
+            ends = [start - 1 for start in starts[1:]] + [len(row)]
+            apart = [
+                [Part(_text(row[:start])), *row[start:end]]
+                for start, end in zip(starts, ends, strict=True)
+            ]
+            return [*apart, [prompt, *answer], *answers]
+        row.append(Part(prompt.text[len(done) :]))
+        starts.append(len(row))
+        row += answer
         done = prompt.text + _text(answer)
     return [row]
 

@@ -13,6 +13,7 @@ from typing import Any
 import gradio as gr
 
 from launcher.errors import UserError
+from launcher.export.writing.journal import journal_path, partial_folder
 from launcher.folders.checkpoint import MANIFEST
 from launcher.folders.run import RunDir
 from launcher.tracking import report
@@ -148,12 +149,16 @@ class ExportTab:
         source, base, output = ((text or "").strip() for text in (source, base, output))
         if not source:
             raise UserError(self.translate("Choose what to export first."))
-        path = roots.to_read(source)
+        path = roots.check_tree(source)
         _refuse_pickles(path)
         for folder in chat_models.base_folders(path):
-            roots.to_read(folder)
+            roots.check_tree(folder)
         run_or_source = path.parents[1] if path.parent.name == "checkpoints" else path
         target = roots.to_write(output or run_or_source / "export")
+        partial = partial_folder(target)
+        for written in (target, partial):
+            roots.check_tree(written)
+        roots.check_record(journal_path(partial))
         arguments = [
             *("consolidate", str(path), "--output", str(target)),
             *(f"--max-shard-size={max_shard_size}", "--dtype", dtype, "--device", device),
@@ -162,7 +167,7 @@ class ExportTab:
             "--overwrite" if overwrite else "--resume",
         ]
         if base:
-            arguments += ["--base", str(roots.to_read(base))]
+            arguments += ["--base", str(roots.check_tree(base))]
         return arguments, target
 
     def _plan(self, *inputs: Any) -> str:
@@ -212,7 +217,7 @@ class ExportTab:
         job = self.context.jobs.job(job_name)
         if job.is_running:
             return [self._format_progress(job), on, off]
-        if result := _read_result(job):
+        if result := self._read_result(job):
             return [self._format_result(result), off, on]
         output = html.escape(self._shorten(job.log_tail()).strip()[-4000:])
         head = html.escape(self.translate("The export failed. Its output:"))
@@ -255,11 +260,20 @@ class ExportTab:
         )
 
     def _open_chat(self, job_name: str) -> list[Any]:
-        result = _read_result(self.context.jobs.job(job_name))
+        result = self._read_result(self.context.jobs.job(job_name))
         if result is None:
             raise UserError(self.translate("There is no finished export to chat with."))
         output = self.context.roots.short_path(Path(result["output"]))
         return [gr.update(selected="chat"), gr.update(value=output)]
+
+    def _read_result(self, job: Job) -> dict[str, Any] | None:
+        """The result that a finished export printed; None if it has not finished or has failed."""
+        try:
+            with self.context.roots.open(job.out) as file:
+                result = json.load(file)
+        except (OSError, ValueError, UserError):
+            return None
+        return result if isinstance(result, dict) else None
 
 
 def _refuse_pickles(path: Path) -> None:
@@ -270,15 +284,6 @@ def _refuse_pickles(path: Path) -> None:
             f"{path} is neither a run nor a folder with safetensors, and the page opens nothing "
             f"else → shardway consolidate {shlex.quote(str(path))} --output DIR in a terminal"
         )
-
-
-def _read_result(job: Job) -> dict[str, Any] | None:
-    """The result that a finished export printed; None if it has not finished or has failed."""
-    try:
-        result = json.loads(job.out.read_text())
-    except (OSError, ValueError):
-        return None
-    return result if isinstance(result, dict) else None
 
 
 def _table(heads: tuple[str, ...], rows: list[list[str]]) -> str:

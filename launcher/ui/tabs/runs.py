@@ -122,6 +122,7 @@ class RunsTab:
 
     def _resume(self, name: str | None) -> None:
         run = self.context.viewer.run(name := self._check_name(name))
+        self.context.roots.check_tree(run.checkpoints)
         self.context.jobs.start(name, ["resume", str(run.path)])
 
     def _compare(self, names: list[str]) -> str:
