@@ -20,7 +20,7 @@ import psutil
 
 from launcher.errors import UserError
 from launcher.folders import manifest
-from launcher.folders.json_file import has_type
+from launcher.folders.json_file import FieldType, has_type
 from launcher.ui.roots import Roots
 
 FOLDER = ".page"  # in runs/: a record and the output of each job
@@ -84,7 +84,7 @@ class Job:
                 record = json.load(file)
         except (OSError, ValueError, RecursionError, UserError):
             return None
-        types = {"pid": int, "created": (int, float, type(None))}
+        types: dict[str, FieldType] = {"pid": int, "created": (int, float, type(None))}
         is_record = isinstance(record, dict) and all(
             has_type(record.get(name, ""), expected) for name, expected in types.items()
         )
