@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher.errors import UserError
 from launcher.folders import manifest
-from launcher.folders.adapter import SETTINGS
+from launcher.folders.adapter import SETTINGS, read_settings
 from launcher.folders.checkpoint import (
     END_TOKENS,
     MANIFEST,
@@ -17,7 +17,6 @@ from launcher.folders.checkpoint import (
     Checkpoint,
     newest_checkpoint,
 )
-from launcher.folders.json_file import read_object
 from launcher.folders.kind import SHARDED, Kind, is_run, kinds_of
 from launcher.folders.model import CONFIG, model_folder
 from launcher.folders.run import RunDir
@@ -205,7 +204,7 @@ def _reader(path: Path, tag: str | None) -> tuple[Kind, Callable[[bool], FoundMo
 
 
 def _base_of_adapter(settings: Path, base: str | None) -> Path:
-    config = read_object(settings)
+    config = read_settings(settings)
     return _find_base(base, config.get("base_model_name_or_path"), config.get("revision"))
 
 

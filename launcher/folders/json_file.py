@@ -7,10 +7,52 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
+
+Field = tuple[Callable[[Any], bool], str]  # whether a value is accepted, and what is expected
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number from 0."""
+    return type(value) is int and value >= 0
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Accepts a list with elements that `check` accepts."""
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+COUNT: Field = (is_count, "a whole number")
+NUMBER: Field = (lambda value: type(value) in (int, float), "a number")
+FLAG: Field = (lambda value: isinstance(value, bool), "true or false")
+TEXT: Field = (is_text, "text")
+OBJECT: Field = (is_object, "an object")
+TEXTS: Field = (list_of(is_text), "a list of texts")
+COUNTS: Field = (list_of(is_count), "a list of whole numbers")
+IDS: Field = (
+    lambda value: type(value) is int or (isinstance(value, list) and {*map(type, value)} <= {int}),
+    "a token id or a list of them",
+)
+
+
+def check_fields(path: Path, content: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
+    """Raises UserError if `content`, which is from the file `path`, has one of `fields` with a
+    value of another type. null counts as absent."""
+    for key, (check, expected) in fields.items():
+        if key in content and content[key] is not None and not check(content[key]):
+            raise UserError(f"{path}: {key} is {content[key]!r:.80}, expected {expected}")
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -19,10 +19,11 @@ import torch
 import xxhash
 
 from launcher.errors import UserError
+from launcher.export.copied_files import MANIFEST
 from launcher.export.plan import Plan
 from launcher.export.writing import journal, readback
 from launcher.export.writing.direct_writer import Sink
-from launcher.export.writing.extra_files import MANIFEST, write_extra_files
+from launcher.export.writing.extra_files import write_extra_files
 from launcher.export.writing.journal import Entry
 from launcher.export.writing.progress import Progress
 from launcher.export.writing.recompute import recompute
