@@ -116,14 +116,14 @@ def model_home(source: Source) -> Path:
 
 def _checkpoint_source(path: Path, base: str | None, adapter_only: bool) -> Source:
     saved = manifest.check(path / MANIFEST)
-    if not {"step", "base"} <= saved.keys():
+    recorded = saved.get("base")
+    if "step" not in saved or not isinstance(recorded, dict):
         raise UserError(f"{path / MANIFEST} is not the manifest of a checkpoint")
     checkpoint = Checkpoint(path)
     if adapter_only and checkpoint.adapter is not None:
         adapters = (checkpoint.adapter,)
         return Source(Kind.CHECKPOINT, path, adapters=adapters, extra_file_folders=(path,))
-    recorded = saved["base"]
-    folder = _find_base(base, recorded["name_or_path"], recorded["revision"])
+    folder = _find_base(base, recorded.get("name_or_path"), recorded.get("revision"))
     if tokens := recorded.get("add_tokens"):
         folder = extend(folder, tokens)
     has_old = END_TOKENS not in saved and (path / TOKENIZER).is_file()
@@ -139,8 +139,8 @@ def _checkpoint_source(path: Path, base: str | None, adapter_only: bool) -> Sour
     if checkpoint.adapter is not None:
         scheme = saved[SCHEME] if SCHEME in saved else None
         return replace(source, adapters=(checkpoint.adapter,), scheme=scheme)
-    assert checkpoint.model is not None
-    shards = checkpoint.model
+    if (shards := checkpoint.model) is None:
+        raise UserError(f"{path} has neither an adapter nor a folder model: it is damaged")
     partial = "partial" in saved and bool(saved["partial"])
     return replace(source, read=lambda _: dcp.read_model(shards), partial=partial)
 

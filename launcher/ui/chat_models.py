@@ -105,6 +105,7 @@ def base_folders(path: Path) -> Iterator[str]:
         read_object_or_empty(folder / SETTINGS) for folder in (path, checkpoint.adapter) if folder
     ]
     bases = [settings.get("base_model_name_or_path") for settings in adapters]
-    if checkpoint.is_finished:
-        bases.append(checkpoint.summary().get("base", {}).get("name_or_path"))
+    recorded = checkpoint.summary().get("base") if checkpoint.is_finished else None
+    if isinstance(recorded, dict):
+        bases.append(recorded.get("name_or_path"))
     yield from (base for base in bases if isinstance(base, str) and not is_hub_id(base))

@@ -179,7 +179,8 @@ def _add_items(self: _Unpickler) -> None:
 
 
 def _frozen_set(self: _Unpickler) -> None:
-    self.append(frozenset(map(self.key, self.pop_mark())))
+    items = self.pop_mark()  # changes `append`
+    self.append(frozenset(map(self.key, items)))
 
 
 def _append(self: _Unpickler) -> None:
