@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launcher.errors import UserError
 from launcher.folders import manifest
-from launcher.folders.adapter import SETTINGS, WEIGHTS
+from launcher.folders.adapter import SETTINGS, WEIGHTS, read_settings
 from launcher.folders.checkpoint import (
     ADAPTER,
     MANIFEST,
@@ -19,10 +19,11 @@ from launcher.folders.checkpoint import (
     newest_checkpoint,
 )
 from launcher.folders.extended_model import extended_folder
-from launcher.folders.json_file import read_object
 from launcher.folders.kind import Kind, kinds_of
 from launcher.folders.model import CONFIG, INDEX
+from launcher.folders.model_config import read_model_config
 from launcher.folders.run import RunDir
+from launcher.folders.tensor_entries import read_weight_map
 
 EXPORT_MANIFEST = "consolidation_manifest.json"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
@@ -79,10 +80,8 @@ def check_weights(folder: Path) -> None:
     """Raises UserError if the weights of a model folder are not a complete set of safetensors."""
     index = folder / INDEX
     if index.is_file():
-        files = read_object(index).get("weight_map")
-        if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
-            raise UserError(f"{index} has no weight_map; consolidate {folder} again")
-        if missing := sorted(f for f in set(files.values()) if not (folder / f).is_file()):
+        files = set(read_weight_map(index).values())
+        if missing := sorted(f for f in files if not (folder / f).is_file()):
             raise UserError(f"{index} lists missing files: {', '.join(missing[:5])}")
         return
     if (folder / "model.safetensors").is_file():
@@ -147,7 +146,7 @@ def _adapter_target(path: Path, base: Path | None) -> ChatTarget:
     if folder.name == ADAPTER and (folder.parent / MANIFEST).is_file():
         return _checkpoint_target(Checkpoint(folder.parent), base)  # it has the tokenizer
     settings = path / SETTINGS
-    model = _find_base(settings, base, read_object(settings).get("base_model_name_or_path"))
+    model = _find_base(settings, base, read_settings(settings).get("base_model_name_or_path"))
     return _adapter_on_base(path, path, model, (path, model), ())
 
 
@@ -155,7 +154,7 @@ def _adapter_on_base(
     path: Path, adapter: Path, model: Path, tokenizers: tuple[Path, ...], notes: tuple[str, ...]
 ) -> ChatTarget:
     """`tokenizers` are the folders that may contain the tokenizer; the first that does wins."""
-    peft_type = read_object(adapter / SETTINGS).get("peft_type")
+    peft_type = read_settings(adapter / SETTINGS).get("peft_type")
     if peft_type != "LORA":
         raise UserError(f"{adapter / SETTINGS} has peft_type={peft_type!r}; only LORA is supported")
     if not (adapter / WEIGHTS).is_file():
@@ -164,7 +163,7 @@ def _adapter_on_base(
             f"consolidate {adapter} --adapter-only --output DIR"
         )
     check_weights(model)
-    if read_object(model / CONFIG).get("quantization_config"):
+    if read_model_config(model / CONFIG).get("quantization_config"):
         raise UserError(
             f"the base {model} is quantized, but an adapter needs the 16-bit model; name that "
             "with --base DIR"
@@ -177,7 +176,7 @@ def _adapter_on_base(
 
 def _model_target(path: Path) -> ChatTarget:
     check_weights(path)
-    read_object(path / CONFIG)
+    read_model_config(path / CONFIG)
     if not has_tokenizer(path):
         raise UserError(
             f"{path} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the model's tokenizer "

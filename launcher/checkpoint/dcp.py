@@ -11,27 +11,27 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
     TensorProperties,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from launcher.distributed.collectives import root_cause
+from launcher.distributed.collectives import on_all_ranks, root_cause
 from launcher.distributed.shards import Shard
 from launcher.errors import UserError
-from launcher.io.boxes import Box, boxes
+from launcher.io.boxes import Box, boxes, intersection
+from launcher.io.readers.dcp import Entry, Index, read_index
 
 Tree = dict[str, Any]  # nested dicts by name, with Shards as leaves
 
@@ -53,14 +53,51 @@ def write(tree: Tree, folder: Path, group: dist.ProcessGroup) -> None:
 
 def read(tree: Tree, folder: Path, group: dist.ProcessGroup) -> None:
     """Fill every shard of `tree` in place from `folder`. Collective. Raises UserError for a tensor
-    that is missing or has another shape."""
-    with _as_user_error():
-        dcp.load(
-            _map_leaves(_DcpShard, tree),
-            storage_reader=dcp.FileSystemReader(folder),
-            planner=_LoadPlanner(),
-            process_group=group,
+    that is missing or has another shape.
+
+    Each rank opens the parts that it needs with the reader of consolidation: torch's own executes
+    the pickles of the folder.
+    """
+    on_all_ranks(partial(read_shards, tree, folder), group)
+
+
+@torch.no_grad()
+def read_shards(tree: Tree, folder: Path) -> None:
+    """Fill the shards of this rank. Raises the same errors as `read`."""
+    index = read_index(folder)
+    for name, shard in _leaves(tree):
+        if name not in index.tensors:
+            raise UserError(f"{index.file} lists no {name}: it is of another model")
+        _fill(shard, name, index.tensors[name], index)
+
+
+def _fill(shard: Shard, name: str, entry: Entry, index: Index) -> None:
+    if entry.shape != tuple(shard.shape):
+        raise UserError(
+            f"{index.file} lists {name} with the shape {list(entry.shape)}, expected "
+            f"{list(shard.shape)}"
         )
+    start = filled = 0
+    for box in boxes(shard.begin, shard.local.numel(), entry.shape):
+        target = shard.local[start : start + math.prod(box[1])].view(box[1])
+        start += target.numel()
+        for chunk in entry.chunks:
+            if (common := intersection(box, (chunk.offsets, chunk.sizes))) is None:
+                continue
+            values = entry.read_chunk(chunk, name).read_all()
+            part = values[_slices(common, chunk.offsets)]
+            target[_slices(common, box[0])].copy_(part)
+            filled += part.numel()
+    if filled != shard.local.numel():
+        raise UserError(f"{index.file} lists {filled} of {shard.local.numel()} elements of {name}")
+
+
+def _slices(box: Box, origin: tuple[int, ...]) -> tuple[slice, ...]:
+    """The box in a tensor whose first element is at `origin`."""
+    return tuple(
+        slice(offset - first, offset - first + size)
+        for offset, size, first in zip(*box, origin, strict=True)
+    )
 
 
 def _free_bytes(folder: Path) -> int:
@@ -148,18 +185,13 @@ class _SavePlanner(DefaultSavePlanner):
         return box
 
 
-class _LoadPlanner(DefaultLoadPlanner):
-    def set_up_planner(
-        self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        """The default method would copy values of unknown types, and then fill the copies."""
-        self.original_state_dict = state_dict
-        self.state_dict, self.mappings = flatten_state_dict(state_dict)
-        self.metadata, self.is_coordinator = metadata, is_coordinator
-
-    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        box: torch.Tensor = self.state_dict[index.fqn].box(index.offset)
-        return box
+def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Shard]]:
+    """The shards by the names that DCP gives them: those of the nested dicts, with dots."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _map_leaves(function: Callable[[Shard], Any], tree: Tree) -> Tree:

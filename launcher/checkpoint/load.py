@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from launcher.checkpoint import dcp
 from launcher.config import Config
@@ -21,10 +20,17 @@ from launcher.distributed.shards import Shard
 from launcher.errors import UserError
 from launcher.folders import manifest
 from launcher.folders.checkpoint import MANIFEST, MODEL, Checkpoint
+from launcher.folders.json_file import COUNT, NUMBER, OBJECT, check_fields, read_object
+from launcher.io.readers.safetensors_file import read_tensors
 from launcher.run import resume, retention
 from launcher.training import rng
 from launcher.training.state import Progress, TrainState
 
+TRAINER_FIELDS = {
+    **dict.fromkeys(("step", "tokens", "ranks", "shards"), COUNT),
+    **dict.fromkeys(("counts", "schedule", "evaluations", "loss_scale"), OBJECT),
+    "eval_loss": NUMBER,
+}
 Log = Callable[[str], None]
 
 
@@ -91,7 +97,7 @@ def restore(checkpoint: Checkpoint, train_state: TrainState, force: bool) -> Pro
     Raises UserError for a checkpoint of other training rows, unless `force`, and for one whose
     optimizer state does not fit.
     """
-    trainer = json.loads(checkpoint.trainer.read_text())
+    trainer = _read_trainer(checkpoint)
     _refuse_other_training(checkpoint, trainer, train_state, force)
     state = train_state.strategy.state()
     if state.has_blockwise_moments and trainer["shards"] != state.num_shards:
@@ -103,25 +109,51 @@ def restore(checkpoint: Checkpoint, train_state: TrainState, force: bool) -> Pro
     if checkpoint.adapter is not None:
         _fill(state.weights, train_state.method.read(train_state.model, checkpoint.adapter))
         moments = {f"{m}/{n}": s for m, each in state.moments.items() for n, s in each.items()}
-        _fill(moments, load_file(checkpoint.moments))
+        _fill(moments, read_tensors(checkpoint.moments))
     else:
         model_tree = {"model": {**state.weights, **state.buffers}}
         dcp.read(model_tree, checkpoint.path / MODEL, train_state.group)
         dcp.read(state.moments, checkpoint.optimizer, train_state.group)
-    for name, counts in state.step_counts.items():
-        for key, value in counts.items():
-            value.fill_(trainer["counts"][name][key])
-    if train_state.strategy.loss_scale is not None:
-        train_state.strategy.loss_scale.load_state(trainer["loss_scale"])
+    with _damage(checkpoint.trainer):
+        for name, counts in state.step_counts.items():
+            for key, value in counts.items():
+                value.fill_(trainer["counts"][name][key])
+        if train_state.strategy.loss_scale is not None:
+            train_state.strategy.loss_scale.load_state(trainer["loss_scale"])
     train_state.strategy.sync_working_copies()
-    train_state.scheduler.load_state(trainer["schedule"])
-    train_state.early_stopping.load_state(trainer["evaluations"])
+    with _damage(checkpoint.trainer):
+        train_state.scheduler.load_state(trainer["schedule"])
+        train_state.early_stopping.load_state(trainer["evaluations"])
     rank_info = train_state.rank_info
     if trainer["ranks"] == rank_info.world_size:
-        rng.restore(load_file(checkpoint.rng(rank_info.rank)), rank_info.device)
+        file = checkpoint.rng(rank_info.rank)
+        with _damage(file):
+            rng.restore(read_tensors(file), rank_info.device)
     else:  # the saved random states belong to other ranks: start new streams
         torch.manual_seed(trainer["step"] * rank_info.world_size + rank_info.rank)
     return Progress(trainer["step"], trainer["tokens"])
+
+
+def _read_trainer(checkpoint: Checkpoint) -> dict[str, Any]:
+    """trainer.json, with all keys that every version writes."""
+    trainer = read_object(checkpoint.trainer)
+    check_fields(checkpoint.trainer, trainer, TRAINER_FIELDS)
+    needed = ("step", "tokens", "ranks", "schedule", "data", "counts")
+    if missing := [key for key in needed if trainer.get(key) is None]:
+        raise UserError(f"{checkpoint.trainer} is damaged: it has no {', '.join(missing)}")
+    return trainer
+
+
+@contextmanager
+def _damage(file: Path) -> Iterator[None]:
+    """Name the file whose content has another form than Shardway writes: its checksum is right, but
+    not what it says."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise UserError(f"{file} is damaged: {type(error).__name__}: {error!s:.200}") from error
 
 
 def _refuse_other_training(

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from launcher.cluster import command
-from launcher.folders.json_file import FieldType, read_fields
+from launcher.folders.json_file import COUNT, FINITE, FLAG, TEXT, read_fields
 from launcher.folders.run import RunDir
 from launcher.run import stop
 from launcher.run.rank_log import say
@@ -56,7 +56,7 @@ def launch(run: RunDir, nproc_per_node: int, gpus: int) -> int:
     run.stop.unlink(missing_ok=True)
     run.starter.unlink(missing_ok=True)
     if status == 0 and run.status.is_file():
-        return int(read_fields(run.status, exit_code=int)["exit_code"])
+        return int(read_fields(run.status, exit_code=COUNT)["exit_code"])
     # Its own second signal ends the agent with 128 + N.
     ended_by = signals.ended_by or (status - 128 if status > 128 else None)
     if ended_by:
@@ -130,10 +130,8 @@ def first_failure(run: RunDir) -> Failure | None:
 
 def _reports(run: RunDir) -> list[dict[str, Any]]:
     """The ranks' own reports. Raises DamagedFile for one that cannot be read."""
-    types: dict[str, FieldType] = {
-        "rank": int, "time": float, "message": str, "exit_code": int, "lost_peer": bool,
-    }  # fmt: skip
-    return [read_fields(path, **types) for path in run.logs.glob("rank-*.error.json")]
+    fields = {"rank": COUNT, "time": FINITE, "message": TEXT, "exit_code": COUNT, "lost_peer": FLAG}
+    return [read_fields(path, **fields) for path in run.logs.glob("rank-*.error.json")]
 
 
 def lost_a_node(run: RunDir, world_size: int) -> bool:

@@ -11,7 +11,7 @@ from launcher.cluster import slurm
 from launcher.config import store
 from launcher.errors import UserError
 from launcher.folders import manifest
-from launcher.folders.json_file import DamagedFile, has_type
+from launcher.folders.json_file import DamagedFile, is_count
 from launcher.folders.run import RunDir
 from launcher.run import sweep
 from launcher.run.metrics import PACE_STEPS, Glance, format_number
@@ -85,7 +85,7 @@ class _Look:
         if seen.is_damaged:
             self.damaged.append(self.run.metrics)
         max_steps = self.config["training"].get("max_steps") if self.config else None
-        max_steps = max_steps if has_type(max_steps, int) else None
+        max_steps = max_steps if is_count(max_steps) else None
         total = self._read(lambda: total_steps(self.run, max_steps))
         step = seen.newest["step"] if seen.newest else 0
         best = seen.best_eval_loss

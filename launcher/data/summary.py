@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from launcher.data.tokenize import TokenBatch
-from launcher.folders.json_file import has_type
+from launcher.folders.json_file import is_count
 
 UNENDED = "answers do not end with a special token: a model does not learn to stop (docs/data.md)"
 COUNTS = (
@@ -54,7 +54,7 @@ class Summary:
         counts = {name: facts[name] for name in COUNTS}
         counts["loss_tokens"] = facts["learned"]
         errors, notes = facts["bad"], dict(facts["notes"])
-        if not all(has_type(count, int) for count in (*counts.values(), *notes.values())):
+        if not all(is_count(count) for count in (*counts.values(), *notes.values())):
             raise TypeError("a count is not a number")
         if not isinstance(errors, list) or not all(isinstance(error, str) for error in errors):
             raise TypeError("bad is not a list of messages")

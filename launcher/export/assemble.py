@@ -25,7 +25,7 @@ from launcher.export.sharded_adapter import (
     sharded_adapter,
 )
 from launcher.export.source import Source, model_home
-from launcher.folders.json_file import read_object
+from launcher.folders.model_config import read_model_config
 from launcher.folders.vocabulary import config_value
 from launcher.io.readers import model_folder
 from launcher.io.readers.found import FoundModel
@@ -157,14 +157,14 @@ def _quantization_scheme(source: Source) -> Config | None:
         return source.scheme
     for folder in source.extra_file_folders:
         if folder != source.base and (folder / "config.json").is_file():
-            scheme = read_object(folder / "config.json").get("quantization_config")
+            scheme = read_model_config(folder / "config.json").get("quantization_config")
             if scheme is not None:
                 return dict(scheme)
     return None
 
 
 def _read_config(source: Source) -> Config:
-    return read_object(model_home(source) / "config.json")
+    return read_model_config(model_home(source) / "config.json")
 
 
 def _read_base(path: Path, config: Config) -> Tensors:

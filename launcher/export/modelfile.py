@@ -18,7 +18,9 @@ from launcher.io.limits import render_within_limits
 SYSTEM, USER, ANSWER, AGAIN = "\u2460sys", "\u2461usr", "\u2462ans", "\u2463agn"
 
 
-def make_modelfile(folder: Path | None, config: dict[str, Any]) -> str:
+def make_modelfile(
+    folder: Path | None, config: dict[str, Any], trust_remote_code: bool = False
+) -> str:
     """The text of the Modelfile for a model whose tokenizer is in `folder`.
 
     Raises UserError if there is no tokenizer, or if its chat template cannot be converted.
@@ -28,8 +30,8 @@ def make_modelfile(folder: Path | None, config: dict[str, Any]) -> str:
     if folder is None:
         raise UserError("--modelfile: no tokenizer is known, and so no chat template")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # each tokenizer class raises its own errors
         raise UserError(
             f"--modelfile: the tokenizer in {folder} cannot be read: {error}"
         ) from error

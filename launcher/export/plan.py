@@ -14,15 +14,30 @@ import xxhash
 from launcher.errors import UserError
 from launcher.export.assemble import assemble
 from launcher.export.assembled import Assembled, Options
+from launcher.export.completeness import check_complete
+from launcher.export.copied_files import check_copied_files, find_copied_files
 from launcher.export.merge.ties import find_embedding_pair
 from launcher.export.modelfile import make_modelfile
 from launcher.export.shard_plan import assign_shards, natural_sort_key
 from launcher.export.source import Source, tokenizer_folder
 from launcher.export.stop_tokens import Stops, with_stops
 from launcher.folders import versions
-from launcher.folders.json_file import read_object
+from launcher.folders.json_file import (
+    OBJECT,
+    Field,
+    check_fields,
+    is_count,
+    is_object,
+    list_of,
+    read_object,
+)
 from launcher.io.readers.safetensors_file import CODES
 from launcher.io.tensor import Tensor
+
+TOKENS: Field = (
+    list_of(lambda token: is_object(token) and is_count(token.get("id"))),
+    "a list of tokens with their ids",
+)
 
 
 @dataclass(frozen=True)
@@ -104,6 +119,9 @@ def make_plan(source: Source, options: Options | None = None) -> Plan:
     else:
         max_bytes = options.max_shard_bytes
     folder, notes = tokenizer_folder(source), assembled.notes
+    if not options.adapter_only:
+        notes += check_complete(source.path, assembled.config, assembled.tensors)
+    check_copied_files(find_copied_files(source, options.adapter_only))
     stops = Stops(assembled.config)
     if not options.adapter_only:
         stops = with_stops(source, assembled.config, options.trust_remote_code)
@@ -111,7 +129,9 @@ def make_plan(source: Source, options: Options | None = None) -> Plan:
             notes += ("no tokenizer is known: add its files to the folder before serving it",)
     generated = dict(stops.files)
     if options.modelfile:
-        modelfile = make_modelfile(source.old_tokenizer or folder, assembled.config)
+        modelfile = make_modelfile(
+            source.old_tokenizer or folder, assembled.config, options.trust_remote_code
+        )
         generated["Modelfile"] = modelfile.encode()
     shards = assign_shards(tensors, max_bytes)
     notes += stops.notes
@@ -148,8 +168,11 @@ def _largest_token_id(path: Path) -> int:
     if not path.is_file():
         return -1
     content = read_object(path)
-    vocabulary = content.get("model", {}).get("vocab", {})
+    check_fields(path, content, {"model": OBJECT, "added_tokens": TOKENS})
+    vocabulary = (content.get("model") or {}).get("vocab")
     last_index = len(vocabulary) - 1 if isinstance(vocabulary, list) else -1
-    ids = vocabulary.values() if isinstance(vocabulary, dict) else ()
-    added = (int(token["id"]) for token in content.get("added_tokens", ()))
-    return max([last_index, *map(int, ids), *added])
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    if wrong := [each for each in ids if not is_count(each)]:
+        raise UserError(f"{path}: a token has the id {wrong[0]!r:.80}, expected a whole number")
+    added = (token["id"] for token in content.get("added_tokens") or ())
+    return int(max([last_index, *ids, *added]))

@@ -22,7 +22,7 @@ from launcher.export.merge.edits import same_values
 from launcher.export.merge.ties import HEAD
 from launcher.export.names import Naming
 from launcher.export.source import Source
-from launcher.folders.json_file import read_object
+from launcher.folders.adapter import read_settings
 from launcher.io.adapter import PREFIX, plain_name
 from launcher.io.adapter_config import is_saved
 from launcher.io.readers.found import FoundModel
@@ -60,7 +60,7 @@ def sharded_adapter(source: Source, adapter_tensors: dict[str, Tensors]) -> Adap
             "rank and alpha are unknown; copy the file from the training to that folder"
         )
     (tensors,) = adapter_tensors.values()
-    return Adapter(source.path, read_object(source.adapter_config), tensors)
+    return Adapter(source.path, read_settings(source.adapter_config), tensors)
 
 
 def frozen_base(

@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher.errors import UserError
 from launcher.folders import manifest
-from launcher.folders.adapter import SETTINGS
+from launcher.folders.adapter import SETTINGS, read_settings
 from launcher.folders.checkpoint import (
     END_TOKENS,
     MANIFEST,
@@ -18,7 +18,6 @@ from launcher.folders.checkpoint import (
     describe_skipped,
     newest_checkpoint,
 )
-from launcher.folders.json_file import read_object
 from launcher.folders.kind import SHARDED, Kind, is_run, kinds_of
 from launcher.folders.model import CONFIG, model_folder
 from launcher.folders.run import RunDir
@@ -126,14 +125,14 @@ def model_home(source: Source) -> Path:
 
 def _checkpoint_source(path: Path, base: str | None, adapter_only: bool) -> Source:
     saved = manifest.check(path / MANIFEST)
-    if not {"step", "base"} <= saved.keys():
+    recorded = saved.get("base")
+    if "step" not in saved or not isinstance(recorded, dict):
         raise UserError(f"{path / MANIFEST} is not the manifest of a checkpoint")
     checkpoint = Checkpoint(path)
     if adapter_only and checkpoint.adapter is not None:
         adapters = (checkpoint.adapter,)
         return Source(Kind.CHECKPOINT, path, adapters=adapters, extra_file_folders=(path,))
-    recorded = saved["base"]
-    folder = _find_base(base, recorded["name_or_path"], recorded["revision"])
+    folder = _find_base(base, recorded.get("name_or_path"), recorded.get("revision"))
     if tokens := recorded.get("add_tokens"):
         folder = extend(folder, tokens)
     has_old = END_TOKENS not in saved and (path / TOKENIZER).is_file()
@@ -149,8 +148,8 @@ def _checkpoint_source(path: Path, base: str | None, adapter_only: bool) -> Sour
     if checkpoint.adapter is not None:
         scheme = saved[SCHEME] if SCHEME in saved else None
         return replace(source, adapters=(checkpoint.adapter,), scheme=scheme)
-    assert checkpoint.model is not None
-    shards = checkpoint.model
+    if (shards := checkpoint.model) is None:
+        raise UserError(f"{path} has neither an adapter nor a folder model: it is damaged")
     partial = "partial" in saved and bool(saved["partial"])
     return replace(source, read=lambda _: dcp.read_model(shards), partial=partial)
 
@@ -214,7 +213,7 @@ def _reader(path: Path, tag: str | None) -> tuple[Kind, Callable[[bool], FoundMo
 
 
 def _base_of_adapter(settings: Path, base: str | None) -> Path:
-    config = read_object(settings)
+    config = read_settings(settings)
     return _find_base(base, config.get("base_model_name_or_path"), config.get("revision"))
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from launcher.cpus import usable_cpus
 from launcher.errors import UserError
+from launcher.export.completeness import check_complete
+from launcher.export.copied_files import MANIFEST
 from launcher.export.writing import readback
-from launcher.export.writing.extra_files import INDEX, MANIFEST
 from launcher.folders import manifest
+from launcher.folders.json_file import is_object, is_text, read_object
+from launcher.folders.model import CONFIG, INDEX
+from launcher.folders.model_config import read_model_config
+from launcher.folders.tensor_entries import read_weight_map
 from launcher.io.readers.safetensors_file import read_header
 from launcher.io.tensor import Tensor
 
@@ -27,7 +31,13 @@ def verify(folder: Path) -> str:
         )
     shards = {name for name in written["files"] if name.endswith(".safetensors")}
     _compare_contents(folder, written, shards)
-    return check_structure(folder, shards)
+    summary = check_structure(folder, shards)
+    if not (folder / CONFIG).is_file():  # an adapter
+        return summary
+    headers = [read_header(folder / name) for name in shards]
+    tensors = {name: tensor for header in headers for name, tensor in header.items()}
+    notes = check_complete(folder, read_model_config(folder / CONFIG), tensors)
+    return "; ".join([summary, *notes])
 
 
 def check_structure(folder: Path, shards: set[str]) -> str:
@@ -41,6 +51,8 @@ def check_structure(folder: Path, shards: set[str]) -> str:
     if unknown := [file.name for file in files if file.name not in shards]:
         raise UserError(f"{folder} contains {unknown}, which were not written with it")
     headers = {file.name: read_header(file) for file in files}
+    if not headers:
+        raise UserError(f"{folder} contains no shard")
     total = sum(tensor.nbytes for shard in headers.values() for tensor in shard.values())
     if (folder / INDEX).is_file():
         _check_index(folder / INDEX, headers, total)
@@ -57,7 +69,10 @@ def _compare_contents(folder: Path, written: dict[str, Any], shards: set[str]) -
     other_files = {name: entry for name, entry in written["files"].items() if name not in shards}
     messages = [manifest.problem(folder / name, entry) for name, entry in other_files.items()]
     problems = [message for message in messages if message]
-    tensors = {name: str(entry["xxh3_64"]) for name, entry in written["tensors"].items()}
+    for name, entry in written["tensors"].items():
+        if not (is_object(entry) and is_text(entry.get("xxh3_64"))):
+            raise UserError(f"{folder / MANIFEST} is damaged: it lists {name} as {entry!r:.80}")
+    tensors = {name: entry["xxh3_64"] for name, entry in written["tensors"].items()}
     files = {name: written["files"][name] | {"tensors": tensors} for name in sorted(shards)}
     try:
         readback.compare_checksums(folder, files, min(usable_cpus(), 4))
@@ -68,11 +83,12 @@ def _compare_contents(folder: Path, written: dict[str, Any], shards: set[str]) -
 
 
 def _check_index(path: Path, shards: dict[str, dict[str, Tensor]], total: int) -> None:
-    index = json.loads(path.read_text())
+    weight_map, metadata = read_weight_map(path), read_object(path).get("metadata")
     actual = {name: file for file, shard in shards.items() for name in shard}
-    if differing := sorted(index["weight_map"].items() ^ actual.items()):
+    if differing := sorted(weight_map.items() ^ actual.items()):
         raise UserError(
             f"{path} and the shards disagree on {differing[0][0]} ({len(differing)} entries)"
         )
-    if (stated := index["metadata"]["total_size"]) != total:
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if stated != total:
         raise UserError(f"{path} states a total_size of {stated}, the shards contain {total}")

@@ -9,13 +9,45 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
 
-# A field's type, or several; None is allowed if `type(None)` is one of them.
-FieldType = type | tuple[type, ...]
+Field = tuple[Callable[[Any], bool], str]  # whether a value is accepted, and what is expected
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number from 0."""
+    return type(value) is int and value >= 0
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Accepts a list with elements that `check` accepts."""
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+COUNT: Field = (is_count, "a whole number")
+NUMBER: Field = (lambda value: type(value) in (int, float), "a number")
+FINITE: Field = (lambda value: type(value) in (int, float) and math.isfinite(value), "a number")
+FLAG: Field = (lambda value: isinstance(value, bool), "true or false")
+TEXT: Field = (is_text, "text")
+OBJECT: Field = (is_object, "an object")
+TEXTS: Field = (list_of(is_text), "a list of texts")
+COUNTS: Field = (list_of(is_count), "a list of whole numbers")
+IDS: Field = (
+    lambda value: type(value) is int or (isinstance(value, list) and {*map(type, value)} <= {int}),
+    "a token id or a list of them",
+)
 
 
 class DamagedFile(UserError):
@@ -24,6 +56,21 @@ class DamagedFile(UserError):
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path} {reason}")
         self.path = path
+
+
+def or_null(field: Field) -> Field:
+    """Also accepts null."""
+    accepts, expected = field
+    return lambda value: value is None or accepts(value), f"{expected} or null"
+
+
+def check_fields(path: Path, content: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
+    """Raises DamagedFile if `content`, which is from the file `path`, has one of `fields` with a
+    value of another type. null counts as absent."""
+    for key, (accepts, expected) in fields.items():
+        if key in content and content[key] is not None and not accepts(content[key]):
+            shown = f"{content[key]!r:.80}"
+            raise DamagedFile(path, f"is damaged: {key} is {shown}, expected {expected}")
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -37,29 +84,20 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_fields(path: Path, **types: FieldType) -> dict[str, Any]:
-    """The object in `path`, in which each field of `types` has its type.
+def read_fields(path: Path, **fields: Field) -> dict[str, Any]:
+    """The object in `path`, in which each of `fields` has its type.
 
     Raises DamagedFile if it cannot be read, is not an object, or one of these fields is missing or
-    of another type. A bool is not a number, and a number is finite.
+    of another type.
     """
     content = read_object(path)
-    for name, expected in types.items():
+    for name, (accepts, expected) in fields.items():
         if name not in content:
-            raise DamagedFile(path, f"is damaged: it has no {name!r}")
-        if not has_type(content[name], expected):
-            shown = json.dumps(content[name])[:60]
-            raise DamagedFile(path, f"is damaged: {name!r} is {shown}")
+            raise DamagedFile(path, f"is damaged: it has no {name}")
+        if not accepts(content[name]):
+            shown = f"{content[name]!r:.80}"
+            raise DamagedFile(path, f"is damaged: {name} is {shown}, expected {expected}")
     return content
-
-
-def has_type(value: Any, expected: FieldType) -> bool:
-    """Whether `value` has this type. A bool is not a number, and a number is finite."""
-    if isinstance(value, bool):
-        return expected is bool or (isinstance(expected, tuple) and bool in expected)
-    if isinstance(value, float) and not math.isfinite(value):
-        return False
-    return isinstance(value, expected)
 
 
 def read_object_or_empty(path: Path) -> dict[str, Any]:

@@ -12,8 +12,33 @@ import xxhash
 
 from launcher.errors import UserError
 from launcher.folders import durable
+from launcher.folders.json_file import (
+    COUNT,
+    COUNTS,
+    FLAG,
+    NUMBER,
+    OBJECT,
+    TEXT,
+    TEXTS,
+    Field,
+    check_fields,
+    read_object,
+)
+from launcher.folders.tensor_entries import is_inside
 
 BLOCK_BYTES = 1 << 20
+# The types of the values that are read, in checkpoints and exports.
+FIELDS: dict[str, Field] = {
+    "step": COUNT,
+    "content": TEXT,
+    "eval_loss": NUMBER,
+    "partial": FLAG,
+    "quantisation": OBJECT,
+    "end_tokens": COUNTS,
+    "base": (lambda value: isinstance(value, dict | str), "an object or a folder"),
+    "tensors": OBJECT,
+}
+BASE_FIELDS: dict[str, Field] = {"name_or_path": TEXT, "revision": TEXT, "add_tokens": TEXTS}
 Entries = dict[str, dict[str, Any]]  # name → bytes, xxh3_128
 
 
@@ -45,12 +70,20 @@ def check(path: Path) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The manifest in `path`, files unchecked. Raises UserError if it is not a manifest."""
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        manifest["files"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a manifest: {error}") from error
+    """The manifest in `path`, files unchecked. Raises UserError if it is not a manifest, or has a
+    value of another type."""
+    manifest = read_object(path)
+    if not isinstance(manifest.get("files"), dict):
+        raise UserError(f"{path} is not a manifest: it lists no files")
+    check_fields(path, manifest, FIELDS)
+    for name, entry in manifest["files"].items():
+        if not is_inside(name) or "\0" in name:
+            raise UserError(f"{path} lists {name!r:.80}, which lies outside the folder")
+        if not isinstance(entry, dict) or not {"bytes", "xxh3_128"} <= entry.keys():
+            raise UserError(f"{path} lists {name} without its size and checksum: {entry!r:.80}")
+        check_fields(path, entry, {"bytes": COUNT, "xxh3_128": TEXT})
+    if isinstance(base := manifest.get("base"), dict):
+        check_fields(path, base, BASE_FIELDS)
     return manifest
 
 

@@ -8,13 +8,23 @@ A file consists of the header length (8 bytes, little-endian), a JSON header, an
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from launcher.folders.json_file import read_object_or_empty
+from launcher.errors import UserError
+from launcher.folders.json_file import is_text, read_object, read_object_or_empty
 
 INDEX = "model.safetensors.index.json"
 CHUNK_BYTES = 2**24  # of each tensor, in memory while two are compared
+MAX_HEADER_BYTES = 100_000_000  # the limit of the format
+MAX_SIZE = 1 << 48  # of a tensor or a dim of one, in elements
+WIDTHS = {  # dtype in the format's spelling → bytes of an element
+    "BOOL": 1, "U8": 1, "U16": 2, "U32": 4, "U64": 8, "I8": 1, "I16": 2, "I32": 4, "I64": 8,
+    "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,23 +38,111 @@ class TensorEntry:
     end: int
 
 
+@dataclass(frozen=True)
+class Header:
+    """The header of a safetensors file."""
+
+    entries: dict[str, TensorEntry]
+    metadata: dict[str, str]
+
+
 def file_entries(file: Path) -> dict[str, TensorEntry]:
-    """Name → tensor of one file. Raises OSError, ValueError, KeyError or TypeError if it cannot be
-    read."""
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
-    header.pop("__metadata__", None)
-    data = 8 + size
-    return {
-        name: TensorEntry(
-            file,
-            entry["dtype"],
-            tuple(entry["shape"]),
-            *(data + offset for offset in entry["data_offsets"]),
+    """Name → tensor of one file. Raises UserError if the file is damaged."""
+    return read_header(file).entries
+
+
+def read_header(file: Path) -> Header:
+    """The header of a file. Raises UserError if the file is damaged: tensors must cover the data
+    without gap or overlap, each with the bytes that its shape needs."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                raise ValueError(f"a header of {length} bytes")
+            table = json.loads(stream.read(length), object_pairs_hook=_unique)
+        if not isinstance(table, dict):
+            raise ValueError(f"its header is a {type(table).__name__}")
+        metadata = table.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(map(is_text, metadata.values())):
+            raise ValueError("its __metadata__ is not a table of texts")
+        entries = {name: _entry(file, 8 + length, name, entry) for name, entry in table.items()}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not a safetensors file: {error!s:.200}") from error
+    _check_tiling(file, entries, 8 + length, size)
+    return Header(entries, metadata)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in table if names.count(name) > 1)
+        raise ValueError(f"its header has {twice} twice")
+    return table
+
+
+def _entry(file: Path, data: int, name: str, entry: Any) -> TensorEntry:
+    """`data`: where the data begins. Raises ValueError."""
+    values = entry if isinstance(entry, dict) else {}
+    dtype: Any = values.get("dtype")
+    shape: Any = values.get("shape")
+    offsets: Any = values.get("data_offsets")
+    if not is_text(dtype):
+        raise ValueError(f"{name} has the dtype {dtype!r:.80}")
+    if not _are_sizes(shape):
+        raise ValueError(f"{name} has the shape {shape!r:.80}")
+    if not (_are_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
+        raise ValueError(f"{name} has the data_offsets {offsets!r:.80}")
+    return TensorEntry(file, dtype, tuple(shape), *(data + offset for offset in offsets))
+
+
+def _are_sizes(values: Any) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) <= 64
+        and all(type(value) is int and 0 <= value < MAX_SIZE for value in values)
+        and math.prod(value for value in values if value) < MAX_SIZE**2
+    )
+
+
+def _check_tiling(file: Path, entries: dict[str, TensorEntry], data: int, size: int) -> None:
+    at = data
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        nbytes = entry.end - entry.begin
+        if entry.dtype in WIDTHS and nbytes != math.prod(entry.shape) * WIDTHS[entry.dtype]:
+            raise UserError(f"{file}: {name} has {nbytes} bytes for {entry.shape}")
+        if entry.begin != at:
+            raise UserError(
+                f"{file}: {name} begins at byte {entry.begin - data} of the data, expected "
+                f"{at - data}"
+            )
+        at = entry.end
+    if at != size:
+        raise UserError(
+            f"{file} has {size} bytes, its header describes {at}: it was truncated or extended"
         )
-        for name, entry in header.items()
-    }
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Name of a tensor → name of its file, from an index of weights. Raises UserError if it is
+    damaged, or names a file outside its folder."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} is not an index of weights: it lists no tensors")
+    for name, file in weight_map.items():
+        if not is_text(file) or not file or "\0" in file:
+            raise UserError(f"{index} lists {name} in {file!r:.80}, which is no file name")
+    for file in sorted(set(weight_map.values())):
+        if not is_inside(file):
+            raise UserError(f"{index} lists {file}, which lies outside the folder")
+    return weight_map
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative path stays in the folder it starts from, links aside."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def tensor_names(folder: Path) -> set[str]:
@@ -61,14 +159,13 @@ def tensor_names(folder: Path) -> set[str]:
 
 def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
     """Name → tensor of a folder; empty if a file cannot be read: the loader reports that."""
-    weight_map = read_object_or_empty(folder / INDEX).get("weight_map")
+    index = folder / INDEX
     try:
-        if isinstance(weight_map, dict):
-            files = [folder / str(name) for name in sorted(set(weight_map.values()))]
-        else:
-            files = sorted(folder.glob("*.safetensors"))
+        files: Sequence[Path] = sorted(folder.glob("*.safetensors"))
+        if index.is_file():
+            files = [folder / name for name in sorted({*read_weight_map(index).values()})]
         return {name: entry for file in files for name, entry in file_entries(file).items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except UserError:
         return {}
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
+from launcher.folders.adapter import read_settings
 from launcher.io.readers.safetensors_file import read_header
 from launcher.io.readers.torch_file import read_file
 from launcher.io.tensor import Tensor
@@ -35,13 +35,7 @@ def read_adapter(folder: Path) -> Adapter:
     file = folder / "adapter_config.json"
     if not file.is_file():
         raise UserError(f"{file} is missing; name a folder that PEFT's save_pretrained wrote")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is not a JSON file: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{file} contains a {type(config).__name__}, expected an object")
-    return Adapter(folder, config, _tensors(folder))
+    return Adapter(folder, read_settings(file), _tensors(folder))
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
@@ -52,7 +46,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{safetensors} is missing; {folder} contains no adapter weights")
     content = read_file(pickled)
     if not isinstance(content, dict) or not all(
-        isinstance(value, Tensor) for value in content.values()
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):
         raise UserError(
             f"{pickled} is not a dict of tensors; save the adapter with save_pretrained"

@@ -13,6 +13,7 @@ from launcher.io.adapter import Adapter
 SUPPORTED_INITS = ("gaussian", "eva", "orthogonal", "mica")  # they leave the base unchanged
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 REFUSED_KEYS = {  # key → what it is, and why its weights are not base + delta
+    "megatron_config": "layers of Megatron, a module that PEFT imports by its name",
     "alora_invocation_tokens": "activated LoRA, which is active only after its invocation tokens",
     "arrow_config": "Arrow, which selects among adapters for every token",
     "layer_replication": "layer replication, whose layers are not the layers of the base",
@@ -22,15 +23,16 @@ REFUSED_KEYS = {  # key → what it is, and why its weights are not base + delta
     "velora_config": "VeLoRA, which this tool cannot merge",
     "monteclora_config": "MonteCLoRA, whose factors are random samples",
 }
+USUAL_RANK = 4096  # higher ones are looked for in the tensors
 MERGE_WITH_PEFT = "merge it with PEFT and consolidate the result"
 KNOWN_KEYS = {  # keys that are read, or that do not change the arithmetic of merging
     "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type",
     "inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
     "fan_in_fan_out", "bias", "use_rslora", "modules_to_save", "init_lora_weights",
-    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_config",
-    "megatron_core", "trainable_token_indices", "loftq_config", "eva_config", "corda_config",
-    "lora_ga_config", "use_dora", "qalora_group_size", "runtime_config", "lora_bias",
-    "target_parameters", "ensure_weight_tying", *REFUSED_KEYS,
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core",
+    "trainable_token_indices", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "use_dora", "qalora_group_size", "runtime_config", "lora_bias", "target_parameters",
+    "ensure_weight_tying", *REFUSED_KEYS,
 }  # fmt: skip
 
 
@@ -43,6 +45,9 @@ def check_mergeable(adapter: Adapter) -> None:
         )
     if missing := {"r", "lora_alpha"} - config.keys():
         raise UserError(f"{file} lacks {', '.join(sorted(missing))}; save the adapter again")
+    if missing := {key for key in ("r", "lora_alpha") if config[key] is None}:
+        raise UserError(f"{file} has no {', '.join(sorted(missing))}; save the adapter again")
+    _check_ranks(adapter)
     for key, description in REFUSED_KEYS.items():
         if config.get(key):
             raise UserError(f"{file} sets {key}: {description}; {MERGE_WITH_PEFT}")
@@ -60,6 +65,19 @@ def check_mergeable(adapter: Adapter) -> None:
         raise UserError(
             f"{file} sets {', '.join(unknown)}, which this tool does not know and which may change "
             f"the merged weights; {MERGE_WITH_PEFT}"
+        )
+
+
+def _check_ranks(adapter: Adapter) -> None:
+    """Raises UserError for a rank far beyond that of all tensors: PEFT makes factors of that rank
+    before it reads the tensors."""
+    config = adapter.config
+    highest = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    stored = [size for tensor in adapter.tensors.values() for size in tensor.shape]
+    if highest > max(USUAL_RANK, *stored, 0):
+        raise UserError(
+            f"{adapter.origin / 'adapter_config.json'} has the rank {highest}, and no tensor of "
+            "the adapter has a dim of that size; use the config that was saved with these weights"
         )
 
 

@@ -34,3 +34,14 @@ def boxes(begin: int, count: int, shape: tuple[int, ...]) -> list[Box]:
         result.append(((first, *(0 for _ in shape[1:])), (rows, *shape[1:])))
     tail = boxes(0, rest, shape[1:])
     return [*result, *(((first + rows, *offsets), (1, *sizes)) for offsets, sizes in tail)]
+
+
+def intersection(one: Box, other: Box) -> Box | None:
+    """The elements that two boxes have in common, None if there are none."""
+    offsets = tuple(map(max, one[0], other[0]))
+    ends = (
+        min(first + size, second + length)
+        for first, size, second, length in zip(*one, *other, strict=True)
+    )
+    sizes = tuple(end - offset for end, offset in zip(ends, offsets, strict=True))
+    return (offsets, sizes) if all(size > 0 for size in sizes) else None

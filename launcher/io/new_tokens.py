@@ -34,6 +34,7 @@ from launcher.folders.extended_model import (
 )
 from launcher.folders.json_file import read_object
 from launcher.folders.model import CONFIG, INDEX, TOKENIZER_FILES, model_folder, single_weights_file
+from launcher.folders.model_config import read_model_config
 from launcher.folders.tensor_entries import TensorEntry, tensor_entries
 from launcher.folders.vocabulary import HEAD_MODULES, config_changes, is_embedding, stated_tie
 from launcher.io.readers.safetensors_file import header, read_header
@@ -120,7 +121,7 @@ def _write_whole(base: Path, tokens: Sequence[str], folder: Path, trust_remote_c
 
 def _write(base: Path, tokens: Sequence[str], folder: Path, trust_remote_code: bool) -> None:
     entries = _read_entries(base)
-    config = read_object(base / CONFIG)
+    config = read_model_config(base / CONFIG)
     embedding = _find_embedding(base, entries)
     rows = entries[embedding].shape[0]
     vocabulary = _write_tokenizer(base, tokens, rows, folder, trust_remote_code)
@@ -196,7 +197,7 @@ def _write_tokenizer(
     """Save the tokenizer with the new tokens. `rows`: of the embedding before."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # each tokenizer class raises its own errors
         raise UserError(f"model.name_or_path={base} has no tokenizer: {error}") from error
     before: dict[str, int] = tokenizer.get_vocab()
     new = [token for token in tokens if token not in before]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from launcher.errors import UserError
 from launcher.folders.adapter import WEIGHTS, adapter_folder, adapter_settings
 from launcher.io.adapter import PREFIX, read_adapter
 from launcher.io.adapter_config import check_mergeable, rank_and_scale
+from launcher.io.readers.safetensors_file import read_tensors
 from launcher.method.initial_delta import BaseWeights, LowRankDelta
 
 MERGE_HINT = (
@@ -21,7 +21,7 @@ MERGE_HINT = (
 
 def read_adapter_tensors(path: str) -> dict[str, torch.Tensor]:
     """The tensors of an adapter by their names on disk."""
-    return load_file(find_adapter(path, "method.adapter") / WEIGHTS)
+    return read_tensors(find_adapter(path, "method.adapter") / WEIGHTS)
 
 
 def find_adapter(path: str, key: str) -> Path:
@@ -46,6 +46,8 @@ def read_deltas(path: str) -> dict[str, LowRankDelta]:
     deltas = {}
     for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
         stem = name.removesuffix(".lora_A.weight")
+        if f"{stem}.lora_B.weight" not in tensors:
+            raise UserError(f"method.merge_first={path} has {name} and no lora_B; save it again")
         right, left = tensors.pop(name).float(), tensors.pop(f"{stem}.lora_B.weight").float()
         module = stem.removeprefix(PREFIX)
         _, scale = rank_and_scale(config, module)

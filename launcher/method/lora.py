@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
 from launcher.config.schema.method import LoraConfig
 from launcher.errors import UserError
 from launcher.folders.adapter import WEIGHTS
 from launcher.io.adapter import PREFIX
+from launcher.io.readers.safetensors_file import read_tensors
 from launcher.method import existing_adapter
 from launcher.method.base import CPU
 from launcher.method.initial_delta import (
@@ -134,7 +135,7 @@ class Lora:
 
     def read(self, model: PeftModel, folder: Path) -> dict[str, torch.Tensor]:
         """Raises UserError if the folder's adapter is not one of this run."""
-        saved = load_file(folder / WEIGHTS)
+        saved = read_tensors(folder / WEIGHTS)
         self._remove_initial_deltas(model, saved)
         return to_model_names(model, saved, folder, self._tied)
 

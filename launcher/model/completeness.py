@@ -5,7 +5,6 @@ transformers fills a parameter that the files lack with random values, and only 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ import torch
 
 from launcher.errors import UserError
 from launcher.folders.vocabulary import HEAD_MODULES
+from launcher.io.completeness import missing_parameters, tied_names
 from launcher.model.lazy_weight import LazyWeight
 
 CHUNK_ELEMENTS = 2**24  # of each tensor, in memory while two are compared
@@ -45,19 +45,7 @@ def check_names(model: Any, files: NamedWeights, folder: Path) -> None:
     state = model.state_dict().keys()
     if files.names - state:
         return
-    ties = tied_names(model)
-    groups = [{target, source} for target, source in ties.items()]
-    provided = set().union(*(group for group in groups if group & files.names))
-    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
-    parameters = dict(model.named_parameters()).keys()
-    refuse_missing(
-        (
-            name
-            for name in parameters - files.names - provided
-            if not any(re.search(pattern, name) for pattern in optional)
-        ),
-        folder,
-    )
+    refuse_missing(missing_parameters(model, files.names), folder)
 
 
 def check_loaded(ties: dict[str, str], loaded: Any, info: dict[str, Any], folder: Path) -> None:
@@ -76,11 +64,6 @@ def check_loaded(ties: dict[str, str], loaded: Any, info: dict[str, Any], folder
     for target, source in ties.items():
         if target not in loaded.all_tied_weights_keys:
             raise untied_error(folder, target, source)
-
-
-def tied_names(model: Any) -> dict[str, str]:
-    """Parameter → the parameter that it is tied to, by the config."""
-    return dict(model.get_expanded_tied_weights_keys(all_submodels=True))
 
 
 def refuse_missing(names: Iterable[str], folder: Path) -> None:

@@ -6,7 +6,6 @@ and each rank then reads its own rows from the safetensors files.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,9 +19,12 @@ from transformers.initialization import no_init_weights
 
 from launcher.config.schema.model import ModelConfig
 from launcher.errors import UserError
-from launcher.folders.model import single_weights_file
+from launcher.folders.model import CONFIG, single_weights_file
+from launcher.folders.model_config import read_model_config
+from launcher.folders.tensor_entries import INDEX, file_entries, read_weight_map
+from launcher.io.completeness import tied_names
 from launcher.model.attention import choose_attention
-from launcher.model.completeness import check_loaded, check_names, check_ties, tied_names
+from launcher.model.completeness import check_loaded, check_names, check_ties
 from launcher.model.lazy_weight import FileWeight, LazyWeight
 
 MB = 1e6
@@ -32,22 +34,27 @@ class SafetensorsFolder:
     """The tensors of a model folder by name."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises UserError if the index lists a file that is missing, or if there are several files
-        and no index."""
+        """Raises UserError if a file is damaged, if the index lists a file or a tensor that is
+        missing, or if there are several files and no index."""
         self.folder = folder
         self._bytes_read = [0]
         self._open_files: dict[str, safe_open] = {}
-        index = folder / "model.safetensors.index.json"
+        index = folder / INDEX
         if index.is_file():
-            self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            files = set(self._file_of.values())
+            self._file_of = read_weight_map(index)
+            files = sorted(set(self._file_of.values()))
             missing = sorted(file for file in files if not (folder / file).is_file())
             if missing:
                 raise UserError(f"{index} lists files that are missing: {', '.join(missing)}")
+            names = {file: file_entries(folder / file).keys() for file in files}
+            if lost := [name for name, file in self._file_of.items() if name not in names[file]]:
+                raise UserError(
+                    f"{index} lists {lost[0]} in {self._file_of[lost[0]]}, which does not contain "
+                    "it: the index is stale"
+                )
         else:
-            file = single_weights_file(folder).name
-            names = self._open(file).keys()
-            self._file_of = dict.fromkeys(names, file)
+            path = single_weights_file(folder)
+            self._file_of = dict.fromkeys(file_entries(path), path.name)
 
     @property
     def names(self) -> set[str]:
@@ -137,7 +144,7 @@ def build_model(
     model = model_on_meta(config, folder, dtype, packed)
     try:
         files = SafetensorsFolder(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except OSError as error:
         raise _unreadable(folder, error) from error
     check_ties(model, files, folder)
     if _has_same_layout(model, files):
@@ -170,9 +177,11 @@ def model_on_meta(
     that cannot be built.
     """
     code = config.trust_remote_code
+    if (folder / CONFIG).is_file():
+        read_model_config(folder / CONFIG)
     try:
         architecture = AutoConfig.from_pretrained(folder, trust_remote_code=code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # each class checks its values in its own way
         raise _unreadable(folder, error) from error
     attention = choose_attention(config.attention, architecture, packed)
     try:
@@ -180,7 +189,9 @@ def model_on_meta(
             model = AutoModelForCausalLM.from_config(
                 architecture, dtype=dtype, attn_implementation=attention, trust_remote_code=code
             )
-    except (ImportError, ValueError) as error:  # not a causal model, or not with this attention
+    except UserError:
+        raise
+    except Exception as error:  # not a causal model, not with this attention, or of other values
         raise UserError(
             f"{folder} with model.attention={config.attention} cannot be built: {error}"
         ) from error
@@ -189,7 +200,7 @@ def model_on_meta(
 
 
 def _unreadable(folder: Path, error: Exception) -> UserError:
-    return UserError(f"model.name_or_path={folder} cannot be read: {error}")
+    return UserError(f"model.name_or_path={folder} cannot be read: {error or repr(error)}")
 
 
 def _has_same_layout(model: nn.Module, files: SafetensorsFolder) -> bool:

@@ -27,7 +27,7 @@ def load_tokenizer(
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # each tokenizer class raises its own errors
         raise UserError(f"model.name_or_path={folder} has no tokenizer: {error}") from error
     if chat and template is not None:
         _set_template(tokenizer, template)

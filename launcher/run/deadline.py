@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from launcher.folders.json_file import DamagedFile, read_fields
+from launcher.folders.json_file import FINITE, DamagedFile, or_null, read_fields
 
 SPARE_SECONDS = 10.0
 
@@ -37,7 +37,7 @@ class Deadline:
         if not job.is_file():
             return None
         try:
-            return cls(read_fields(job, end=(int, float, type(None)))["end"])
+            return cls(read_fields(job, end=or_null(FINITE))["end"])
         except DamagedFile as error:
             print(f"{error}; only Slurm's signal stops this attempt in time", file=sys.stderr)
             return cls(None)

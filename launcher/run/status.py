@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import UserError
-from launcher.folders.json_file import DamagedFile, read_fields, read_object
+from launcher.folders.json_file import COUNT, TEXT, DamagedFile, Field, read_fields, read_object
 from launcher.folders.run import RunDir, runs_in
 from launcher.run import processes, sweep
 
 NO_ATTEMPT = "ended before it began"  # the state of a run whose job has made no attempt
 
+TEXT_OR_NUMBER: Field = (lambda value: type(value) in (str, int), "text or a whole number")
 DAMAGED = "damaged"  # the state of a run whose status.json cannot be read
 
 
@@ -59,7 +60,7 @@ def slurm_job_id(run: RunDir) -> str | None:
     for file in (run.submitted, run.newest_attempt().job):
         try:
             if file.is_file():
-                return str(read_fields(file, job=(str, int))["job"])
+                return str(read_fields(file, job=TEXT_OR_NUMBER)["job"])
         except DamagedFile as error:
             damage = damage or error
     if damage is not None:
@@ -84,7 +85,7 @@ def run_state(run: RunDir, queued: QueuedJob | None) -> str:
     if ended_before_attempt(run):
         return NO_ATTEMPT
     if run.status.is_file():
-        state = str(read_fields(run.status, state=str)["state"])
+        state = str(read_fields(run.status, state=TEXT)["state"])
         if not state.strip():
             raise DamagedFile(run.status, "is damaged: its state is empty")
         return state
@@ -118,7 +119,7 @@ def total_steps(run: RunDir, max_steps: int | None) -> int | None:
     DamagedFile if the file with them cannot be read.
     """
     if run.steps.is_file():
-        return int(read_fields(run.steps, total_steps=int)["total_steps"])
+        return int(read_fields(run.steps, total_steps=COUNT)["total_steps"])
     return max_steps
 
 

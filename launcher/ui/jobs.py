@@ -20,7 +20,7 @@ import psutil
 
 from launcher.errors import UserError
 from launcher.folders import manifest
-from launcher.folders.json_file import FieldType, has_type
+from launcher.folders.json_file import is_count
 from launcher.ui.roots import Roots
 
 FOLDER = ".page"  # in runs/: a record and the output of each job
@@ -84,11 +84,8 @@ class Job:
                 record = json.load(file)
         except (OSError, ValueError, RecursionError, UserError):
             return None
-        types: dict[str, FieldType] = {"pid": int, "created": (int, float, type(None))}
-        is_record = isinstance(record, dict) and all(
-            has_type(record.get(name, ""), expected) for name, expected in types.items()
-        )
-        return record if is_record else None
+        is_record = isinstance(record, dict) and is_count(record.get("pid"))
+        return record if is_record and "created" in record else None
 
 
 @dataclass

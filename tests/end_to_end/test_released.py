@@ -4,37 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launcher.folders import manifest
-from launcher.folders.checkpoint import Checkpoint, newest_checkpoint
+from launcher.folders.checkpoint import newest_checkpoint
 from tests.helpers.commands import shardway
+from tests.helpers.released import RELEASED, moved
 
 pytestmark = pytest.mark.slow
-RELEASED = Path(__file__).resolve().parents[1] / "released"
 EXPECTED: dict[str, Any] = json.loads((RELEASED / "expected.json").read_text())
-RECORDED_IN = "/data/shardway"  # where the runs were recorded
 WEIGHTS_ARE_COPIED = ("full-fsdp-fp32", "freeze-zero2-fp32")  # the others are merged here
-
-
-def moved(name: str, folder: Path, tiny: Path) -> Path:
-    """A copy of the run in `folder`, with the paths in its files changed to this machine."""
-    run = folder / "runs" / name
-    shutil.copytree(RELEASED / name, run)
-    shutil.copyfile(RELEASED / "rows.jsonl", folder / "rows.jsonl")
-    for file in (*run.rglob("*.yaml"), *run.rglob("*.json")):
-        text = file.read_text().replace(f"{RECORDED_IN}/cache/models/tiny", str(tiny))
-        file.write_text(text.replace(RECORDED_IN, str(folder)))
-    checkpoint = Checkpoint(run / "checkpoints/step-000005")
-    content = manifest.read(checkpoint.manifest)
-    files = manifest.entries(checkpoint.path, lambda path: path != checkpoint.manifest)
-    assert files.keys() == content["files"].keys()
-    manifest.write(checkpoint.manifest, content, files)
-    return run
 
 
 @pytest.mark.parametrize("name", EXPECTED)

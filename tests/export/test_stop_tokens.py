@@ -159,7 +159,9 @@ def test_a_generation_config_without_eos_lists_the_end_and_that_of_the_config(
 def test_the_text_config_of_a_model_that_sees_is_changed_too(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     step = make_checkpoint(base, tmp_path / "step-000002", "chatml")
-    edit(base / "config.json", text_config={"eos_token_id": EOS, "hidden_size": 48})
+    unknown = ["SeeingForConditionalGeneration"]  # the class of no library
+    text_config = {"eos_token_id": EOS, "hidden_size": 48}
+    edit(base / "config.json", text_config=text_config, architectures=unknown)
     consolidate(step, "--output", tmp_path / "export")
     config = read(tmp_path / "export/config.json")
     assert config["text_config"] == {"eos_token_id": [END, EOS], "hidden_size": 48}

@@ -9,8 +9,12 @@ import pytest
 
 from launcher.errors import UserError
 from launcher.folders.json_file import (
+    COUNT,
+    FINITE,
+    TEXT,
     DamagedFile,
     dump_like,
+    or_null,
     read_fields,
     read_object,
     read_object_or_empty,
@@ -82,11 +86,11 @@ def test_a_file_without_the_expected_fields_is_damaged_and_named(tmp_path: Path,
     file.write_text(text)
     said = r"slurm\.json (is damaged|cannot be read|contains)"
     with pytest.raises(DamagedFile, match=said) as caught:
-        read_fields(file, job=(str, int, float))
+        read_fields(file, job=COUNT)
     assert caught.value.path == file
 
 
 def test_fields_of_the_expected_types_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"job": "7", "end": null, "more": [1]}')
-    found = read_fields(tmp_path / "a.json", job=(str, int), end=(float, type(None)))
+    found = read_fields(tmp_path / "a.json", job=TEXT, end=or_null(FINITE))
     assert found == {"job": "7", "end": None, "more": [1]}

@@ -22,7 +22,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         with parquet.ParquetFile(path) as file:
             yield from _batch_rows(path, file.iter_batches(batch_size=CHUNK_ROWS))
-    except ArrowException as error:
+    except (ArrowException, OSError) as error:
         raise UserError(f"{path} is not Parquet: {error}") from error
 
 
@@ -42,11 +42,11 @@ def open_record_batches(path: Path) -> list[pa.RecordBatch]:
     try:
         reader = ipc.open_file(source)
         return [reader.get_batch(number) for number in range(reader.num_record_batches)]
-    except ArrowException:
+    except (ArrowException, OSError):
         source.seek(0)
     try:
         return list(ipc.open_stream(source))
-    except ArrowException as error:
+    except (ArrowException, OSError) as error:
         raise UserError(f"{path} is not Arrow: {error}") from error
 
 

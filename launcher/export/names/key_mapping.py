@@ -19,7 +19,7 @@ import torch
 
 from launcher.errors import UserError
 from launcher.export.names.trace import trace
-from launcher.folders.json_file import read_object
+from launcher.folders.model_config import check_model_config, read_model_config
 from launcher.io.tensor import Tensor
 
 
@@ -155,21 +155,30 @@ def find_naming(
     `from_pretrained`. Without names, the result is that for a model created in memory. Raises
     UserError if transformers does not have the class.
     """
+    naming = _naming(config_folder, _build_from_folder(config_folder, trust_remote_code))
+    if names:
+        naming.model._weight_conversions = _used_conversions(naming.conversions, names)
+    return naming
+
+
+def naming_of_config(folder: Path, config: dict[str, Any]) -> Naming:
+    """The namings of the model that the contents of a `config.json` describe. `folder`: for
+    messages. Raises UserError if transformers does not have the class."""
+    return _naming(folder, build_on_meta(config))
+
+
+def _naming(folder: Path, model: Any) -> Naming:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    model = _build_from_folder(config_folder, trust_remote_code)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    naming = Naming(
-        config_folder,
+    return Naming(
+        folder,
         model,
         tuple(get_model_conversion_mapping(model)),
         shapes,
         frozenset(_resizable(model)),
         frozenset(_optional(model, shapes)),
     )
-    if names:
-        model._weight_conversions = _used_conversions(naming.conversions, names)
-    return naming
 
 
 def build_on_meta(config: dict[str, Any]) -> Any:
@@ -179,13 +188,21 @@ def build_on_meta(config: dict[str, Any]) -> Any:
     """
     import transformers
 
+    check_model_config(Path("config.json"), config)
     model_type = config.get("model_type", "null")
     if model_type not in transformers.CONFIG_MAPPING:
         raise UserError(
             f"config.json: model_type is {model_type}, which transformers "
             f"{transformers.__version__} does not have; trust the folder's own code if it has any"
         )
-    return _build(transformers.CONFIG_MAPPING[model_type].from_dict(config))
+    try:
+        return _build(transformers.CONFIG_MAPPING[model_type].from_dict(config))
+    except UserError:
+        raise
+    except Exception as error:  # each class checks its values in its own way
+        raise UserError(
+            f"config.json does not describe a model of type {model_type}: {error!s:.300}"
+        ) from error
 
 
 def _build_from_folder(folder: Path, trust_remote_code: bool) -> Any:
@@ -194,7 +211,7 @@ def _build_from_folder(folder: Path, trust_remote_code: bool) -> Any:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise UserError(f"{folder} has no config.json; name the folder of the base model")
-    values = read_object(config_file)
+    values = read_model_config(config_file)
     remote = values.get("auto_map", {}) if trust_remote_code else {}
     if "AutoConfig" not in remote:
         return build_on_meta(values)

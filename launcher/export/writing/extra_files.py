@@ -4,43 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from launcher.export.copied_files import find_copied_files
 from launcher.export.plan import Plan
-from launcher.export.source import Source, model_home, tokenizer_folder
+from launcher.export.source import model_home
 from launcher.folders.adapter import SETTINGS
 from launcher.folders.json_file import dump_like, read_object
 from launcher.folders.model import CONFIG, INDEX
-from launcher.folders.model import TOKENIZER_FILES as TOKENIZER
-
-MANIFEST = "consolidation_manifest.json"
-PROCESSOR = ("*processor_config.json",)
-# The files in the model's folder that describe the model are copied. Weights, and files that
-# trainers write for themselves, are not.
-COPIED = (
-    *TOKENIZER,
-    *PROCESSOR,
-    "*.json",
-    "*.jinja",
-    "*.txt",
-    "*.py",
-    "*.tiktoken",
-    "*.md",
-    "LICENSE*",
-    "NOTICE*",
-)
-NOT_COPIED = (
-    *("*.index.json", ".*", "zero_to_*.py", "trainer_state.json", "*_results.json", "trainer.json"),
-    *("manifest.json", "ds_config*.json", "*deepspeed*.json", MANIFEST, SETTINGS, CONFIG),
-)
 
 
 def write_extra_files(plan: Plan, folder: Path) -> None:
     """Write the extra files to `folder`. Existing files are overwritten: a resumed export writes
     them again."""
-    for name, origin in sorted(find_extra_files(plan.source, plan.options.adapter_only).items()):
+    for name, origin in sorted(find_copied_files(plan.source, plan.options.adapter_only).items()):
         shutil.copyfile(origin, folder / name)
     if plan.options.adapter_only:
         _write_json(folder / SETTINGS, plan.config, sort=False)
@@ -50,32 +28,6 @@ def write_extra_files(plan: Plan, folder: Path) -> None:
         (folder / name).write_bytes(content)
     if len(plan.shards) > 1:
         _write_json(folder / INDEX, _index(plan), sort=True)
-
-
-def find_extra_files(source: Source, tokenizer_only: bool) -> dict[str, Path]:
-    """Name → file to copy.
-
-    Files that describe the model come from its folder. All files of the tokenizer come from the
-    first folder that has one.
-    """
-    files: dict[str, Path] = {}
-    home = None
-    if not tokenizer_only:
-        home = model_home(source)
-        files |= {p.name: p for p in _files(home, COPIED) if not _matches(p, NOT_COPIED)}
-    folder = tokenizer_folder(source)
-    if folder is not None and folder != home:
-        others = {name: path for name, path in files.items() if not _matches(path, TOKENIZER)}
-        files = others | {path.name: path for path in _files(folder, (*TOKENIZER, *PROCESSOR))}
-    return files
-
-
-def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_file() and _matches(path, patterns)]
-
-
-def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch(path.name, pattern) for pattern in patterns)
 
 
 def _index(plan: Plan) -> dict[str, Any]:

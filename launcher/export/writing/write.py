@@ -20,10 +20,11 @@ import xxhash
 
 from launcher.cpus import usable_cpus
 from launcher.errors import UserError
+from launcher.export.copied_files import MANIFEST
 from launcher.export.plan import Plan
 from launcher.export.writing import journal, readback
 from launcher.export.writing.direct_writer import Sink
-from launcher.export.writing.extra_files import MANIFEST, write_extra_files
+from launcher.export.writing.extra_files import write_extra_files
 from launcher.export.writing.journal import Entry
 from launcher.export.writing.progress import Progress
 from launcher.export.writing.recompute import recompute

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from types import UnionType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from launcher.errors import UserError
 from launcher.folders.kind import ACCELERATE, UNREADABLE
 from launcher.io.readers.found import FoundModel
 from launcher.io.readers.torch_file import read_file, unpickle
+from launcher.io.readers.unpickle import Inert, is_shape, is_size
 from launcher.io.readers.wrapper_prefixes import skipped_note, strip_wrappers, stripped_names
 from launcher.io.tensor import Tensor
 from launcher.io.tensor.stored import Piece, Stored, box_pieces
@@ -34,25 +36,46 @@ class Chunk:
     length: int
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a save, in chunks. Replicas of a box have the same values: it has one of them."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+    def read_chunk(self, chunk: Chunk, name: str) -> Stored:
+        """The values of a chunk. Raises UserError if the archive is damaged or another tensor."""
+        part = read_file(chunk.file, chunk.begin, chunk.length)
+        if not isinstance(part, Stored) or (part.dtype, part.shape) != (self.dtype, chunk.sizes):
+            raise UserError(
+                f"{chunk.file}: the part of {name} at {list(chunk.offsets)} is not the "
+                f"{self.dtype} of {list(chunk.sizes)} that .metadata lists"
+            )
+        return part
+
+
+@dataclass(frozen=True)
+class Index:
+    """What `.metadata` lists, checked. The files of the chunks were not looked at."""
+
+    file: Path
+    tensors: dict[str, Entry]
+    paths: dict[str, tuple[str, ...]]  # of all entries: the keys of the nested dicts
+
+
 def read_model(folder: Path) -> FoundModel:
     """The model's tensors: the entries under `model`, or all entries if the save is not nested.
 
     Raises UserError if the save is incomplete, or of a kind that cannot be read.
     """
-    folder = _dcp_folder(folder)
-    file = folder / ".metadata"
-    metadata = unpickle(file)
-    try:
-        names, notes = _names(file, metadata)
-        entries = {key: _dtype_and_shape(metadata.state_dict_metadata[key]) for key in names}
-        chunks = _chunks(folder, metadata, names)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not DCP metadata: it lacks {error}") from error
+    index = read_index(_dcp_folder(folder))
+    names, notes = _names(index)
     tensors: dict[str, Tensor] = {}
-    short = stripped_names(names.values(), file)
-    for key, (dtype, shape) in entries.items():
+    short = stripped_names(names.values(), index.file)
+    for key in names:
         name = short[names[key]]
-        tensors[name] = _stored(name, dtype, shape, chunks[key])
+        tensors[name] = _stored(name, index, index.tensors[key])
     return FoundModel(tensors, notes=notes)
 
 
@@ -71,11 +94,9 @@ def _dcp_folder(folder: Path) -> Path:
     raise UserError(f"{folder / '.metadata'} is missing: the save did not finish")
 
 
-def _names(file: Path, metadata: Any) -> tuple[dict[str, str], tuple[str, ...]]:
+def _names(index: Index) -> tuple[dict[str, str], tuple[str, ...]]:
     """(key → name in the model for its tensors, notes on entries that were left out)."""
-    entries: dict[str, Any] = metadata.state_dict_metadata
-    paths = metadata.planner_data or {}
-    path_of = {key: tuple(map(str, paths.get(key, (key,)))) for key in entries}
+    path_of, file = index.paths, index.file
     names = {key: path[0] for key, path in path_of.items() if len(path) == 1}
     for depth in (1, 0):  # {"app": {"model": …}}; {"model": …} takes precedence
         under_model = {
@@ -84,7 +105,7 @@ def _names(file: Path, metadata: Any) -> tuple[dict[str, str], tuple[str, ...]]:
             if len(path) > depth + 1 and path[depth] == "model" and not path[0].startswith("optim")
         }
         names = under_model or names
-    not_tensors = {key for key in names if not hasattr(entries[key], "chunks")}
+    not_tensors = names.keys() - index.tensors.keys()
     names = {key: name for key, name in names.items() if key not in not_tensors}
     not_weights = {key for key, name in names.items() if strip_wrappers(name) is None}
     names = {key: name for key, name in names.items() if key not in not_weights}
@@ -99,56 +120,118 @@ def _names(file: Path, metadata: Any) -> tuple[dict[str, str], tuple[str, ...]]:
     return names, skipped_note(not_tensors | not_weights, "that are not weights")
 
 
-def _dtype_and_shape(entry: Any) -> tuple[torch.dtype, tuple[int, ...]]:
-    """The dtype is the first item of the pickled state of the entry's properties."""
-    return entry.properties.state[0], tuple(entry.size)
-
-
-def _chunks(folder: Path, metadata: Any, names: dict[str, str]) -> dict[str, list[Chunk]]:
-    """Key → its chunks, each box once: replicas of a box have the same values."""
-    chunks: dict[str, dict[tuple[int, ...], Chunk]] = {key: {} for key in names}
-    sizes = {
-        (key, tuple(chunk.offsets)): tuple(chunk.sizes)
-        for key in names
-        for chunk in metadata.state_dict_metadata[key].chunks
+def read_index(folder: Path) -> Index:
+    """The tensors that `.metadata` of the folder lists. Raises UserError if it is damaged."""
+    file = folder / ".metadata"
+    metadata = unpickle(file)
+    try:
+        states = _attribute(metadata, "state_dict_metadata", _is_dict)
+        stored = _attribute(metadata, "storage_data", dict)
+        planner = _attribute(metadata, "planner_data", dict | None) or {}
+        entries = {key: _entry(state) for key, state in states.items() if _has_chunks(state)}
+        chunks = _chunks(folder, entries, stored)
+    except _Wrong as error:
+        raise UserError(f"{file} is not DCP metadata: {error}") from error
+    paths = {key: _path(planner, key) for key in states}
+    tensors = {
+        key: Entry(dtype, shape, tuple(chunks[key].values()))
+        for key, (dtype, shape, _) in entries.items()
     }
-    for index, stored in metadata.storage_data.items():
-        if index.fqn not in names:
+    return Index(file, tensors, paths)
+
+
+class _Wrong(Exception):
+    """What in a pickle is not as it should be."""
+
+
+_Boxes = dict[tuple[int, ...], tuple[int, ...]]  # offsets → sizes
+_Listed = tuple[torch.dtype, tuple[int, ...], _Boxes]  # dtype and shape of a tensor, and its boxes
+
+
+def _attribute(value: Any, name: str, kind: Any) -> Any:
+    """An attribute of an inert object. `kind`: its type, or a function that accepts it."""
+    found = _optional(value, name)
+    is_type = isinstance(kind, type | UnionType)
+    if not (isinstance(found, kind) if is_type else kind(found)):
+        raise _Wrong(f"{name} is {found!r:.80}")
+    return found
+
+
+def _optional(value: Any, name: str) -> Any:
+    return vars(value).get(name) if isinstance(value, Inert) else None
+
+
+def _is_dict(value: Any) -> bool:
+    """Whether it is a dict by names."""
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+
+
+def _has_chunks(state: Any) -> bool:
+    return isinstance(state, Inert) and "chunks" in vars(state)
+
+
+def _path(planner: dict[Any, Any], key: str) -> tuple[str, ...]:
+    path = planner.get(key, (key,))
+    return tuple(map(str, path)) if isinstance(path, tuple | list) and path else (key,)
+
+
+def _entry(state: Any) -> _Listed:
+    """The dtype is the first item of the pickled state of the entry's properties."""
+    properties = _attribute(_attribute(state, "properties", Inert), "state", tuple)
+    if not properties or not isinstance(properties[0], torch.dtype):
+        raise _Wrong(f"a dtype is {properties!r:.80}")
+    shape = tuple(_attribute(state, "size", is_shape))
+    boxes = {}
+    for chunk in _attribute(state, "chunks", list):
+        offsets = tuple(_attribute(chunk, "offsets", is_shape))
+        sizes = tuple(_attribute(chunk, "sizes", is_shape))
+        if not len(offsets) == len(sizes) == len(shape) or any(
+            offset + size > whole for offset, size, whole in zip(offsets, sizes, shape, strict=True)
+        ):
+            raise _Wrong(f"a part of {list(sizes)} at {list(offsets)} of {list(shape)}")
+        boxes[offsets] = sizes
+    return properties[0], shape, boxes
+
+
+def _chunks(
+    folder: Path, entries: dict[str, _Listed], stored: dict[Any, Any]
+) -> dict[str, dict[tuple[int, ...], Chunk]]:
+    """Key → offsets → chunk."""
+    chunks: dict[str, dict[tuple[int, ...], Chunk]] = {key: {} for key in entries}
+    for index, place in stored.items():
+        key = _attribute(index, "fqn", str)
+        if key not in entries:
             continue
-        file = folder / _relative_path(folder, stored.relative_path)
-        if getattr(stored, "transform_descriptors", None):
+        _, shape, boxes = entries[key]
+        found = _attribute(index, "offset", lambda offset: offset is None or is_shape(offset))
+        offsets = (0,) * len(shape) if found is None else tuple(found)
+        if offsets not in boxes:
+            raise _Wrong(f"it has no part of {key} at {list(offsets)}")
+        if extensions := _optional(place, "transform_descriptors"):
             raise UserError(
-                f"{file} contains {index.fqn} compressed "
-                f"({', '.join(stored.transform_descriptors)}); save it without extensions"
+                f"{folder / '.metadata'} lists {key} as compressed ({extensions!r:.80}); save it "
+                "without extensions"
             )
-        dims = len(metadata.state_dict_metadata[index.fqn].size)
-        offsets = (0,) * dims if index.offset is None else tuple(index.offset)
-        size = sizes[index.fqn, offsets]
-        chunk = Chunk(offsets, size, file, int(stored.offset), int(stored.length))
-        chunks[index.fqn].setdefault(offsets, chunk)
-    for file in sorted({chunk.file for boxes in chunks.values() for chunk in boxes.values()}):
-        if not file.is_file():
-            raise UserError(f"{file} is missing; {folder / '.metadata'} lists it")
-    return {key: list(boxes.values()) for key, boxes in chunks.items()}
+        file = folder / _relative_path(folder, _attribute(place, "relative_path", str))
+        begin, length = (_attribute(place, name, is_size) for name in ("offset", "length"))
+        chunks[key].setdefault(offsets, Chunk(offsets, boxes[offsets], file, begin, length))
+    return chunks
 
 
 def _relative_path(folder: Path, name: str) -> PurePosixPath:
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
+    if "\0" in name or path.is_absolute() or ".." in path.parts:
         raise UserError(f"{folder / '.metadata'} lists {name}, which lies outside the folder")
     return path
 
 
-def _stored(name: str, dtype: torch.dtype, shape: tuple[int, ...], chunks: list[Chunk]) -> Tensor:
+def _stored(name: str, index: Index, entry: Entry) -> Tensor:
     pieces: list[Piece] = []
-    for chunk in chunks:
-        part = read_file(chunk.file, chunk.begin, chunk.length)
-        if not isinstance(part, Stored) or (part.dtype, part.shape) != (dtype, chunk.sizes):
-            raise UserError(
-                f"{chunk.file}: the part of {name} at {list(chunk.offsets)} is not the {dtype} of "
-                f"{list(chunk.sizes)} that .metadata lists"
-            )
+    for chunk in entry.chunks:
+        if not chunk.file.is_file():
+            raise UserError(f"{chunk.file} is missing; {index.file} lists it")
+        part = entry.read_chunk(chunk, name)
         if part.pieces:
-            begin, width = part.pieces[0].begin, dtype.itemsize
-            pieces += box_pieces(chunk.file, begin, chunk.offsets, chunk.sizes, shape, width)
-    return Stored(name, dtype, shape, tuple(pieces))
+            begin, width = part.pieces[0].begin, entry.dtype.itemsize
+            pieces += box_pieces(chunk.file, begin, chunk.offsets, chunk.sizes, entry.shape, width)
+    return Stored(name, entry.dtype, entry.shape, tuple(pieces))

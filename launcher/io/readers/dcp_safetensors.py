@@ -9,14 +9,15 @@ saved.
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 
 from launcher.errors import UserError
+from launcher.folders import tensor_entries
 from launcher.folders.kind import DCP_SUBFOLDER, dcp_shards
 from launcher.io.readers.found import FoundModel
 from launcher.io.readers.safetensors_file import read_header
+from launcher.io.readers.unpickle import is_shape
 from launcher.io.readers.wrapper_prefixes import with_stripped_names
 from launcher.io.tensor import Tensor
 from launcher.io.tensor.stored import Piece, Stored, box_pieces
@@ -62,13 +63,15 @@ def read_model(folder: Path, shapes: Shapes | None = None) -> FoundModel:
 def _offsets(file: Path) -> dict[str, tuple[int, ...]]:
     """Name → offsets of the file's part in the full tensor."""
     try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            content = json.loads(stream.read(min(length, file.stat().st_size)))
-        info = json.loads(content["__metadata__"]["DCP_SHARDING_INFO"])
-        return {name: tuple(map(int, entry["saved_offsets"])) for name, entry in info.items()}
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} has no readable DCP_SHARDING_INFO: {error!r}") from error
+        info = json.loads(tensor_entries.read_header(file).metadata["DCP_SHARDING_INFO"])
+        offsets = {name: entry["saved_offsets"] for name, entry in info.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file} has no readable DCP_SHARDING_INFO: {error!r:.200}") from error
+    if wrong := [name for name, values in offsets.items() if not is_shape(values)]:
+        raise UserError(
+            f"{file} has no readable DCP_SHARDING_INFO: {wrong[0]} is at {offsets[wrong[0]]!r:.80}"
+        )
+    return {name: tuple(values) for name, values in offsets.items()}
 
 
 def _full_tensor(folder: Path, name: str, parts: Parts) -> Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Hashable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from launcher.errors import UserError
 from launcher.folders.model import single_weights_file
+from launcher.folders.tensor_entries import read_weight_map
 from launcher.io.readers.found import FoundModel
 from launcher.io.readers.safetensors_file import read_header
 from launcher.io.readers.torch_file import read_file, tensors_in
@@ -108,7 +108,7 @@ def _state_dict(file: Path, notes: list[str]) -> dict[str, Tensor]:
 
 def _read_by_index(index: Path, read: Reader) -> dict[str, Tensor]:
     """Every tensor that the index lists, from the file it names, in the order of the index."""
-    weight_map = _weight_map(index)
+    weight_map = read_weight_map(index)
     files = sorted(set(weight_map.values()))
     contents = {name: read(_listed_file(index, name)) for name in files}
     file_of: dict[str, str] = {}
@@ -133,22 +133,9 @@ def _read_by_index(index: Path, read: Reader) -> dict[str, Tensor]:
     return {name: contents[file][name] for name, file in weight_map.items()}
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index} is not an index of weights: {error!r}") from error
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index} lists no tensors")
-    return {str(name): str(file) for name, file in weight_map.items()}
-
-
 def _listed_file(index: Path, name: str) -> Path:
-    """The path of a file that the index names. Raises UserError if the name lies outside the
-    folder. Links are followed: the files of a hub cache are links to another folder."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise UserError(f"{index} lists {name}, which lies outside the folder")
-    if not (file := index.parent / path).is_file():
+    """The path of a file that the index names. Links are followed: the files of a hub cache are
+    links to another folder."""
+    if not (file := index.parent / name).is_file():
         raise UserError(f"{file} is missing; {index.name} lists it")
     return file

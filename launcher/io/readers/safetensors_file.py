@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from launcher.errors import UserError
+from launcher.folders.tensor_entries import TensorEntry, file_entries
 from launcher.io.tensor import Tensor
-from launcher.io.tensor.stored import Piece, Stored, run_pieces
+from launcher.io.tensor.stored import Stored, run_pieces
 
 ALIGNMENT = 4096  # of the data: page-aligned for mmap and direct I/O
-MAX_HEADER_BYTES = 100_000_000  # the limit of the format
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -39,23 +39,22 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-Entry = tuple[torch.dtype, tuple[int, ...], int, int]  # dtype, shape, [begin, end) in the data
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
     """Name → tensor of one safetensors file. Raises UserError if the file is damaged."""
-    data, entries = _entries(file)
-    return {
-        name: Stored(name, dtype, shape, _pieces(file, data + begin, shape, dtype))
-        for name, (dtype, shape, begin, _) in entries.items()
-    }
+    return {name: _stored(name, entry) for name, entry in file_entries(file).items()}
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Name → values of one safetensors file. Raises UserError if the file is damaged."""
+    return {name: tensor.read_all() for name, tensor in read_header(file).items()}
 
 
 def data_ranges(file: Path) -> dict[str, tuple[int, int]]:
     """Name → the bytes [begin, end) of the file that contain the tensor."""
-    data, entries = _entries(file)
-    return {name: (data + begin, data + end) for name, (*_, begin, end) in entries.items()}
+    return {name: (entry.begin, entry.end) for name, entry in file_entries(file).items()}
 
 
 def header(tensors: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
@@ -78,41 +77,12 @@ def apply_umask(path: Path) -> None:
     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
-def _entries(file: Path) -> tuple[int, dict[str, Entry]]:
-    """(offset of the data in the file, name → entry of the header)."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(MAX_HEADER_BYTES, size):
-                raise ValueError(f"a header of {length} bytes")
-            header: dict[str, Any] = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        entries: dict[str, Entry] = {
-            name: (DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
-            for name, entry in header.items()
-        }
-    except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not a safetensors file: {error}") from error
-    _check_tiling(file, entries, 8 + length, size)
-    return 8 + length, entries
-
-
-def _pieces(file: Path, at: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Piece, ...]:
-    return tuple(run_pieces(file, at, 0, math.prod(shape), shape, dtype.itemsize))
-
-
-def _check_tiling(file: Path, entries: dict[str, Entry], data: int, size: int) -> None:
-    """Tensors must cover the data without gap or overlap, each with the bytes its shape needs."""
-    at = 0
-    for name, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
-        if end - begin != math.prod(shape) * dtype.itemsize:
-            raise UserError(f"{file}: {name} has {end - begin} bytes for {shape}")
-        if begin != at:
-            raise UserError(f"{file}: {name} begins at byte {begin} of the data, expected {at}")
-        at = end
-    if data + at != size:
+def _stored(name: str, entry: TensorEntry) -> Tensor:
+    if entry.dtype not in DTYPES:
         raise UserError(
-            f"{file} has {size} bytes, its header describes {data + at}: it was truncated or "
-            "extended"
+            f"{entry.file}: {name} is of {entry.dtype:.80}, which is not one of {', '.join(DTYPES)}"
         )
+    dtype = DTYPES[entry.dtype]
+    count = math.prod(entry.shape)
+    pieces = run_pieces(entry.file, entry.begin, 0, count, entry.shape, dtype.itemsize)
+    return Stored(name, dtype, entry.shape, tuple(pieces))

@@ -9,30 +9,18 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 import struct
 import zipfile
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from launcher.errors import UserError
-from launcher.io.readers.unpickle import (
-    ByteRange,
-    ByteRanges,
-    Storage,
-    find_class,
-    find_storage,
-    resolve_references,
-)
-from launcher.io.tensor import Tensor, in_memory
+from launcher.io.readers.legacy_torch_file import read_legacy
+from launcher.io.readers.unpickle import ByteRange, ByteRanges
+from launcher.io.readers.unpickler import DAMAGED, load
+from launcher.io.tensor import Tensor
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the entry's name and extra field
-DAMAGED = (
-    pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, TypeError, AttributeError,
-    ImportError, MemoryError, RecursionError, RuntimeError, AssertionError, OverflowError,
-)  # fmt: skip
 
 
 def read_file(path: Path, begin: int = 0, length: int | None = None) -> Any:
@@ -55,7 +43,7 @@ def read_file(path: Path, begin: int = 0, length: int | None = None) -> Any:
     if is_archive:
         return _read_archive(path, begin, end)
     if begin == 0 and length is None:
-        return _read_legacy(path)
+        return read_legacy(path)
     raise UserError(f"{path} contains no torch.save archive at byte {begin}")
 
 
@@ -63,7 +51,7 @@ def _read_archive(path: Path, begin: int, end: int) -> Any:
     with path.open("rb", buffering=0) as file, io.BufferedReader(_Window(file, begin, end)) as part:
         try:
             entries = _entries(path, part, end - begin)
-        except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, OSError, *DAMAGED) as error:
             raise UserError(f"{path} is not a complete torch.save archive: {error}") from error
         if "data.pkl" not in entries:
             raise UserError(f"{path} is a zip archive, but not of torch.save: it has no data.pkl")
@@ -75,27 +63,17 @@ def _read_archive(path: Path, begin: int, end: int) -> Any:
         for name, (at, size) in entries.items()
         if name.startswith("data/")
     }
-    return _load(path, data, storages)
+    return load(path, data, storages)
 
 
 def unpickle(path: Path) -> Any:
     """The content of a bare pickle, with the same restrictions. Raises UserError if it is
     damaged."""
     try:
-        return _load(path, path.read_bytes(), {})
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-
-
-def _load(path: Path, data: bytes, storages: ByteRanges) -> Any:
-    unpickler = _Unpickler(io.BytesIO(data))
-    unpickler.path, unpickler.storages = path, storages
-    try:
-        return resolve_references(unpickler.load())
-    except UserError as error:
-        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
-    except DAMAGED as error:
-        raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    return load(path, data, {})
 
 
 def _entries(path: Path, part: IO[bytes], size: int) -> ByteRanges:
@@ -121,38 +99,6 @@ def _content(part: IO[bytes], byte_range: ByteRange) -> bytes:
     """Does not use zipfile, which would verify a checksum that torch does not have to write."""
     part.seek(byte_range[0])
     return part.read(byte_range[1])
-
-
-def _read_legacy(path: Path) -> Any:
-    """A file of torch before 1.6, read completely by torch's own restricted unpickler."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (*DAMAGED, OSError) as error:
-        first = str(error).partition("\n")[0]
-        raise UserError(f"{path} cannot be read as a torch.save file: {first}") from error
-    return _with_lazy_tensors(content, path)
-
-
-def _with_lazy_tensors(content: Any, path: Path) -> Any:
-    """`content` with `InMemory` in place of `torch.Tensor`, in dicts, lists and tuples."""
-    if isinstance(content, torch.Tensor):
-        return in_memory("", content.detach(), path)
-    if isinstance(content, dict):
-        return {key: _with_lazy_tensors(value, path) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_with_lazy_tensors(value, path) for value in content]
-    return content
-
-
-class _Unpickler(pickle.Unpickler):
-    path: Path
-    storages: ByteRanges
-
-    def find_class(self, module: str, name: str) -> Any:
-        return find_class(self.path, module, name)
-
-    def persistent_load(self, pid: Any) -> Storage:
-        return find_storage(self.path, self.storages, pid)
 
 
 class _Window(io.RawIOBase):

@@ -18,8 +18,10 @@ import torch
 
 from launcher.errors import UserError
 from launcher.folders.kind import UNIVERSAL_POINTER
+from launcher.folders.tensor_entries import is_inside
 from launcher.io.readers.found import FoundModel
 from launcher.io.readers.torch_file import read_file, tensors_in
+from launcher.io.readers.unpickler import named_damage
 from launcher.io.readers.zero import (
     NO_FROZEN,
     build_found_model,
@@ -42,6 +44,11 @@ def read_model(folder: Path, masters: bool = False) -> FoundModel:
     If the folder contains working weights, all of them are read once. Raises UserError if they
     are not the rounded masters, or if files are missing or damaged.
     """
+    with named_damage(folder, "universal checkpoint"):
+        return _read_model(folder, masters)
+
+
+def _read_model(folder: Path, masters: bool) -> FoundModel:
     if not (folder / "zero").is_dir():
         folder = tag_folder(folder, None, UNIVERSAL_POINTER)
     checkpoint = read_checkpoint(folder, optimizers=False)
@@ -66,6 +73,8 @@ def _masters(checkpoint: ZeroCheckpoint) -> Iterator[tuple[str, Tensor]]:
     """The master weights of every trained parameter. Raises UserError if one has no file."""
     for shapes in param_shapes(checkpoint.model_states[0]):
         for name, shape in shapes.items():
+            if not is_inside(name) or "\0" in name:
+                raise ValueError(f"a parameter is named {name!r:.80}")
             file = checkpoint.folder / "zero" / name / "fp32.pt"
             content = read_file(file)
             master = content.get("param") if isinstance(content, dict) else content

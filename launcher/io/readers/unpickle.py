@@ -24,6 +24,26 @@ ByteRange = tuple[int, int]  # (begin, length) in the file
 ByteRanges = dict[str, ByteRange]  # by the key of a storage, or the name of an archive's entry
 
 
+MAX_DIMS, MAX_SIZE = 64, 1 << 48
+# A view may repeat the elements of its storage this many times, or be this small in bytes.
+MAX_EXPANSION, MIN_EXPANDED = 1_000, 1 << 24
+
+
+def is_size(value: Any) -> bool:
+    """Whether it is a number of elements or bytes that a file can have."""
+    return type(value) is int and 0 <= value < MAX_SIZE
+
+
+def is_shape(value: Any) -> bool:
+    """Whether it is a tuple or a list of sizes that a tensor can have."""
+    return (
+        isinstance(value, tuple | list)
+        and len(value) <= MAX_DIMS
+        and all(map(is_size, value))
+        and math.prod(size for size in value if size) < MAX_SIZE
+    )
+
+
 class Inert:
     """Replaces an object of a class that is not needed. Keeps its attributes, or its state."""
 
@@ -31,10 +51,8 @@ class Inert:
         self.arguments = arguments
 
     def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-        else:
-            self.__dict__["state"] = state
+        # Not copied: a pickle can give the same state to many objects.
+        self.__dict__ = state if isinstance(state, dict) else {"state": state}
 
 
 class Sealed:
@@ -80,14 +98,26 @@ def find_class(path: Path, module: str, name: str) -> Any:
     )
 
 
-def find_storage(path: Path, ranges: ByteRanges, pid: Any) -> Storage:
-    """The storage that a persistent id ("storage", type, key, device, elements) names.
+def parse_storage(path: Path, pid: Any) -> tuple[torch.dtype, str, int]:
+    """(dtype, key, number of elements) of the storage that a persistent id names.
 
-    Raises UserError if the file does not contain all of it.
+    It is ("storage", type, key, device, elements). Files of torch before 1.6 add None, or what
+    the storage is a part of.
     """
-    if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage"):
+    if not (isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage"):
         raise UserError(f"{path} is damaged: it refers to {pid!r:.80}")
-    _, dtype, key, _, count = pid
+    _, dtype, key, _, count, *part = pid
+    if not (isinstance(dtype, torch.dtype) and isinstance(key, str) and is_size(count)):
+        raise UserError(f"{path} is damaged: it refers to a storage {pid[1:]!r:.80}")
+    if part and part[0] is not None:
+        raise UserError(f"{path} has a storage that is a part of another: save it with a new torch")
+    return dtype, key, count
+
+
+def find_storage(path: Path, ranges: ByteRanges, pid: Any) -> Storage:
+    """The storage that a persistent id names. Raises UserError if the file does not contain all of
+    it."""
+    dtype, key, count = parse_storage(path, pid)
     if key not in ranges:
         raise UserError(f"{path} contains no data of storage {key}: it is damaged or truncated")
     begin, nbytes = ranges[key]
@@ -126,13 +156,19 @@ def _rebuild_tensor(
 ) -> Reference:
     if not (isinstance(storage, Storage) and isinstance(dtype, torch.dtype)):
         raise UserError("a pickle makes a tensor of something that is not a storage: it is damaged")
+    if not (is_size(offset) and is_shape(shape) and is_shape(strides)):
+        raise UserError(f"{storage.path} is damaged: a tensor has the shape {shape!r:.80}")
     shape, strides = tuple(shape), tuple(strides)
     width = dtype.itemsize
-    valid = all(isinstance(number, int) and number >= 0 for number in (offset, *shape, *strides))
-    if not valid or (offset + extent(shape, strides)) * width > storage.nbytes:
+    if (offset + extent(shape, strides)) * width > storage.nbytes:
         raise UserError(
             f"{storage.path} is damaged: a tensor of {list(shape)} from element {offset} does not "
             f"fit in storage {storage.key} of {storage.nbytes} bytes"
+        )
+    if math.prod(shape) * width > max(MIN_EXPANDED, MAX_EXPANSION * storage.nbytes):
+        raise UserError(
+            f"{storage.path} contains a view of {list(shape)} elements in a storage of "
+            f"{storage.nbytes} bytes; save a contiguous copy of it"
         )
     begin = storage.begin + offset * width
     if extent(shape, strides) and not is_contiguous(shape, strides):
@@ -169,6 +205,8 @@ def _first_argument(value: Any, *_: Any) -> Any:
 def _rebuild_from_type(function: Callable[..., Any], _: Any, arguments: Any, *__: Any) -> Any:
     """A tensor with additional attributes, which are dropped (the masters of ZeRO-3 have a
     ds_id)."""
+    if function not in (_rebuild_tensor_v2, _rebuild_tensor_v3, _first_argument):
+        raise UserError("a pickle makes a tensor in a way that torch does not: it is damaged")
     return function(*arguments)
 
 

@@ -23,13 +23,20 @@ from launcher.errors import UserError
 from launcher.io.readers.found import FoundModel
 from launcher.io.readers.model_folder import find_aliases
 from launcher.io.readers.torch_file import tensors_in
+from launcher.io.readers.unpickle import is_shape
+from launcher.io.readers.unpickler import named_damage
 from launcher.io.readers.wrapper_prefixes import skipped_note, stripped_names
-from launcher.io.readers.zero_files import ZeroCheckpoint, read_checkpoint, tag_folder
+from launcher.io.readers.zero_files import (
+    Shape,
+    ZeroCheckpoint,
+    read_checkpoint,
+    shapes_of,
+    tag_folder,
+)
 from launcher.io.tensor import Tensor
 from launcher.io.tensor.stored import Piece, Stored, run_pieces
 
 NO_FROZEN = "the checkpoint was saved without its frozen parameters (exclude_frozen_parameters)"
-Shape = tuple[int, ...]
 
 
 def read_model(folder: Path, tag: str | None = None, masters: bool = False) -> FoundModel:
@@ -39,13 +46,14 @@ def read_model(folder: Path, tag: str | None = None, masters: bool = False) -> F
     `tag`: which checkpoint in `folder`; default: the one that `latest` names. Raises UserError if
     files are missing, stale or damaged, or if the model itself was split over ranks.
     """
-    checkpoint = read_checkpoint(tag_folder(folder, tag))
-    if checkpoint.stage3:
-        tensors = _stage3_tensors(checkpoint, masters)
-    else:
-        tensors = _stage12_tensors(checkpoint, masters)
-    state = checkpoint.model_states[0]
-    return build_found_model(checkpoint.folder, tensors, state, _notes(checkpoint))
+    with named_damage(folder, "ZeRO checkpoint"):
+        checkpoint = read_checkpoint(tag_folder(folder, tag))
+        if checkpoint.stage3:
+            tensors = _stage3_tensors(checkpoint, masters)
+        else:
+            tensors = _stage12_tensors(checkpoint, masters)
+        state = checkpoint.model_states[0]
+        return build_found_model(checkpoint.folder, tensors, state, _notes(checkpoint))
 
 
 def build_found_model(
@@ -55,6 +63,8 @@ def build_found_model(
     shared storages show which are tied."""
     tied = {k: v for k, v in (state.get("shared_params") or {}).items() if v in tensors}
     tied = {**find_aliases({k: v for k, v in tensors.items() if k not in tied}), **tied}
+    for name in tied:
+        _follow_aliases(folder, tied, name)
     unique = {name: tensor for name, tensor in tensors.items() if name not in tied}
     short = stripped_names([*unique, *tied], folder)
     trained = {name for group in param_shapes(state) for name in group}
@@ -64,7 +74,7 @@ def build_found_model(
             for name, tensor in unique.items()
             if name in short
         },
-        {short[name]: short[_follow_aliases(tied, name)] for name in tied if name in short},
+        {short[name]: short[_follow_aliases(folder, tied, name)] for name in tied if name in short},
         notes,
         frozenset(short[name] for name in trained if name in short),
     )
@@ -85,15 +95,14 @@ def compute_dtype(state: dict[str, Any]) -> torch.dtype | None:
 def param_shapes(state: dict[str, Any]) -> list[dict[str, Shape]]:
     """Name → shape of the trained parameters: one dict for each parameter group, in the order of
     its flat vector."""
-    groups = state.get("param_shapes") or []
-    return [{name: tuple(shape) for name, shape in group.items()} for group in groups]
+    return [shapes_of("param_shapes", group) for group in state.get("param_shapes") or []]
 
 
 def frozen_parameters(folder: Path, states: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """The frozen parameters of stage 3, gathered from the fragments of all ranks."""
     result: dict[str, Tensor] = {}
-    for name, size in (states[0].get("frozen_param_shapes") or {}).items():
-        shape = tuple(size)
+    frozen = shapes_of("frozen_param_shapes", states[0].get("frozen_param_shapes") or {})
+    for name, shape in frozen.items():
         fragments = [
             _FlatVector.from_parts(folder, [state["frozen_param_fragments"][name]])
             for state in states
@@ -155,6 +164,8 @@ def _stage12_masters(checkpoint: ZeroCheckpoint) -> Iterator[tuple[str, Tensor]]
     rank_vectors = _flat_vectors(checkpoint, "single_partition_of_fp32_groups", len(groups))
     paddings = checkpoint.optimizer_states[0].get("param_alignment_paddings")
     paddings = paddings or [[0] * len(group) for group in groups]
+    if not all(map(is_shape, paddings)):
+        raise ValueError(f"param_alignment_paddings are {paddings!r:.80}")
     for number, shapes in enumerate(groups):
         parts = [vectors[number] for vectors in rank_vectors]
         vector = _FlatVector.from_parts(checkpoint.folder, parts)
@@ -258,7 +269,11 @@ def _notes(checkpoint: ZeroCheckpoint) -> tuple[str, ...]:
     return (*skipped_note(other_names, "that are not tensors"), *((NO_FROZEN,) if missing else ()))
 
 
-def _follow_aliases(tied: dict[str, str], name: str) -> str:
+def _follow_aliases(folder: Path, tied: dict[str, str], name: str) -> str:
+    seen = {name}
     while name in tied:
         name = tied[name]
+        if name in seen:
+            raise UserError(f"{folder} is damaged: {name} is tied to itself")
+        seen.add(name)
     return name

@@ -15,8 +15,12 @@ from typing import Any
 
 from launcher.errors import UserError
 from launcher.folders.kind import ZERO3_STATES, ZERO_POINTER, ZERO_STATES
+from launcher.folders.tensor_entries import is_inside
 from launcher.io.readers.torch_file import read_file
+from launcher.io.readers.unpickle import is_shape
 
+MAX_TAG = 200  # letters of a folder's name
+Shape = tuple[int, ...]
 OPTIMIZER_STATES = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 PARALLELISMS = (
     (re.compile(r"(layer_\d+|.*)_expert_.*|expp_rank_.*"), "expert parallelism"),
@@ -48,8 +52,10 @@ def tag_folder(folder: Path, tag: str | None, pointer: str = ZERO_POINTER) -> Pa
     if tag is None:
         try:
             tag = (folder / pointer).read_text(encoding="utf-8").strip()
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{folder} contains neither a checkpoint nor {pointer}") from error
+        if len(tag) > MAX_TAG or "\0" in tag or (tag and not is_inside(tag)):
+            raise UserError(f"{folder / pointer} names {tag!r:.80}, which is not in {folder}")
     if not tag or not (folder / tag).is_dir():
         tags = ", ".join(sorted(p.name for p in _entries(folder) if p.is_dir())) or "no folder"
         raise UserError(f"{folder / (tag or pointer)} is not a folder; {folder} contains {tags}")
@@ -133,7 +139,7 @@ def _read_model_state(file: Path) -> dict[str, Any]:
 
 def _world_size(file: Path, state: dict[str, Any]) -> int:
     world_size = state.get("dp_world_size")
-    if not isinstance(world_size, int) or world_size < 1:
+    if type(world_size) is not int or world_size < 1:
         raise UserError(
             f"{file} does not contain the number of ranks that saved it "
             f"(dp_world_size={world_size})"
@@ -142,11 +148,12 @@ def _world_size(file: Path, state: dict[str, Any]) -> int:
 
 
 def _check_ranks(folder: Path, kind: str, ranks: list[int], world_size: int) -> None:
-    if missing := sorted(set(range(world_size)) - set(ranks)):
+    missing = next((rank for rank in range(world_size) if rank not in ranks), None)
+    if missing is not None:
         raise UserError(
-            f"{folder} lacks the {kind} file of rank {missing[0]}; {world_size} ranks saved it"
+            f"{folder} lacks the {kind} file of rank {missing}; {world_size} ranks saved it"
         )
-    if stale := sorted(set(ranks) - set(range(world_size))):
+    if stale := sorted(rank for rank in ranks if rank >= world_size):
         raise UserError(
             f"{folder} contains a {kind} file of rank {stale[0]}, but {world_size} ranks saved it: "
             "remove the files of the older save"
@@ -156,12 +163,32 @@ def _check_ranks(folder: Path, kind: str, ranks: list[int], world_size: int) -> 
 def _check_one_save(folder: Path, states: list[dict[str, Any]]) -> None:
     """Files of one save contain the same values under these keys."""
     for key in ("global_steps", "dp_world_size", "param_shapes", "frozen_param_shapes"):
-        for rank, state in enumerate(states):
-            if state.get(key) != states[0].get(key):
+        values = [_comparable(key, state.get(key)) for state in states]
+        for rank, value in enumerate(values):
+            if value != values[0]:
                 raise UserError(
                     f"{folder}: the files of ranks 0 and {rank} differ in {key}: they are of two "
                     "saves"
                 )
+
+
+def _comparable(key: str, value: Any) -> Any:
+    """The value, checked: to compare arbitrary nested values can take for ever."""
+    if key == "param_shapes":
+        return [shapes_of(key, group) for group in value or []]
+    if key == "frozen_param_shapes":
+        return None if value is None else shapes_of(key, value)
+    if not isinstance(value, int | None):
+        raise ValueError(f"{key} is {value!r:.80}")
+    return value
+
+
+def shapes_of(key: str, group: Any) -> dict[str, Shape]:
+    """Name → shape, as under `key` of a file. Raises ValueError if it is something else."""
+    for name, shape in group.items():
+        if not (isinstance(name, str) and is_shape(shape)):
+            raise ValueError(f"{key} gives {name!r:.80} the shape {shape!r:.80}")
+    return {name: tuple(shape) for name, shape in group.items()}
 
 
 def _read_optimizer_states(

@@ -19,7 +19,6 @@ from torch import nn
 from launcher.errors import UserError
 from launcher.io.readers.strided import Strided
 from launcher.io.readers.torch_file import read_file
-from launcher.io.tensor import InMemory
 from launcher.io.tensor.stored import Stored
 
 WEIGHT = torch.randn(30, 20).bfloat16()
@@ -91,7 +90,8 @@ def test_a_legacy_file_is_read(tmp_path: Path) -> None:
     content = {"a": WEIGHT, "b": WEIGHT.t(), "n": [3, {"c": torch.ones(2)}]}
     torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
     found = read_file(tmp_path / "a.pt")
-    assert isinstance(found["a"], InMemory)
+    assert isinstance(found["a"], Stored)
+    assert torch.equal(found["a"].read_all(), WEIGHT)
     assert torch.equal(found["b"].read_all(), WEIGHT.t())
     assert torch.equal(found["n"][1]["c"].read_all(), torch.ones(2))
 
