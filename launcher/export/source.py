@@ -79,14 +79,14 @@ def find_source(
     """
     if not path.is_dir():
         raise UserError(f"SOURCE {path} is not a folder")
+    if tag is not None and {Kind.RUN, Kind.CHECKPOINT} & {*kinds_of(path)}:
+        raise UserError(
+            f"--tag {tag} needs a DeepSpeed checkpoint as SOURCE, and {path} is of Shardway → "
+            "leave --tag out; SOURCE may be one checkpoint of a run: RUN/checkpoints/step-…"
+        )
     if is_run(path):
         path = newest_checkpoint(RunDir(path).checkpoints).path
     kind = next(iter(kinds_of(path)), None)
-    if kind is Kind.CHECKPOINT and tag is not None:
-        raise UserError(
-            f"--tag {tag} needs a DeepSpeed checkpoint as SOURCE, and {path} is one of Shardway → "
-            "leave --tag out; SOURCE may be one checkpoint of a run: RUN/checkpoints/step-…"
-        )
     if kind is Kind.CHECKPOINT:
         source = _checkpoint_source(path, base, adapter_only)
     elif tag is not None or kind in SHARDED:
