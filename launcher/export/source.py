@@ -80,16 +80,16 @@ def find_source(
     """
     if not path.is_dir():
         raise UserError(f"SOURCE {path} is not a folder")
+    if tag is not None and {Kind.RUN, Kind.CHECKPOINT} & {*kinds_of(path)}:
+        raise UserError(
+            f"--tag {tag} needs a DeepSpeed checkpoint as SOURCE, and {path} is of Shardway → "
+            "leave --tag out; SOURCE may be one checkpoint of a run: RUN/checkpoints/step-…"
+        )
     skipped: list[str] = []
     if is_run(path):
         checkpoints = RunDir(path).checkpoints
         path, skipped = newest_checkpoint(checkpoints).path, describe_skipped(checkpoints)
     kind = next(iter(kinds_of(path)), None)
-    if kind is Kind.CHECKPOINT and tag is not None:
-        raise UserError(
-            f"--tag {tag} needs a DeepSpeed checkpoint as SOURCE, and {path} is one of Shardway → "
-            "leave --tag out; SOURCE may be one checkpoint of a run: RUN/checkpoints/step-…"
-        )
     if kind is Kind.CHECKPOINT:
         source = replace(_checkpoint_source(path, base, adapter_only), skipped=tuple(skipped))
     elif tag is not None or kind in SHARDED:

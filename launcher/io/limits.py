@@ -16,7 +16,7 @@ import psutil
 
 from launcher.errors import UserError
 
-TEMPLATE_SECONDS = 60.0  # of a template, where no setting says otherwise
+TEMPLATE_SECONDS = 30.0  # of a template, where no setting says otherwise
 POLL_SECONDS = 0.1
 GROWTH_BYTES = 2_000_000_000  # of the process while one row is worked on
 # Below this, another thread may be what allocates: a step of training beside a streamed row.

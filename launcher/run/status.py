@@ -97,7 +97,10 @@ def ended_before_attempt(run: RunDir) -> bool:
     of cluster.setup failed, or Python does not find Shardway. Its log says why."""
     if run.starting.is_file():
         return True
-    job = slurm_job_id(run)
+    try:
+        job = slurm_job_id(run)
+    except DamagedFile:
+        return False  # unknown
     if job is None or not run.job_console(job).is_file():
         return False  # it never started
     attempts = (RunDir(run.path, number).job for number in range(run.attempt, 0, -1))

@@ -98,9 +98,12 @@ def test_bad_input_gets_a_clear_message(
 
 def test_a_template_that_never_ends_is_named_with_its_row(tmp_path: Path, tiny: Path) -> None:
     rows, template = tmp_path / "rows.jsonl", tmp_path / "endless.jinja"
-    rows.write_text('{"instruction": "q", "output": "a"}\n')
+    rows.write_text('{"instruction": "forever", "output": "a"}\n')
     template.write_text(
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+        "{% for m in messages %}{% if m.content == 'forever' %}{% for a in range(99999) %}"
+        "{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}"
+        "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     done = shardway(
         "data", "preview", "model=tiny", f"data.path={rows}", "data.format=alpaca",
