@@ -60,7 +60,6 @@ _TEXT_OR_TEXTS: Field = (
 # The settings that are read, or that PEFT reads before it has checked them.
 FIELDS: dict[str, Field] = {
     "peft_type": TEXT,
-    "base_model_name_or_path": TEXT,
     "revision": TEXT,
     "task_type": TEXT,
     "bias": TEXT,

@@ -177,9 +177,9 @@ def model_on_meta(
     that cannot be built.
     """
     code = config.trust_remote_code
-    if (folder / CONFIG).is_file():
-        read_model_config(folder / CONFIG)
     try:
+        if (folder / CONFIG).is_file():
+            read_model_config(folder / CONFIG)
         architecture = AutoConfig.from_pretrained(folder, trust_remote_code=code)
     except Exception as error:  # each class checks its values in its own way
         raise _unreadable(folder, error) from error
