@@ -26,7 +26,7 @@ from launcher.distributed.collectives import on_all_ranks
 from launcher.distributed.file_sync import FileSync
 from launcher.distributed.shards import Shard
 from launcher.errors import UserError
-from launcher.folders import manifest
+from launcher.folders import durable, manifest
 from launcher.folders.checkpoint import (
     ADAPTER,
     END_TOKENS,
@@ -202,7 +202,12 @@ class Saver:
             if self.config.content == "all":
                 moments = {k: t for k, t in snapshot.adapter.items() if not k.startswith("weight/")}
                 folder.moments.write_bytes(save(moments))
-        return manifest.entries(folder.path, lambda path: _writer_rank(path) == self.rank_info.rank)
+        written = manifest.entries(
+            folder.path, lambda path: _writer_rank(path) == self.rank_info.rank
+        )
+        for name in written:
+            durable.sync(folder.path / name)
+        return written
 
     def _commit(
         self, snapshot: Snapshot, folder: Checkpoint, final: Path, files: list[manifest.Entries]
@@ -215,7 +220,7 @@ class Saver:
         manifest.write(folder.manifest, content, all_files)
         with self.run.lock():
             self._refuse_if_outdated()
-            folder.path.rename(final)
+            durable.replace(folder.path, final)
             if self.config.keep_last is not None:
                 retention.delete_old_checkpoints(self.run.checkpoints, self.config.keep_last)
 

@@ -7,7 +7,6 @@ early, `--resume` continues from there. The target is never incomplete.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -28,7 +27,7 @@ from launcher.export.writing.extra_files import write_extra_files
 from launcher.export.writing.journal import Entry
 from launcher.export.writing.progress import Progress
 from launcher.export.writing.recompute import recompute
-from launcher.folders import manifest, versions
+from launcher.folders import durable, manifest, versions
 from launcher.io.readers.safetensors_file import apply_umask, header
 from launcher.io.tensor import Tensor
 from launcher.io.tensor.stored import as_bytes
@@ -246,21 +245,12 @@ def _write_manifest(plan: Plan, folder: Path, files: dict[str, Entry]) -> None:
 def _put_in_place(partial: Path, output: Path) -> None:
     """Rename the folder. A folder that `--overwrite` replaces is renamed first and deleted last."""
     replaced = output.absolute().parent / f".{output.name}.replaced"
-    _sync(partial)
+    durable.sync(partial)
     if output.exists():
         shutil.rmtree(replaced, ignore_errors=True)  # of an earlier export that was killed here
         output.rename(replaced)
     partial.rename(output)
-    _sync(output.absolute().parent)
+    durable.sync(output.absolute().parent)
     journal.journal_path(partial).unlink()
     if replaced.exists():
         shutil.rmtree(replaced)
-
-
-def _sync(folder: Path) -> None:
-    """Flush the entries of a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
