@@ -21,7 +21,10 @@ CASES = {
     ),
     "a missing file": (["data.path=none.jsonl"], "data.path=none.jsonl cannot be read"),
     "an empty data set": (["data.path=DATA/empty.jsonl"], "contains no rows"),
-    "a row without an answer": (["data.path=DATA/silent.jsonl"], "silent.jsonl:2 has nothing to train on"),
+    "a row without an answer": (
+        ["data.path=DATA/silent.jsonl"],
+        "silent.jsonl:2 has nothing to train on",
+    ),
     "a model folder that is none": (["model.name_or_path=DATA"], "is not a model folder"),
     "a data set not named": (["data=alpaca"], "data.path=null: there are no rows to train on"),
     "an override that is none": (["training.seed"], "training.seed"),
