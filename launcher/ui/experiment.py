@@ -86,7 +86,7 @@ def load(roots: Roots, name: str) -> tuple[Values, str]:
         )
     path = own if own.is_file() else bundled
     try:
-        with roots.open(path) as file:
+        with roots.open(own) if path == own else bundled.open("rb") as file:
             tree = dict(yaml.safe_load(file))
         defaults = tree.pop("defaults", [])
         pairs = [pair for entry in defaults if isinstance(entry, dict) for pair in entry.items()]

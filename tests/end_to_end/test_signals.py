@@ -68,7 +68,7 @@ def test_sigterm_to_every_process_is_one_request(tiny: Path, tmp_path: Path) -> 
     assert process.returncode == 75, output
     ended = status(run)
     assert (ended["state"], ended["reason"]) == ("stopped", "SIGTERM")
-    assert f"stopped after step {ended['step']} (SIGTERM); resume: shardway train" in output
+    assert f"stopped after step {ended['step']} (SIGTERM); resume: shardway resume {run}" in output
     assert newest_checkpoint(run / "checkpoints").step == ended["step"]
     assert not (run / "stop").exists()
     wait_until_none_is_left(run)
