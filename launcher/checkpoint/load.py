@@ -22,6 +22,7 @@ from launcher.folders import manifest
 from launcher.folders.checkpoint import MANIFEST, MODEL, Checkpoint
 from launcher.folders.json_file import COUNT, NUMBER, OBJECT, check_fields, read_object
 from launcher.io.readers.safetensors_file import read_tensors
+from launcher.io.tensor.disk import close_files
 from launcher.run import resume, retention
 from launcher.training import rng
 from launcher.training.state import Progress, TrainState
@@ -131,6 +132,7 @@ def restore(checkpoint: Checkpoint, train_state: TrainState, force: bool) -> Pro
             rng.restore(read_tensors(file), rank_info.device)
     else:  # the saved random states belong to other ranks: start new streams
         torch.manual_seed(trainer["step"] * rank_info.world_size + rank_info.rank)
+    close_files()  # retention will delete this checkpoint
     return Progress(trainer["step"], trainer["tokens"])
 
 

@@ -29,6 +29,15 @@ def read_into(out: memoryview, file: Path, begin: int, name: str) -> None:
         at += count
 
 
+def close_files() -> None:
+    """Close the cached files. Until then, the disk keeps the space of those that are deleted."""
+    with _lock:
+        descriptors = list(_open.values())
+        _open.clear()
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
 def read_buffered(file: Path, begin: int, length: int) -> bytearray:
     """The bytes [begin, begin + length), read independently of `read_into`: with ordinary buffered
     I/O. Raises UserError if the file ends too early."""
