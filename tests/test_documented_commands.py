@@ -201,6 +201,9 @@ def check_verb(words: list[str], folder: Path, tiny: Path) -> None:
     verb, *rest = words
     if verb == "train":
         return train_dry(rest, folder, tiny)
+    if verb == "--version":
+        assert not rest
+        return None
     module = importlib.import_module(COMMANDS[verb][0])
     own = rest[: rest.index("--")] if "--" in rest else rest  # the rest is for another program
     options, overrides = parse_only(module.main, f"shardway {verb}", *own)

@@ -135,7 +135,7 @@ def test_invalid_folders_get_a_clear_message(
     (copied / "adapter_config.json").write_bytes(b"\xff{")
     assert "cannot be read" in refusal(copied)
     edit(run / "checkpoints/step-000002/manifest.json", base="no folder")
-    assert "is not the manifest of a checkpoint" in refusal(run)
+    assert "manifest.json is damaged: base is 'no folder'" in refusal(run)
     (model / "config.json").write_text("[" * 100_000)
     assert "cannot be read" in refusal(model)
 

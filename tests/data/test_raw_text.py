@@ -133,6 +133,6 @@ def test_a_bad_file_is_reported_before_launch(
 
 def test_raw_text_without_its_format_names_the_format(book: Path) -> None:
     (found,) = source.find_problems(DataConfig(path=str(book)))
-    assert "raw text is data=pretrain" in found
+    assert "if it is raw text → data=pretrain" in found
     with pytest.raises(UserError, match="raw text is data=pretrain"):
         to_conversation("here", {"text": "x"}, "auto", {})

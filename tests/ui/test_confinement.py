@@ -16,7 +16,7 @@ import pytest
 from launcher.config import Config
 from launcher.config.compose import compose
 from launcher.errors import UserError
-from launcher.folders import paths
+from launcher.folders import manifest, paths
 from launcher.folders.run import RunDir
 from launcher.run import create
 from launcher.ui import chat_models, experiment, form
@@ -95,8 +95,9 @@ def context(
     adapter.mkdir(parents=True)
     settings = {"base_model_name_or_path": str(home / "model"), "peft_type": "LORA"}
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
-    manifest = {"base": {"name_or_path": str(home / "model")}, "files": {}, "content": {}}
-    (adapter.parent / "manifest.json").write_text(json.dumps(manifest))
+    shutil.copyfile(run.config, adapter.parent / "config.yaml")
+    content = {"step": 1, "content": "weights", "base": {"name_or_path": str(home / "model")}}
+    manifest.write(adapter.parent / "manifest.json", content)
     (home / "experiments/experiment").mkdir(parents=True)
     (home / "experiments/experiment/mine.yaml").write_text("training:\n  seed: 7\n")
     (home / "runs/.page").mkdir()
@@ -133,7 +134,8 @@ def answers(context: PageContext, tab: ExportTab, name: str) -> Iterator[str]:
     viewer, roots = context.viewer, context.roots
     for run in [*viewer.names(), "a"]:
         yield viewer.view(run, ENGLISH).html
-        yield json.dumps(viewer.view(run, ENGLISH).records)
+        metrics = viewer.view(run, ENGLISH).metrics
+        yield repr(vars(metrics)) if metrics else ""
         for label in [*viewer.logs(run), "console", "rank 0"]:
             yield viewer.log(run, label)
     asked: list[Callable[[], object]] = [
