@@ -75,5 +75,5 @@ def _read_quota(folder: Path) -> tuple[int, int]:
             quota = (folder / "cpu.cfs_quota_us").read_text()
             period = (folder / "cpu.cfs_period_us").read_text()
         return int(quota), int(period)
-    except (OSError, ValueError):  # the group at the top has no files; `max` is no number
+    except (OSError, ValueError):  # the group at the top has no files; `max` is not a number
         return -1, 1

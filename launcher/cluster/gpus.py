@@ -103,7 +103,7 @@ def _mig_devices(nvml: Any, gpu: Any) -> list[tuple[str, Any]]:
     for at in range(nvml.nvmlDeviceGetMaxMigDeviceCount(gpu)):  # 0 for a GPU without MIG
         try:
             device = nvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, at)
-        except nvml.NVMLError:  # there is no device at this position
+        except nvml.NVMLError:  # an empty position
             continue
         instance = nvml.nvmlDeviceGetGpuInstanceId(device)
         compute = nvml.nvmlDeviceGetComputeInstanceId(device)

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from launcher.cluster import build_ops, local, preflight, runs_table
 from launcher.cluster.slurm_command import run_slurm
@@ -29,7 +28,7 @@ from launcher.config.secrets import secret_values
 from launcher.errors import FAILED, STOPPED, UserError, exit_when_refused
 from launcher.folders import manifest
 from launcher.folders.checkpoint import finished_checkpoints
-from launcher.folders.json_file import read_object
+from launcher.folders.json_file import COUNT, TEXT, or_null, read_fields
 from launcher.folders.run import RunDir
 from launcher.run import create, sweep
 
@@ -114,8 +113,9 @@ def _outcome(run: RunDir) -> tuple[int, bool]:
         print(f"attempt {newest} of {run.path} has started: this one is over", file=sys.stderr)
         return FAILED, False
     if run.status.is_file():
-        state, reason = _read(run.status, "state", str), _read(run.status, "reason", object)
-        requeue = state == "stopped" and reason in REQUEUE_REASONS
+        # A damaged file ends the job: requeueing it might go on for ever.
+        status = read_fields(run.status, state=TEXT, reason=or_null(TEXT))
+        requeue = status["state"] == "stopped" and status["reason"] in REQUEUE_REASONS
         exit_code = 0
     else:
         failure = local.first_failure(run)
@@ -231,21 +231,12 @@ def _reason_not_to_requeue(run: RunDir) -> str | None:
     if int(_job_field("Restarts") or 0) >= cluster.requeue_limit:
         return f"cluster.requeue_limit={cluster.requeue_limit} is reached"
     files = [RunDir(run.path, number).job for number in range(1, run.attempt + 1)]
-    first_steps = [_read(file, "step", int) for file in files if file.is_file()]
+    first_steps = [read_fields(file, step=COUNT)["step"] for file in files if file.is_file()]
     if len(first_steps) >= ATTEMPTS_WITHOUT_PROGRESS:
         saved = _newest_saved_step(run)
         if saved <= first_steps[-ATTEMPTS_WITHOUT_PROGRESS]:
             return f"{ATTEMPTS_WITHOUT_PROGRESS} attempts in a row got no further than step {saved}"
     return None
-
-
-def _read(file: Path, key: str, kind: type) -> Any:
-    """The value of `key` in a JSON file of an attempt. Raises UserError if the file is damaged: the
-    job then ends, because requeueing it might go on for ever."""
-    content = read_object(file)
-    if key not in content or not isinstance(content[key], kind):
-        raise UserError(f"{file} is damaged: it has no valid {key!r}")
-    return content[key]
 
 
 def _newest_saved_step(run: RunDir) -> int:

@@ -3,7 +3,7 @@
 A file `NAME.EXT` of the cache has an index `NAME.json`, which is written last: the size and the
 checksum of the file, what its maker said about it, and the checksum of the index itself. The first
 process of a start that needs the file compares it with the index and touches the index; the others,
-which have waited for its lock, trust that. A damaged file is named and made anew. Imports no torch.
+which have waited for its lock, trust that. A damaged file is named and rebuilt. Imports no torch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def ensure(
     say: Say = lambda line: None,
     tick: Callable[[], object] = lambda: None,
 ) -> Facts:
-    """The facts about `file`. It is made first if it is missing, and anew if it is damaged.
+    """The facts about `file`. It is made first if it is missing, and rebuilt if it is damaged.
 
     Args:
         make: Writes the file to the given path, or no file, and returns the facts.
@@ -112,7 +112,7 @@ def _checked(
             with suppress(OSError):  # a read-only cache
                 os.utime(index)
     except DamagedFile as error:
-        note = f"{error}; made anew"
+        note = f"{error}; rebuilt"
         print(note, file=sys.stderr, flush=True)
         file.with_suffix(".damaged").write_text(note, encoding="utf-8")
         return None

@@ -132,7 +132,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
         raise UserError(f"{index} is not an index of weights: it lists no tensors")
     for name, file in weight_map.items():
         if not is_text(file) or not file or "\0" in file:
-            raise UserError(f"{index} lists {name} in {file!r:.80}, which is no file name")
+            raise UserError(f"{index} lists {name} in {file!r:.80}, which is not a file name")
     for file in sorted(set(weight_map.values())):
         if not is_inside(file):
             raise UserError(f"{index} lists {file}, which lies outside the folder")

@@ -99,7 +99,7 @@ def _is_whole(folder: Path) -> bool:
     except (UserError, AttributeError, KeyError, TypeError):
         problems = [f"{folder / RECORD} is damaged"]
     if problems:
-        print(f"{'; '.join(problems)}; made anew", file=sys.stderr, flush=True)
+        print(f"{'; '.join(problems)}; rebuilt", file=sys.stderr, flush=True)
         shutil.rmtree(folder)
         return False
     with suppress(OSError):  # a read-only cache

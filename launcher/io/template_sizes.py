@@ -94,11 +94,8 @@ def markup_join(values: Iterable[Any]) -> Any:
 
 
 def check_sum(value: Any) -> Any:
-    try:
-        if len(value) > MAX_CHARACTERS:
-            refuse("a sum")
-    except TypeError:  # of numbers
-        pass
+    if hasattr(value, "__len__") and len(value) > MAX_CHARACTERS:  # a number has none
+        refuse("a sum")
     return value
 
 

@@ -10,7 +10,6 @@ known: a process renews its record while it lives.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import platform
 import threading
@@ -21,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launcher.errors import UserError
+from launcher.folders.json_file import COUNT, TEXT, DamagedFile, or_null, read_fields
 from launcher.folders.manifest import write_json
 from launcher.folders.run import RunDir
 
@@ -102,14 +102,12 @@ def _records(run: RunDir) -> Iterator[tuple[Path, Process]]:
 
 def _read(file: Path) -> Process | None:
     """None if `file` is not a record of this version, or was removed."""
+    types = {"host": TEXT, "machine": TEXT, "pid": COUNT, "started": COUNT, "job": or_null(TEXT)}
     try:
-        process = Process(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
+        process = Process(**read_fields(file, **types))
+    except (DamagedFile, TypeError):
         return None
-    texts = (process.host, process.machine, process.job or "")
-    numbers = (process.pid, process.started)
-    is_record = all(isinstance(t, str) for t in texts) and all(type(n) is int for n in numbers)
-    return process if is_record and process.machine and process.pid > 0 else None
+    return process if process.machine.strip() and process.pid > 0 else None
 
 
 def _renewed(file: Path) -> float:
@@ -139,10 +137,8 @@ def _is_hidden(pid: int) -> bool:
         return False
     try:
         os.kill(pid, 0)
-    except PermissionError:
-        return True
-    except (OSError, OverflowError):
-        pass
+    except (OSError, OverflowError) as error:
+        return isinstance(error, PermissionError)
     return False
 
 

@@ -58,7 +58,7 @@ class ConsoleFile(io.TextIOBase):
         self._path = path
 
     def write(self, text: str) -> int:
-        # Opened each time, so that a file that was deleted is made anew.
+        # Opened each time, so that a file that was deleted is created again.
         if self._path is not None:
             with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
                 file.write(text)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import UserError
-from launcher.folders.json_file import COUNT, TEXT, DamagedFile, Field, read_fields, read_object
+from launcher.folders.json_file import COUNT, TEXT, DamagedFile, Field, read_fields
 from launcher.folders.run import RunDir, runs_in
 from launcher.run import processes, sweep
 
@@ -110,8 +110,8 @@ def ended_before_attempt(run: RunDir) -> bool:
 def _job_in(file: Path) -> str | None:
     """The job that a job.json names; None if it is damaged."""
     try:
-        return str(read_object(file)["job"])
-    except (UserError, KeyError):
+        return str(read_fields(file, job=TEXT_OR_NUMBER)["job"])
+    except DamagedFile:
         return None
 
 

@@ -51,7 +51,7 @@ class StopRequest:
     def listen(self, as_rank: bool = True) -> None:
         """Receive signals from now on. Call it early: importing torch takes seconds.
 
-        `as_rank`: SIGTERM from the parent, torchrun's agent, is no request if a rank was lost.
+        `as_rank`: SIGTERM from the parent, torchrun's agent, is not a request if a rank was lost.
         """
         numbers = signals_to_receive()
         signal.pthread_sigmask(signal.SIG_BLOCK, numbers)

@@ -84,7 +84,7 @@ class Roots:
             raise
 
     def check_record(self, path: Path) -> None:
-        """Raises UserError if `path` exists and is no file that the page may read at once."""
+        """Raises UserError if `path` exists and the page may not read it at once."""
         if not os.path.lexists(path):
             return
         try:
@@ -95,7 +95,9 @@ class Roots:
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
         if size > MAX_RECORD_BYTES:
-            raise UserError(f"{path} has {size / 1e6:,.0f} MB, which is no settings or status file")
+            raise UserError(
+                f"{path} has {size / 1e6:,.0f} MB, too large for a settings or status file"
+            )
 
     def is_readable(self, path: Path) -> bool:
         """Whether `path` is a regular file that the page may read."""

@@ -83,7 +83,7 @@ def test_damaged_tokens_are_named_and_made_anew(
     assert content(load_data(config, byte_tokenizer(), say=said.append)) == before
     (line,) = said
     assert str(file.with_suffix("")) in line
-    assert line.endswith("; made anew")
+    assert line.endswith("; rebuilt")
     assert line in capfd.readouterr().err
 
 

@@ -282,7 +282,7 @@ def test_strays_and_damaged_files_do_not_stop_a_resume(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step-000004 is broken and skipped" in done.stdout
     assert "resumed from step-000003" in done.stdout
-    assert ".arrow has changed since it was written; made anew" in done.stdout
+    assert ".arrow has changed since it was written; rebuilt" in done.stdout
     assert "metrics.jsonl: 1 lines are not records; moved to " in done.stdout
     assert "nonsense\n" in (run / "logs/attempt-2/lost-metrics.jsonl").read_text()
     assert losses(run) == losses(finished)

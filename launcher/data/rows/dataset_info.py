@@ -74,7 +74,7 @@ def _source_config(info: Path, name: str, entry: Any, text: bool) -> SourceConfi
         raise UserError(f"{location} is not an object with file_name or hf_hub_url")
     if unknown := sorted(entry.keys() - {*KNOWN_KEYS}):
         raise UserError(
-            f"{location} has {unknown[0]}, which is no key of an entry; the keys are "
+            f"{location} has {unknown[0]}, which is not a key of an entry; the keys are "
             f"{', '.join(KNOWN_KEYS)}"
         )
     columns = _read_mapping(location, entry, "columns")

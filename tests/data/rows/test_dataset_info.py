@@ -158,7 +158,7 @@ def test_columns_and_keys_that_do_not_exist_are_named(info: Path) -> None:
     info.write_text(json.dumps(entries))
     sentences = {
         "misspelt": "instruction=qeustion is not a column of",
-        "key": "has column, which is no key of an entry",
+        "key": "has column, which is not a key of an entry",
         "column": "has promt in columns; known are prompt, query",
         "tag": "has rol_tag in tags; known are role_tag",
     }
