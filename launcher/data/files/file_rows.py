@@ -60,10 +60,13 @@ def find(path: str, text: bool = False) -> list[Path]:
     return files
 
 
-def find_others(folder: Path, text: bool = False) -> list[Path]:
-    """The files of `folder` that `find` leaves out because of their type, sorted by name."""
+def list_folder(folder: Path, text: bool = False) -> tuple[list[Path], list[Path]]:
+    """(the files of `folder` that `find` returns, those that it leaves out because of their type),
+    each sorted by name."""
     suffixes = (*READERS, ".txt") if text else tuple(READERS)
-    return sorted(file for file in _walk(folder) if suffix_of(file) not in suffixes)
+    files = sorted(_walk(folder))
+    readable = [file for file in files if suffix_of(file) in suffixes]
+    return readable, [file for file in files if suffix_of(file) not in suffixes]
 
 
 def _why_nothing_matches(path: str) -> str:

@@ -34,15 +34,16 @@ def read_json_lines(path: Path, encoding: str, pattern: re.Pattern[str] = ANY) -
                             f"{path} is a list over several lines, not one object per line; rename "
                             "it to .json"
                         ) from error
-                    reason = str(error)
-                    if isinstance(error, json.JSONDecodeError):
-                        end = (
-                            " (does the line end inside a text?)"
-                            if line[-1:] == "\n" and (error.pos >= len(line) - 1)
-                            else ""
-                        )
-                        reason = f"{error.msg} at column {error.colno}{end}"
-                    yield location, UserError(f"{location} is not JSON: {reason}")
+                    yield location, UserError(f"{location} is not JSON: {_reason(error, line)}")
+
+
+def _reason(error: ValueError | RecursionError, line: str) -> str:
+    """Why `line` is not JSON; the location of the row already says which line it is."""
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    ends_in_text = line.endswith("\n") and error.pos >= len(line) - 1
+    hint = " (does the line end inside a text?)" if ends_in_text else ""
+    return f"{error.msg} at column {error.colno}{hint}"
 
 
 def read_json(path: Path, encoding: str, max_in_memory: int) -> Iterator[RawRow]:

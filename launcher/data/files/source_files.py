@@ -46,14 +46,15 @@ def describe_left_out(source: SourceConfig) -> Iterator[str]:
     folder, text = Path(source.path or ""), source.format == "text"
     if not source.path or not folder.is_dir():
         return
-    read = set(find_files(source))
-    if not_read := [file for file in file_rows.find(source.path, text) if file not in read]:
+    readable, others = file_rows.list_folder(folder, text)
+    read = set(splits.choose(folder, readable, source.split, source.subset))
+    if not_read := [file for file in readable if file not in read]:
         of_split = "the evaluation" if source.split == splits.FOR_EVALUATION else source.split
         yield (
             f"{folder}: {len(read)} file(s) of {of_split} are read, {_count(folder, not_read)} of "
             "other splits, or of none, are not"
         )
-    if others := file_rows.find_others(folder, text):
+    if others:
         yield f"{folder}: {_count(folder, others)} of other types are not read"
 
 
