@@ -8,11 +8,16 @@ from pathlib import Path
 
 import pytest
 
-MODULES = ("launcher.worker", "launcher.agent", "launcher.cluster.node", "launcher.cluster.job")
+MODULES = (
+    "launcher.worker",
+    "launcher.cluster.agent",
+    "launcher.cluster.node",
+    "launcher.cluster.job",
+)
 AGENT = ("-m", "launcher.worker")  # the last words of an agent's command line before RUN ATTEMPT
 WRONG = {
     "launcher.worker": [(), ("no-run", "1"), ("no-run", "x", "y")],
-    "launcher.agent": [(), (*AGENT, "no-run", "1"), (*AGENT, "no-run", "one")],
+    "launcher.cluster.agent": [(), (*AGENT, "no-run", "1"), (*AGENT, "no-run", "one")],
     "launcher.cluster.node": [(), ("no-run/logs/attempt-1",), ("no-run",)],
     "launcher.cluster.job": [(), ("begin",), ("begin", "--run"), ("end", "no-run"), ("other",)],
 }

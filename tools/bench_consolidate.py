@@ -32,9 +32,9 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from launcher.cpus import usable_cpus
 from launcher.distributed.process_group import RankInfo
 from launcher.export.writing.direct_writer import Sink
+from launcher.io.cpus import usable_cpus
 
 LAYERS = 28  # at size 1: the shape of Qwen2.5-1.5B, 1.54 B parameters
 RANK = 16

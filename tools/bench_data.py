@@ -29,11 +29,11 @@ import psutil
 
 from launcher.commands.fetch import MODELS, fetch
 from launcher.config.schema.data import DataConfig
-from launcher.cpus import usable_cpus
 from launcher.data import source
 from launcher.data.build import TokenizationProgress, sequence_lengths
 from launcher.data.dataset import load_data
 from launcher.data.packing import pack
+from launcher.io.cpus import usable_cpus
 from launcher.model.tokenizer import load_tokenizer
 
 WORDS = ("the", "of", "model", "data", "loss", "is", "a", "to", "train", "rank", "token", "batch")

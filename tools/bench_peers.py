@@ -29,8 +29,8 @@ from peers.job import SEED, Job
 from peers.process import CHECKOUT, Run
 
 from launcher.commands.fetch import MODELS, fetch
-from launcher.cpus import usable_cpus
 from launcher.errors import UserError
+from launcher.io.cpus import usable_cpus
 
 WARM_UP = 2  # steps that are not timed
 

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from launcher.cpus import usable_cpus
+from launcher.io.cpus import usable_cpus
 
 # What torchrun sets for its ranks. Left over from another launch, it would describe that one.
 SET_BY_TORCHRUN = (
@@ -21,10 +21,10 @@ SET_BY_NODE = ("SHARDWAY_NODE", "SHARDWAY_NODES", "SHARDWAY_RENDEZVOUS")
 def torchrun_command(run_dir: Path, attempt: int, nproc_per_node: int) -> list[str]:
     """One agent on this machine. `--standalone` binds a free port; a rank that dies ends the run.
 
-    The agent (launcher/agent.py) receives signals before torchrun's own handlers can.
+    The agent (launcher/cluster/agent.py) receives signals before torchrun's own handlers can.
     """
     return [
-        *(sys.executable, "-m", "launcher.agent"),
+        *(sys.executable, "-m", "launcher.cluster.agent"),
         "--standalone",
         "--nnodes=1",
         f"--nproc-per-node={nproc_per_node}",

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from launcher.config.schema.data import DataConfig, SourceConfig
-from launcher.cpus import usable_cpus
 from launcher.data import source
 from launcher.data.files.file_rows import RawRow
 from launcher.data.raw_text import tokenize_texts
@@ -30,6 +29,7 @@ from launcher.data.template.loss_mask import Tokens, fit, tokenize_segments
 from launcher.data.template.segments import Segment, render_segments
 from launcher.errors import UserError
 from launcher.io import limits
+from launcher.io.cpus import usable_cpus
 from launcher.io.limits import LimitExceeded
 from launcher.io.template_sizes import size_of
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from launcher.cpus import usable_cpus
 from launcher.errors import UserError
 from launcher.export.completeness import check_complete
 from launcher.export.copied_files import MANIFEST
@@ -15,6 +14,7 @@ from launcher.folders.json_file import is_object, is_text, read_object
 from launcher.folders.model import CONFIG, INDEX
 from launcher.folders.model_config import read_model_config
 from launcher.folders.tensor_entries import read_weight_map
+from launcher.io.cpus import usable_cpus
 from launcher.io.readers.safetensors_file import read_header
 from launcher.io.tensor import Tensor
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from launcher.config.schema.strategy import StrategyConfig
 from launcher.config.schema.training import TrainingConfig
-from launcher.cpus import usable_cpus
 from launcher.distributed.process_group import RankInfo
 from launcher.distributed.shards import Shard, shard_of
+from launcher.io.cpus import usable_cpus
 from launcher.model.load import Weights
 from launcher.strategy.loss_scale import LossScale
 from launcher.strategy.optimizer_state import BLOCK_SCALES

@@ -37,7 +37,7 @@ SOON_SECONDS = 20  # on a busy machine; torchrun's patience with a rank alone is
 def ranks_of(run: Path) -> list[int]:
     """The ranks that exist, even those that have imported nothing yet."""
     ours = map(psutil.Process, processes_of(run))
-    return [each.pid for each in ours if "launcher.agent" not in each.cmdline()]
+    return [each.pid for each in ours if "launcher.cluster.agent" not in each.cmdline()]
 
 
 def started(tmp_path: Path, ranks: int = 0) -> tuple[subprocess.Popen[str], Path]:

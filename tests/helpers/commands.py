@@ -92,7 +92,7 @@ def wait_until_none_is_left(folder: Path) -> None:
 
 def the_agent(folder: Path) -> psutil.Process:
     """The torchrun agent of a run."""
-    return _only(folder, lambda process: "launcher.agent" in process.cmdline())
+    return _only(folder, lambda process: "launcher.cluster.agent" in process.cmdline())
 
 
 def the_rank(folder: Path, rank: int) -> psutil.Process:

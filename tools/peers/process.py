@@ -12,7 +12,7 @@ from typing import Any
 from bench_process import Family, peak_rss, watch
 
 import launcher
-from launcher.cpus import usable_cpus
+from launcher.io.cpus import usable_cpus
 from peers.arms import Arm
 from peers.job import Job
 

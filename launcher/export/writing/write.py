@@ -17,7 +17,6 @@ from typing import TextIO
 import torch
 import xxhash
 
-from launcher.cpus import usable_cpus
 from launcher.errors import UserError
 from launcher.export.copied_files import MANIFEST
 from launcher.export.plan import Plan
@@ -28,6 +27,7 @@ from launcher.export.writing.journal import Entry
 from launcher.export.writing.progress import Progress
 from launcher.export.writing.recompute import recompute
 from launcher.folders import durable, manifest, versions
+from launcher.io.cpus import usable_cpus
 from launcher.io.readers.safetensors_file import apply_umask, header
 from launcher.io.tensor import Tensor
 from launcher.io.tensor.stored import as_bytes

@@ -1,6 +1,6 @@
 """torchrun's agent, which starts the ranks of one machine, with other signals.
 
-    python -m launcher.agent FLAGS_OF_TORCHRUN… -m launcher.worker RUN ATTEMPT
+    python -m launcher.cluster.agent FLAGS_OF_TORCHRUN… -m launcher.worker RUN ATTEMPT
 
 A signal asks the ranks to save and end, like a signal to a rank; torchrun would pass it on and kill
 ranks that need more than 30 seconds. A second request ends the agent at once, and its ranks with
@@ -19,7 +19,7 @@ from launcher.folders.run import RunDir
 from launcher.run import parent
 from launcher.run.stop import StopRequest
 
-USAGE = "python -m launcher.agent FLAGS_OF_TORCHRUN… -m launcher.worker RUN ATTEMPT"
+USAGE = "python -m launcher.cluster.agent FLAGS_OF_TORCHRUN… -m launcher.worker RUN ATTEMPT"
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import cpus
+from launcher.io import cpus
 
 V1 = "12:cpu,cpuacct:{group}\n4:memory:/elsewhere\n0::/\n"
 V1_MOUNT = "32 31 0:29 {shown} /sys/fs/cgroup/cpu rw,relatime shared:9 - cgroup cgroup rw,cpu\n"
@@ -101,7 +101,7 @@ def real_group() -> Iterator[Path]:
 
 
 def test_a_real_quota_counts(real_group: Path) -> None:
-    ask = "from launcher.cpus import usable_cpus; print(usable_cpus())"
+    ask = "from launcher.io.cpus import usable_cpus; print(usable_cpus())"
     enter = f'echo $$ > {real_group}/cgroup.procs && exec "$@"'
     done = subprocess.run(
         ["sh", "-c", enter, "sh", sys.executable, "-c", ask],
