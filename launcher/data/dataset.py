@@ -27,8 +27,8 @@ from launcher.data.tokenize import (
     SPECIAL_TOKENS,
     RowTokenizer,
     TokenBatch,
-    tokenize_source,
 )
+from launcher.data.tokenize_source import tokenize_source
 from launcher.errors import UserError
 from launcher.folders import checked_cache, paths
 

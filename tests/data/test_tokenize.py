@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from launcher.config.schema.data import DataConfig
-from launcher.data import dataset, tokenize
+from launcher.data import dataset, tokenize, tokenize_source
 from launcher.data.dataset import TokenizedDataset, load_data
 from launcher.data.template.loss_mask import Tokens
 from launcher.errors import UserError
@@ -75,9 +75,9 @@ def test_worker_processes_return_the_same_rows_in_the_same_order(
     for store in (own_cache / "tokens").iterdir():
         store.unlink()
     started = []
-    original = tokenize._tokenize_in_pool
+    original = tokenize_source._tokenize_in_pool
     monkeypatch.setattr(
-        tokenize, "_tokenize_in_pool", lambda *a: started.append(a[-1]) or original(*a)
+        tokenize_source, "_tokenize_in_pool", lambda *a: started.append(a[-1]) or original(*a)
     )
     pooled = load_data(replace(config, workers=2), byte_tokenizer())
     assert started == [2]
