@@ -190,7 +190,7 @@ def test_rows_are_not_held_in_memory(
     tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are tokenized in batches and mapped from the disk."""
-    monkeypatch.setattr(tokenize, "CHUNK_ROWS", 50)
+    monkeypatch.setattr(tokenize_source, "CHUNK_ROWS", 50)
     path = many(tmp_path / "rows.jsonl", 5_000)
     config = DataConfig(path=str(path), max_length=64, workers=1)
     load_data(replace(config, max_rows=1), byte_tokenizer())  # imports, compiled templates
