@@ -30,7 +30,8 @@ def saver(
     config = replace(config, checkpoint=replace(config.checkpoint, **options))
     run = RunDir(folder)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
-    run.config.write_text(store.dump(config))
+    if train_state.rank_info.is_main:  # another rank's write would be half done as this one reads
+        run.config.write_text(store.dump(config))
     return kind(train_state, run, config.checkpoint)
 
 

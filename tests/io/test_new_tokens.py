@@ -225,4 +225,4 @@ def test_a_damaged_folder_is_named_and_made_anew(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
     said = capsys.readouterr().err
     assert name in said
-    assert "made anew" in said
+    assert "rebuilt" in said
