@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 
-from launcher.errors import REFUSED, UserError
+from launcher.errors import REFUSED, UserError, shortened
 from launcher.folders import versions
 
 COMMANDS = {
@@ -64,11 +65,13 @@ def main() -> None:
         print(f"shardway: {command} is not a command; choose one of {choices}", file=sys.stderr)
         sys.exit(REFUSED)
     sys.argv = [f"shardway {command}", *sys.argv[2:]]
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file can hold letters that are no Unicode
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         importlib.import_module(COMMANDS[command][0]).main()
         sys.stdout.flush()
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(shortened(error), file=sys.stderr)
         sys.exit(REFUSED)
     except BrokenPipeError:  # the reader, such as `| head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 FAILED = 1
 REFUSED = 2  # the request or the configuration cannot be met; the message gives the reason
+MAX_LINE = 4_000  # characters of a message that are shown
 STOPPED = 75  # sysexits.h EX_TEMPFAIL: a checkpoint is saved, the run can be resumed
 
 
@@ -24,5 +25,14 @@ def exit_when_refused() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(shortened(error), file=sys.stderr)
         sys.exit(REFUSED)
+
+
+def shortened(error: UserError) -> str:
+    """The message, without the middle of a line that a name of a million letters is in."""
+    half = MAX_LINE // 2
+    lines = str(error).split("\n")
+    return "\n".join(
+        line if len(line) <= MAX_LINE else f"{line[:half]} … {line[-half:]}" for line in lines
+    )

@@ -16,21 +16,26 @@ from launcher.config.schema.cluster import ClusterConfig, SlurmConfig
 from launcher.errors import UserError
 
 MASK = "•••"
-# Words of a name, such as HF_TOKEN or wandbApiKey. TOKENIZERS_PARALLELISM and NCCL_IB_PKEY have
-# none of them; MAX_TOKENS is a number.
-SECRET_WORDS = {
-    *("TOKEN", "KEY", "KEYS", "SECRET", "SECRETS", "PASSWORD", "PASSWORDS", "PASSWD", "PASSPHRASE"),
-    *("CREDENTIAL", "CREDENTIALS", "JWT"),
-}
-# How a word without separators may end: PGPASSWORD, APIKEY.
-SECRET_ENDINGS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "APIKEY", "ACCESSKEY", "PRIVATEKEY")
-# Words that are secret only behind others: MYSQL_PWD, SMTP_PASS.
-SECRET_LAST_WORDS = ("PASS", "PWD")
+# How a word of a name ends: HF_TOKEN, wandbApiKey, PGPASSWORDS. TOKENIZERS_PARALLELISM has none.
+SECRET_WORD = re.compile(
+    r".*(TOKENS?|KEYS?|SECRETS?|PASSWORDS?|PASSWD|PASSPHRASES?|CREDENTIALS?|JWTS?|[^MY]PASS)"
+)
+# MAX_TOKENS and NUM_KEYS are numbers.
+COUNTED = {"MAX", "MIN", "NUM", "N", "COUNT", "TOTAL", "PER"}
+# NCCL_IB_PKEY is the number of a partition.
+NO_SECRETS = {"PKEY", "MONKEY", "HOTKEY", "HOCKEY", "TURKEY", "DONKEY", "WHISKEY"}
+# Words that are secret only behind others: MYSQL_PWD, SMTP_PASS, GITHUB_PAT.
+SECRET_LAST_WORDS = ("PASS", "PWD", "PAT")
 # The last word of a name whose value says where the secret is.
 PLACES = ("FILE", "PATH", "DIR", "FOLDER", "HOME")
-ASSIGNMENT = re.compile(
-    r"(?:^|[\s;&|({])([A-Za-z_]\w*)=(?P<value>'[^']*'|\"(?:\\.|[^\"\\])*\"|(?:\\.|[^\s;&|)'\"])*)"
+VALUE = r"(?P<value>'[^']*'|\"(?:\\.|[^\"\\])*\"|(?:\\.|[^\s;&|)'\"])*)"
+START = r"(?:^|[\s;&|({'\"])"
+ASSIGNMENTS = (
+    re.compile(START + r"([A-Za-z_]\w*)(?:\[\w*\])?(?:\+?=|\s*<<<\s*)" + VALUE),
+    re.compile(START + r"printf\s+-v\s+([A-Za-z_]\w*)\s+" + VALUE),
 )
+# What a value takes from elsewhere, and a path behind it.
+REFERENCE = re.compile(r"(\$\w+|\$\{[^}]*\}|\$\([^)]*(\)|$)|`[^`]*(`|$))(/[\w./-]*)?")
 
 
 def is_secret_name(name: str) -> bool:
@@ -39,8 +44,10 @@ def is_secret_name(name: str) -> bool:
     words = [word.upper() for word in words if not word.isdigit()]
     if not words or words[-1] in PLACES:
         return False
-    is_last = len(words) > 1 and words[-1] in SECRET_LAST_WORDS
-    return is_last or any(word in SECRET_WORDS or word.endswith(SECRET_ENDINGS) for word in words)
+    if len(words) > 1 and words[-1] in SECRET_LAST_WORDS:
+        return True
+    found = [word for word in words if SECRET_WORD.fullmatch(word) and word not in NO_SECRETS]
+    return any(not (word.endswith("S") and COUNTED & {*words}) for word in found)
 
 
 def secret_names(cluster: ClusterConfig) -> list[str]:
@@ -119,8 +126,8 @@ def secrets_in_script(lines: list[str], listed: Collection[str] = ()) -> list[st
     return [
         match[1]
         for line in lines
-        for match in ASSIGNMENT.finditer(line)
+        for pattern in ASSIGNMENTS
+        for match in pattern.finditer(line)
         if (match[1] in listed or is_secret_name(match[1]))
-        and match["value"].strip("'\"")
-        and not ("$" in match["value"] or "`" in match["value"])
+        and re.search(r"\w", REFERENCE.sub("", match["value"]))
     ]

@@ -17,6 +17,7 @@ from launcher.config import SECTIONS, TOP_LEVEL, Config
 from launcher.config.schema.setting import broken_limits
 from launcher.config.secrets import masked_settings
 from launcher.errors import UserError
+from launcher.folders import regular
 from launcher.folders.json_file import DamagedFile
 
 # The safe loader of libyaml is several times as fast.
@@ -88,6 +89,10 @@ def _section(section: str, schema: type, values: Mapping[Any, Any], problems: li
             converted[key] = OmegaConf.to_container(node)[key]  # type: ignore[index]
         except OmegaConfBaseException as error:
             problems.append(f"{section}.{key}={value}: {str(error).splitlines()[0]}")
+            continue
+        # OmegaConf takes text with "${" for any type, since it expects to find the value later.
+        if isinstance(value, str) and "${" in value and "str" not in str(fields[key].type):
+            problems.append(f"{section}.{key}={value} must be a value, not a reference to one")
     for name, field in fields.items():
         required = field.default is field.default_factory is dataclasses.MISSING
         if required and name not in values:
@@ -190,12 +195,26 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises DamagedFile if it cannot be read.
     """
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER)
+        raw = yaml.load(regular.read_text(path), Loader=LOADER)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DamagedFile(path, f"is not a frozen configuration: {error}") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("training"), dict):
         raise DamagedFile(path, "is not a frozen configuration: it has no sections")
+    if _has_aliases(raw, set()):
+        raise DamagedFile(path, "is not a frozen configuration: it repeats a part by an alias")
     return raw
+
+
+def _has_aliases(tree: Any, seen: set[int]) -> bool:
+    """Whether a part of `tree` occurs in more than one place. A few of those are billions of values
+    for whoever looks at each."""
+    if not isinstance(tree, dict | list):
+        return False
+    if id(tree) in seen:
+        return True
+    seen.add(id(tree))
+    values = tree.values() if isinstance(tree, dict) else tree
+    return any(_has_aliases(value, seen) for value in values)
 
 
 def fingerprint(config: Config) -> str:

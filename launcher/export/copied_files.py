@@ -7,9 +7,11 @@ import json
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from launcher.errors import UserError
 from launcher.export.source import Source, model_home, tokenizer_folder
+from launcher.folders import regular
 from launcher.folders.adapter import SETTINGS
 from launcher.folders.json_file import (
     IDS,
@@ -43,6 +45,16 @@ NOT_COPIED = (
     *("*.index.json", ".*", "zero_to_*.py", "trainer_state.json", "*_results.json", "trainer.json"),
     *("manifest.json", "ds_config*.json", "*deepspeed*.json", MANIFEST, SETTINGS, CONFIG),
 )
+_TOKEN: Field = (lambda value: isinstance(value, str | dict), "text, or an object")
+
+
+def _is_by_token_id(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        key.isdecimal() and isinstance(token, dict) and isinstance(token.get("content"), str)
+        for key, token in value.items()
+    )
+
+
 # JSON files that must be an object → the types of the values that every reader expects.
 OBJECTS: dict[str, dict[str, Field]] = {
     GENERATION_CONFIG: {
@@ -51,7 +63,8 @@ OBJECTS: dict[str, dict[str, Field]] = {
     },
     "tokenizer_config.json": {
         "tokenizer_class": TEXT,
-        "added_tokens_decoder": OBJECT,
+        "added_tokens_decoder": (_is_by_token_id, "an object of objects by token id"),
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), _TOKEN),
         "model_max_length": NUMBER,
         "chat_template": (lambda value: isinstance(value, str | list), "text, or a list of them"),
     },
@@ -100,6 +113,8 @@ def check_copied_files(files: Mapping[str, Path]) -> None:
             _check_json(path, name)
         elif name.endswith(".jinja"):
             _check_template(path)
+    if (tokenizer := files.get("tokenizer.json")) is not None:
+        _check_tokenizer(tokenizer)
 
 
 def _check_json(path: Path, name: str) -> None:
@@ -108,9 +123,22 @@ def _check_json(path: Path, name: str) -> None:
         check_fields(path, read_object(path), OBJECTS[pattern])
         return
     try:
-        json.loads(path.read_text(encoding="utf-8"))
+        json.loads(regular.read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: it is not JSON: {error!s:.200}") from error
+
+
+def _check_tokenizer(path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_file(str(path))
+    except BaseException as error:  # PanicException, of Rust, is not an Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise UserError(
+            f"{path} is damaged, or needs another version of tokenizers: {error!s:.200}"
+        ) from error
 
 
 def _check_template(path: Path) -> None:

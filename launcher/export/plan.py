@@ -22,6 +22,7 @@ from launcher.export.shard_plan import assign_shards, natural_sort_key
 from launcher.export.source import Source, tokenizer_folder
 from launcher.export.stop_tokens import Stops, with_stops
 from launcher.folders import versions
+from launcher.folders.brief import brief
 from launcher.folders.json_file import (
     OBJECT,
     Field,
@@ -173,6 +174,6 @@ def _largest_token_id(path: Path) -> int:
     last_index = len(vocabulary) - 1 if isinstance(vocabulary, list) else -1
     ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
     if wrong := [each for each in ids if not is_count(each)]:
-        raise UserError(f"{path}: a token has the id {wrong[0]!r:.80}, expected a whole number")
+        raise UserError(f"{path}: a token has the id {brief(wrong[0])}, expected a whole number")
     added = (token["id"] for token in content.get("added_tokens") or ())
     return int(max([last_index, *ids, *added]))

@@ -10,6 +10,7 @@ from launcher.export.completeness import check_complete
 from launcher.export.copied_files import MANIFEST
 from launcher.export.writing import readback
 from launcher.folders import manifest
+from launcher.folders.brief import brief
 from launcher.folders.json_file import is_object, is_text, read_object
 from launcher.folders.model import CONFIG, INDEX
 from launcher.folders.model_config import read_model_config
@@ -71,7 +72,7 @@ def _compare_contents(folder: Path, written: dict[str, Any], shards: set[str]) -
     problems = [message for message in messages if message]
     for name, entry in written["tensors"].items():
         if not (is_object(entry) and is_text(entry.get("xxh3_64"))):
-            raise UserError(f"{folder / MANIFEST} is damaged: it lists {name} as {entry!r:.80}")
+            raise UserError(f"{folder / MANIFEST} is damaged: it lists {name} as {brief(entry)}")
     tensors = {name: entry["xxh3_64"] for name, entry in written["tensors"].items()}
     files = {name: written["files"][name] | {"tensors": tensors} for name in sorted(shards)}
     try:

@@ -25,6 +25,7 @@ from launcher.folders.json_file import (
 SETTINGS = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 MAX_REPETITIONS = 8  # in a pattern: matching a name takes its length to this power
+MAX_PATTERN = 10_000  # characters
 
 
 def _is_rank(value: Any) -> bool:
@@ -45,6 +46,8 @@ def _by_pattern(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
 def _is_pattern(text: str) -> bool:
     """Whether it is a regular expression that matches a name in a short time: it repeats no group,
     and little else."""
+    if len(text) > MAX_PATTERN:
+        return False
     try:
         re.compile(text)
     except (re.error, RecursionError, OverflowError):
@@ -57,6 +60,11 @@ _TEXT_OR_TEXTS: Field = (
     lambda value: _is_pattern(value) if is_text(value) else list_of(is_text)(value),
     "a list of texts, or a pattern that can be matched in a short time",
 )
+MAX_ALPHA = 1e9  # a delta that is scaled by more is beyond all numbers of a model
+_ALPHA: Field = (
+    lambda value: NUMBER[0](value) and abs(value) <= MAX_ALPHA,
+    f"a number up to {MAX_ALPHA:g}",
+)
 # The settings that are read, or that PEFT reads before it has checked them.
 FIELDS: dict[str, Field] = {
     "peft_type": TEXT,
@@ -64,10 +72,10 @@ FIELDS: dict[str, Field] = {
     "task_type": TEXT,
     "bias": TEXT,
     "r": (_is_rank, "a whole number from 1"),
-    "lora_alpha": NUMBER,
+    "lora_alpha": _ALPHA,
     "lora_dropout": NUMBER,
     "rank_pattern": (_by_pattern(_is_rank), "ranks by patterns of module names"),
-    "alpha_pattern": (_by_pattern(NUMBER[0]), "numbers by patterns of module names"),
+    "alpha_pattern": (_by_pattern(_ALPHA[0]), "numbers by patterns of module names"),
     "target_modules": _TEXT_OR_TEXTS,
     "exclude_modules": _TEXT_OR_TEXTS,
     "target_parameters": TEXTS,

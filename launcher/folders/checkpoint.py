@@ -20,6 +20,7 @@ from typing import Any
 
 from launcher.errors import UserError
 from launcher.folders import manifest
+from launcher.folders.brief import brief
 from launcher.folders.json_file import DamagedFile
 
 MANIFEST = "manifest.json"
@@ -109,7 +110,7 @@ class Checkpoint:
                 self.manifest, f"is not the manifest of a checkpoint: it has no {missing[0]}"
             )
         if not isinstance(content["base"], dict):
-            raise DamagedFile(self.manifest, f"is damaged: base is {content['base']!r:.80}")
+            raise DamagedFile(self.manifest, f"is damaged: base is {brief(content['base'])}")
         if content["content"] not in CONTENTS:
             raise DamagedFile(self.manifest, f"is damaged: content is {content['content']!r}")
         return content

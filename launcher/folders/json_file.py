@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
+from launcher.folders import regular
+from launcher.folders.brief import brief
 
 Field = tuple[Callable[[Any], bool], str]  # whether a value is accepted, and what is expected
 
@@ -69,14 +71,14 @@ def check_fields(path: Path, content: Mapping[str, Any], fields: Mapping[str, Fi
     value of another type. null counts as absent."""
     for key, (accepts, expected) in fields.items():
         if key in content and content[key] is not None and not accepts(content[key]):
-            shown = f"{content[key]!r:.80}"
+            shown = f"{brief(content[key])}"
             raise DamagedFile(path, f"is damaged: {key} is {shown}, expected {expected}")
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """The object in `path`. Raises DamagedFile if it cannot be read or is not an object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(regular.read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedFile(path, f"cannot be read: {error}") from error
     if not isinstance(content, dict):
@@ -95,7 +97,7 @@ def read_fields(path: Path, **fields: Field) -> dict[str, Any]:
         if name not in content:
             raise DamagedFile(path, f"is damaged: it has no {name}")
         if not accepts(content[name]):
-            shown = f"{content[name]!r:.80}"
+            shown = f"{brief(content[name])}"
             raise DamagedFile(path, f"is damaged: {name} is {shown}, expected {expected}")
     return content
 

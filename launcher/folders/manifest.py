@@ -11,7 +11,8 @@ from typing import Any
 import xxhash
 
 from launcher.errors import UserError
-from launcher.folders import durable
+from launcher.folders import durable, regular
+from launcher.folders.brief import brief
 from launcher.folders.json_file import (
     COUNT,
     COUNTS,
@@ -78,9 +79,9 @@ def read(path: Path) -> dict[str, Any]:
     check_fields(path, manifest, FIELDS)
     for name, entry in manifest["files"].items():
         if not is_inside(name) or "\0" in name:
-            raise UserError(f"{path} lists {name!r:.80}, which lies outside the folder")
+            raise UserError(f"{path} lists {brief(name)}, which lies outside the folder")
         if not isinstance(entry, dict) or not {"bytes", "xxh3_128"} <= entry.keys():
-            raise UserError(f"{path} lists {name} without its size and checksum: {entry!r:.80}")
+            raise UserError(f"{path} lists {name} without its size and checksum: {brief(entry)}")
         check_fields(path, entry, {"bytes": COUNT, "xxh3_128": TEXT})
     if isinstance(base := manifest.get("base"), dict):
         check_fields(path, base, BASE_FIELDS)
@@ -97,7 +98,7 @@ def problems(path: Path, part: int = 0, parts: int = 1) -> list[str]:
 def checksum(path: Path) -> str:
     """xxh3-128 of a file's content, in hexadecimal."""
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    with regular.open_file(path) as file:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()

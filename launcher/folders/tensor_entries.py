@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from launcher.errors import UserError
+from launcher.folders import regular
+from launcher.folders.brief import brief
 from launcher.folders.json_file import is_text, read_object, read_object_or_empty
 
 INDEX = "model.safetensors.index.json"
 CHUNK_BYTES = 2**24  # of each tensor, in memory while two are compared
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format
+MAX_NAME = 255  # bytes of a file name that file systems accept
 MAX_SIZE = 1 << 48  # of a tensor or a dim of one, in elements
 WIDTHS = {  # dtype in the format's spelling → bytes of an element
     "BOOL": 1, "U8": 1, "U16": 2, "U32": 4, "U64": 8, "I8": 1, "I16": 2, "I32": 4, "I64": 8,
@@ -56,7 +60,7 @@ def read_header(file: Path) -> Header:
     without gap or overlap, each with the bytes that its shape needs."""
     try:
         size = file.stat().st_size
-        with file.open("rb") as stream:
+        with regular.open_file(file) as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise ValueError(f"a header of {length} bytes")
@@ -89,11 +93,11 @@ def _entry(file: Path, data: int, name: str, entry: Any) -> TensorEntry:
     shape: Any = values.get("shape")
     offsets: Any = values.get("data_offsets")
     if not is_text(dtype):
-        raise ValueError(f"{name} has the dtype {dtype!r:.80}")
+        raise ValueError(f"{name} has the dtype {brief(dtype)}")
     if not _are_sizes(shape):
-        raise ValueError(f"{name} has the shape {shape!r:.80}")
+        raise ValueError(f"{name} has the shape {brief(shape)}")
     if not (_are_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
-        raise ValueError(f"{name} has the data_offsets {offsets!r:.80}")
+        raise ValueError(f"{name} has the data_offsets {brief(offsets)}")
     return TensorEntry(file, dtype, tuple(shape), *(data + offset for offset in offsets))
 
 
@@ -131,8 +135,8 @@ def read_weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} is not an index of weights: it lists no tensors")
     for name, file in weight_map.items():
-        if not is_text(file) or not file or "\0" in file:
-            raise UserError(f"{index} lists {name} in {file!r:.80}, which is not a file name")
+        if not is_text(file) or not file or "\0" in file or len(os.fsencode(file)) > MAX_NAME:
+            raise UserError(f"{index} lists {name} in {brief(file)}, which is not a file name")
     for file in sorted(set(weight_map.values())):
         if not is_inside(file):
             raise UserError(f"{index} lists {file}, which lies outside the folder")

@@ -21,10 +21,12 @@ from pyarrow import compute
 from pyarrow import json as arrow_json
 
 from launcher.errors import UserError
+from launcher.folders import regular
 from launcher.run.metrics import MAX_STEP, PACE_STEPS, Record, is_evaluation, number, parse_record
 
 MAX_POINTS = 2_000  # of a curve
 BLOCK_BYTES = 1 << 20  # read at a time
+MAX_LINE_BYTES = 1 << 22
 SMOOTHED = ("loss", "grad_norm")  # curves that have a moving average
 SMOOTHING = 0.8  # weight of the moving average
 # Of the last values, the newest first; those of older ones are below the precision of a double.
@@ -150,7 +152,7 @@ class RunMetrics:
         self,
         path: Path,
         max_points: int = MAX_POINTS,
-        open_file: Callable[[Path], IO[bytes]] = lambda path: path.open("rb"),
+        open_file: Callable[[Path], IO[bytes]] = regular.open_file,
     ) -> None:
         """`max_points`: of each curve. `open_file` may raise OSError or UserError."""
         self.path, self._max_points, self._open_file = path, max_points, open_file
@@ -212,6 +214,9 @@ class RunMetrics:
             self._offset += end
             if end:
                 self._add(block[:end])
+            if len(rest) > MAX_LINE_BYTES:  # zeros after a power failure
+                self._offset, rest = self._offset + len(rest), b""
+                self.bad_lines += 1
 
     def _add(self, block: bytes) -> None:
         columns = _fast_columns(block)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from launcher.folders import regular
+
 Record = dict[str, Any]
 
 TAIL_BYTES = 1 << 16  # read first: about 200 records of steps
@@ -72,7 +74,7 @@ class Glance:
     def of(cls, path: Path, steps: int = PACE_STEPS) -> Glance:
         """Look at the file `path`, which may not exist, for its last `steps` steps."""
         try:
-            with path.open("rb") as file:
+            with regular.open_file(path) as file:
                 newest, pace, is_damaged = _last_steps(file, steps)
                 return cls(newest, pace, _best_evaluation(file), is_damaged)
         except FileNotFoundError:
@@ -84,16 +86,30 @@ class Glance:
 def _last_steps(file: IO[bytes], steps: int) -> tuple[Record, tuple[tuple[int, float], ...], bool]:
     """The newest record of a step, (step, time) of the last `steps`, and whether a line among them
     is not a record."""
-    size = os.fstat(file.fileno()).st_size
+    size, is_padded = _end_of_text(file)
     length = TAIL_BYTES
     while True:
         file.seek(max(0, size - length))
-        lines = file.read(length).split(b"\n")
+        lines = file.read(min(size, length)).split(b"\n")
         complete = lines[:-1] if length >= size else lines[1:-1]  # the last one is being written
-        found = _newest_first(complete, steps)
-        if found[0] or length >= min(size, MAX_TAIL_BYTES):
-            return found
+        newest, pace, is_damaged = _newest_first(complete, steps)
+        if newest or length >= min(size, MAX_TAIL_BYTES):
+            has_no_lines = not complete and size > MAX_TAIL_BYTES
+            return newest, pace, is_damaged or is_padded or has_no_lines
         length *= 4
+
+
+def _end_of_text(file: IO[bytes]) -> tuple[int, bool]:
+    """Where the file ends without the zeros that a power failure leaves, and whether it has any."""
+    end = size = os.fstat(file.fileno()).st_size
+    while end:
+        begin = max(0, end - BLOCK_BYTES)
+        file.seek(begin)
+        text = file.read(end - begin).rstrip(b"\0")
+        end = begin + len(text)
+        if text:
+            break
+    return end, end < size
 
 
 def _newest_first(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import UserError
+from launcher.folders.brief import brief
 from launcher.folders.json_file import COUNT, TEXT, DamagedFile, Field, read_fields
 from launcher.folders.run import RunDir, runs_in
 from launcher.run import processes, sweep
@@ -86,8 +87,8 @@ def run_state(run: RunDir, queued: QueuedJob | None) -> str:
         return NO_ATTEMPT
     if run.status.is_file():
         state = str(read_fields(run.status, state=TEXT)["state"])
-        if not state.strip():
-            raise DamagedFile(run.status, "is damaged: its state is empty")
+        if not state.strip() or not state.isprintable():
+            raise DamagedFile(run.status, f"is damaged: its state is {brief(state)}")
         return state
     return "running" if processes.living(run) else "failed" if run.attempt else "not started"
 

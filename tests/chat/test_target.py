@@ -148,6 +148,8 @@ def test_incomplete_weights_are_refused(model: Path) -> None:
     assert "lists missing files: model-1.safetensors" in refusal(model)
     index.write_text('{"weight_map": {"a": ["b"]}}')
     assert "lists a in ['b'], which is not a file name" in refusal(model)
+    index.write_text('{"weight_map": {"a": "%s"}}' % ("x" * 300))
+    assert "which is not a file name" in refusal(model)
     for file in (index, model / "other.safetensors"):
         file.unlink()
     assert "no weights" in refusal(model)

@@ -17,8 +17,9 @@ import yaml
 
 from launcher.config import SECTIONS, reference, store
 from launcher.config.schema.method import LoraConfig
+from launcher.errors import UserError
 from launcher.folders import paths
-from tests.helpers.compose import composed_raw
+from tests.helpers.compose import composed, composed_raw
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -85,6 +86,27 @@ def test_freezing_and_loading_keep_every_value(tmp_path: Path) -> None:
     assert "${" not in text
     (tmp_path / "config.yaml").write_text(text)
     assert store.load(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    "steps",
+    ["&a [*a]", "[" + ", ".join(["*l"] * 9) + "]"],
+)
+def test_a_frozen_file_with_aliases_is_damaged(tmp_path: Path, steps: str) -> None:
+    file = tmp_path / "config.yaml"
+    frozen = store.dump(composed()).replace("max_steps: null", f"max_steps: {steps}")
+    file.write_text("x: &l [1]\n" + frozen)
+    with pytest.raises(UserError, match="repeats a part by an alias"):
+        store.load(file)
+
+
+@pytest.mark.parametrize("value", ["${oc.env:HOME}", "${training.seed}", "${"])
+def test_a_number_in_a_frozen_file_is_no_reference(tmp_path: Path, value: str) -> None:
+    file = tmp_path / "config.yaml"
+    frozen = store.dump(composed()).replace("max_steps: null", f"max_steps: '{value}'")
+    file.write_text(frozen)
+    with pytest.raises(UserError, match=r"training\.max_steps="):
+        store.load(file)
 
 
 def test_the_fingerprint_depends_on_values_and_not_on_the_folder() -> None:

@@ -22,11 +22,13 @@ SECRET = """
     HF_TOKEN HUGGING_FACE_HUB_TOKEN TOKEN WANDB_API_KEY AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY
     CLEARML_API_SECRET_KEY MLFLOW_TRACKING_PASSWORD PGPASSWORD MYSQL_PWD SMTP_PASS apiKey
     hfToken GOOGLE_APPLICATION_CREDENTIALS GITHUB_TOKEN2 SSH_PASSPHRASE hf_token OPENAI_APIKEY
-    KEY KEYS
+    KEY KEYS SECRETKEY AWSSECRETKEY mysecretkey ENCRYPTIONKEY SIGNINGKEY SSHKEY HF_TOKENS HFTOKENS
+    MYSECRETS DBPASSWORDS SSHPASS PGPASS GITHUB_PAT
 """
 PLAIN = """
     TOKENIZERS_PARALLELISM KEYBOARD NCCL_IB_PKEY NCCL_DEBUG MAX_TOKENS PWD OLDPWD MONKEY PATH
     HF_TOKEN_PATH SSH_KEY_FILE COMPASS BYPASS PASSES KEYRING_HOME SECRETARY TOKENIZER HOME A1
+    NUM_KEYS PATH_MAP
 """
 
 
@@ -122,6 +124,14 @@ def test_what_hydra_prints_has_no_secrets(
         ("export WANDB_API_KEY=abc", ["WANDB_API_KEY"]),
         ("module load cuda && HF_TOKEN='a b' python x; export B_KEY=\"c\"", ["HF_TOKEN", "B_KEY"]),
         ("declare -x MINE=abc", ["MINE"]),
+        ('export HF_TOKEN="abc$"', ["HF_TOKEN"]),
+        ("export HF_TOKEN=abc$(true)", ["HF_TOKEN"]),
+        ("export HF_TOKEN+=abc", ["HF_TOKEN"]),
+        ("HF_TOKEN[0]=abc", ["HF_TOKEN"]),
+        ('eval "HF_TOKEN=abc"', ["HF_TOKEN"]),
+        ("read HF_TOKEN <<< abc", ["HF_TOKEN"]),
+        ("printf -v HF_TOKEN abc", ["HF_TOKEN"]),
+        ("export SSH_KEY=$HOME/.ssh/id", []),
         ("export HF_TOKEN=$(cat ~/.token)", []),
         ('export HF_TOKEN="$OTHER"', []),
         ("export HF_TOKEN=`cat x`", []),

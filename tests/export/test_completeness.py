@@ -115,7 +115,11 @@ def test_a_file_that_was_cut_short_is_not_copied(name: str, folder: Path) -> Non
     [
         ("generation_config.json", {"eos_token_id": "</s>"}),
         ("tokenizer_config.json", {"chat_template": 3}),
+        ("tokenizer_config.json", {"eos_token": 5}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": 1}}}),
         ("tokenizer.json", {"added_tokens": [{"content": "x"}]}),
+        ("tokenizer.json", {"model": {}}),
+        ("tokenizer.json", {"model": {"type": "BPE", "vocab": {}, "merges": ["a b c"]}}),
         (CONFIG, {"vocab_size": "many"}),
         (CONFIG, {"num_hidden_layers": 2.5}),
         (CONFIG, {"text_config": []}),

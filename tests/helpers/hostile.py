@@ -125,6 +125,9 @@ def _key(depth: int) -> bytes:
     return b"\x80\x02}N" + b"q\x00h\x00\x86" * depth + b"Ns."
 
 
+# A tuple whose text has 2**40 letters.
+LONG_TEXT = b")" + b"2\x86" * 40
+
 # Each is small, and would take gigabytes or minutes.
 BOMBS: dict[str, bytes] = {
     "a memo of four billion": b"\x80\x02Nr\xff\xff\xff\xff.",
@@ -146,5 +149,11 @@ BOMBS: dict[str, bytes] = {
         b"\x8a\x0a" + (n * (2**61 - 1)).to_bytes(10, "little") + b"N" for n in range(60_000)
     ) + b"u.",
     "marks": b"(" * 200_000,
+    "the text of a persistent id": b"\x80\x02" + LONG_TEXT + b"Q.",
+    "the text of a storage type": b"\x80\x02(X\x07\x00\x00\x00storage" + LONG_TEXT
+    + b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQ.",
+    "the text of a class": b"\x80\x02" + LONG_TEXT + b")\x81.",
+    "the text of a shape": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(NK\x00" + LONG_TEXT
+    + b")\x89NtR.",
     "a list nested deeply": b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".",
 }  # fmt: skip

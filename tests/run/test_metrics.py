@@ -157,3 +157,17 @@ def test_long_runs_are_looked_at_in_bounded_memory(tmp_path: Path) -> None:
     assert max(kept) < 3_000_000, "so twenty runs keep less than 60 MB"
     assert max(peaks) < 60_000_000
     assert file.stat().st_size > metrics.MAX_TAIL_BYTES
+
+
+def test_zeros_after_a_power_failure_hide_nothing(tmp_path: Path) -> None:
+    file = write(tmp_path / "metrics.jsonl", [line(1), line(2)])
+    os.truncate(file, 20 << 20)
+    seen = Glance.of(file)
+    assert (seen.newest["step"], seen.is_damaged) == (2, True)
+    read = RunMetrics(file).update()
+    assert (read.newest["step"], read.count) == (2, 2)
+    assert read.bad_lines
+    with file.open("a") as more:
+        more.write("\n" + line(3))
+    assert RunMetrics(file).update().newest["step"] == 3
+    assert read.update().newest["step"] == 3

@@ -8,6 +8,7 @@ import pytest
 
 from launcher.config import store
 from launcher.errors import UserError
+from launcher.folders.json_file import DamagedFile
 from launcher.folders.run import RunDir
 from launcher.run.status import run_state, slurm_job_id, total_steps
 
@@ -32,3 +33,11 @@ def test_a_configuration_that_is_not_utf_8_is_refused_by_its_name(run: RunDir) -
     run.config.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"config\.yaml is not a frozen configuration"):
         store.load(run.config)
+
+
+@pytest.mark.parametrize("state", ["", " ", "x\x1b[2J", "x\\ud800"])
+def test_a_state_that_cannot_be_printed_is_damage(run: RunDir, state: str) -> None:
+    run.status.parent.mkdir(parents=True, exist_ok=True)
+    run.status.write_text('{"state": "' + state.replace("\x1b", "\\u001b") + '"}')
+    with pytest.raises(DamagedFile, match=r"status\.json is damaged: its state is"):
+        run_state(run, None)

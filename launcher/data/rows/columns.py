@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from launcher.data.rows.messages import REASONING_KEYS, Row
 from launcher.errors import UserError
+from launcher.folders.brief import brief
 
 # The columns that each format reads.
 OWN = {
@@ -51,7 +52,7 @@ def refuse_unsupported(location: str, row: Row) -> None:
     for column in UNSUPPORTED:
         if row.get(column) not in (*NO_VALUE, 1, "1", "1.0"):
             raise UserError(
-                f"{location} has {column} {row[column]!r:.80}, which is not supported; remove the "
+                f"{location} has {column} {brief(row[column])}, which is not supported; remove the "
                 "column if its rows are to be learned as they are"
             )
     if row.get("tools") not in NO_VALUE and row.get("functions") not in NO_VALUE:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from launcher.data.template.chat_template import ChatTemplate
 from launcher.data.template.segments import Segment
 from launcher.errors import UserError
+from launcher.folders.brief import brief
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,19 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], prefix: str) -
     """The token ids of `prefix` + text for each text, in one call."""
     if not texts:
         return []
-    ids: list[list[int]] = tokenizer(
-        [prefix + text for text in texts], add_special_tokens=False, verbose=False
-    )["input_ids"]
+    try:
+        ids: list[list[int]] = tokenizer(
+            [prefix + text for text in texts], add_special_tokens=False, verbose=False
+        )["input_ids"]
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust: not an Exception
+            raise
+        if len(texts) == 1:
+            raise UserError(
+                f"the tokenizer gives up on the text {brief(texts[0])}: {error} → another text, or "
+                "another tokenizer.json"
+            ) from error
+        return [ids for text in texts for ids in _encode(tokenizer, [text], prefix)]
     return ids
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from launcher.errors import UserError
+from launcher.folders.brief import brief
 from launcher.folders.kind import ACCELERATE, UNREADABLE
 from launcher.io.readers.found import FoundModel
 from launcher.io.readers.torch_file import read_file, unpickle
@@ -153,7 +154,7 @@ def _attribute(value: Any, name: str, kind: Any) -> Any:
     found = _optional(value, name)
     is_type = isinstance(kind, type | UnionType)
     if not (isinstance(found, kind) if is_type else kind(found)):
-        raise _Wrong(f"{name} is {found!r:.80}")
+        raise _Wrong(f"{name} is {brief(found)}")
     return found
 
 
@@ -172,14 +173,15 @@ def _has_chunks(state: Any) -> bool:
 
 def _path(planner: dict[Any, Any], key: str) -> tuple[str, ...]:
     path = planner.get(key, (key,))
-    return tuple(map(str, path)) if isinstance(path, tuple | list) and path else (key,)
+    is_path = isinstance(path, tuple | list) and all(isinstance(part, str | int) for part in path)
+    return tuple(map(str, path)) if is_path and path else (key,)
 
 
 def _entry(state: Any) -> _Listed:
     """The dtype is the first item of the pickled state of the entry's properties."""
     properties = _attribute(_attribute(state, "properties", Inert), "state", tuple)
     if not properties or not isinstance(properties[0], torch.dtype):
-        raise _Wrong(f"a dtype is {properties!r:.80}")
+        raise _Wrong(f"a dtype is {brief(properties)}")
     shape = tuple(_attribute(state, "size", is_shape))
     boxes = {}
     for chunk in _attribute(state, "chunks", list):
@@ -209,7 +211,7 @@ def _chunks(
             raise _Wrong(f"it has no part of {key} at {list(offsets)}")
         if extensions := _optional(place, "transform_descriptors"):
             raise UserError(
-                f"{folder / '.metadata'} lists {key} as compressed ({extensions!r:.80}); save it "
+                f"{folder / '.metadata'} lists {key} as compressed ({brief(extensions)}); save it "
                 "without extensions"
             )
         file = folder / _relative_path(folder, _attribute(place, "relative_path", str))

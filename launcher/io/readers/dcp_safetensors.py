@@ -14,6 +14,7 @@ from pathlib import Path
 
 from launcher.errors import UserError
 from launcher.folders import tensor_entries
+from launcher.folders.brief import brief
 from launcher.folders.kind import DCP_SUBFOLDER, dcp_shards
 from launcher.io.readers.found import FoundModel
 from launcher.io.readers.safetensors_file import read_header
@@ -69,7 +70,7 @@ def _offsets(file: Path) -> dict[str, tuple[int, ...]]:
         raise UserError(f"{file} has no readable DCP_SHARDING_INFO: {error!r:.200}") from error
     if wrong := [name for name, values in offsets.items() if not is_shape(values)]:
         raise UserError(
-            f"{file} has no readable DCP_SHARDING_INFO: {wrong[0]} is at {offsets[wrong[0]]!r:.80}"
+            f"{file} has no readable DCP_SHARDING_INFO: {wrong[0]} is at {brief(offsets[wrong[0]])}"
         )
     return {name: tuple(values) for name, values in offsets.items()}
 

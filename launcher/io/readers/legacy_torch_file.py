@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
+from launcher.folders import regular
 from launcher.io.readers.unpickle import ByteRanges, Storage, find_storage, parse_storage
 from launcher.io.readers.unpickler import load_from
 
@@ -28,7 +29,10 @@ def read_legacy(path: Path) -> Any:
     size = path.stat().st_size
     if not size:
         raise UserError(f"{path} is empty")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with (
+        regular.open_file(path) as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
         stream = _Stream(content, min(size, MAX_PICKLE_BYTES))
         if _next(path, stream) != MAGIC or _next(path, stream) != VERSION:
             raise UserError(f"{path} cannot be read as a torch.save file: it is of another format")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from launcher.errors import UserError
+from launcher.folders import regular
 from launcher.io.readers.legacy_torch_file import read_legacy
 from launcher.io.readers.unpickle import ByteRange, ByteRanges
 from launcher.io.readers.unpickler import DAMAGED, load
@@ -32,7 +33,7 @@ def read_file(path: Path, begin: int = 0, length: int | None = None) -> Any:
     """
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with regular.open_file(path) as file:
             file.seek(begin)
             is_archive = file.read(4) == b"PK\x03\x04"
     except OSError as error:
@@ -70,7 +71,8 @@ def unpickle(path: Path) -> Any:
     """The content of a bare pickle, with the same restrictions. Raises UserError if it is
     damaged."""
     try:
-        data = path.read_bytes()
+        with regular.open_file(path) as file:
+            data = file.read()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     return load(path, data, {})

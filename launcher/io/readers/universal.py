@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from launcher.errors import UserError
+from launcher.folders.brief import brief
 from launcher.folders.kind import UNIVERSAL_POINTER
 from launcher.folders.tensor_entries import is_inside
 from launcher.io.readers.found import FoundModel
@@ -74,7 +75,7 @@ def _masters(checkpoint: ZeroCheckpoint) -> Iterator[tuple[str, Tensor]]:
     for shapes in param_shapes(checkpoint.model_states[0]):
         for name, shape in shapes.items():
             if not is_inside(name) or "\0" in name:
-                raise ValueError(f"a parameter is named {name!r:.80}")
+                raise ValueError(f"a parameter is named {brief(name)}")
             file = checkpoint.folder / "zero" / name / "fp32.pt"
             content = read_file(file)
             master = content.get("param") if isinstance(content, dict) else content

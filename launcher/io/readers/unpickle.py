@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from launcher.errors import UserError
+from launcher.folders.brief import brief
 from launcher.io.readers.strided import Strided, extent, is_contiguous
 from launcher.io.tensor import Tensor
 from launcher.io.tensor.stored import Stored, run_pieces
@@ -105,10 +106,10 @@ def parse_storage(path: Path, pid: Any) -> tuple[torch.dtype, str, int]:
     the storage is a part of.
     """
     if not (isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage"):
-        raise UserError(f"{path} is damaged: it refers to {pid!r:.80}")
+        raise UserError(f"{path} is damaged: it refers to {brief(pid)}")
     _, dtype, key, _, count, *part = pid
     if not (isinstance(dtype, torch.dtype) and isinstance(key, str) and is_size(count)):
-        raise UserError(f"{path} is damaged: it refers to a storage {pid[1:]!r:.80}")
+        raise UserError(f"{path} is damaged: it refers to a storage {brief(pid[1:])}")
     if part and part[0] is not None:
         raise UserError(f"{path} has a storage that is a part of another: save it with a new torch")
     return dtype, key, count
@@ -157,7 +158,7 @@ def _rebuild_tensor(
     if not (isinstance(storage, Storage) and isinstance(dtype, torch.dtype)):
         raise UserError("a pickle makes a tensor of something that is not a storage: it is damaged")
     if not (is_size(offset) and is_shape(shape) and is_shape(strides)):
-        raise UserError(f"{storage.path} is damaged: a tensor has the shape {shape!r:.80}")
+        raise UserError(f"{storage.path} is damaged: a tensor has the shape {brief(shape)}")
     shape, strides = tuple(shape), tuple(strides)
     width = dtype.itemsize
     if (offset + extent(shape, strides)) * width > storage.nbytes:

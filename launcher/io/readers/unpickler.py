@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from launcher.errors import UserError
+from launcher.folders.brief import brief
 from launcher.io.readers.unpickle import (
     ByteRanges,
     Inert,
@@ -224,7 +225,7 @@ def _pairs(self: _Unpickler, arguments: tuple[Any, ...]) -> Iterator[tuple[Any, 
 def _new_object(self: _Unpickler) -> None:
     arguments = self.stack.pop()
     if self.stack[-1] is not Inert or type(arguments) is not tuple:
-        raise TypeError(f"a {self.stack[-1]!r:.80} is created without a call")
+        raise TypeError(f"a {brief(self.stack[-1])} is created without a call")
     self.stack[-1] = Inert(*arguments)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from launcher.errors import UserError
+from launcher.folders.brief import brief
 from launcher.io.readers.found import FoundModel
 from launcher.io.readers.model_folder import find_aliases
 from launcher.io.readers.torch_file import tensors_in
@@ -165,7 +166,7 @@ def _stage12_masters(checkpoint: ZeroCheckpoint) -> Iterator[tuple[str, Tensor]]
     paddings = checkpoint.optimizer_states[0].get("param_alignment_paddings")
     paddings = paddings or [[0] * len(group) for group in groups]
     if not all(map(is_shape, paddings)):
-        raise ValueError(f"param_alignment_paddings are {paddings!r:.80}")
+        raise ValueError(f"param_alignment_paddings are {brief(paddings)}")
     for number, shapes in enumerate(groups):
         parts = [vectors[number] for vectors in rank_vectors]
         vector = _FlatVector.from_parts(checkpoint.folder, parts)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
+from launcher.folders import regular
+from launcher.folders.brief import brief
 from launcher.folders.kind import ZERO3_STATES, ZERO_POINTER, ZERO_STATES
 from launcher.folders.tensor_entries import is_inside
 from launcher.io.readers.torch_file import read_file
@@ -51,11 +53,11 @@ def tag_folder(folder: Path, tag: str | None, pointer: str = ZERO_POINTER) -> Pa
         return folder
     if tag is None:
         try:
-            tag = (folder / pointer).read_text(encoding="utf-8").strip()
+            tag = regular.read_text(folder / pointer).strip()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{folder} contains neither a checkpoint nor {pointer}") from error
         if len(tag) > MAX_TAG or "\0" in tag or (tag and not is_inside(tag)):
-            raise UserError(f"{folder / pointer} names {tag!r:.80}, which is not in {folder}")
+            raise UserError(f"{folder / pointer} names {brief(tag)}, which is not in {folder}")
     if not tag or not (folder / tag).is_dir():
         tags = ", ".join(sorted(p.name for p in _entries(folder) if p.is_dir())) or "no folder"
         raise UserError(f"{folder / (tag or pointer)} is not a folder; {folder} contains {tags}")
@@ -179,7 +181,7 @@ def _comparable(key: str, value: Any) -> Any:
     if key == "frozen_param_shapes":
         return None if value is None else shapes_of(key, value)
     if not isinstance(value, int | None):
-        raise ValueError(f"{key} is {value!r:.80}")
+        raise ValueError(f"{key} is {brief(value)}")
     return value
 
 
@@ -187,7 +189,7 @@ def shapes_of(key: str, group: Any) -> dict[str, Shape]:
     """Name → shape, as under `key` of a file. Raises ValueError if it is something else."""
     for name, shape in group.items():
         if not (isinstance(name, str) and is_shape(shape)):
-            raise ValueError(f"{key} gives {name!r:.80} the shape {shape!r:.80}")
+            raise ValueError(f"{key} gives {brief(name)} the shape {brief(shape)}")
     return {name: tuple(shape) for name, shape in group.items()}
 
 

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 from launcher.errors import UserError
+from launcher.folders import regular
 
 MAX_OPEN_FILES = 256  # in the cache; the usual limit of a process is 1,024
 
@@ -41,7 +42,7 @@ def close_files() -> None:
 def read_buffered(file: Path, begin: int, length: int) -> bytearray:
     """The bytes [begin, begin + length), read independently of `read_into`: with ordinary buffered
     I/O. Raises UserError if the file ends too early."""
-    with file.open("rb") as stream:
+    with regular.open_file(file) as stream:
         stream.seek(begin)
         data = bytearray(stream.read(length))
     if len(data) != length:

@@ -11,6 +11,7 @@ import pytest
 
 from launcher.config.schema.data import DataConfig
 from launcher.data.dataset import TokenizedDataset, load_data
+from launcher.data.template import loss_mask
 from launcher.data.template.chat_template import ChatTemplate
 from launcher.data.template.loss_mask import Tokens, fit, tokenize_segments
 from launcher.data.tokenize import RowTokenizer
@@ -188,3 +189,15 @@ def test_an_empty_think_block_is_learned_or_read() -> None:
         batch = RowTokenizer(config, config, tokenizer)(rows)
         learned[learn] = tokenizer.decode(batch.ids[batch.loss_mask])
     assert learned == {True: "<think>\n\n</think>\n\na<|im_end|>", False: "a<|im_end|>"}
+
+
+def test_a_text_on_which_the_tokenizer_gives_up_is_named() -> None:
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
+    assert loss_mask._encode(tokenizer, ["a", "b"], "") == [[0], [1]]
+    with pytest.raises(UserError, match=r"gives up on the text 'aaa.*!': .*retry-limit"):
+        loss_mask._encode(tokenizer, ["a", "a" * 40 + "!"], "")
