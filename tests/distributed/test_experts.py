@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 from launcher.distributed.process_group import RankInfo
 from launcher.distributed.shards import local_part
+from launcher.model.load import build_model
 from launcher.strategy import fsdp_units
+from launcher.training.build import new_strategy
 from tests.helpers import checkpoints, exports, parts
 from tests.helpers.checkpoints import END, STOP, run_steps, six_steps
 from tests.helpers.experts import make_experts
@@ -78,6 +80,33 @@ def test_losses_equal_a_plain_loop(
     expected = parts.expected_losses(plain)
     for found in ranks.run(world, parts.losses, case):
         assert found == pytest.approx(expected, rel=1e-5)
+
+
+def loaded(rank_info: RankInfo, case: Case) -> tuple[int, Any]:
+    """Bytes of the files that this rank has read, and the weights as rank 0 gathers them."""
+    config = case.config()
+    model, weights = build_model(config.model, case.model, 0, torch.float32)
+    assert weights is not None
+    strategy = new_strategy(config, rank_info)
+    strategy.setup(model, weights, lambda trained: torch.optim.SGD([p for _, p, _ in trained]))
+    full = strategy.gather(strategy.weights())
+    return weights.folder.bytes_read, full and {name: t.numpy() for name, t in full.items()}
+
+
+def test_each_rank_reads_its_part_of_fused_experts(
+    ranks: Any, rows_file: Path, tmp_path: Path
+) -> None:
+    settings = {"head_dim": 12, "intermediate_size_mlp": 24}
+    model = make_experts(tmp_path, 3, "llama4_text", **settings)
+    case = Case(model, rows_file, method="full")
+    found = ranks.run(4, loaded, case)
+    (stored,) = (load_file(file) for file in tmp_path.glob("*.safetensors"))
+    nbytes = sum(tensor.nbytes for tensor in stored.values())
+    assert sum(each[0] for each in found) == nbytes, "once altogether"
+    assert max(each[0] for each in found) < 0.26 * nbytes
+    weights = found[0][1]
+    assert weights.keys() == stored.keys()
+    assert all((weights[name] == tensor.numpy()).all() for name, tensor in stored.items())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from launcher.distributed.process_group import RankInfo
-from launcher.strategy.fsdp_units import split_dim
+from launcher.strategy.fsdp_units import describe_padding, split_dim
 from launcher.training.loss import token_loss
 from tests.helpers import parts
 from tests.helpers.parts import Case
@@ -38,6 +40,20 @@ def test_rows_are_split_unless_experts_would_be_padded(
     shape: tuple[int, ...], shards: int, dim: int
 ) -> None:
     assert split_dim(shape, shards) == dim
+
+
+def padding_of(rank_info: RankInfo, *shapes: tuple[int, ...]) -> str | None:
+    mesh = init_device_mesh("cpu", (rank_info.world_size,))
+    split = [distribute_tensor(torch.zeros(shape), mesh, [Shard(0)]) for shape in shapes]
+    return describe_padding(map(torch.nn.Parameter, split), rank_info.world_size)
+
+
+def test_what_cannot_be_split_is_named_if_it_is_much_of_the_model(ranks: Any) -> None:
+    for message in ranks.run(2, padding_of, (3, 5, 7), (8, 8), (1, 2)):
+        assert message.startswith("the fullest rank holds 1.22 times its share")  # 37 of 171
+        assert "tensors such as 3×5×7 cannot be split into 2 equal parts" in message
+        assert "strategy.shard_size" in message
+    assert ranks.run(2, padding_of, (3, 5, 7), (80, 8)) == [None] * 2
 
 
 def traffic(rank_info: RankInfo, case: Case) -> list[str]:
@@ -127,6 +143,25 @@ def test_wrapped_and_trained_ends_have_the_losses_of_a_plain_loop(
         case = dataclasses.replace(plain, strategy_options={"gradient_sync": sync})
         for found in ranks.run(2, parts.losses, case):
             assert found == pytest.approx(expected, rel=1e-5)
+
+
+def evaluated(rank_info: RankInfo, case: Case, every: int | None) -> tuple[Any, Any]:
+    """The losses of training, and those of an evaluation after each `every` steps."""
+    train_state, loader = parts.set_up(rank_info, case)
+    recorder, plan = parts.Recorder(), parts.plan(case.steps, eval_steps=every)
+    parts.fit(train_state, loader, plan, recorder, evaluation=loader if every else None)
+    return recorder.column("loss"), [record["eval_loss"] for record in recorder.evaluations]
+
+
+def test_a_head_that_is_kept_after_an_evaluation_is_the_next_steps(
+    ranks: Any, tiny_untied: Path, rows_file: Path
+) -> None:
+    case = Case(tiny_untied, rows_file, method="full", steps=4)
+    ((losses, found),) = ranks.run(1, evaluated, dataclasses.replace(case, strategy="single"), 1)
+    for kept in ranks.run(2, evaluated, case, 1):
+        assert kept[0] == pytest.approx(losses, rel=1e-5)
+        assert kept[1] == pytest.approx(found, rel=1e-5)
+    assert ranks.run(2, evaluated, case, None)[0][0] == kept[0], "to the bit"
 
 
 def sums_between_replicas(rank_info: RankInfo, case: Case) -> tuple[int, int, int]:
