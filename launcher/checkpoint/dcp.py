@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from launcher.distributed.collectives import on_all_ranks, root_cause
 from launcher.distributed.shards import Shard
 from launcher.errors import UserError
-from launcher.io.boxes import Box, boxes, intersection
+from launcher.io.boxes import Box, intersection
 from launcher.io.readers.dcp import Entry, Index, read_index
 
 Tree = dict[str, Any]  # nested dicts by name, with Shards as leaves
@@ -78,7 +78,7 @@ def _fill(shard: Shard, name: str, entry: Entry, index: Index) -> None:
             f"{list(shard.shape)}"
         )
     start = filled = 0
-    for box in boxes(shard.begin, shard.local.numel(), entry.shape):
+    for box in shard.boxes():
         target = shard.local[start : start + math.prod(box[1])].view(box[1])
         start += target.numel()
         for chunk in entry.chunks:
@@ -149,9 +149,9 @@ class _DcpShard:
         return torch.Size(self.shard.shape)
 
     def box(self, offsets: torch.Size | None) -> torch.Tensor:
-        """The box at `offsets`, as a view of the flat range."""
+        """The box at `offsets`, as a view of `local`."""
         start = 0
-        for box_offsets, sizes in self._boxes():
+        for box_offsets, sizes in self.shard.boxes():
             count = math.prod(sizes)
             if offsets is None or tuple(offsets) == box_offsets:
                 return self.shard.local[start : start + count].view(sizes)
@@ -161,7 +161,7 @@ class _DcpShard:
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [
             ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-            for offsets, sizes in self._boxes()
+            for offsets, sizes in self.shard.boxes()
         ]
 
     def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
@@ -174,9 +174,6 @@ class _DcpShard:
             )
             for chunk in self.__create_chunk_list__()
         ]
-
-    def _boxes(self) -> list[Box]:
-        return boxes(self.shard.begin, self.shard.local.numel(), self.shard.shape)
 
 
 class _SavePlanner(DefaultSavePlanner):

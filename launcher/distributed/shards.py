@@ -1,7 +1,8 @@
-"""The part of a tensor that a rank has, whatever strategy sharded it: a flat range of elements.
+"""The part of a tensor that a rank has, whatever strategy sharded it.
 
-FSDP2's row shards, ZeRO's flat partitions and full copies are all ranges of the tensor in row-major
-order. Gathering, saving and loading use nothing else.
+ZeRO's flat partitions, FSDP2's row shards and full copies are ranges of the tensor in row-major
+order. FSDP2's shards along another dim are the same range of every block before that dim.
+Gathering, saving and loading use nothing else.
 """
 
 from __future__ import annotations
@@ -16,14 +17,21 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from launcher.io.boxes import Box, boxes
+
 
 @dataclass(frozen=True)
 class Shard:
-    """This rank's flat range of a tensor."""
+    """This rank's flat range of a tensor, or of each block of it."""
 
     local: torch.Tensor  # 1-d; shares storage with the tensor that training uses
-    begin: int  # of the range, in elements of the flattened tensor
+    begin: int  # of the range, in elements of a flattened block
     shape: tuple[int, ...]  # of the full tensor
+    dim: int = 0  # a block is [shape[dim:]]: the full tensor if 0; else the range is whole rows
+
+    @property
+    def blocks(self) -> int:
+        return math.prod(self.shape[: self.dim])
 
     @property
     def nbytes(self) -> int:
@@ -31,24 +39,39 @@ class Shard:
         return math.prod(self.shape) * self.local.element_size()
 
     def slice_of(self, full: torch.Tensor) -> torch.Tensor:
-        """The same range of another tensor of the same shape. 1-d."""
-        return full.flatten()[self.begin : self.begin + self.local.numel()]
+        """The same part of another tensor of the same shape. 1-d."""
+        count = self.local.numel() // self.blocks
+        return full.reshape(self.blocks, -1)[:, self.begin : self.begin + count].flatten()
+
+    def boxes(self) -> list[Box]:
+        """The part as boxes of the full tensor; `local` contains one after another."""
+        before, block = self.shape[: self.dim], self.shape[self.dim :]
+        count = self.local.numel() // self.blocks
+        return [
+            ((0,) * self.dim + offsets, before + sizes)
+            for offsets, sizes in boxes(self.begin, count, block)
+        ]
 
 
 def shard_of(tensor: torch.Tensor) -> Shard:
-    """This rank's range of an unsharded tensor, or of a DTensor.
-
-    Raises ValueError for a DTensor that is sharded on another dim than 0.
-    """
+    """This rank's part of an unsharded tensor, or of a DTensor that is sharded along one dim."""
     tensor = tensor.detach()
+    shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
-        return Shard(tensor.view(-1), 0, tuple(tensor.shape))
-    if any(isinstance(p, ShardPlacement) and p.dim != 0 for p in tensor.placements):
-        raise ValueError(f"only row shards are flat ranges, got {tensor.placements}")
+        return Shard(tensor.view(-1), 0, shape)
+    dim = sharded_dim(tensor)
     _, offsets = local_box(tensor)
-    row = math.prod(tensor.shape[1:])
-    begin = offsets[0] * row if offsets else 0
-    return Shard(tensor.to_local().view(-1), begin, tuple(tensor.shape))
+    begin = offsets[dim] * math.prod(shape[dim + 1 :]) if shape else 0
+    return Shard(tensor.to_local().view(-1), begin, shape, dim)
+
+
+def sharded_dim(tensor: DTensor) -> int:
+    """The dim along which a DTensor is sharded; 0 if it is not. Raises ValueError if there are
+    several."""
+    dims = {placed.dim for placed in tensor.placements if isinstance(placed, ShardPlacement)}
+    if len(dims) > 1:
+        raise ValueError(f"a shard is of one dim, got {tensor.placements}")
+    return dims.pop() if dims else 0
 
 
 def local_box(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -111,19 +134,22 @@ def _assemble(
     buffers: list[torch.Tensor],
     ranges_by_rank: list[list[list[int]]],
 ) -> dict[str, torch.Tensor]:
-    """The full tensors, from the flat buffer of each rank and the (begin, count) of its ranges."""
+    """The full tensors, from the flat buffer of each rank and the (begin, elements) of its shards.
+    All ranks split a tensor along the same dim."""
     full: dict[str, torch.Tensor] = {}
     positions = [0] * len(buffers)
     for number, (name, shard) in enumerate(shards.items()):
-        tensor = torch.empty(math.prod(shard.shape), dtype=buffers[0].dtype)
+        tensor = torch.empty(shard.shape, dtype=buffers[0].dtype)
+        blocks = tensor.view(shard.blocks, -1)
         filled = 0
         for rank, buffer in enumerate(buffers):
             begin, count = ranges_by_rank[rank][number]
             position = positions[rank]
-            tensor[begin : begin + count] = buffer[position : position + count]
+            part = buffer[position : position + count].view(shard.blocks, -1)
+            blocks[:, begin : begin + part.shape[1]] = part
             positions[rank] += count
             filled += count
         if filled != tensor.numel():
             raise RuntimeError(f"{name}: ranks have {filled} of its {tensor.numel()} elements")
-        full[name] = tensor.view(shard.shape)
+        full[name] = tensor
     return full

@@ -1,7 +1,8 @@
 """Converts a run of elements of a row-major tensor to boxes of its shape.
 
-Sharded state comes in runs: FSDP2 gives a rank whole rows, ZeRO any range of the flattened tensor.
-Files are read, and distributed checkpoints written, in boxes. Imports no torch.
+Sharded state comes in runs: FSDP2 gives a rank whole rows, of a tensor or of each block of it, and
+ZeRO any range of the flattened tensor. Files are read, and distributed checkpoints written, in
+boxes. Imports no torch.
 """
 
 from __future__ import annotations

@@ -26,7 +26,6 @@ from launcher.config.schema.training import TrainingConfig
 from launcher.distributed.mesh import build_mesh
 from launcher.distributed.process_group import RankInfo
 from launcher.distributed.shards import Shard, gather_to_main, local_box, local_part, shard_of
-from launcher.model.layers import decoder_layers
 from launcher.model.load import Weights
 from launcher.strategy.base import (
     OptimizerBuilder,
@@ -36,6 +35,7 @@ from launcher.strategy.base import (
     share_cores,
     sum_over_ranks,
 )
+from launcher.strategy.fsdp_units import describe_padding, placement_function, shard_units
 from launcher.strategy.loss_scale import LossScale
 from launcher.strategy.optimizer_state import get_or_create_state, optimizer_tensors, split_state
 from launcher.strategy.precision import Precision
@@ -77,6 +77,9 @@ class Fsdp:
             self._load_weights(weights)
         self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._defer_sync = self._should_defer_sync()
+        # Until the last micro-batch, FSDP2 keeps the sum of a group's gradients, sharded and on the
+        # device, where offloading has no room for it.
+        self._defers_all_reduce = self.mesh["replicate"].size() > 1 and not self._is_offloaded
         # The optimizer receives this rank's shards as plain parameters that share their storage.
         # With DTensors, the dispatch of list operations takes seconds in the first step (it grows
         # with the square of the list) and milliseconds in every later one.
@@ -93,6 +96,8 @@ class Fsdp:
     def set_last_micro_batch(self, last: bool) -> None:
         if self._defer_sync:
             self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        elif self._defers_all_reduce:
+            self.model.set_requires_all_reduce(last)  # type: ignore[operator]
 
     def backward(self, loss: torch.Tensor) -> None:
         # FSDP2 averages gradients over all ranks; undo it.
@@ -138,10 +143,14 @@ class Fsdp:
     def describe(self) -> str:
         replicas, shards = self.mesh.shape
         sync = "once a step" if self._defer_sync else "every micro-batch"
+        if self._defers_all_reduce and not self._defer_sync:
+            sync += ", between replicas once a step"
         offload = ", kept and stepped in host memory" if self._is_offloaded else ""
+        padding = describe_padding(self.model.parameters(), shards)
         return (
             f"{self.config.name}: {replicas} replica(s) × {shards} shard(s) on "
             f"{self.rank_info.device.type}{offload}, gradients reduced {sync}"
+            f"{f'; {padding}' if padding else ''}"
         )
 
     @torch.no_grad()
@@ -198,21 +207,20 @@ class Fsdp:
             "mp_policy": MixedPrecisionPolicy(
                 param_dtype=self.precision.compute, reduce_dtype=self.precision.reduce
             ),
+            "shard_placement_fn": placement_function(self.mesh["shard"].size()),
         }
         frees_layers = self._is_sharded or self._is_offloaded  # after their use
         if self._is_offloaded:
             pin_memory = self.rank_info.device.type == "cuda"
             options |= {"offload_policy": CPUOffloadPolicy(pin_memory=pin_memory)}
         if not frees_layers:
-            options |= {"reshard_after_forward": False, "ignored_params": frozen or None}
-        elif isinstance(self.config, FsdpConfig):
-            options |= {"reshard_after_forward": self.config.reshard_after_forward}
+            options |= {"ignored_params": frozen or None}
         # Adapters without their frozen weights are small: one group, one message a step.
         if frees_layers or not frozen:
-            for layer in decoder_layers(self.model):
-                fully_shard(layer, **options)
+            frees = isinstance(self.config, FsdpConfig) and self.config.reshard_after_forward
+            shard_units(self.model, frees and frees_layers, options)
         # Moves the parameters that it manages, and all buffers, to the device.
-        fully_shard(self.model, **options)
+        fully_shard(self.model, reshard_after_forward=False, **options)
         for parameter in options.get("ignored_params") or ():
             if not parameter.is_meta:
                 parameter.data = parameter.data.to(self.rank_info.device)

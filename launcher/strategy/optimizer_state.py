@@ -65,7 +65,7 @@ def split_state(
     """(moments, step counts) of the optimizer's `states`, one state for each of `weights`.
 
     A 0-d tensor is a step count. A tensor with as many elements as the shard of the weight is a
-    moment with the same flat range. Other tensors are the block scales of quantized moments, which
+    moment of the same part. Other tensors are the block scales of quantized moments, which
     are split into `num_shards` like their weight, or complete on every rank (the rows and columns
     of adafactor).
     """
@@ -83,15 +83,23 @@ def split_state(
 
 def _moment_shard(key: str, value: torch.Tensor, weight: Shard, num_shards: int) -> Shard:
     if key in BLOCK_SCALES:
-        numel = math.prod(weight.shape)
-        # Elements of a shard: ⌈rows / shards⌉ rows, except in the last shards.
-        shard_numel = -(-weight.shape[0] // num_shards) * math.prod(weight.shape[1:])
-        blocks = [
-            -(-min(shard_numel, numel - start) // BLOCK_SIZE)
-            for start in range(0, numel, shard_numel)
-        ]
-        begin = sum(blocks[: weight.begin // shard_numel])
-        return Shard(value.view(-1), begin, (sum(blocks),))
+        return _block_scales(value.view(-1), weight, num_shards)
     if value.numel() == weight.local.numel():
         return replace(weight, local=value.view(-1))
     return shard_of(value)
+
+
+def _block_scales(value: torch.Tensor, weight: Shard, num_shards: int) -> Shard:
+    """The scales of the blocks of this rank's shard, in those of all shards: one after another, or
+    as rows of equal length if the weight is not split by rows. A checkpoint of the other split has
+    another shape, and is refused."""
+    rows, row = weight.shape[weight.dim], math.prod(weight.shape[weight.dim + 1 :])
+    rows_of_shard = -(-rows // num_shards)  # except in the last shards
+    number = weight.begin // (rows_of_shard * row)
+    blocks = [
+        -(-min(rows_of_shard, rows - first) * row * weight.blocks // BLOCK_SIZE)
+        for first in range(0, rows, rows_of_shard)
+    ]
+    if weight.dim:
+        return Shard(value, number * blocks[0], (num_shards, blocks[0]))
+    return Shard(value, sum(blocks[:number]), (sum(blocks),))

@@ -140,7 +140,7 @@ def run(rank_info: RankInfo, config: Config, folder: Path, evaluated: bool = Fal
     train_state, loader = parts.build(rank_info, config)
     hidden: set[torch.dtype] = set()
     head = train_state.model.get_output_embeddings()  # type: ignore[operator]
-    assert type(head) is ChunkedCrossEntropyHead
+    assert isinstance(head, ChunkedCrossEntropyHead)
     handle = head.register_forward_pre_hook(lambda module, inputs: hidden.add(inputs[0].dtype))
     whole = Recorder()
     parts.fit(
