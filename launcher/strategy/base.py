@@ -24,6 +24,7 @@ from launcher.strategy.precision import Precision
 # flattened), and the shape of the full tensor.
 TrainedParameter = tuple[str, nn.Parameter, torch.Size]
 OptimizerBuilder = Callable[[Iterable[TrainedParameter]], torch.optim.Optimizer]
+PendingSum = Callable[[], torch.Tensor]  # waits for a sum over ranks and returns it
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,9 @@ class Strategy(Protocol):
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of `values` over the ranks. Summing a CPU tensor does not wait for the GPU."""
 
+    def start_sum(self, values: torch.Tensor) -> PendingSum:
+        """Start to sum a CPU tensor over the ranks, while the caller computes. Collective."""
+
     def set_last_micro_batch(self, last: bool) -> None:
         """Call this before each micro-batch: `last` is True for the last one of the step."""
 
@@ -132,6 +136,18 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     total = values.clone()
     dist.all_reduce(total)
     return total
+
+
+def start_sum_over_ranks(values: torch.Tensor) -> PendingSum:
+    """Start `sum_over_ranks`; the result waits for it. Collective."""
+    total = values.clone()
+    work = dist.all_reduce(total, async_op=True)
+
+    def wait() -> torch.Tensor:
+        work.wait()
+        return total
+
+    return wait
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Shard]:

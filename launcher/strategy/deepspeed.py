@@ -36,10 +36,12 @@ from launcher.model.lazy_weight import read_flat_range
 from launcher.model.load import Weights
 from launcher.strategy.base import (
     OptimizerBuilder,
+    PendingSum,
     StepResult,
     TrainedState,
     persistent_buffers,
     share_cores,
+    start_sum_over_ranks,
     sum_over_ranks,
 )
 from launcher.strategy.loss_scale import LossScale
@@ -140,6 +142,9 @@ class DeepSpeed:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         return sum_over_ranks(values)
+
+    def start_sum(self, values: torch.Tensor) -> PendingSum:
+        return start_sum_over_ranks(values)
 
     def set_last_micro_batch(self, last: bool) -> None:
         """Nothing to do: `step` ends the accumulation after any number of micro-batches."""

@@ -30,10 +30,12 @@ from launcher.model.layers import decoder_layers
 from launcher.model.load import Weights
 from launcher.strategy.base import (
     OptimizerBuilder,
+    PendingSum,
     StepResult,
     TrainedState,
     persistent_buffers,
     share_cores,
+    start_sum_over_ranks,
     sum_over_ranks,
 )
 from launcher.strategy.loss_scale import LossScale
@@ -89,6 +91,9 @@ class Fsdp:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         return sum_over_ranks(values)
+
+    def start_sum(self, values: torch.Tensor) -> PendingSum:
+        return start_sum_over_ranks(values)
 
     def set_last_micro_batch(self, last: bool) -> None:
         if self._defer_sync:

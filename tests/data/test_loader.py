@@ -200,7 +200,7 @@ def test_the_next_step_is_prefetched(rows: TokenizedRows) -> None:
             asked.append(step)
             return loader.step_batch(step)
 
-    ahead = Prefetcher(Counted(), pin_memory=False)  # type: ignore[arg-type]
+    ahead = Prefetcher(Counted(), torch.device("cpu"))  # type: ignore[arg-type]
     for step in (4, 5, 6, 2):
         found, expected = ahead.step_batch(step), loader.step_batch(step)
         for ours, theirs in zip(found.micro_batches, expected.micro_batches, strict=True):
