@@ -32,10 +32,10 @@ def on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None = None
     return result  # type: ignore[return-value]
 
 
-def any_rank(value: bool) -> bool:
+def any_rank(value: bool, group: dist.ProcessGroup | None = None) -> bool:
     """Whether `value` is true on any rank. Collective."""
     count = torch.tensor(int(value))
-    dist.all_reduce(count)
+    dist.all_reduce(count, group=group)
     return bool(count)
 
 

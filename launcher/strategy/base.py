@@ -112,9 +112,6 @@ class Strategy(Protocol):
     def sync_working_copies(self) -> None:
         """Update the working copies after the shards of `state()` were written to. Collective."""
 
-    def gather(self, shards: dict[str, Shard]) -> dict[str, torch.Tensor] | None:
-        """The full tensors on the CPU of rank 0, None on the other ranks. Collective."""
-
     def host_tensors(self) -> Iterator[torch.Tensor]:
         """The tensors that offloading keeps in host memory now, when training runs on GPUs."""
 

@@ -30,7 +30,7 @@ from launcher.config.schema.precision import PrecisionConfig
 from launcher.config.schema.strategy import Zero3Config, ZeroConfig
 from launcher.config.schema.training import TrainingConfig
 from launcher.distributed.process_group import RankInfo
-from launcher.distributed.shards import Shard, gather_to_main
+from launcher.distributed.shards import Shard
 from launcher.errors import UserError
 from launcher.model.lazy_weight import read_flat_range
 from launcher.model.load import Weights
@@ -212,9 +212,6 @@ class DeepSpeed:
         if persistent := self._zero.persistent_parameters:
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
-
-    def gather(self, shards: dict[str, Shard]) -> dict[str, torch.Tensor] | None:
-        return gather_to_main(shards)
 
     def host_tensors(self) -> Iterator[torch.Tensor]:
         if self.config.parameters_on_cpu:

@@ -25,7 +25,7 @@ from launcher.config.schema.strategy import FsdpConfig, HsdpConfig, StrategyConf
 from launcher.config.schema.training import TrainingConfig
 from launcher.distributed.mesh import build_mesh
 from launcher.distributed.process_group import RankInfo
-from launcher.distributed.shards import Shard, gather_to_main, local_box, local_part, shard_of
+from launcher.distributed.shards import Shard, local_box, local_part, shard_of
 from launcher.model.layers import decoder_layers
 from launcher.model.load import Weights
 from launcher.strategy.base import (
@@ -130,9 +130,6 @@ class Fsdp:
 
     def sync_working_copies(self) -> None:
         """Nothing to do: FSDP2 makes new working copies in every gather."""
-
-    def gather(self, shards: dict[str, Shard]) -> dict[str, torch.Tensor] | None:
-        return gather_to_main(shards, self._shard_group)
 
     def host_tensors(self) -> Iterator[torch.Tensor]:
         if self._is_offloaded:

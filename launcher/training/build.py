@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from launcher.config import Config
@@ -74,7 +73,6 @@ def build_train_state(
         model=assembled.model,
         scheduler=build_scheduler(config.scheduler, assembled.strategy.optimizer, total_steps),
         rank_info=rank_info,
-        group=dist.new_group(backend="gloo"),
         origin=origin,
         early_stopping=EarlyStopping(
             training.early_stopping_patience, training.early_stopping_threshold
