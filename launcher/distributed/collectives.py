@@ -53,6 +53,23 @@ def first_not_none(value: T | None) -> T | None:
     return next((each for each in values if each is not None), None)
 
 
+def in_parts(count: int, compute: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
+    """The values of `count` items, on every rank. Collective.
+
+    Each rank calls `compute(begin, count)` for its part of the items. It returns a value for each
+    of them, in order along dim 0, on the device of the training.
+    """
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    share = -(-count // ranks)
+    begin = min(share * rank, count)
+    own = compute(begin, min(share, count - begin))
+    padded = own.new_zeros((share, *own.shape[1:]))
+    padded[: len(own)] = own
+    values = own.new_empty((share * ranks, *own.shape[1:]))
+    dist.all_gather_into_tensor(values, padded)
+    return values[:count]
+
+
 def root_cause(error: BaseException) -> str:
     """Type and message of the first error in a chain. DCP keeps each rank's error in `failures`."""
     while True:
