@@ -73,7 +73,10 @@ def go_on(rank_info: RankInfo, case: Case, folder: Path) -> tuple[int, list[floa
 KILLS = {
     "before a file is written": ("full", (0, "os.mkdir", r"\.step-000002\.partial")),
     "in a shard": ("full", (1, "open", r"\.step-000002\.partial/model/__1_")),
-    "between shards and their metadata": ("full", (0, "open", r"\.partial/model/\.metadata")),
+    "between shards and their metadata": (
+        "full",
+        (0, "open", r"\.step-000002\.partial/model/\.metadata"),
+    ),
     "at the random states": ("full", (0, "open", r"\.step-000002\.partial/rng")),
     "after the adapter": (
         "lora",
