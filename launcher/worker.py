@@ -22,6 +22,7 @@ from launcher.distributed import rendezvous
 from launcher.errors import UserError, exit_when_refused
 from launcher.folders.checkpoint import finished_checkpoints
 from launcher.folders.run import RunDir
+from launcher.io import open_files
 from launcher.run import create, parent, processes, rank_log
 from launcher.run.outcome import Outcome, write_status, write_superseded
 from launcher.run.stop import Stopped, StopRequest
@@ -119,6 +120,9 @@ def prepare_and_train(run: Run, key_value_store: dist.Store | None = None) -> No
     from launcher.model.open import open_model
 
     rank_info = process_group.read_rank_info()
+    open_files.raise_limit(
+        rank_info.world_size, groups=2 if run.config.checkpoint.async_save else 1
+    )
     folder, tokenizer = open_model(run.config, run.log)
     # Opened before the rows are tokenized, because other ranks already try to connect to it.
     key_value_store = key_value_store or rendezvous.open_store()
@@ -238,9 +242,7 @@ def _fit(
     try:
         return fit(
             state,
-            StepLoaders(
-                Prefetcher(loaders.training, pin_memory=device.type == "cuda"), loaders.evaluation
-            ),
+            StepLoaders(Prefetcher(loaders.training, device), loaders.evaluation),
             plan,
             build_observers(config.tracking, run.folder, run.console) if rank_info.is_main else [],
             saver,

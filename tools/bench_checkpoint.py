@@ -4,12 +4,16 @@
     python tools/bench_checkpoint.py --model tiny --ranks 3
 
 Compares gathering the adapter with gathering the full model, and the stall of a foreground save
-with that of a background save. The arms alternate within one set of ranks; quote the medians.
+with that of a background save. The arms alternate within one set of ranks; quote the medians. Then
+measures what rank 0 does once in a run, before the first save of many ranks, on their layouts
+alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import pickle
 import statistics
 import tempfile
 import time
@@ -17,15 +21,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bench_parts
+import torch
 import torch.distributed as dist
 from bench_parts import MB, config_of, say, train_state
 
+from launcher.checkpoint.dcp_writer import Leaf, Place, metadata
 from launcher.checkpoint.save import Saver
 from launcher.commands.fetch import MODELS, fetch
 from launcher.config.schema.training import CheckpointConfig
+from launcher.distributed.gather import gather_to_main
+from launcher.distributed.parts import Chosen, Layout, choose
 from launcher.distributed.process_group import RankInfo
 from launcher.distributed.shards import Shard, shard_of
 from launcher.folders.run import RunDir
+from launcher.io.boxes import boxes
+
+# The matrices of a layer of Llama-70B, and its two norms.
+LAYER = (
+    [(8192, 8192)] * 2
+    + [(1024, 8192)] * 2
+    + [(28672, 8192)] * 2
+    + [(8192, 28672), (8192,), (8192,)]
+)
 
 
 def main() -> None:
@@ -35,6 +52,7 @@ def main() -> None:
     for bench in (gathering, saving):
         with tempfile.TemporaryDirectory() as scratch:
             bench_parts.spawn(bench, arguments.ranks, arguments.rounds, folder, Path(scratch))
+    planning(arguments.planned_ranks, arguments.planned_layers)
 
 
 def gathering(rank_info: RankInfo, rounds: int, folder: Path, scratch: Path) -> None:
@@ -45,7 +63,7 @@ def gathering(rank_info: RankInfo, rounds: int, folder: Path, scratch: Path) -> 
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(rounds + 1):
         for name, shards in arms.items():
-            seconds[name].append(_timed(lambda s=shards: strategy.gather(s)))  # type: ignore[misc]
+            seconds[name].append(_timed(lambda s=shards: gather_to_main(s)))  # type: ignore[misc]
     for name, shards in arms.items():
         size = sum(shard.nbytes for shard in shards.values()) / MB
         say(rank_info, f"  gather {name}: {size:,.1f} MB in {_median(seconds[name]):.3f} s\n")
@@ -71,6 +89,39 @@ def saving(rank_info: RankInfo, rounds: int, folder: Path, scratch: Path) -> Non
         say(rank_info, f"  save in the {name}: training waits {_median(times):.3f} s\n")
 
 
+def planning(ranks: int, layers: int) -> None:
+    """Measure the CPU seconds of rank 0 for weights and two moments, sharded by rows."""
+    shapes: list[tuple[int, ...]] = LAYER * layers * 3
+    sent = [pickle.dumps(_layout(shapes, rank, ranks)) for rank in range(ranks)]
+    begin = time.process_time()
+    layouts = [pickle.loads(each) for each in sent]
+    received = time.process_time()
+    chosen = choose(layouts, shapes, to_main=False)
+    agreed = time.process_time()
+    shards = [Shard(torch.empty(0), 0, shape) for shape in shapes]
+    found: list[Leaf] = [((str(number),), shard) for number, shard in enumerate(shards)]
+    size = len(pickle.dumps(metadata(found, list(map(_places, layouts, chosen)))))
+    end = time.process_time()
+    print(
+        f"  first save of {layers} layers on {ranks} ranks: {sum(map(len, sent)) / MB:,.1f} MB "
+        f"unpickled in {received - begin:.2f} s, agreed in {agreed - received:.2f} s, .metadata of "
+        f"{size / MB:,.1f} MB made in {end - agreed:.2f} s"
+    )
+
+
+def _layout(shapes: list[tuple[int, ...]], rank: int, ranks: int) -> Layout:
+    layout = []
+    for shape in shapes:
+        rows, row = -(-shape[0] // ranks), math.prod(shape[1:])
+        begin, end = (min(rows * each, shape[0]) * row for each in (rank, rank + 1))
+        layout.append(boxes(begin, end - begin, shape))
+    return layout
+
+
+def _places(layout: Layout, chosen: Chosen) -> list[Place]:
+    return [(number, layout[number][at], 1) for number, each in enumerate(chosen) for at in each]
+
+
 def _timed(action: Callable[[], object]) -> float:
     dist.barrier()
     began = time.perf_counter()
@@ -90,6 +141,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=sorted(MODELS), default="smollm2_135m")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--planned-ranks", type=int, default=512)
+    parser.add_argument("--planned-layers", type=int, default=4, help="of Llama-70B, which has 80")
     return parser
 
 

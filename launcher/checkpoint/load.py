@@ -112,9 +112,12 @@ def restore(checkpoint: Checkpoint, train_state: TrainState, force: bool) -> Pro
         moments = {f"{m}/{n}": s for m, each in state.moments.items() for n, s in each.items()}
         _fill(moments, read_tensors(checkpoint.moments))
     else:
-        model_tree = {"model": {**state.weights, **state.buffers}}
-        dcp.read(model_tree, checkpoint.path / MODEL, train_state.group)
-        dcp.read(state.moments, checkpoint.optimizer, train_state.group)
+        tree: dcp.Tree = {"model": {**state.weights, **state.buffers}}
+        if checkpoint.optimizer is None:
+            tree["optimizer"] = state.moments
+        else:
+            dcp.read(state.moments, checkpoint.optimizer)
+        dcp.read(tree, checkpoint.path / MODEL)
     with _damage(checkpoint.trainer):
         for name, counts in state.step_counts.items():
             for key, value in counts.items():
@@ -127,13 +130,19 @@ def restore(checkpoint: Checkpoint, train_state: TrainState, force: bool) -> Pro
         train_state.early_stopping.load_state(trainer["evaluations"])
     rank_info = train_state.rank_info
     if trainer["ranks"] == rank_info.world_size:
-        file = checkpoint.rng(rank_info.rank)
-        with _damage(file):
-            rng.restore(read_tensors(file), rank_info.device)
+        _restore_random_states(checkpoint, rank_info)
     else:  # the saved random states belong to other ranks: start new streams
         torch.manual_seed(trainer["step"] * rank_info.world_size + rank_info.rank)
     close_files()  # retention will delete this checkpoint
     return Progress(trainer["step"], trainer["tokens"])
+
+
+def _restore_random_states(checkpoint: Checkpoint, rank_info: RankInfo) -> None:
+    rank, file = rank_info.rank, checkpoint.rng
+    old = checkpoint.old_rng(rank)
+    with _damage(old if old.is_file() else file):
+        states = read_tensors(old) if old.is_file() else rng.of_rank(read_tensors(file), rank)
+        rng.restore(states, rank_info.device)
 
 
 def _read_trainer(checkpoint: Checkpoint) -> dict[str, Any]:

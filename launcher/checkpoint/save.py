@@ -1,7 +1,7 @@
 """Save a checkpoint: write it to a hidden folder, the manifest last, then one process renames it.
 
-The training state is captured at a step boundary. All ranks write, over a separate process group on
-CPU.
+The training state is captured at a step boundary. All ranks write, each one file; what is small is
+gathered on the CPU of rank 0.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,13 @@ import torch.distributed as dist
 from safetensors.torch import save
 
 from launcher.checkpoint import dcp
+from launcher.checkpoint.dcp import Tree
+from launcher.checkpoint.dcp_writer import DcpWriter
+from launcher.checkpoint.staging import Staging
 from launcher.config.schema.training import CheckpointConfig
 from launcher.distributed.collectives import on_all_ranks
 from launcher.distributed.file_sync import FileSync
-from launcher.distributed.shards import Shard
+from launcher.distributed.gather import gather_to_main
 from launcher.errors import UserError
 from launcher.folders import durable, manifest
 from launcher.folders.checkpoint import (
@@ -36,6 +38,7 @@ from launcher.folders.checkpoint import (
     checkpoint_name,
 )
 from launcher.folders.run import RunDir
+from launcher.io.current_device import use_device
 from launcher.run import retention
 from launcher.training import rng
 from launcher.training.state import TrainState
@@ -50,9 +53,16 @@ class Snapshot:
 
     trainer: dict[str, Any]  # trainer.json
     nbytes: int  # of the tensors of all ranks, approximately
-    adapter: dict[str, torch.Tensor] | None  # only on rank 0: "weight/NAME", "exp_avg/NAME"
-    shards: dcp.Tree  # without an adapter: folder → tree of Shards
+    shards: Tree  # of an adapter: weight, exp_avg, … → name; otherwise model, optimizer → …
     rng: rng.States
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What rank 0 writes for all ranks."""
+
+    adapter: dict[str, torch.Tensor] | None  # "weight/NAME", "exp_avg/NAME"; None: no adapter
+    rng: list[bytes]  # of every rank; []: the checkpoint has none
 
 
 class Saver:
@@ -60,7 +70,7 @@ class Saver:
 
     With `checkpoint.async_save`, a thread of every rank writes while training continues. It writes
     copies in host memory and uses its own process group: its collectives cannot be mixed up with
-    those of the training.
+    those of the training. Otherwise no such group is made: it connects every rank with every other.
     """
 
     def __init__(
@@ -70,12 +80,19 @@ class Saver:
         config: CheckpointConfig,
         shared_disk: bool = True,
     ) -> None:
+        """Collective: makes the process group of the thread."""
         self.train_state, self.run, self.config = train_state, run, config
-        self.file_sync = FileSync(train_state.rank_info, shared_disk)
-        self.rank_info, self.group = train_state.rank_info, train_state.group
-        self._thread = ThreadPoolExecutor(1, "checkpoint") if config.async_save else None
+        self.rank_info = train_state.rank_info
+        self.file_sync = FileSync(self.rank_info, shared_disk)
+        self.group: dist.ProcessGroup | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        if config.async_save:
+            self.group = dist.new_group(backend="gloo")
+            device = (self.rank_info.device,)
+            self._thread = ThreadPoolExecutor(1, "checkpoint", use_device, device)
         self._running: Future[None] | None = None
-        self._staging = dcp.Staging()
+        self._staging = Staging()
+        self._dcp_writer = DcpWriter(self.group)
         # As it is now: a file that is damaged later would be in every checkpoint.
         self._frozen_config = run.config.read_bytes() if self.rank_info.is_main else b""
 
@@ -91,7 +108,7 @@ class Saver:
             self._write(snapshot)
         else:
             staged = replace(snapshot, shards=self._staging.copy(snapshot.shards))
-            self._running = self._thread.submit(self._write, staged)
+            self._running = self._thread.submit(self._write_staged, staged)
 
     def failed(self) -> bool:
         """Whether the save in the background has ended with an error."""
@@ -133,20 +150,19 @@ class Saver:
         if resumable:
             trainer["counts"] = _to_numbers(state.step_counts)
             trainer["shards"] = state.num_shards
-        nbytes = sum(shard.nbytes for shard in _leaves({"w": state.weights, **moments}))
-        adapter: dict[str, torch.Tensor] | None = None
-        shards: dcp.Tree = {}
+        shards: Tree
         if train_state.method.is_adapter:
-            # One message per dtype: weights and moments are fp32, quantized moments are not.
-            groups = {"weight": state.weights, **moments}
-            adapter = train_state.strategy.gather(
-                {f"{group}/{name}": s for group, part in groups.items() for name, s in part.items()}
-            )
+            shards = {"weight": state.weights, **moments}
         else:
-            shards[MODEL] = {"model": {**state.weights, **state.buffers}}
+            shards = {"model": {**state.weights, **state.buffers}}
             if resumable:
                 shards["optimizer"] = moments
-        return Snapshot(trainer, nbytes, adapter, shards, rng.capture(self.rank_info.device))
+        nbytes = sum(shard.nbytes for _, shard in dcp.leaves(shards))
+        return Snapshot(trainer, nbytes, shards, rng.capture(self.rank_info.device))
+
+    def _write_staged(self, snapshot: Snapshot) -> None:
+        self._staging.wait()
+        self._write(snapshot)
 
     def _write(self, snapshot: Snapshot) -> None:
         """Collective over `self.group`."""
@@ -155,16 +171,28 @@ class Saver:
         on_all_ranks(
             lambda: self._create_folder(final, partial_folder, snapshot.nbytes), self.group
         )
-        for name, tree in snapshot.shards.items():
-            write = partial(dcp.write, tree, partial_folder.path / name, self.group)
-            on_all_ranks(write, self.group)
+        gathered = self._gather(snapshot)
+        if not self.train_state.method.is_adapter:
+            self._dcp_writer.write(snapshot.shards, partial_folder.path / MODEL)
         own_files = on_all_ranks(
-            lambda: self._write_rank_files(snapshot, partial_folder), self.group
+            lambda: self._write_rank_files(snapshot, gathered, partial_folder), self.group
         )
         on_all_ranks(lambda: self.file_sync.gather(partial_folder.path, self.group), self.group)
         files: list[manifest.Entries] = [{}] * self.rank_info.world_size
         dist.all_gather_object(files, own_files, group=self.group)
         on_all_ranks(lambda: self._commit(snapshot, partial_folder, final, files), self.group)
+
+    def _gather(self, snapshot: Snapshot) -> Gathered:
+        """What rank 0 writes; other ranks have nothing in it. Collective over `self.group`."""
+        adapter = None
+        if self.train_state.method.is_adapter:
+            flat = {"/".join(path): shard for path, shard in dcp.leaves(snapshot.shards)}
+            adapter = gather_to_main(flat, self.group)
+        if self.config.content != "all":
+            return Gathered(adapter, [])
+        states = [b""] * self.rank_info.world_size if self.rank_info.is_main else None
+        dist.gather_object(save(snapshot.rng), states, group=self.group, group_dst=0)
+        return Gathered(adapter, states or [])
 
     def _create_folder(self, final: Path, partial_folder: Checkpoint, nbytes: int) -> None:
         if self.rank_info.is_main:
@@ -175,7 +203,9 @@ class Saver:
             _make_room(partial_folder.path)
             self._refuse_without_space(nbytes)
         if self.rank_info.is_main or self.file_sync.is_node_leader:
-            partial_folder.rng(0).parent.mkdir(parents=True)
+            is_adapter = self.train_state.method.is_adapter
+            folder = partial_folder.path if is_adapter else partial_folder.path / MODEL
+            folder.mkdir(parents=True)
 
     def _refuse_without_space(self, nbytes: int) -> None:
         free = shutil.disk_usage(self.run.checkpoints).free
@@ -186,21 +216,23 @@ class Saver:
                 "choose checkpoint.keep_last=2, checkpoint.content=weights or another run_dir"
             )
 
-    def _write_rank_files(self, snapshot: Snapshot, folder: Checkpoint) -> manifest.Entries:
+    def _write_rank_files(
+        self, snapshot: Snapshot, gathered: Gathered, folder: Checkpoint
+    ) -> manifest.Entries:
         """Write this rank's files. Returns the manifest entries of all files that it has written,
         DCP's included."""
-        if self.config.content == "all":
-            folder.rng(self.rank_info.rank).write_bytes(save(snapshot.rng))
+        if gathered.rng:
+            folder.rng.write_bytes(save(rng.join(gathered.rng)))
         if self.rank_info.is_main:
             folder.trainer.write_text(json.dumps(snapshot.trainer, indent=1) + "\n")
             folder.config.write_bytes(self._frozen_config)
             for name, content in self.train_state.tokenizer_files.items():
                 (folder.path / name).write_bytes(content)
-        if snapshot.adapter is not None:
-            weights = _select_group(snapshot.adapter, "weight")
+        if gathered.adapter is not None:
+            weights = _select_group(gathered.adapter, "weight")
             self.train_state.method.write(self.train_state.model, weights, folder.path / ADAPTER)
             if self.config.content == "all":
-                moments = {k: t for k, t in snapshot.adapter.items() if not k.startswith("weight/")}
+                moments = {k: t for k, t in gathered.adapter.items() if not k.startswith("weight/")}
                 folder.moments.write_bytes(save(moments))
         written = manifest.entries(
             folder.path, lambda path: _writer_rank(path) == self.rank_info.rank
@@ -242,7 +274,16 @@ def _make_room(path: Path) -> None:
 
 
 def _to_numbers(counts: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, float]]:
-    return {name: {k: float(v) for k, v in each.items()} for name, each in counts.items()}
+    """The step counts as numbers, which are read from each device at once."""
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for each in counts.values():
+        for count in each.values():
+            by_device.setdefault(count.device, []).append(count)
+    numbers = {device: iter(torch.stack(each).tolist()) for device, each in by_device.items()}
+    return {
+        name: {key: float(next(numbers[count.device])) for key, count in each.items()}
+        for name, each in counts.items()
+    }
 
 
 def _select_group(tensors: dict[str, torch.Tensor], group: str) -> dict[str, torch.Tensor]:
@@ -251,12 +292,7 @@ def _select_group(tensors: dict[str, torch.Tensor], group: str) -> dict[str, tor
     return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
-def _leaves(tree: dcp.Tree) -> list[Shard]:
-    return [leaf for v in tree.values() for leaf in (_leaves(v) if isinstance(v, dict) else [v])]
-
-
 def _writer_rank(path: Path) -> int:
-    """The rank that wrote a file. File names of DCP and of the random states contain it; rank 0
-    wrote all others."""
-    match = re.fullmatch(r"__(\d+)_\d+\.distcp|rank-(\d+)\.safetensors", path.name)
-    return int(match[1] or match[2]) if match else 0
+    """The rank that wrote a file: the one in a name of DCP. Rank 0 wrote all others."""
+    match = re.fullmatch(r"__(\d+)_0\.distcp", path.name)
+    return int(match[1]) if match else 0

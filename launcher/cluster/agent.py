@@ -16,6 +16,7 @@ from pathlib import Path
 
 from launcher.errors import UserError, exit_when_refused
 from launcher.folders.run import RunDir
+from launcher.io import open_files
 from launcher.run import parent
 from launcher.run.stop import StopRequest
 
@@ -35,6 +36,7 @@ def main() -> None:
         if str(os.getppid()) != starter:
             stop.request(signal.SIGTERM.name)
     os.environ["SHARDWAY_AGENT"] = str(os.getpid())
+    open_files.raise_limit(ranks=1)  # each rank checks whether it is enough for all of them
     from torch.distributed.run import main as torchrun
 
     torchrun()

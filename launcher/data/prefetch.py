@@ -5,17 +5,21 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
+import torch
+
 from launcher.data.loader import Loader, StepBatch
+from launcher.io.current_device import use_device
 
 
 class Prefetcher:
     """Runs a loader one step ahead, in a thread. Most of its work is in numpy and the tokenizer,
     which release the GIL."""
 
-    def __init__(self, loader: Loader, pin_memory: bool) -> None:
+    def __init__(self, loader: Loader, device: torch.device) -> None:
+        """`device` will train on the batches; for a GPU they are pinned."""
         self.loader = loader
-        self.pin_memory = pin_memory
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="data")
+        self.pin_memory = device.type == "cuda"
+        self._thread = ThreadPoolExecutor(1, "data", use_device, (device,))
         self._next: tuple[int, Future[StepBatch]] | None = None
 
     @property

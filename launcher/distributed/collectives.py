@@ -32,10 +32,10 @@ def on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None = None
     return result  # type: ignore[return-value]
 
 
-def any_rank(value: bool) -> bool:
+def any_rank(value: bool, group: dist.ProcessGroup | None = None) -> bool:
     """Whether `value` is true on any rank. Collective."""
     count = torch.tensor(int(value))
-    dist.all_reduce(count)
+    dist.all_reduce(count, group=group)
     return bool(count)
 
 
@@ -51,6 +51,23 @@ def first_not_none(value: T | None) -> T | None:
     values: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return next((each for each in values if each is not None), None)
+
+
+def in_parts(count: int, compute: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
+    """The values of `count` items, on every rank. Collective.
+
+    Each rank calls `compute(begin, count)` for its part of the items. It returns a value for each
+    of them, in order along dim 0, on the device of the training.
+    """
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    share = -(-count // ranks)
+    begin = min(share * rank, count)
+    own = compute(begin, min(share, count - begin))
+    padded = own.new_zeros((share, *own.shape[1:]))
+    padded[: len(own)] = own
+    values = own.new_empty((share * ranks, *own.shape[1:]))
+    dist.all_gather_into_tensor(values, padded)
+    return values[:count]
 
 
 def root_cause(error: BaseException) -> str:

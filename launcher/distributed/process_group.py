@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.errors import UserError
+from launcher.io.current_device import use_device
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,7 @@ def init_process_group(
     Sums of CPU integers (token counts) then never wait for the GPU.
     """
     on_gpu = rank_info.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(rank_info.device)
+    use_device(rank_info.device)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         store=dist.PrefixStore("shardway", store),

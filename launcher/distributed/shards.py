@@ -8,11 +8,9 @@ Gathering, saving and loading use nothing else.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -85,71 +83,3 @@ def local_box(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor, sharded or not."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def gather_to_main(
-    shards: Mapping[str, Shard], group: dist.ProcessGroup | None = None
-) -> dict[str, torch.Tensor] | None:
-    """The full tensors on the CPU of rank 0, None on the other ranks. Collective.
-
-    The ranges of all tensors travel as one flat buffer in one gather per dtype over `group`, the
-    ranks that share one copy (None: all ranks).
-    """
-    full: dict[str, torch.Tensor] = {}
-    for dtype in dict.fromkeys(shard.local.dtype for shard in shards.values()):
-        same_dtype = {name: shard for name, shard in shards.items() if shard.local.dtype == dtype}
-        full |= _gather(same_dtype, group) or {}
-    return {name: full[name] for name in shards} if dist.get_rank() == 0 else None
-
-
-def _gather(
-    shards: Mapping[str, Shard], group: dist.ProcessGroup | None
-) -> dict[str, torch.Tensor] | None:
-    """`gather_to_main` of tensors of one dtype."""
-    ranks = dist.get_world_size(group)
-    if ranks == 1:
-        full = {n: s.local.to("cpu", copy=True).view(s.shape) for n, s in shards.items()}
-        return full if dist.get_rank() == 0 else None
-    # The paged state of an optimizer on a GPU reports that it is on the CPU.
-    devices = [shard.local.device for shard in shards.values()]
-    device = max(devices, key=lambda each: each.type != "cpu")
-    flat = torch.cat([shard.local.to(device) for shard in shards.values()])
-    ranges = torch.tensor([(s.begin, s.local.numel()) for s in shards.values()], device=flat.device)
-    ranges_by_rank = [torch.empty_like(ranges) for _ in range(ranks)]
-    dist.all_gather(ranges_by_rank, ranges, group=group)
-    longest = max(int(each[:, 1].sum()) for each in ranges_by_rank)
-    padded = torch.cat([flat, flat.new_zeros(longest - flat.numel())])
-    receives = dist.get_rank(group) == 0
-    buffers = [torch.empty_like(padded) for _ in range(ranks)] if receives else None
-    dist.gather(padded, buffers, group=group, group_dst=0)
-    if buffers is None or dist.get_rank() != 0:
-        return None
-    return _assemble(
-        shards, [buffer.cpu() for buffer in buffers], [each.tolist() for each in ranges_by_rank]
-    )
-
-
-def _assemble(
-    shards: Mapping[str, Shard],
-    buffers: list[torch.Tensor],
-    ranges_by_rank: list[list[list[int]]],
-) -> dict[str, torch.Tensor]:
-    """The full tensors, from the flat buffer of each rank and the (begin, elements) of its shards.
-    All ranks split a tensor along the same dim."""
-    full: dict[str, torch.Tensor] = {}
-    positions = [0] * len(buffers)
-    for number, (name, shard) in enumerate(shards.items()):
-        tensor = torch.empty(shard.shape, dtype=buffers[0].dtype)
-        blocks = tensor.view(shard.blocks, -1)
-        filled = 0
-        for rank, buffer in enumerate(buffers):
-            begin, count = ranges_by_rank[rank][number]
-            position = positions[rank]
-            part = buffer[position : position + count].view(shard.blocks, -1)
-            blocks[:, begin : begin + part.shape[1]] = part
-            positions[rank] += count
-            filled += count
-        if filled != tensor.numel():
-            raise RuntimeError(f"{name}: ranks have {filled} of its {tensor.numel()} elements")
-        full[name] = tensor
-    return full

@@ -3,8 +3,8 @@
 checkpoints/step-000045/
     adapter/             adapter_config.json, adapter_model.safetensors  (methods with an adapter)
     optimizer.safetensors     its optimizer state, unsharded
-    model/ optimizer/    .metadata, __0_0.distcp …                       (torch DCP, other methods)
-    rng/rank-00.safetensors   random states, one file per rank
+    model/               .metadata, __0_0.distcp …  weights and moments  (torch DCP, other methods)
+    rng.safetensors      random states of all ranks
     tokenizer.json …     the base's tokenizer with data.template         (only with data.template)
     trainer.json         step, tokens, position in the schedule and the data
     config.yaml          the frozen configuration
@@ -65,9 +65,11 @@ class Checkpoint:
         return self.path / "optimizer.safetensors"
 
     @property
-    def optimizer(self) -> Path:
-        """The DCP folder of the optimizer state, for methods without an adapter."""
-        return self.path / "optimizer"
+    def optimizer(self) -> Path | None:
+        """The DCP folder of the optimizer state in checkpoints of earlier versions, for methods
+        without an adapter; None: it is in the folder `model`."""
+        folder = self.path / "optimizer"
+        return folder if folder.is_dir() else None
 
     @property
     def trainer(self) -> Path:
@@ -81,8 +83,13 @@ class Checkpoint:
     def manifest(self) -> Path:
         return self.path / MANIFEST
 
-    def rng(self, rank: int) -> Path:
-        """The random states of `rank`."""
+    @property
+    def rng(self) -> Path:
+        """The random states of all ranks."""
+        return self.path / "rng.safetensors"
+
+    def old_rng(self, rank: int) -> Path:
+        """The random states of `rank` in checkpoints of earlier versions."""
         return self.path / "rng" / f"rank-{rank:02d}.safetensors"
 
     @property

@@ -34,12 +34,11 @@ class FourBit(QuantizationFormat):
     def block_size(self, shape: torch.Size) -> int:
         return BLOCK
 
-    def compute_scales(self, weight: torch.Tensor) -> Scales:
-        absmax = weight.reshape(-1, BLOCK).abs().amax(dim=1).float()
-        return FourBitScales.from_absmax(absmax, weight.shape, self)
+    def block_maxima(self, blocks: torch.Tensor) -> torch.Tensor:
+        return blocks.abs().amax(dim=1).float()
 
-    def can_represent(self, weight: torch.Tensor) -> bool:
-        return bool(torch.stack(weight.aminmax()).isfinite().all())
+    def scales(self, maxima: torch.Tensor, shape: torch.Size) -> Scales:
+        return FourBitScales.from_absmax(maxima, shape, self)
 
     def pack(self, blocks: torch.Tensor) -> torch.Tensor:
         packed: torch.Tensor
@@ -96,11 +95,11 @@ class EightBit(QuantizationFormat):
     def block_size(self, shape: torch.Size) -> int:
         return shape[-1]
 
-    def compute_scales(self, weight: torch.Tensor) -> Scales:
-        return EightBitScales(weight.half().abs().amax(dim=1).float())
+    def block_maxima(self, blocks: torch.Tensor) -> torch.Tensor:
+        return blocks.half().abs().amax(dim=1).float()
 
-    def can_represent(self, weight: torch.Tensor) -> bool:
-        return bool(torch.stack(weight.aminmax()).half().isfinite().all())
+    def scales(self, maxima: torch.Tensor, shape: torch.Size) -> Scales:
+        return EightBitScales(maxima)
 
     def pack(self, blocks: torch.Tensor) -> torch.Tensor:
         packed: torch.Tensor = bnb.int8_vectorwise_quant(blocks.half())[0]

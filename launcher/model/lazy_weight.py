@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from safetensors import safe_open
 
 from launcher.io.boxes import boxes
+
+# Calls its second argument with (begin, count) for a part of as many items as its first one says,
+# and returns the values of all items in order. Ranks that share the work compute a part each.
+InParts = Callable[[int, Callable[[int, int], torch.Tensor]], torch.Tensor]
+
+
+def alone(count: int, compute: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
+    """An `InParts` of one process."""
+    return compute(0, count)
 
 
 class LazyWeight(Protocol):

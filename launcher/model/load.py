@@ -25,7 +25,7 @@ from launcher.folders.tensor_entries import INDEX, file_entries, read_weight_map
 from launcher.io.completeness import tied_names
 from launcher.model.attention import choose_attention
 from launcher.model.completeness import check_loaded, check_names, check_ties
-from launcher.model.lazy_weight import FileWeight, LazyWeight
+from launcher.model.lazy_weight import FileWeight, InParts, LazyWeight, alone
 
 MB = 1e6
 
@@ -111,8 +111,10 @@ class Tensors(Protocol):
 class Weights:
     """The weight that will fill each parameter of a model on the meta device."""
 
-    def __init__(self, folder: Tensors, model: nn.Module) -> None:
+    def __init__(self, folder: Tensors, model: nn.Module, in_parts: InParts = alone) -> None:
+        """`in_parts`: how the ranks share work on the weights."""
         self.folder = folder
+        self.in_parts = in_parts
         self.slots: list[Slot] = []
         for name, _ in model.named_parameters():  # tied parameters appear once
             module_name, _, attribute = name.rpartition(".")
@@ -131,14 +133,20 @@ class Weights:
 
 
 def build_model(
-    config: ModelConfig, folder: Path, seed: int, dtype: torch.dtype, packed: bool = False
+    config: ModelConfig,
+    folder: Path,
+    seed: int,
+    dtype: torch.dtype,
+    packed: bool = False,
+    in_parts: InParts = alone,
 ) -> tuple[nn.Module, Weights | None]:
     """Build the model of `folder` with its parameters on the meta device, and find its weights.
 
     If the names or shapes of parameters differ between the files and memory (fused experts, renamed
     prefixes), every rank reads the complete model instead, and the weights are None. `dtype` is
     that of the computation; buffers are created in it. `packed`: sequences will have several
-    documents. Raises UserError for a folder that cannot be read or lacks parameters of the model.
+    documents. `in_parts`: how the ranks share work on the weights. Raises UserError for a folder
+    that cannot be read or lacks parameters of the model.
     """
     torch.manual_seed(seed)
     model = model_on_meta(config, folder, dtype, packed)
@@ -148,7 +156,7 @@ def build_model(
         raise _unreadable(folder, error) from error
     check_ties(model, files, folder)
     if _has_same_layout(model, files):
-        return model, Weights(files, model)
+        return model, Weights(files, model, in_parts)
     check_names(model, files, folder)
     print(
         f"{folder}: the tensors on disk differ from the parameters in memory; every rank reads the "

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from launcher.errors import UserError
-from launcher.model.lazy_weight import LazyWeight, read_flat_range, read_full
+from launcher.model.lazy_weight import InParts, LazyWeight, read_flat_range
 from launcher.model.load import Weights
 
 
@@ -42,10 +42,12 @@ class QuantizationFormat(Protocol):
     def block_size(self, shape: torch.Size) -> int:
         """Elements of a block of the flattened weight. Blocks are quantized independently."""
 
-    def compute_scales(self, weight: torch.Tensor) -> Scales: ...
+    def block_maxima(self, blocks: torch.Tensor) -> torch.Tensor:
+        """The largest magnitude of each of `blocks`, [blocks, block size]. fp32, 1-d; not finite
+        where a value cannot be quantized."""
 
-    def can_represent(self, weight: torch.Tensor) -> bool:
-        """Whether all values can be quantized."""
+    def scales(self, maxima: torch.Tensor, shape: torch.Size) -> Scales:
+        """The scales of a weight of `shape`, whose blocks have these `maxima`."""
 
     def pack(self, blocks: torch.Tensor) -> torch.Tensor:
         """Quantize blocks of a flattened weight, [blocks, block size], to packed elements, 1-d in
@@ -119,36 +121,45 @@ def quantize(
     """Replace the linear layers of `model` by quantized ones, and return a description for the log.
 
     The output head and layers whose names end with a name in `keep` are not replaced. A weight on
-    the meta device is read here to compute its scales, one complete weight at a time; the strategy
-    reads it again, a part on each rank. `device` quantizes. Raises UserError if there is nothing to
-    quantize, or a weight that cannot be quantized.
+    the meta device is read here to compute its scales, a part of it on each rank; the strategy
+    reads it again, also a part on each rank. `device` quantizes. Raises UserError if there is
+    nothing to quantize, or a weight that cannot be quantized. Collective if ranks share the work.
     """
     slots = weights.by_parameter() if weights else {}
-    before = after = largest = count = 0
+    before = after = count = 0
     for name, module in _find_linears(model, keep):
-        slot = slots.get(id(module.weight))
-        weight = read_full(slot.source) if slot else module.weight.detach()
-        _check_representable(name, weight, format)
-        scales = format.compute_scales(weight.to(device))
-        if slot is None:
-            packed = format.pack(weight.to(device).view(-1, format.block_size(weight.shape)))
-            packed = packed.view(format.packed_layout(weight.shape)[0])
+        slot, shape = slots.get(id(module.weight)), module.weight.shape
+        block = format.block_size(shape)
+        if module.weight.numel() % block:
+            raise UserError(
+                f"{name} has {module.weight.numel()} elements, which is not a multiple of {block}; "
+                "method.bits=8"
+            )
+        if slot is None or weights is None:
+            blocks = module.weight.detach().to(device).view(-1, block)
+            maxima, packed = format.block_maxima(blocks), format.pack(blocks)
+            packed = packed.view(format.packed_layout(shape)[0])
+            before += module.weight.nbytes
         else:
+            maxima = _read_maxima(slot.source, format, device, weights.in_parts)
+            before += module.weight.numel() * slot.source.dtype.itemsize
             slot.source = QuantizedWeight(slot.source, format, device)
             packed = torch.empty(slot.source.shape, dtype=slot.source.dtype, device="meta")
+        if not maxima.isfinite().all():
+            raise UserError(f"{name} has values that are not finite or too large to be quantized")
+        scales = format.scales(maxima, shape)
         replacement = QuantizedLinear(module, packed, scales)
         for moved in (slot, slots.get(id(module.bias))):
             if moved is not None:
                 moved.module = replacement
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, replacement)
-        count, largest = count + 1, max(largest, weight.nbytes)
-        before, after = before + weight.nbytes, after + packed.nbytes + scales.nbytes
+        count, after = count + 1, after + packed.nbytes + scales.nbytes
     if count == 0:
         raise UserError(f"{type(model).__name__} has no linear layer to quantize; method=lora")
     return (
-        f"{count} linear weights, {before / 1e6:,.1f} MB, quantized to {after / 1e6:,.1f} MB; "
-        f"loaded one at a time, at most {largest / 1e6:,.1f} MB"
+        f"{count} linear weights, {before / 1e6:,.1f} MB, quantized to {after / 1e6:,.1f} MB; each "
+        "rank reads its part of them"
     )
 
 
@@ -160,12 +171,14 @@ def _find_linears(model: nn.Module, keep: list[str]) -> Iterator[tuple[str, nn.L
             yield name, module
 
 
-def _check_representable(name: str, weight: torch.Tensor, format: QuantizationFormat) -> None:
-    block = format.block_size(weight.shape)
-    if weight.numel() % block:
-        raise UserError(
-            f"{name} has {weight.numel()} elements, which is not a multiple of {block}; "
-            "method.bits=8"
-        )
-    if not format.can_represent(weight):
-        raise UserError(f"{name} has values that are not finite or too large to be quantized")
+def _read_maxima(
+    source: LazyWeight, format: QuantizationFormat, device: torch.device, in_parts: InParts
+) -> torch.Tensor:
+    """The largest magnitude of each block of `source`, on `device`."""
+    block = format.block_size(source.shape)
+
+    def read(begin: int, count: int) -> torch.Tensor:
+        values = read_flat_range(source, begin * block, count * block)
+        return format.block_maxima(values.to(device).view(-1, block))
+
+    return in_parts(math.prod(source.shape) // block, read)

@@ -1,4 +1,4 @@
-"""When the time of a job is over, and whether a step and a save still fit before that.
+"""When the time of a job is over, and whether two steps and a save still fit before that.
 
 This needs no signal. Slurm's signal may come half a minute early or late, and one that comes before
 Python handles signals is lost.
@@ -19,7 +19,8 @@ class Deadline:
     """The end of a job, checked once per step.
 
     The longest time between two checks covers the longest step, evaluation or blocking save so far.
-    Twice that time must remain: for one more step and for the last save.
+    Three times that time must remain: for the step before the next check, for one after it, because
+    ranks agree on the end of training while a step computes, and for the last save.
     """
 
     def __init__(self, end: float | None) -> None:
@@ -48,11 +49,11 @@ class Deadline:
         self._longest = 0.0
 
     def is_near(self) -> bool:
-        """Whether there is no longer time for a step and a save. Call it once per step."""
+        """Whether there is no longer time for two steps and a save. Call it once per step."""
         now = time.monotonic()
         if self._last_check is not None:
             self._longest = max(self._longest, now - self._last_check)
         self._last_check = now
         return self._end is not None and self._end - time.time() < (
-            2 * self._longest + SPARE_SECONDS
+            3 * self._longest + SPARE_SECONDS
         )

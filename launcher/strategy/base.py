@@ -24,6 +24,7 @@ from launcher.strategy.precision import Precision
 # flattened), and the shape of the full tensor.
 TrainedParameter = tuple[str, nn.Parameter, torch.Size]
 OptimizerBuilder = Callable[[Iterable[TrainedParameter]], torch.optim.Optimizer]
+PendingSum = Callable[[], torch.Tensor]  # waits for a sum over ranks and returns it
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,9 @@ class Strategy(Protocol):
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of `values` over the ranks. Summing a CPU tensor does not wait for the GPU."""
 
+    def start_sum(self, values: torch.Tensor) -> PendingSum:
+        """Start to sum a CPU tensor over the ranks, while the caller computes. Collective."""
+
     def set_last_micro_batch(self, last: bool) -> None:
         """Call this before each micro-batch: `last` is True for the last one of the step."""
 
@@ -108,9 +112,6 @@ class Strategy(Protocol):
     def sync_working_copies(self) -> None:
         """Update the working copies after the shards of `state()` were written to. Collective."""
 
-    def gather(self, shards: dict[str, Shard]) -> dict[str, torch.Tensor] | None:
-        """The full tensors on the CPU of rank 0, None on the other ranks. Collective."""
-
     def host_tensors(self) -> Iterator[torch.Tensor]:
         """The tensors that offloading keeps in host memory now, when training runs on GPUs."""
 
@@ -132,6 +133,18 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     total = values.clone()
     dist.all_reduce(total)
     return total
+
+
+def start_sum_over_ranks(values: torch.Tensor) -> PendingSum:
+    """Start `sum_over_ranks`; the result waits for it. Collective."""
+    total = values.clone()
+    work = dist.all_reduce(total, async_op=True)
+
+    def wait() -> torch.Tensor:
+        work.wait()
+        return total
+
+    return wait
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Shard]:

@@ -30,16 +30,18 @@ from launcher.config.schema.precision import PrecisionConfig
 from launcher.config.schema.strategy import Zero3Config, ZeroConfig
 from launcher.config.schema.training import TrainingConfig
 from launcher.distributed.process_group import RankInfo
-from launcher.distributed.shards import Shard, gather_to_main
+from launcher.distributed.shards import Shard
 from launcher.errors import UserError
 from launcher.model.lazy_weight import read_flat_range
 from launcher.model.load import Weights
 from launcher.strategy.base import (
     OptimizerBuilder,
+    PendingSum,
     StepResult,
     TrainedState,
     persistent_buffers,
     share_cores,
+    start_sum_over_ranks,
     sum_over_ranks,
 )
 from launcher.strategy.loss_scale import LossScale
@@ -141,6 +143,9 @@ class DeepSpeed:
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         return sum_over_ranks(values)
 
+    def start_sum(self, values: torch.Tensor) -> PendingSum:
+        return start_sum_over_ranks(values)
+
     def set_last_micro_batch(self, last: bool) -> None:
         """Nothing to do: `step` ends the accumulation after any number of micro-batches."""
 
@@ -207,9 +212,6 @@ class DeepSpeed:
         if persistent := self._zero.persistent_parameters:
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
-
-    def gather(self, shards: dict[str, Shard]) -> dict[str, torch.Tensor] | None:
-        return gather_to_main(shards)
 
     def host_tensors(self) -> Iterator[torch.Tensor]:
         if self.config.parameters_on_cpu:

@@ -25,14 +25,16 @@ from launcher.config.schema.strategy import FsdpConfig, HsdpConfig, StrategyConf
 from launcher.config.schema.training import TrainingConfig
 from launcher.distributed.mesh import build_mesh
 from launcher.distributed.process_group import RankInfo
-from launcher.distributed.shards import Shard, gather_to_main, local_box, local_part, shard_of
+from launcher.distributed.shards import Shard, local_box, local_part, shard_of
 from launcher.model.load import Weights
 from launcher.strategy.base import (
     OptimizerBuilder,
+    PendingSum,
     StepResult,
     TrainedState,
     persistent_buffers,
     share_cores,
+    start_sum_over_ranks,
     sum_over_ranks,
 )
 from launcher.strategy.fsdp_units import describe_padding, placement_function, shard_units
@@ -93,6 +95,9 @@ class Fsdp:
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         return sum_over_ranks(values)
 
+    def start_sum(self, values: torch.Tensor) -> PendingSum:
+        return start_sum_over_ranks(values)
+
     def set_last_micro_batch(self, last: bool) -> None:
         if self._defer_sync:
             self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
@@ -130,9 +135,6 @@ class Fsdp:
 
     def sync_working_copies(self) -> None:
         """Nothing to do: FSDP2 makes new working copies in every gather."""
-
-    def gather(self, shards: dict[str, Shard]) -> dict[str, torch.Tensor] | None:
-        return gather_to_main(shards, self._shard_group)
 
     def host_tensors(self) -> Iterator[torch.Tensor]:
         if self._is_offloaded:

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from launcher.config import Config
+from launcher.distributed.collectives import in_parts
 from launcher.distributed.process_group import RankInfo
 from launcher.method import build_method
 from launcher.method.base import Method
@@ -55,7 +55,9 @@ def build_train_state(
     """
     base, training = config.model, config.training
     compute = precision_of(config.precision).compute
-    model, weights = build_model(base, folder, training.seed, compute, config.data.packing)
+    model, weights = build_model(
+        base, folder, training.seed, compute, config.data.packing, in_parts
+    )
     if base.add_tokens:
         config = replace(config, method=train_vocabulary(config.method, model))
     strategy_factory = partial(new_strategy, config, rank_info)
@@ -74,7 +76,6 @@ def build_train_state(
         model=assembled.model,
         scheduler=build_scheduler(config.scheduler, assembled.strategy.optimizer, total_steps),
         rank_info=rank_info,
-        group=dist.new_group(backend="gloo"),
         origin=origin,
         early_stopping=EarlyStopping(
             training.early_stopping_patience, training.early_stopping_threshold

@@ -12,11 +12,12 @@ import torch
 from launcher.data.loader import StepBatch
 from launcher.strategy import Strategy
 from launcher.tracking.base import Observer, Record
+from launcher.training.agreement import AgreedSteps
 from launcher.training.loss import token_loss
 from launcher.training.metrics import MetricsBuffer, StepStats
 from launcher.training.nonfinite import first_bad_module
 from launcher.training.state import Progress, TrainState
-from launcher.training.throughput import ThroughputMeter, Work
+from launcher.training.throughput import ThroughputMeter
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class Checkpoints(Protocol):
         """Wait until the last save is on disk."""
 
 
-# Whether this rank wants training to end. All ranks then end after the same step.
+# Whether this rank wants training to end. All ranks then end after the same step, this one or the
+# next.
 StopRequested = Callable[[], bool]
 
 
@@ -107,15 +109,26 @@ def fit(
     for observer in observers:
         observer.start(progress.step, plan.end_step)
 
+    steps = AgreedSteps(
+        load=partial(meter.time_data_wait, data.training.step_batch),
+        steps=range(progress.step, plan.end_step),
+        start_sum=strategy.start_sum,
+        wants_to_end=lambda: stop_requested() or checkpoints.failed(),
+        ended=early_stopping.has_stalled(),
+    )
+
     def evaluate_now() -> float | None:
         if data.evaluation is None:
             return None
         loss = evaluate(strategy, data.evaluation, device, stop_requested)
-        if loss is not None:
-            _log(observers, [{"step": step, "eval_loss": loss}])
-            if plan.is_scheduled_evaluation(step):
-                scheduler.step_on_evaluation(loss)
-                early_stopping.add(step, loss)
+        if loss is None:
+            steps.ended = True
+            return None
+        _log(observers, [{"step": step, "eval_loss": loss}])
+        if plan.is_scheduled_evaluation(step):
+            scheduler.step_on_evaluation(loss)
+            early_stopping.add(step, loss)
+            steps.ended = early_stopping.has_stalled()
         return loss
 
     strategy.model.train()
@@ -123,14 +136,7 @@ def fit(
     if step and plan.is_scheduled_evaluation(step) and not early_stopping.has_evaluated(step):
         evaluate_now()  # a stop came before or during this evaluation
     buffer = MetricsBuffer(strategy.sum, progress.tokens, plan.max_nonfinite_steps, meter)
-    while step < plan.end_step:
-        step_batch = meter.time_data_wait(data.training.step_batch, step)
-        ends = stop_requested() or checkpoints.failed() or early_stopping.has_stalled()
-        counts = torch.stack([*step_batch.counts, torch.tensor(int(ends))])
-        *work_counts, any_ends = strategy.sum(counts).tolist()
-        if any_ends:
-            break
-        work = Work(*work_counts)
+    for step_batch, work in steps:
         step, eval_loss = step + 1, None
         learning_rate = float(scheduler.get_last_lr()[0])
         buffer.diagnose = partial(first_bad_module, strategy.model, step_batch, device)
@@ -191,17 +197,14 @@ def evaluate(
     during it. Collective."""
     strategy.model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    targets, any_stops = 0, 0
-    for step_batch in map(loader.step_batch, range(loader.steps_per_epoch)):
-        counts = torch.stack([step_batch.target_tokens, torch.tensor(int(stop_requested()))])
-        step_targets, any_stops = strategy.sum(counts).tolist()
-        if any_stops:
-            break
-        targets += step_targets
+    targets, epoch = 0, range(loader.steps_per_epoch)
+    steps = AgreedSteps(loader.step_batch, epoch, strategy.start_sum, stop_requested)
+    for step_batch, work in steps:
+        targets += work.targets
         for micro_batch in step_batch.micro_batches:
             loss += token_loss(strategy.model, micro_batch.to(device))
     strategy.model.train()
-    return None if any_stops else strategy.sum(loss).item() / targets
+    return None if steps.ended else strategy.sum(loss).item() / targets
 
 
 def _is_due(interval: int | None, step: int) -> bool:

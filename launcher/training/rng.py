@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import torch
+from safetensors.torch import load
 
 States = dict[str, torch.Tensor]  # generator → its state
 
@@ -36,3 +37,18 @@ def restore(states: States, device: torch.device) -> None:
     np.random.set_state(numpy_state)
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def join(states: list[bytes]) -> States:
+    """The states of every rank, each a safetensors file in memory, as "RANK/generator"."""
+    return {
+        f"{rank}/{name}": state
+        for rank, each in enumerate(states)
+        for name, state in load(each).items()
+    }
+
+
+def of_rank(states: States, rank: int) -> States:
+    """The states of a rank from what `join` returned."""
+    prefix = f"{rank}/"
+    return {n.removeprefix(prefix): s for n, s in states.items() if n.startswith(prefix)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
 from launcher.distributed.process_group import RankInfo
@@ -33,7 +32,6 @@ class TrainState:
     model: nn.Module  # as the method prepared it, without the strategy's wrapper
     scheduler: Schedule
     rank_info: RankInfo
-    group: dist.ProcessGroup  # all ranks on CPU, only for checkpoints
     origin: dict[str, Any]  # base model, data, ranks, strategy; goes into every trainer.json
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     flops: Flops | None = None  # of the model; None: not known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,7 @@ def test_the_next_step_is_prefetched(rows: TokenizedRows) -> None:
             asked.append(step)
             return loader.step_batch(step)
 
-    ahead = Prefetcher(Counted(), pin_memory=False)  # type: ignore[arg-type]
+    ahead = Prefetcher(Counted(), torch.device("cpu"))  # type: ignore[arg-type]
     for step in (4, 5, 6, 2):
         found, expected = ahead.step_batch(step), loader.step_batch(step)
         for ours, theirs in zip(found.micro_batches, expected.micro_batches, strict=True):
@@ -209,3 +210,16 @@ def test_the_next_step_is_prefetched(rows: TokenizedRows) -> None:
     ahead.step_batch(3)
     assert asked[:4] == [4, 5, 6, 7]
     assert asked.count(2) == asked.count(3) == 1
+
+
+def test_the_thread_that_pins_batches_uses_the_gpu_of_the_rank(
+    rows: TokenizedRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The current GPU of a new thread is number 0."""
+    used: list[tuple[str, torch.device]] = []
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda gpu: used.append((threading.current_thread().name, gpu))
+    )
+    monkeypatch.setattr(MicroBatch, "pin_memory", lambda batch: batch)
+    Prefetcher(deal(rows), torch.device("cuda", 3)).step_batch(0)
+    assert used == [("data_0", torch.device("cuda", 3))]

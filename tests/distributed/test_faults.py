@@ -73,8 +73,11 @@ def go_on(rank_info: RankInfo, case: Case, folder: Path) -> tuple[int, list[floa
 KILLS = {
     "before a file is written": ("full", (0, "os.mkdir", r"\.step-000002\.partial")),
     "in a shard": ("full", (1, "open", r"\.step-000002\.partial/model/__1_")),
-    "between model and optimizer": ("full", (0, "open", r"\.step-000002\.partial/optimizer/")),
-    "at the random states": ("full", (1, "open", r"\.step-000002\.partial/rng")),
+    "between shards and their metadata": (
+        "full",
+        (0, "open", r"\.step-000002\.partial/model/\.metadata"),
+    ),
+    "at the random states": ("full", (0, "open", r"\.step-000002\.partial/rng")),
     "after the adapter": (
         "lora",
         (0, "open", r"\.step-000002\.partial/optimizer\.safetensors"),
@@ -130,11 +133,11 @@ def remove(path: Path) -> str:
 DAMAGES = [
     ("lora", "adapter/adapter_model.safetensors", flip),
     ("lora", "optimizer.safetensors", truncate),
-    ("lora", "rng/rank-01.safetensors", remove),
+    ("lora", "rng.safetensors", remove),
     ("lora", "trainer.json", flip),
     ("full", "model/.metadata", truncate),
     ("full", "model/__1_0.distcp", flip),
-    ("full", "optimizer/__0_0.distcp", remove),
+    ("full", "model/__0_0.distcp", remove),
 ]
 
 

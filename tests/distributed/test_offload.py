@@ -14,6 +14,7 @@ from torch import nn
 from launcher.config.schema.precision import PrecisionConfig
 from launcher.config.schema.strategy import STRATEGIES
 from launcher.config.schema.training import TrainingConfig
+from launcher.distributed.gather import gather_to_main
 from launcher.distributed.process_group import RankInfo
 from launcher.strategy import build_strategy
 from launcher.strategy.precision import precision_of
@@ -182,7 +183,7 @@ def branching(rank_info: RankInfo, name: str) -> list[dict[str, torch.Tensor]] |
         strategy.step(parts.MAX_NORM)
         shards = strategy.weights()
         found.append(
-            strategy.gather(
+            gather_to_main(
                 {n: dataclasses.replace(s, local=s.local.clone()) for n, s in shards.items()}
             )
         )

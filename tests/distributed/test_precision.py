@@ -13,6 +13,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from safetensors.torch import load_file, save_file
 
 from launcher.config.schema.precision import Fp16Config
+from launcher.distributed.gather import gather_to_main
 from launcher.distributed.process_group import RankInfo
 from launcher.errors import UserError
 from launcher.strategy.loss_scale import LossScale
@@ -196,7 +197,7 @@ def stored_in_fp32(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def masters(rank_info: RankInfo, case: Case) -> dict[str, torch.Tensor] | None:
     """The full weights that a run starts with, on rank 0."""
     strategy = parts.set_up(rank_info, case)[0].strategy
-    return strategy.gather(strategy.weights())
+    return gather_to_main(strategy.weights())
 
 
 @pytest.mark.parametrize("layout", [("fsdp", 2, {}), ("zero2", 2, {}), ("zero3", 2, {})])

@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from launcher.distributed.gather import gather_to_main
 from launcher.distributed.process_group import RankInfo
 from launcher.errors import UserError
 from launcher.folders import manifest
@@ -25,22 +26,20 @@ from tests.helpers.layouts import ONE_OF_EACH
 from tests.helpers.parts import Case
 
 
-def count_gathers(rank_info: RankInfo, case: Case) -> tuple[int, int]:
-    """(collectives, elements received) of one gather of the trained parameters."""
+def count_messages(rank_info: RankInfo, case: Case) -> list[int]:
+    """The bytes of each message that this rank sends in one gather of the trained parameters."""
     strategy = parts.set_up(rank_info, case)[0].strategy
-    seen: list[int] = []
-    original = dist.gather
+    sent: list[int] = []
+    original = dist.send
 
     def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        seen.append(tensor.numel())
+        sent.append(tensor.nbytes)
         return original(tensor, *args, **kwargs)
 
-    dist.gather = counted
-    try:
-        strategy.gather(strategy.weights())
-    finally:
-        dist.gather = original
-    return len(seen), sum(seen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "send", counted)
+        gather_to_main(strategy.weights())
+    return sent
 
 
 @pytest.mark.parametrize(("strategy", "world", "options"), ONE_OF_EACH)
@@ -63,15 +62,19 @@ def test_gathered_adapter_gives_the_live_logits_in_peft(
     assert (after - before).abs().max() > 1e-3, "the adapter must do something"
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "zero1", "zero3"])
-def test_gathering_sends_the_adapter_in_one_collective_and_not_the_model(
-    ranks: Any, tiny: Path, rows_file: Path, strategy: str
+@pytest.mark.parametrize(("strategy", "share"), [("fsdp", 2), ("zero1", 2), ("ddp", 0)])
+def test_gathering_sends_each_part_of_the_adapter_once_and_not_the_model(
+    ranks: Any, tiny: Path, rows_file: Path, strategy: str, share: int
 ) -> None:
-    messages, elements = ranks.run(2, count_gathers, Case(tiny, rows_file, strategy=strategy))[0]
+    main, other = ranks.run(2, count_messages, Case(tiny, rows_file, strategy=strategy))
+    assert main == [], "what rank 0 has is not sent"
+    if not share:
+        assert other == []
+        return
     model = parts.plain_model(Case(tiny, rows_file))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert messages == 1
-    assert elements == trained / 2
+    trained = [p.nbytes for p in model.parameters() if p.requires_grad]
+    (message,) = other
+    assert 0 <= message - sum(trained) / share <= 16 * len(trained)
 
 
 @pytest.mark.parametrize(("strategy", "world", "options"), ONE_OF_EACH)

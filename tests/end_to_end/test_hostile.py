@@ -43,7 +43,7 @@ def test_train_does_not_execute_the_metadata_of_the_checkpoint_it_resumes(
 def test_resume_does_not_execute_a_part_of_the_optimizer(run: Path, tmp_path: Path) -> None:
     marker, checkpoint = tmp_path / "marker", Checkpoint(run / "checkpoints/step-000005")
     data = hostile.pickles(marker)["exec"]
-    for file in checkpoint.optimizer.glob("*.distcp"):
+    for file in (checkpoint.path / "optimizer").glob("*.distcp"):
         size = file.stat().st_size
         hostile.write_archive(file, data)
         file.write_bytes(file.read_bytes().ljust(size, b"\0"))

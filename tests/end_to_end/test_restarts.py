@@ -62,7 +62,7 @@ def test_ranks_that_torchrun_restarts_resume_and_finish(
         "import os\nfrom tests.helpers.faults import die_at\n"
         f"is_first = not os.path.exists({str(tmp_path / 'run/logs/attempt-1')!r})\n"
         "if os.environ.get('RANK') == '1' and is_first:\n"
-        "    die_at('open', r'\\.step-000003\\.partial/rng')\n"
+        "    die_at('os.scandir', r'\\.step-000003\\.partial')\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}")
     flags = ["--max-restarts=1", f"--nproc-per-node={2 // agents}", f"--nnodes={agents}"]

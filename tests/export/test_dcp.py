@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from launcher.distributed.gather import gather_to_main
 from launcher.distributed.process_group import RankInfo
 from launcher.errors import UserError
 from tests.helpers import parts
@@ -37,7 +38,7 @@ def test_a_full_run_becomes_a_model_in_the_dtype_of_the_base(
 def trained_weights(rank_info: RankInfo, case: Case) -> dict[str, torch.Tensor]:
     train_state, _ = parts.train(rank_info, case)
     strategy = train_state.strategy
-    trained = strategy.gather(strategy.weights())
+    trained = gather_to_main(strategy.weights())
     assert trained is not None
     return trained
 

@@ -18,7 +18,7 @@ import pytest
 def die_at(event: str, pattern: str) -> None:
     """Kill this process with SIGKILL before it touches a path that matches `pattern`.
 
-    `event` is one of Python's audit events (os.mkdir, open, os.rename, shutil.rmtree); for
+    `event` is one of Python's audit events (os.mkdir, os.scandir, open, os.rename, …); for
     "open", only opening to write counts. It cannot be undone: use it in a process that no later
     test needs.
     """

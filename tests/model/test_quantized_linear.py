@@ -13,11 +13,13 @@ from torch.nn.functional import linear
 
 from launcher.errors import UserError
 from launcher.model.bnb_formats import EightBit, FourBit
-from launcher.model.lazy_weight import read_flat_range, read_full
+from launcher.model.lazy_weight import InParts, alone, read_flat_range, read_full
+from launcher.model.load import Slot
 from launcher.model.quantized_linear import (
     QuantizationFormat,
     QuantizedLinear,
     QuantizedWeight,
+    Scales,
     quantize,
 )
 
@@ -47,6 +49,11 @@ def weight(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> torch
     return made.to(dtype)
 
 
+def scales(form: QuantizationFormat, of: torch.Tensor) -> Scales:
+    maxima = form.block_maxima(of.view(-1, form.block_size(of.shape)))
+    return form.scales(maxima, of.shape)
+
+
 def packed(form: QuantizationFormat, of: torch.Tensor) -> torch.Tensor:
     return read_full(QuantizedWeight(InMemory(of), form, CPU))
 
@@ -67,7 +74,7 @@ def test_4bit_weights_equal_bitsandbytes(
     codes = torch.stack([expected.view(-1) >> 4, expected.view(-1) & 15], dim=1).view(-1).long()
     units = bits.get_4bit_type(kind, device="cpu")[codes].view(-1, 64)
     values = (units * absmax[:, None]).view(shape)
-    found = form.compute_scales(of).dequantize(expected, torch.float32)
+    found = scales(form, of).dequantize(expected, torch.float32)
     # the kernels' fp4 table has a few more digits
     torch.testing.assert_close(found, values, rtol=1e-4 if kind == "fp4" else 0, atol=0)
     assert (found - of.float()).abs().max() < of.abs().max() / 3
@@ -78,7 +85,7 @@ def test_8bit_weights_equal_bitsandbytes(shape: tuple[int, int]) -> None:
     of, form = weight(shape), EightBit()
     expected, absmax, _ = bits.int8_vectorwise_quant(of.half())
     assert torch.equal(packed(form, of), expected)
-    found = form.compute_scales(of).dequantize(expected, torch.float32)
+    found = scales(form, of).dequantize(expected, torch.float32)
     assert torch.equal(found, bits.int8_vectorwise_dequant(expected, absmax))
     assert (found - of.float()).abs().max() <= of.abs().max() / 200
 
@@ -99,9 +106,43 @@ def test_a_rank_quantizes_its_range_like_the_full_weight(
         assert torch.equal(run.view(torch.uint8), whole[begin : begin + count].view(torch.uint8))
 
 
+class Slots:
+    """Weights of one stored matrix, which three ranks read in parts."""
+
+    def __init__(self, model: Model, of: torch.Tensor, in_parts: InParts) -> None:
+        self.in_parts, self.id = in_parts, id(model.up.weight)
+        self.slot = Slot(model.up, "weight", InMemory(of))
+
+    def by_parameter(self) -> dict[int, Slot]:
+        return {self.id: self.slot}
+
+
+def of_three_ranks(count: int, compute: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
+    share = -(-count // 3)
+    begins = [min(share * rank, count) for rank in range(3)]
+    return torch.cat([compute(begin, min(share, count - begin)) for begin in begins])
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("shape", [(48, 80), (2, 64), (16, 4096)])
+def test_scales_that_ranks_compute_in_parts_are_those_of_the_whole_weight(
+    form: QuantizationFormat, shape: tuple[int, int]
+) -> None:
+    of, dequantized = weight(shape), []
+    for in_parts in (alone, of_three_ranks):
+        model = Model()
+        model.up = nn.Linear(shape[1], shape[0], device="meta")
+        quantize(model, form, Slots(model, of, in_parts), CPU, [])  # type: ignore[arg-type]
+        layer = model.up
+        assert isinstance(layer, QuantizedLinear)
+        dequantized.append(layer.scales.dequantize(packed(form, of), torch.float32))
+    assert torch.equal(*dequantized)
+    assert torch.equal(dequantized[0], scales(form, of).dequantize(packed(form, of), torch.float32))
+
+
 def quantized_linear(form: QuantizationFormat, plain: nn.Linear) -> QuantizedLinear:
     of = plain.weight.detach()
-    return QuantizedLinear(plain, packed(form, of), form.compute_scales(of))
+    return QuantizedLinear(plain, packed(form, of), scales(form, of))
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)

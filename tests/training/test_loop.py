@@ -119,15 +119,16 @@ def fit_with(
     return ended, saves.steps, recorder
 
 
-@pytest.mark.parametrize(("stop_at_look", "evaluations"), [(3, 0), (5, 1), (7, 1)])
+@pytest.mark.parametrize(("stop_at_look", "evaluations"), [(3, 0), (5, 0), (6, 1)])
 def test_a_stop_inside_an_evaluation_ends_both_on_all_ranks_with_a_save(
     ranks: Any, tiny: Path, rows_file: Path, stop_at_look: int, evaluations: int
 ) -> None:
-    """A step asks once, and an evaluation of 13 rows in steps of 6 three times."""
+    """Steps 1 and 2 ask before step 1, the evaluation of 13 rows in steps of 6 asks three times,
+    and step 3 asks before step 2."""
     case = Case(tiny, rows_file, strategy="ddp")
     for step, saved, recorder in ranks.run(2, fit_with, case, stop_at_look, None):
-        assert step == 1 + evaluations * (stop_at_look > 5)
-        assert saved == [step]
+        assert step == 1 + evaluations
+        assert saved[-1] == step
         assert len(recorder.evaluations) == evaluations
 
 
@@ -138,7 +139,7 @@ def test_a_save_that_failed_on_one_rank_ends_training_on_all(
         2, fit_with, Case(tiny, rows_file, strategy="ddp"), 1000, 2
     )
     assert here == "no space left"
-    assert (there, saved) == (2, [2]), "nobody steps on; the true Saver raises on all ranks"
+    assert (there, saved) == (3, [2, 3]), "one step on; the true Saver raises on all ranks"
 
 
 def test_evaluation_is_the_mean_over_all_target_tokens(
