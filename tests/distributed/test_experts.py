@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from launcher.distributed.gather import gather_to_main
 from launcher.distributed.process_group import RankInfo
 from launcher.distributed.shards import local_part
 from launcher.model.load import build_model
@@ -89,7 +90,7 @@ def loaded(rank_info: RankInfo, case: Case) -> tuple[int, Any]:
     assert weights is not None
     strategy = new_strategy(config, rank_info)
     strategy.setup(model, weights, lambda trained: torch.optim.SGD([p for _, p, _ in trained]))
-    full = strategy.gather(strategy.weights())
+    full = gather_to_main(strategy.weights())
     return weights.folder.bytes_read, full and {name: t.numpy() for name, t in full.items()}
 
 
@@ -133,7 +134,7 @@ def full_state(rank_info: RankInfo, case: Case, folder: Path, step: int, rows: b
             checkpoints.restore(train_state, folder, step)
     state = train_state.strategy.state()
     parts_of_it = {"weight": state.weights, **state.moments}
-    full = train_state.strategy.gather(
+    full = gather_to_main(
         {
             f"{kind}/{name}": each
             for kind, part in parts_of_it.items()
