@@ -3,6 +3,7 @@ PyTorch loop on the CPU."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from launcher.distributed.process_group import RankInfo
 from launcher.model.attention import fits_varlen
 from tests.helpers import parts
 from tests.helpers.parts import Case
-from tests.helpers.places import Place, placed
+from tests.helpers.places import GPU, TWO_GPUS, Place, placed
 from tests.helpers.pool import RankPool
 
 # All thirteen rows in one step, so that packed and unpacked steps train on the same rows.
@@ -115,14 +116,20 @@ def observed(rank_info: RankInfo, case: Case) -> dict[str, Any]:
     }
 
 
-def check(run: Any, place: Place, models: dict[str, Path], data: Path, cell: Cell) -> None:
+def case_of(place: Place, models: dict[str, Path], data: Path, cell: Cell) -> Case:
     feature, method, strategy = cell
+    return Case(
+        models[feature.model], data, method=method, strategy=strategy,
+        strategy_options=place.options(strategy), **{**STEP, **feature.changes},
+    )  # fmt: skip
+
+
+def check(run: Any, place: Place, models: dict[str, Path], data: Path, cell: Cell) -> None:
+    feature, method, _ = cell
     if feature in NEEDS and not NEEDS[feature]():
         pytest.skip(f"{feature} needs a package that is not installed")
-    options = place.options(strategy)
     plain = Case(models[feature.model], data, method=method, **STEP)
-    case = replace(plain, strategy=strategy, strategy_options=options, **feature.changes)
-    seen = run(observed, case)
+    seen = run(observed, case_of(place, models, data, cell))
     unpacked = sum(run(positions, plain))
     losses = expected(plain)
     for found in seen:
@@ -178,6 +185,12 @@ def test_liger_kernels_give_the_losses_of_a_plain_loop(
         return found
 
     check(run, place, models, rows_file, cell)
+
+
+def test_the_rules_allow_the_cells(all_models: dict[str, Path], rows_file: Path) -> None:
+    for place, cell in itertools.product((GPU, TWO_GPUS), (*CELLS, *LIGER)):
+        case = case_of(place, all_models, rows_file, cell)
+        assert place.refusals(case.config()) == [], (place, case)
 
 
 def test_varlen_attention_knows_the_sizes_of_heads_of_real_models() -> None:

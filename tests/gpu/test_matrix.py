@@ -14,7 +14,7 @@ from tests.helpers import matrix, matrix_checks
 from tests.helpers.matrix import Cell
 from tests.helpers.matrix_checks import RUNNING, Alone
 from tests.helpers.pairs import cover
-from tests.helpers.places import Place, placed
+from tests.helpers.places import GPU, TWO_GPUS, Place, placed
 from tests.helpers.pool import RankPool
 
 ON_CPU = [Cell("lora", "fsdp", "bf16", evaluated=True)]
@@ -46,3 +46,9 @@ def test_cell_trains_like_one_process(
         matrix_checks.check_dtypes(cell, rank)
         assert (rank.steps, rank.evaluations) == (seen[0].steps, seen[0].evaluations)
     matrix_checks.check_shards(cell, seen)
+
+
+def test_the_rules_allow_the_cells(tiny: Path, rows_file: Path) -> None:
+    for place, cells in ((GPU, CELLS), (TWO_GPUS, SHARDED)):
+        for cell in cells:
+            assert place.refusals(cell.config(rows_file, place.ranks)) == [], (place, cell)

@@ -16,7 +16,8 @@ import pytest
 from launcher.folders import manifest
 from tests.helpers.checkpoints import END, STOP, run_steps, save_every_step, six_steps
 from tests.helpers.matrix_checks import ON_GPU
-from tests.helpers.places import Place, placed
+from tests.helpers.parts import Case
+from tests.helpers.places import GPU, Place, placed
 
 OPTIMIZERS = [  # (optimizer, method, strategy)
     *(("adamw_paged", "full", strategy) for strategy in ("ddp", "fsdp", "zero2", "zero3")),
@@ -32,17 +33,27 @@ def bound(place: Place) -> float:
     return ON_GPU["bf16"] if place.on_gpu else 0.0
 
 
+def case_of(
+    model: Path, data: Path, place: Place, optimizer: str, method: str, strategy: str
+) -> Case:
+    return six_steps(
+        model, data, method, strategy, precision="bf16", optimizer=optimizer,
+        strategy_options=place.options(strategy),
+    )  # fmt: skip
+
+
+def test_the_rules_allow_the_optimizers(tiny: Path, rows_file: Path) -> None:
+    for cell in OPTIMIZERS:
+        assert GPU.refusals(case_of(tiny, rows_file, GPU, *cell).config()) == [], cell
+
+
 @pytest.mark.parametrize(
     ("place", "cell"), placed(OPTIMIZERS, on_cpu=[("sgd", "lora", "fsdp")], sharded=[])
 )
 def test_the_state_of_every_optimizer_is_resumed(
     run: Any, tiny: Path, rows_file: Path, tmp_path: Path, place: Place, cell: tuple[str, str, str]
 ) -> None:
-    optimizer, method, strategy = cell
-    case = six_steps(
-        tiny, rows_file, method, strategy, precision="bf16", optimizer=optimizer,
-        strategy_options=place.options(strategy),
-    )  # fmt: skip
+    case = case_of(tiny, rows_file, place, *cell)
     (whole, *_) = run(run_steps, case, tmp_path / "whole", 0, END)
     (first, *_) = run(run_steps, case, tmp_path / "parts", 0, STOP)
     (second, *_) = run(run_steps, case, tmp_path / "parts", STOP, END)

@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+from launcher.config import Config
+from launcher.config.rules.rule import Machine, World
+from launcher.config.rules.table import broken_rules
+
 
 @dataclass(frozen=True)
 class Place:
@@ -26,6 +30,12 @@ class Place:
         if strategy == "hsdp":
             return {"shard_size": self.ranks}
         return {"persistence_threshold": 0} if strategy.startswith("zero3") else {}
+
+    def refusals(self, config: Config) -> list[str]:
+        """The rules that `config` breaks here, if every package is installed."""
+        gpus = self.ranks if self.on_gpu else 0
+        machine = Machine(gpus=gpus, flash_attention=True, liger=True)
+        return broken_rules(config, World(1, self.ranks, machine))
 
     @property
     def marks(self) -> list[pytest.MarkDecorator]:
