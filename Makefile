@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format reference
+.PHONY: help demo test test-all test-gpu test-gpus check format reference
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(VENV)/user: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,12 @@ test: $(VENV)/developer  ## the test suite (about 22 minutes on 2 cores)
 test-all: $(VENV)/developer  ## every cell of every grid, not the pairs alone (an hour)
 	$(BIN)/shardway fetch smollm2_135m
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ""
+
+test-gpu: $(VENV)/developer  ## the tests on one GPU
+	$(BIN)/python -m pytest tests/gpu -n 0 -m "gpu and not multi_gpu"
+
+test-gpus: $(VENV)/developer  ## the tests on two GPUs
+	$(BIN)/python -m pytest tests/gpu -n 0 -m multi_gpu
 
 check: $(VENV)/developer  ## lint, formatting, types, layers
 	$(BIN)/ruff check .

@@ -248,6 +248,9 @@ def check(command: Command, folder: Path, tiny: Path) -> None:
         train_dry(["cluster=slurm", *ranks_of(words[:at]), *words[at + 1 :]], folder, tiny)
     elif "=" in program:  # the rest of the command above it
         train_dry(["cluster=slurm", program, *words], folder, tiny)
+    elif program == "bash":
+        usage = (CHECKOUT / words[0]).read_text().partition("set -euo pipefail")[0]
+        assert all(f"{words[0]} {word}" in usage for word in words[1:])
     else:
         assert program == "python"
         tool = str(CHECKOUT / words[0])

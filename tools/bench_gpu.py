@@ -2,6 +2,7 @@
 
     python tools/bench_gpu.py --peak-tflops 989        shape of Llama-3-8B, rows of 4,096 tokens
     python tools/bench_gpu.py --rows lora qlora        only these rows
+    python tools/bench_gpu.py --rows lora --json       one line of JSON per row instead of the table
     python tools/bench_gpu.py --shape tiny             the same on a CPU, to check that it runs
 
 The model (tools/random_model.py) and the text are random, which does not change the speed. The
@@ -21,7 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,13 @@ from bench_process import Family, peak_rss, watch
 
 import launcher
 from launcher.cluster.gpus import visible_gpus
-from launcher.config import store
 from launcher.errors import UserError
 
 Record = dict[str, Any]
 GB = 1e9
 CHECKOUT = Path(launcher.__file__).resolve().parent.parent
 SEED = 42
-LENGTHS = {"8b": 4096, "tiny": 64}  # tokens per row
+LENGTHS = {"8b": 4096, "1b": 4096, "tiny": 64}  # tokens per row
 BASE = {"method": "lora", "strategy": "single", "precision": "bf16", "scheduler": "constant"}
 FULL = {"method": "full", "precision": "pure_bf16", "optimizer": "adamw_8bit"}
 
@@ -60,7 +60,6 @@ ROWS = (
     Row("liger-kernels", {"training.kernels": "liger"}),
     Row("liger", {"training.loss": "liger", "training.kernels": "liger"}),
     Row("compile", {"training.compile": "on"}),
-    Row("unfused", {"optimizer.fused": False}),
     Row("log-every-10", {"training.log_steps": 10}),
     Row("short-padded", {}, short=True),
     Row("short-packed", {"data.packing": True}, short=True),
@@ -75,6 +74,32 @@ class Seen:
     peak: int = 0  # bytes
 
 
+@dataclass
+class Figures:
+    """A row of the table; with `failed`, the reason why it has no figures."""
+
+    row: str
+    changes: str
+    tokens_per_second: float | None = None
+    mfu: float | None = None  # None without --peak-tflops, and for texts of uneven length
+    peak: int | None = None  # bytes
+    measured: int | None = None  # bytes: the peak that the rank measures itself
+    plan: int | None = None  # bytes: the peak from `shardway plan`
+    failed: str = ""
+    no_plan: str = "--no-plan"  # why there is no plan
+
+    def line(self) -> str:
+        """The row as Markdown."""
+        head = f"| {self.row} | {self.changes} |"
+        if self.tokens_per_second is None or self.peak is None or self.measured is None:
+            return f"{head} failed: {self.failed.replace('|', '/')} | | | |"
+        mfu = "–" if self.mfu is None else f"{self.mfu:.1%}"
+        plan = f"none: {self.no_plan}".replace("|", "/")
+        if self.plan is not None:
+            plan = f"{self.plan / GB:.2f} GB ({self.plan / self.measured - 1:+.0%})"
+        return f"{head} {self.tokens_per_second:,.0f} | {mfu} | {self.peak / GB:.2f} GB | {plan} |"
+
+
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the training process, too
     arguments = parser().parse_args()
@@ -86,51 +111,59 @@ def main() -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    """Print the table, each row as soon as it is measured."""
+    """Print the table, or with --json the figures, each row as soon as it is measured."""
     if arguments.shape != "tiny" and not visible_gpus():
         raise UserError(f"--shape {arguments.shape} needs a GPU, and none is seen → --shape tiny")
     length = LENGTHS[arguments.shape]
     with tempfile.TemporaryDirectory(dir=arguments.scratch, prefix="bench-gpu-") as scratch:
         folder = Path(scratch)
-        model = folder / "model"
-        random_model.make(arguments.shape, model)
+        if arguments.model is None:
+            arguments.model = folder / "model"
+        if not arguments.model.exists():
+            random_model.make(arguments.shape, arguments.model)
         texts(folder, arguments.steps * arguments.batch, length)
-        print(f"{arguments.shape}, rows of {length} tokens, {arguments.batch} a step")
-        print("| row | changes | tokens/s | MFU | peak | plan (error) |\n|---|---|--:|--:|--:|--:|")
+        if not arguments.json:
+            print(f"{arguments.shape}, rows of {length} tokens, {arguments.batch} a step")
+            print("| row | changes | tokens/s | MFU | peak | plan (error) |")
+            print("|---|---|--:|--:|--:|--:|")
         for row in ROWS:
             if row.name in (arguments.rows or [row.name]):
-                print(cells(row, folder, length, arguments), flush=True)
+                figures = measure(row, folder, length, arguments)
+                line = json.dumps(asdict(figures)) if arguments.json else figures.line()
+                print(line, flush=True)
 
 
-def cells(row: Row, folder: Path, length: int, arguments: argparse.Namespace) -> str:
-    """Run a row and return its line of the table."""
-    head = f"| {row.name} | {' '.join(said(row.changes))} |"
-    for key in row.changes:
-        if "." in key and key not in store.setting_names(key.partition(".")[0]):
-            return f"{head} not run: {store.describe_unknown(key)} | | | |"
+def measure(row: Row, folder: Path, length: int, arguments: argparse.Namespace) -> Figures:
+    """Run a row."""
     (run := folder / row.name).mkdir()
+    figures = Figures(row.name, " ".join(said(row.changes)))
     seen = train(row, folder, run, length, arguments)
     timed = seen.records[arguments.warm_up - 1 :]
     if len(timed) < 2:
-        return f"{head} failed: {last_words(run)} | | | |"
-    speed = rate(timed)
-    full = BASE["method"] == "full" or row.changes.get("method") == "full"
-    flops = flops_per_token(arguments.shape, length, full)
-    mfu = f"{speed * flops / (arguments.peak_tflops * 1e12):.1%}" if arguments.peak_tflops else "–"
-    figures = f"{speed:,.0f} | {'–' if row.short else mfu} | {seen.peak / GB:.2f} GB"
-    return f"{head} {figures} | {planned(row, folder, length, seen, arguments)} |"
+        figures.failed = last_words(run)
+        return figures
+    figures.tokens_per_second = rate(timed)
+    figures.peak, figures.measured = seen.peak, seen.records[-1]["peak_memory_bytes"]
+    if arguments.peak_tflops and not row.short:
+        is_full = {**BASE, **row.changes}["method"] == "full"
+        flops = figures.tokens_per_second * flops_per_token(arguments.shape, length, is_full)
+        figures.mfu = flops / (arguments.peak_tflops * 1e12)
+    if arguments.plan:
+        figures.plan, figures.no_plan = planned(row, folder, length, arguments)
+    return figures
 
 
-def planned(row: Row, folder: Path, length: int, seen: Seen, arguments: argparse.Namespace) -> str:
-    """The peak from `shardway plan`, and its relative difference from the measured peak."""
+def planned(
+    row: Row, folder: Path, length: int, arguments: argparse.Namespace
+) -> tuple[int | None, str]:
+    """The peak in bytes from `shardway plan`, or None and the reason."""
     words = [sys.executable, "-m", "launcher.cli", "plan", "--json"]
     words += [*overrides(row, folder, length, arguments), "cluster.nproc_per_node=1"]
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     if done.returncode == 2:
-        return f"none: {done.stderr.strip().splitlines()[-1]}".replace("|", "/")
-    peak = json.loads(done.stdout)["peak"]
-    return f"{peak / GB:.2f} GB ({peak / seen.records[-1]['peak_memory_bytes'] - 1:+.0%})"
+        return None, done.stderr.strip().splitlines()[-1]
+    return int(json.loads(done.stdout)["peak"]), ""
 
 
 def train(row: Row, folder: Path, run: Path, length: int, arguments: argparse.Namespace) -> Seen:
@@ -161,7 +194,7 @@ def overrides(row: Row, folder: Path, length: int, arguments: argparse.Namespace
     """The Shardway overrides of a row."""
     settings = {
         **BASE,
-        "model.name_or_path": folder / "model",
+        "model.name_or_path": arguments.model,
         "data": "alpaca" if row.short else "pretrain",
         "data.path": folder / ("short.json" if row.short else "full.txt"),
         "data.max_length": length,
@@ -226,9 +259,9 @@ def gpu_bytes() -> int | None:
 
 
 def last_words(run: Path) -> str:
-    """The last line of the log of a run, as a table cell."""
+    """The last line of the log of a run."""
     lines = (run / "log.txt").read_text(errors="replace").strip().splitlines()
-    return (lines or ["it said nothing"])[-1][-160:].replace("|", "/")
+    return (lines or ["it said nothing"])[-1][-160:]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -236,7 +269,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = [row.name for row in ROWS]
-    made.add_argument("--shape", choices=list(random_model.SHAPES), default="8b")
+    made.add_argument("--shape", choices=list(LENGTHS), default="8b")
     made.add_argument("--rows", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     made.add_argument("--steps", type=int, default=30)
     made.add_argument("--warm-up", type=int, default=10, help="steps that are not timed")
@@ -245,6 +278,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seconds", type=float, default=600.0, help="of a row, at most")
     made.add_argument("--peak-tflops", type=float, help="of the GPU, dense bf16: 989 on an H100")
     made.add_argument("--scratch", type=Path, help="a folder with room for the model")
+    made.add_argument(
+        "--model", type=Path, help="a model of that shape, made there if it does not exist and kept"
+    )
+    made.add_argument("--no-plan", dest="plan", action="store_false", help="do not plan the rows")
+    made.add_argument("--json", action="store_true", help="print one line of JSON per row")
     return made
 
 

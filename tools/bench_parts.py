@@ -48,6 +48,15 @@ def _rank(rank: int, bench: Callable[..., None], ranks: int, port: int, *words: 
     dist.destroy_process_group()
 
 
+def alone() -> RankInfo:
+    """Make this process the only rank of a process group, on the first GPU if there is one."""
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    cuda = torch.cuda.is_available()
+    rank_info = RankInfo(0, 0, 1, 1, torch.device("cuda", 0) if cuda else torch.device("cpu"))
+    init_process_group(rank_info, dist.HashStore())
+    return rank_info
+
+
 def config_of(
     folder: Path, strategy: str, method: str, precision: str = "fp32", **sections: dict[str, Any]
 ) -> Config:

@@ -10,13 +10,13 @@ affects both. The ratio is computed for each pair of steps; quote its median.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import bench_parts
 import torch
 import torch.distributed as dist
 from bench_parts import config_of, train_state
@@ -29,7 +29,7 @@ from launcher.config.schema.method import LoraConfig
 from launcher.data.build import build_loaders
 from launcher.data.collate import IGNORED, MicroBatch
 from launcher.data.loader import Loader
-from launcher.distributed.process_group import RankInfo, init_process_group
+from launcher.distributed.process_group import RankInfo
 from launcher.folders import paths
 from launcher.method import build_method
 from launcher.model.tokenizer import load_tokenizer
@@ -45,7 +45,7 @@ STEPS = 100  # of the schedule
 def main() -> None:
     arguments = _parser().parse_args()
     folder = fetch(arguments.model)
-    rank_info = _alone()
+    rank_info = bench_parts.alone()
     config = _config(folder, arguments)
     loader = _loader(config)
     arms = {
@@ -174,15 +174,6 @@ def _three(values: list[float], digits: int) -> str:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _alone() -> RankInfo:
-    """Create a process group with one rank."""
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-    cuda = torch.cuda.is_available()
-    rank_info = RankInfo(0, 0, 1, 1, torch.device("cuda", 0) if cuda else torch.device("cpu"))
-    init_process_group(rank_info, dist.HashStore())
-    return rank_info
 
 
 def _config(folder: Path, arguments: argparse.Namespace) -> Config:

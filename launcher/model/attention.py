@@ -6,9 +6,9 @@ makes the host wait for the device. An attention function without a mask functio
 gets None instead (transformers.masking_utils), and then computes with `is_causal`.
 
 Packed sequences have several documents, which must not attend to each other. Their attention is
-computed for each document: on a GPU in half precision by torch's varlen kernel, otherwise one after
-the other. Other architectures get transformers' own mask for packed rows, [length, length] for each
-sequence of a micro-batch.
+computed for each document: on a GPU in half precision by torch's varlen kernel if it knows the size
+of the heads, otherwise one after the other. Other architectures get transformers' own mask for
+packed rows, [length, length] for each sequence of a micro-batch.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def packed_attention(
     """
     rows, heads, length, size = query.shape
     flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
-    is_half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.is_cuda and is_half and not dropout and cu_seq_lens_q is not None:
+    has_kernel = fits_varlen(query.dtype, size)
+    if query.is_cuda and has_kernel and not dropout and cu_seq_lens_q is not None:
         from torch.nn.attention.varlen import varlen_attn
 
         left_window = -1 if sliding_window is None else sliding_window - 1
@@ -94,6 +94,11 @@ def packed_attention(
         lengths = document_lengths or (length,) * rows
         out = _attend_by_document(flat, lengths, scaling, dropout, sliding_window)
     return out.view(rows, length, heads, size), None
+
+
+def fits_varlen(dtype: torch.dtype, size: int) -> bool:
+    """Whether flash attention, which the varlen kernel is, computes heads of `size` in `dtype`."""
+    return dtype in (torch.float16, torch.bfloat16) and size % 8 == 0 and size <= 256
 
 
 def _attend_by_document(

@@ -20,7 +20,7 @@ from launcher.io.readers.dcp import read_index
 from launcher.run import resume
 from launcher.training.state import Progress
 from tests.helpers import checkpoints, parts
-from tests.helpers.checkpoints import END, STOP, run_steps, six_steps
+from tests.helpers.checkpoints import END, STOP, run_steps, save_every_step, six_steps
 from tests.helpers.layouts import ONE_OF_EACH, pairwise
 from tests.helpers.parts import Case
 
@@ -62,15 +62,6 @@ def test_any_strategy_resumes_on_any_number_of_ranks(
     case = dataclasses.replace(case, strategy=after[0])
     found = ranks.run(after[1], run_steps, case, tmp_path / "parts", STOP, END)[0]
     assert found == pytest.approx(whole[STOP:], rel=1e-5)
-
-
-def save_every_step(rank_info: RankInfo, case: Case, folder: Path) -> list[float]:
-    """Train without a stop, with a save in the background after every step."""
-    train_state, loader = parts.set_up(rank_info, case)
-    saver = checkpoints.saver(train_state, case.config(), folder, async_save=True)
-    recorder = parts.Recorder()
-    parts.fit(train_state, loader, parts.plan(END, save_steps=1), recorder, saver)
-    return recorder.column("loss")
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,15 @@ def run_steps(
     return train_from(rank_info, case, folder, first, last, **options)[1]
 
 
+def save_every_step(rank_info: RankInfo, case: Case, folder: Path) -> list[float]:
+    """Train without a stop, with a save in the background after every step."""
+    train_state, loader = parts.set_up(rank_info, case)
+    checkpoints = saver(train_state, case.config(), folder, async_save=True)
+    recorder = parts.Recorder()
+    parts.fit(train_state, loader, parts.plan(END, save_steps=1), recorder, checkpoints)
+    return recorder.column("loss")
+
+
 def save_and_answer(rank_info: RankInfo, case: Case, folder: Path) -> torch.Tensor:
     """Train to the end and save a checkpoint; return the logits of the trained model."""
     train_state, _ = train_from(rank_info, case, folder, 0, case.steps)

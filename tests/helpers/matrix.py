@@ -46,7 +46,6 @@ PRECISIONS: dict[str, tuple[str, ...]] = {
     "pure_bf16": ("precision=pure_bf16",),
 }
 STRATEGY_WORDS: dict[str, tuple[str, ...]] = {
-    "hsdp": ("strategy.shard_size=2",),
     "zero3": ("strategy.persistence_threshold=0",),  # otherwise such a small model is not sharded
     "zero3_offload": ("strategy.persistence_threshold=0",),
 }
@@ -74,18 +73,19 @@ class Cell(NamedTuple):
         ranks = RANKS[self.strategy] if self.strategy in RANKS else 2
         return World(nodes=1, nproc_per_node=ranks)
 
-    @property
-    def shards(self) -> dict[str, int]:
-        """Ranks that share one copy of the model's parameters, and of the trained state: master
-        weights and moments."""
-        ranks = 2 if self.strategy == "hsdp" else self.world.size
+    def shards(self, ranks: int) -> dict[str, int]:
+        """How many of `ranks` share one copy of the model's parameters, and of the trained state:
+        master weights and moments."""
+        ranks = min(2, ranks) if self.strategy == "hsdp" else ranks
         return {
             "model": ranks if self.strategy.startswith(("fsdp", "hsdp", "zero3")) else 1,
             "learned": 1 if self.strategy in ("single", "ddp") else ranks,
         }
 
-    def config(self, data: Path) -> Config:
-        """The configuration that the command line composes for these choices."""
+    def config(self, data: Path, ranks: int | None = None) -> Config:
+        """The configuration that the command line composes for these choices. `ranks`: None: as
+        many as in `world`."""
+        ranks = ranks or self.world.size
         rest = composed(
             f"data.path={data}",
             "data.max_length=96",
@@ -101,7 +101,9 @@ class Cell(NamedTuple):
             "scheduler.warmup_steps=3",
         )
         words = STRATEGY_WORDS[self.strategy] if self.strategy in STRATEGY_WORDS else ()
-        micro = max(1, ROWS // self.world.size // (2 if self.accumulated else 1))
+        if self.strategy == "hsdp":
+            words = (f"strategy.shard_size={min(2, ranks)}",)
+        micro = max(1, ROWS // ranks // (2 if self.accumulated else 1))
         return dataclasses.replace(
             rest,
             method=composed(*METHODS[self.method]).method,
@@ -196,7 +198,7 @@ def _fingerprint(train_state: TrainState) -> str:
     digest = xxhash.xxh3_128()
     for shards in (state.weights, *state.moments.values()):
         for shard in shards.values():
-            digest.update(shard.local.contiguous().view(torch.uint8).numpy())
+            digest.update(shard.local.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -64,6 +64,7 @@ class Case:
     micro_batch_size: int = 1
     packing: bool = False
     training_options: Options = field(default_factory=dict)
+    model_options: Options = field(default_factory=dict)
 
     def __hash__(self) -> int:
         return hash(repr(self))  # options are mappings; equal ones may be cached separately
@@ -76,7 +77,7 @@ class Case:
         rates = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
         return replace(
             defaults,
-            model=replace(defaults.model, name_or_path=str(self.model)),
+            model=replace(defaults.model, name_or_path=str(self.model), **self.model_options),
             data=replace(
                 defaults.data,
                 path=str(self.data),

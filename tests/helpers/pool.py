@@ -1,4 +1,4 @@
-"""A pool of gloo ranks: start processes once, run functions on them for a second each."""
+"""A pool of ranks: start processes once, run functions on them for a second each."""
 
 from __future__ import annotations
 
@@ -32,11 +32,16 @@ class RankPool:
     unknown; the next `run` starts new ones. For an expected error there is `message_of_error`."""
 
     def __init__(
-        self, size: int, method: str = "spawn", preloaded: Sequence[str] = PRELOADED
+        self,
+        size: int,
+        method: str = "spawn",
+        preloaded: Sequence[str] = PRELOADED,
+        device: str = "cpu",
     ) -> None:
         """`method="forkserver"`: every pool after the first starts at once, for ranks that will be
-        killed. `preloaded`: modules that ranks import when they start."""
-        self._size, self._preloaded = size, list(preloaded)
+        killed. `preloaded`: modules that ranks import when they start. `device="cuda"`: each rank
+        has the GPU of its number."""
+        self._size, self._preloaded, self._device = size, list(preloaded), device
         self._context = multiprocessing.get_context(method)
         multiprocessing.set_forkserver_preload(self._preloaded)
         self._scratch = tempfile.TemporaryDirectory(prefix="shardway-ranks-")
@@ -71,7 +76,7 @@ class RankPool:
     def _start(self) -> None:
         for rank in range(self._size):
             ours, theirs = self._context.Pipe()
-            arguments = (theirs, rank, self._preloaded)
+            arguments = (theirs, rank, self._preloaded, self._device)
             process = self._context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()  # otherwise the pipe stays open after the rank dies
@@ -118,7 +123,7 @@ def message_of_error(rank_info: Any, function: Callable[..., Any], *args: Any) -
     raise AssertionError(f"{function.__name__} raised no UserError")
 
 
-def _serve(pipe: Connection, rank: int, preloaded: list[str]) -> None:
+def _serve(pipe: Connection, rank: int, preloaded: list[str], device: str) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -130,13 +135,15 @@ def _serve(pipe: Connection, rank: int, preloaded: list[str]) -> None:
     while (task := pipe.recv()) is not None:
         function, args, world, store = task
         try:
-            pipe.send((True, _in_group(rank, world, store, function, args)))
+            pipe.send((True, _in_group(rank, world, store, device, function, args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
     os._exit(0)  # a regular exit takes seconds
 
 
-def _in_group(rank: int, world: int, store: str, function: Callable[..., Any], args: Any) -> Any:
+def _in_group(
+    rank: int, world: int, store: str, device: str, function: Callable[..., Any], args: Any
+) -> Any:
     import torch
     import torch.distributed as dist
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
@@ -144,12 +151,21 @@ def _in_group(rank: int, world: int, store: str, function: Callable[..., Any], a
     from launcher.distributed.process_group import RankInfo
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    place = torch.device("cuda", rank) if device == "cuda" else torch.device(device)
+    backend, bound = "gloo", None
+    if device == "cuda":
+        torch.cuda.set_device(place)
+        backend, bound = "cpu:gloo,cuda:nccl", place
     try:
         dist.init_process_group(
-            "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world
+            backend,
+            store=dist.FileStore(store, world),
+            rank=rank,
+            world_size=world,
+            device_id=bound,
         )
         dist.barrier()  # a rank that finishes early would disconnect one that is still connecting
-        return function(RankInfo(rank, rank, world, world, torch.device("cpu")), *args)
+        return function(RankInfo(rank, rank, world, world, place), *args)
     finally:
         _forget_deepspeed()
         _clear_sharding_prop_cache()  # it keeps meshes, which keep groups
@@ -157,6 +173,8 @@ def _in_group(rank: int, world: int, store: str, function: Callable[..., Any], a
             dist.destroy_process_group()
         dist.distributed_c10d._world.group_count = 0  # a failed start has incremented it
         gc.collect()  # groups in cycles keep their sockets: hundreds in a session
+        if device == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _forget_deepspeed() -> None:
