@@ -28,7 +28,7 @@ def main(config: Config, overrides: list[str], memory: Memory, options: argparse
     gpu = _gpu(options)
     plannable, changes = make_plannable(config)
     world, notes = plannable_world(plannable)
-    typed = [key_of(word) for word in overrides if "=" in word]
+    typed = [key_of(word) for word in overrides if "=" in word and not word.endswith("=auto")]
     if sys.stderr.isatty():
         print(f"searching for {world.size} ranks …", file=sys.stderr, flush=True)
     with Tracers(world) as tracers:

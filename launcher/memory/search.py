@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.cluster.gpu_specs import GpuSpec
-from launcher.config import Config
+from launcher.config import Config, store
 from launcher.config.rules.rule import World
 from launcher.config.rules.table import broken_rules
 from launcher.config.schema.method import FreezeConfig, LoraConfig
@@ -74,15 +74,19 @@ class Search:
         self.notes: list[str] = []
         # The amounts under one strategy, at the corners of recomputation and rows.
         self._corners: dict[Point, Amounts] = {}
+        self._are_allowed = False  # some configurations, by the rules
+        self._problems: dict[str, None] = {}  # what the rules say about the others
 
     def run(self, gpu: GpuSpec) -> list[FoundRun]:
         """The configurations that fit, the fastest first; the first of equals is the one that
-        leaves more memory."""
+        leaves more memory. Raises ConfigError if the rules refuse all of them."""
         found: list[FoundRun] = []
         for strategies, precision in self._tiers():
             found = list(self._tier(strategies, precision, gpu))
             if found:
                 break
+        if not self._are_allowed:
+            raise store.ConfigError([*self._problems])
         return sorted(found, key=lambda run: (-run.tokens_per_second, run.peak, run.overrides))
 
     def _tiers(self) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -135,6 +139,8 @@ class Search:
         """Choices of recomputation, the one that needs the least memory last."""
         if self._is_typed(RECOMPUTE):
             return (self.config.training.activation_checkpointing,)
+        if isinstance(self.config.method, FreezeConfig):  # it keeps activations of few layers
+            return (RECOMPUTED[0], RECOMPUTED[-1])
         return RECOMPUTED
 
     def _varied(self, strategy: str, precision: str, point: Point) -> Config:
@@ -159,7 +165,10 @@ class Search:
                 return False  # single
             if world.nodes == 1 and name == "hsdp":
                 return False  # fsdp
-        return not broken_rules(config, world, RULES)
+        problems = broken_rules(config, world, RULES)
+        self._problems |= dict.fromkeys(problems)
+        self._are_allowed |= not problems
+        return not problems
 
     def _estimate(self, config: Config, amounts: Amounts) -> Estimate:
         rows = self.world.size * config.training.micro_batch_size

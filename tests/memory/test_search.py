@@ -91,8 +91,9 @@ def test_a_search_finds_the_memory_of_whole_dry_runs(
     search = search_of(asked, tracers, "strategy", "precision")
     found = {tuple(each.overrides): each for each in search.run(H100)}
     assert search.notes == []
-    assert len(found) == 4 * 3  # rows, recomputation
-    for recompute, rows in (("off", 8), ("2", 4)):
+    choices = ["off", "2", "full"] if method != "freeze" else ["off", "full"]
+    assert len(found) == 4 * len(choices)  # rows, recomputation
+    for recompute, rows in (("off", 8), (choices[-2], 4)):
         settings = {"micro_batch_size": rows, "activation_checkpointing": recompute}
         training = dataclasses.replace(asked.training, **settings)  # type: ignore[arg-type]
         exact = whole(dataclasses.replace(asked, training=training), tracers).amounts
@@ -155,6 +156,12 @@ def test_offloading_is_tried_where_nothing_else_fits(tmp_path: Path) -> None:
     assert ("fsdp", "pure_bf16") in tried
     assert search(Memory(gpu=500, host=RANKS * 1000 - 100)) == []
     assert ("zero3_offload", "pure_bf16") not in tried  # refused by a rule
+
+
+def test_a_search_reports_rules_that_refuse_everything(tmp_path: Path, tracers: Tracers) -> None:
+    asked = config(tmp_path, method={"name": "lora", "dora": True, "pissa": True})
+    with pytest.raises(store.ConfigError, match="pissa-without-dora"):
+        search_of(asked, tracers, "strategy").run(H100)
 
 
 @pytest.mark.parametrize(
