@@ -21,7 +21,7 @@ COMMANDS = {
     "serve": ("launcher.commands.serve", "serve an exported folder with an OpenAI-compatible API"),
     "fetch": ("launcher.commands.fetch", "download the demo model (or the tiny test model)"),
     "data": ("launcher.commands.data_preview", "preview rows, loss mask, lengths and padding"),
-    "plan": ("launcher.commands.plan", "estimate the memory that a run needs; no GPU, no weights"),
+    "plan": ("launcher.commands.plan", "memory that a run needs, or what fits (--search); no GPU"),
     "schedule": ("launcher.commands.schedule", "draw the learning rate over the steps"),
     "runs": ("launcher.commands.runs", "list runs: state, step, loss, time left, job"),
     "stop": ("launcher.commands.stop", "stop a run at its next step, with a checkpoint"),

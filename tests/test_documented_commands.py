@@ -23,13 +23,13 @@ from hydra.errors import HydraException
 from launcher import train
 from launcher.cli import COMMANDS
 from launcher.cluster import preflight
-from launcher.commands import plan
 from launcher.config import Config, store
 from launcher.config.compose import compose, compose_command_line
 from launcher.config.rules.rule import Machine, World
 from launcher.config.rules.table import broken_rules
 from launcher.errors import UserError
 from launcher.folders.model import is_hub_id
+from launcher.memory import planning
 from tests.helpers.documented import CHECKOUT, Command, commands
 
 # Programs that are not ours, or that change the machine: only their name is checked.
@@ -217,7 +217,7 @@ def check_composed(verb: str, options: argparse.Namespace, words: list[str], tin
     for config in compose_typed(["--multirun"] * getattr(options, "multirun", False) + words):
         if verb == "data":
             write_files(config, tiny)
-        assert verb != "plan" or not broken_rules(config, world_of(config), plan.RULES)
+        assert verb != "plan" or not broken_rules(config, world_of(config), planning.RULES)
         assert verb != "schedule" or options.steps or config.training.max_steps
 
 

@@ -16,13 +16,12 @@ import argparse
 import bench_parts
 from bench_parts import MB, config_of, train_state
 
-from launcher.commands import plan
 from launcher.commands.fetch import MODELS, fetch
-from launcher.commands.plan import PlannedRun
 from launcher.config import Config
 from launcher.config.schema.strategy import STRATEGIES
 from launcher.distributed.process_group import RankInfo
 from launcher.memory.dry_run import STEPS, longest_step_batch
+from launcher.memory.planning import PlannedRun, plan_run
 from launcher.training.loop import train_step
 
 
@@ -42,7 +41,7 @@ def main() -> None:
                 training={"global_batch_size": ranks, "micro_batch_size": 1},
                 cluster={"name": "local", "nproc_per_node": ranks},
             )
-            planned = plan.plan_run(config)
+            planned = plan_run(config)
             bench_parts.spawn(training, ranks, config, planned)
         print()
 

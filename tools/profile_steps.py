@@ -95,7 +95,7 @@ def profile_run(config: Config, warm_up: int, trace: Path | None) -> Profile:
         *(config.data, config.training, tokenizer, 0, 1), say=_ignore, check=lambda: None
     ).training
     state = bench_parts.train_state(rank_info, config)
-    recorded = RecordedSteps(Prefetcher(rows, pin_memory=rank_info.device.type == "cuda"), warm_up)
+    recorded = RecordedSteps(Prefetcher(rows, rank_info.device), warm_up)
     end = warm_up + STEPS + 1  # the recording ends when the next step begins
     training = config.training
     plan = Plan(end, end, training.max_grad_norm, None, None, training.log_steps)

@@ -38,6 +38,14 @@ def gpu_memory() -> int | None:
             return None
 
 
+def gpu_name() -> str | None:
+    """What the driver calls the first visible GPU; None without one."""
+    listed = listed_devices()
+    with _nvml() as nvml:
+        devices = _visible_devices(nvml, listed) if nvml and listed != [] else []
+        return str(nvml.nvmlDeviceGetName(devices[0])) if nvml and devices else None
+
+
 def listed_devices() -> list[int] | list[str] | None:
     """What CUDA reads from `CUDA_VISIBLE_DEVICES`: indices, or names with GPU- or MIG-; None if it
     is not set.

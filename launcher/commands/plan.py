@@ -5,29 +5,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from launcher.cluster.gpus import gpu_memory, visible_gpus
-from launcher.commands.arguments import UNITS, command_parser, parse_size
-from launcher.config import Config, store
+import psutil
+
+from launcher.cluster.gpus import gpu_memory
+from launcher.commands import plan_search
+from launcher.commands.arguments import UNITS, command_parser, number, parse_size
+from launcher.config import Config
 from launcher.config.compose import compose_command_line
-from launcher.config.rules.data import DATA_RULES
-from launcher.config.rules.rule import Machine, World
-from launcher.config.rules.schedule import SCHEDULE_RULES
-from launcher.config.rules.slurm import SLURM_RULES
-from launcher.config.rules.table import RULES as ALL_RULES
-from launcher.config.rules.table import broken_rules
-from launcher.config.rules.tracking import TRACKING_RULES
-from launcher.config.schema.method import LoraConfig
 from launcher.errors import UserError
-from launcher.memory import MemoryUsage
+from launcher.memory.planning import Memory, PlannedRun, plan_run
 from launcher.run import sweep
 
 ABOUT = """\
@@ -38,58 +27,27 @@ the model's config.json. All rows have the length data.max_length.
     shardway plan model.name_or_path=meta-llama/Llama-3.1-8B method=lora cluster.nproc_per_node=8
     shardway plan --memory 80GB method=full strategy=fsdp cluster.nproc_per_node=4
     shardway plan --memory 80GB --multirun strategy=ddp,fsdp,zero3 training.micro_batch_size=1,4
+    shardway plan --search --gpu H100 --memory 80GB method=full cluster.nproc_per_node=8
 
-The last command plans every combination, and prints one line of a table for each. The exit status
-is 1 if a run does not fit into --memory, and 2 if a run cannot be planned. What is counted:
-docs/memory.md
+--multirun plans every combination, and prints one line of a table for each. --search tries what is
+not typed of strategy, precision, training.micro_batch_size and training.activation_checkpointing,
+and prints what fits with an estimate of its speed, the fastest first. The exit status is 1 if a run
+does not fit into --memory and --host-memory (with --search: if none does), and 2 if a run cannot be
+planned. What is counted, and how speed is estimated: docs/memory.md
 """
-# A plan needs neither rows nor weights, and does not depend on when the run evaluates or saves.
-IGNORED_TABLES = (*DATA_RULES, *SCHEDULE_RULES, *SLURM_RULES, *TRACKING_RULES)
-IGNORED_RULES = {"model-has-safetensors", "chat-has-a-template", "length-of-training"}
-IGNORED_RULES |= {"head-is-there", "tied-head-is-the-embedding"}
-IGNORED_RULES |= {"stop-before-the-end", "auto-names-a-run", "run-dir-is-new"}
-IGNORED_RULES |= {rule.id for rule in IGNORED_TABLES}
-RULES = tuple(rule for rule in ALL_RULES if rule.id not in IGNORED_RULES)
 BAR_WIDTH = 40
-# If less than this share of a GPU's memory is free, what a plan does not count may not fit.
-TIGHT = 0.05
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedRun(MemoryUsage):
-    """A run, and the memory of the rank that needs most."""
-
-    label: str  # the settings in which it differs from the other runs; empty for a single run
-    ranks: int
-    notes: list[str]
-    memory: int | None  # of a GPU, in bytes
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether the peak fits into a GPU; None if its memory is unknown."""
-        return None if self.memory is None else self.peak <= self.memory
-
-    @property
-    def verdict(self) -> str:
-        """`fits`, `tight` or `does not fit`; empty if the memory of a GPU is unknown."""
-        if self.memory is None:
-            return ""
-        free = self.memory - self.peak
-        return "does not fit" if free < 0 else "tight" if free < TIGHT * self.memory else "fits"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The content of --json."""
-        return {**dataclasses.asdict(self), "fits": self.fits}
+USUAL_OPEN_FILES = 1024  # what a process may usually have
 
 
 def main() -> None:
     """Exits with 1 if a run does not fit, and with 2 if one cannot be planned."""
     options, overrides = _parser().parse_known_args()
     sys.argv = [sys.argv[0], *["--multirun"] * options.multirun, *overrides]
-    memory = gpu_memory()
-    if options.memory is not None:
-        memory = parse_size(options.memory, "--memory")
-    plans, errors = plan_each(compose_command_line(), memory)
+    memory = available_memory(options)
+    configs = compose_command_line()
+    if options.search:
+        sys.exit(plan_search.main(configs[0], overrides, memory, options))
+    plans, errors = plan_each(configs, memory)
     if options.json and plans:
         results = [planned.to_dict() for planned in plans]
         print(json.dumps(results if options.multirun else results[0], indent=2))
@@ -105,14 +63,52 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--memory", metavar="SIZE", help="of a GPU, such as 80GB; default: this machine's first GPU"
     )
-    parser.add_argument("--json", action="store_true", help="print the numbers of bytes as JSON")
     parser.add_argument(
+        "--host-memory",
+        metavar="SIZE",
+        help="of a machine, such as 1TB; default: this machine's, if it has a GPU",
+    )
+    parser.add_argument("--json", action="store_true", help="print the numbers of bytes as JSON")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument(
         "--multirun", "-m", action="store_true", help="plan every combination of strategy=a,b …"
+    )
+    either.add_argument(
+        "--search", action="store_true", help="find the configurations that fit, fastest first"
+    )
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="for --search, such as H100; default: this machine's",
+    )
+    parser.add_argument(
+        "--network",
+        metavar="GBIT",
+        type=number(float, 0.001),
+        help="for --search: Gbit/s to other machines for each GPU; default: as usual for the GPU",
+    )
+    parser.add_argument(
+        "--show",
+        metavar="N",
+        type=number(int, 1),
+        default=10,
+        help="for --search: configurations to print (%(default)s); --json prints all",
     )
     return parser
 
 
-def plan_each(configs: list[Config], memory: int | None) -> tuple[list[PlannedRun], list[str]]:
+def available_memory(options: argparse.Namespace) -> Memory:
+    """The memory that the options name, otherwise that of this machine if it has a GPU."""
+    gpu = gpu_memory()
+    host = psutil.virtual_memory().total if gpu is not None else None
+    if options.memory is not None:
+        gpu = parse_size(options.memory, "--memory")
+    if options.host_memory is not None:
+        host = parse_size(options.host_memory, "--host-memory")
+    return Memory(gpu=gpu, host=host)
+
+
+def plan_each(configs: list[Config], memory: Memory) -> tuple[list[PlannedRun], list[str]]:
     """The plans, and an error message for each run that cannot be planned."""
     labels = [
         " ".join(f"{key}={value}" for key, value in settings.items())
@@ -123,75 +119,10 @@ def plan_each(configs: list[Config], memory: int | None) -> tuple[list[PlannedRu
         if sys.stderr.isatty():
             print(f"planning {label or 'two steps'} …", file=sys.stderr, flush=True)
         try:
-            plans.append(plan_run(config, label, memory))
+            plans.append(plan_run(config, label, memory.gpu, memory.host))
         except UserError as error:
             errors.append(f"{label}: {error}" if label else str(error))
     return plans, errors
-
-
-def plan_run(config: Config, label: str = "", memory: int | None = None) -> PlannedRun:
-    """Plan a run, in a separate process. Raises UserError if it cannot be planned."""
-    machine = Machine(gpus=visible_gpus(), flash_attention=True, liger=True)
-    this_world = World.from_config(config, machine)
-    # As if this machine had a GPU for each rank.
-    machine = dataclasses.replace(this_world.machine, gpus=this_world.nproc_per_node)
-    world = dataclasses.replace(this_world, machine=machine)
-    if problems := broken_rules(config, world, RULES):
-        raise store.ConfigError(problems)
-    plannable, notes = _make_plannable(config)
-    if config.cluster.nproc_per_node is None and not this_world.gpus:
-        notes.append(
-            f"planned for {world.size} rank(s), because this machine has no GPUs to count "
-            "→ cluster.nproc_per_node=8"
-        )
-    with tempfile.TemporaryDirectory(prefix="shardway-") as scratch:
-        file = Path(scratch) / "config.yaml"
-        file.write_text(store.dump(plannable), encoding="utf-8")
-        arguments = [str(file), str(world.nodes), str(world.nproc_per_node)]
-        done = subprocess.run(
-            [sys.executable, "-m", "launcher.memory.dry_run", *arguments],
-            # Fake tensors are on the CPU, even if the machine has a GPU.
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
-            capture_output=True,
-            text=True,
-        )
-    if done.returncode:
-        raise UserError(
-            f"{done.stderr}\nplanning failed with status {done.returncode} because of the error "
-            "above: fake tensors do not support every operation"
-        )
-    result = json.loads(done.stdout.splitlines()[-1])
-    if "refused" in result:
-        raise UserError(result["refused"])
-    return PlannedRun(label=label, ranks=world.size, notes=notes, memory=memory, **result)
-
-
-def _make_plannable(config: Config) -> tuple[Config, list[str]]:
-    """`config` without what fake tensors do not support, and notes about the changes. Raises
-    UserError if there is no substitute."""
-    if config.strategy.on_disk:
-        raise UserError("parameters on a disk cannot be planned → strategy.offload_param=cpu")
-    if config.optimizer.name == "adamw_paged":
-        raise UserError("the pages of optimizer=adamw_paged cannot be planned → optimizer=adamw")
-    training, model = config.training, config.model
-    substitutes: dict[str, Any] = {}
-    if training.compile != "off":
-        substitutes["compile"] = "off"
-    if training.kernels != "torch":
-        substitutes["kernels"] = "torch"
-    if training.loss == "liger":
-        substitutes["loss"] = "chunked"
-    notes = [f"planned with training.{key}={value}" for key, value in substitutes.items()]
-    if model.attention not in ("sdpa", "eager"):
-        notes.append(f"planned with model.attention=sdpa, not {model.attention}")
-        model = dataclasses.replace(model, attention="sdpa")
-    method = config.method
-    if isinstance(method, LoraConfig) and method.merge_first:
-        method = dataclasses.replace(
-            method, merge_first=[]
-        )  # the same number of weights, with other values
-    training = dataclasses.replace(training, **substitutes)
-    return dataclasses.replace(config, training=training, model=model, method=method), notes
 
 
 def format_plan(planned: PlannedRun) -> str:
@@ -210,7 +141,26 @@ def format_plan(planned: PlannedRun) -> str:
     for name, size in rows:
         bar = "#" * round(BAR_WIDTH * size / scale)
         lines.append(f"  {name:<28} {size / UNITS[unit]:9,.2f}  {bar}".rstrip())
-    return "\n".join([*lines, *planned.notes, *advice(planned)])
+    return "\n".join([*lines, *beside_the_gpu(planned, unit), *planned.notes, *advice(planned)])
+
+
+def beside_the_gpu(planned: PlannedRun, unit: str) -> Iterator[str]:
+    """Lines about host memory, disk and open files, where they are needed."""
+    each = f"{planned.ranks_per_machine} rank(s)"
+    rows = [
+        (f"to load, {each}", planned.ranks_per_machine * planned.loading),
+        (f"offloaded, {each}", planned.ranks_per_machine * planned.host),
+        (f"for async_save, {each}", planned.ranks_per_machine * planned.staging),
+        ("to save, on rank 0", planned.gathering),
+    ]
+    if any(size for _, size in rows):
+        yield "host memory of a machine"
+    yield from (f"  {name:<28} {size / UNITS[unit]:9,.2f}" for name, size in rows if size)
+    yield f"{'a checkpoint, on disk':<30} {planned.checkpoint / UNITS[unit]:9,.2f}"
+    if planned.open_files > USUAL_OPEN_FILES:
+        yield f"{'open files of a rank (ulimit -n)':<32} {planned.open_files:7,}"
+    if planned.loading:
+        yield "the files of this model differ from it in memory: every rank reads the whole model"
 
 
 def _choose_unit(plans: list[PlannedRun]) -> str:
@@ -224,15 +174,22 @@ def advice(planned: PlannedRun) -> Iterator[str]:
         yield "this machine has no GPU to compare with → --memory 80GB"
         return
     unit = _choose_unit([planned])
+    if planned.host_memory is not None and planned.host_peak > planned.host_memory:
+        missing = (planned.host_peak - planned.host_memory) / UNITS[unit]
+        yield (
+            f"does not fit into {planned.host_memory / UNITS[unit]:,.2f} {unit} of host memory: "
+            f"{missing:,.2f} {unit} too much → fewer ranks on more machines"
+        )
     free, memory = planned.memory - planned.peak, f"{planned.memory / UNITS[unit]:,.2f} {unit}"
     difference = f"{abs(free) / UNITS[unit]:,.2f} {unit}"
     if free < 0:
-        yield f"{planned.verdict} into {memory}: {difference} too much"
+        yield f"does not fit into {memory}: {difference} too much"
         yield "what helps: more ranks under strategy=fsdp or zero3, training.micro_batch_size=1,"
         yield "training.activation_checkpointing=full, method=lora or qlora; docs/memory.md"
     else:
         rest = f"{difference} of {memory} are left"
-        yield f"{planned.verdict}: {rest} for CUDA itself and fragmentation"
+        verdict = Memory(gpu=planned.memory).verdict(planned.peak, 0)
+        yield f"{verdict}: {rest} for CUDA itself and fragmentation"
 
 
 def format_table(plans: list[PlannedRun]) -> str:

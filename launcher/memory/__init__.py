@@ -15,3 +15,8 @@ class MemoryUsage:
     peak: int  # on the GPU, without the tensors that offloading keeps in host memory
     phase: str  # of the peak: loading, forward, backward or optimizer step
     host: int  # in host memory because of offloading, including gradients
+    # The rest is in host memory, except the last one.
+    loading: int = 0  # while the model is read
+    staging: int = 0  # copies of the shards for checkpoint.async_save; pinned with GPUs
+    gathering: int = 0  # on rank 0, while it saves an adapter
+    checkpoint: int = 0  # on disk, of all ranks

@@ -12,9 +12,10 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from launcher.distributed.process_group import RankInfo
 from launcher.errors import UserError
 from launcher.folders.extended_model import padded_rows
 from launcher.folders.model import model_folder
-from launcher.memory import MemoryUsage
+from launcher.memory import MemoryUsage, host_memory
 from launcher.memory.fake_weights import FakeWeights, make_parameters_fake
 from launcher.memory.mem_tracker import FakeTensors, MemTracker, bytes_of
 from launcher.method import METHODS
@@ -42,7 +43,7 @@ from launcher.model.load import Weights, model_on_meta
 from launcher.strategy import StepResult, Strategy
 from launcher.strategy.optimizer_state import optimizer_tensors
 from launcher.strategy.precision import precision_of
-from launcher.training.build import assemble, new_strategy
+from launcher.training.build import AssembledModel, assemble, new_strategy
 from launcher.training.loop import train_step
 
 STEPS = 2  # the first one creates the optimizer state
@@ -91,12 +92,32 @@ def main() -> None:
 def dry_run(config: Config, nodes: int, nproc_per_node: int) -> MemoryUsage:
     """The memory of rank 0, which has the largest shards. Raises UserError for a run that cannot
     be planned."""
+    rank_info = join_fake_ranks(nodes, nproc_per_node)
+    precision = precision_of(config.precision)
+    with patched_deepspeed(config):
+        model = fake_model(config)
+        reads_all = host_memory.reads_whole_model(config, model)
+        strategy, tracker = new_strategy(config, rank_info), MemTracker()
+        with FakeTensors(), tracker.track():
+            make_parameters_fake(model)
+            weights = Weights(FakeWeights(model, precision.compute), model)
+            usage = measure(config, model, weights, lambda: strategy, rank_info, tracker)
+    # The parameters are those of `model`, which adapters have joined and the strategy has sharded.
+    loading = host_memory.whole_model_bytes(config, model) if reads_all else 0
+    return dataclasses.replace(usage, loading=loading)
+
+
+def join_fake_ranks(nodes: int, nproc_per_node: int) -> RankInfo:
+    """Become rank 0 of a process group whose other ranks do not exist."""
     ranks = nodes * nproc_per_node
-    rank_info = RankInfo(0, 0, ranks, nproc_per_node, torch.device("cpu"))
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
     os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(nproc_per_node)}
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    _patch_deepspeed(config)
+    return RankInfo(0, 0, ranks, nproc_per_node, torch.device("cpu"))
+
+
+def fake_model(config: Config) -> Any:
+    """The model of `config` with its parameters on meta. Raises UserError if it cannot be built."""
     source, precision = config.model, precision_of(config.precision)
     code = source.trust_remote_code
     folder = model_folder(source.name_or_path, source.revision, code, patterns=("config.json",))
@@ -104,11 +125,23 @@ def dry_run(config: Config, nodes: int, nproc_per_node: int) -> MemoryUsage:
     if source.add_tokens:  # as if the tokenizer had none of them
         rows = padded_rows(model.get_input_embeddings().num_embeddings + len(source.add_tokens))
         model.resize_token_embeddings(rows, mean_resizing=False)
-    strategy, tracker = new_strategy(config, rank_info), MemTracker()
-    with FakeTensors(), tracker.track():
-        make_parameters_fake(model)
-        weights = Weights(FakeWeights(model, precision.compute), model)
-        return measure(config, model, weights, lambda: strategy, rank_info, tracker)
+    return model
+
+
+def build_assembled(
+    config: Config,
+    model: nn.Module,
+    weights: Weights,
+    new_strategy: Callable[[], Strategy],
+    rank_info: RankInfo,
+) -> tuple[Config, AssembledModel]:
+    """The model, ready for training, and `config` with the method that new tokens imply."""
+    keep_tie = bool(config.model.add_tokens)
+    if keep_tie:
+        config = dataclasses.replace(config, method=train_vocabulary(config.method, model))
+    method = _build_method(config.method, keep_tie)
+    device = rank_info.device
+    return config, assemble(config, model, weights, method, new_strategy, device, lambda line: None)
 
 
 def measure(
@@ -121,13 +154,8 @@ def measure(
 ) -> MemoryUsage:
     """Build the model, train `STEPS` steps and return the memory that `tracker` counts. Also works
     with real tensors."""
-    keep_tie = bool(config.model.add_tokens)
-    if keep_tie:
-        config = dataclasses.replace(config, method=train_vocabulary(config.method, model))
-    method = _build_method(config.method, keep_tie)
-    device, training = rank_info.device, config.training
-    assembled = assemble(config, model, weights, method, new_strategy, device, lambda line: None)
-    strategy = assembled.strategy
+    config, assembled = build_assembled(config, model, weights, new_strategy, rank_info)
+    device, training, strategy = rank_info.device, config.training, assembled.strategy
     if config.strategy.steps_on_cpu or config.strategy.parameters_on_cpu:
         tracker.exclude_host_tensors(strategy.host_tensors)  # loading used host memory
     step_batch = longest_step_batch(config, rank_info.world_size)
@@ -143,13 +171,15 @@ def measure(
             training.label_smoothing,
         )
     optimizer = bytes_of(optimizer_tensors(strategy.optimizer))
+    weights_bytes, peak, phase = tracker.current - optimizer, tracker.peak, tracker.peak_phase
     return MemoryUsage(
-        weights=tracker.current - optimizer,
+        weights=weights_bytes,
         optimizer=optimizer,
         activations=recorder.bytes_after_forward - before_step,
-        peak=tracker.peak,
-        phase=tracker.peak_phase,
+        peak=peak,
+        phase=phase,
         host=recorder.host_bytes,
+        **host_memory.save_bytes(config.checkpoint, strategy, assembled.method.is_adapter),
     )
 
 
@@ -177,9 +207,12 @@ def _build_method(config: MethodConfig, keep_tie: bool) -> Method:
     return method(config)
 
 
-def _patch_deepspeed(config: Config) -> None:
-    """Remove checks that need an answer of the other ranks, or the features of a GPU."""
+@contextmanager
+def patched_deepspeed(config: Config) -> Iterator[None]:
+    """Inside, if DeepSpeed trains: without checks that need an answer of the other ranks, or the
+    features of a GPU."""
     if not isinstance(config.strategy, ZeroConfig):
+        yield
         return
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime import bf16_optimizer
@@ -195,7 +228,12 @@ def _patch_deepspeed(config: Config) -> None:
     get_accelerator().is_fp16_supported = lambda: True
     # The engine moves the model to the device where it already is, and torch cannot swap fake
     # parameters.
-    torch.nn.Module.to = lambda module, *_, **__: module  # type: ignore[method-assign,assignment]
+    move = nn.Module.to
+    nn.Module.to = lambda module, *_, **__: module  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.to = move  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -29,14 +29,15 @@ HostTensors = Callable[[], Iterable[torch.Tensor]]
 class MemTracker(TorchDispatchMode):
     """Counts the bytes of the storages that operations create, as long as they are alive.
 
-    `current` includes all of them. `peak` is without the tensors in host memory, and was reached in
-    the phase `peak_phase`. The caller sets `phase`.
+    `current` includes all of them. `peaks` has the highest value in each phase, without the tensors
+    in host memory. The caller sets `phase`.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.current = self.peak = 0
-        self.phase = self.peak_phase = "loading"
+        self.current = 0
+        self.phase: str = "loading"
+        self.peaks: dict[str, int] = {}  # by phase
         self._sizes: dict[int, int] = {}  # address of a storage → bytes
         self._host_tensors: HostTensors = tuple
         self._host_sizes: dict[int, int] = {}  # the same in host memory, when last asked for
@@ -52,9 +53,20 @@ class MemTracker(TorchDispatchMode):
                 self._count(leaf.untyped_storage())
         return result
 
+    @property
+    def peak(self) -> int:
+        """The highest of `peaks`."""
+        return max(self.peaks.values(), default=0)
+
+    @property
+    def peak_phase(self) -> str:
+        """The first phase that reached `peak`."""
+        return max(self.peaks, key=lambda phase: self.peaks[phase])
+
     def exclude_host_tensors(self, host_tensors: HostTensors) -> None:
-        """Reset the peak, and exclude the tensors that `host_tensors` returns from now on."""
-        self._host_tensors, self.peak = host_tensors, 0
+        """Forget the peaks, and exclude the tensors that `host_tensors` returns from now on."""
+        self._host_tensors = host_tensors
+        self.peaks.clear()
         self._add(0)
 
     def host_bytes(self) -> int:
@@ -95,10 +107,9 @@ class MemTracker(TorchDispatchMode):
     def _add(self, size: int) -> None:
         self.current += size
         # Listing the host tensors is slow, so do it only if there may be a new peak.
-        if self.current - sum(self._host_sizes.values()) > self.peak:
-            on_device = self.current - self.host_bytes()
-            if on_device > self.peak:
-                self.peak, self.peak_phase = on_device, self.phase
+        highest = self.peaks.setdefault(self.phase, 0)
+        if self.current - sum(self._host_sizes.values()) > highest:
+            self.peaks[self.phase] = max(highest, self.current - self.host_bytes())
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:

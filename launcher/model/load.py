@@ -155,7 +155,7 @@ def build_model(
     except OSError as error:
         raise _unreadable(folder, error) from error
     check_ties(model, files, folder)
-    if _has_same_layout(model, files):
+    if has_same_layout(model, files):
         return model, Weights(files, model, in_parts)
     check_names(model, files, folder)
     print(
@@ -211,7 +211,7 @@ def _unreadable(folder: Path, error: Exception) -> UserError:
     return UserError(f"model.name_or_path={folder} cannot be read: {error or repr(error)}")
 
 
-def _has_same_layout(model: nn.Module, files: SafetensorsFolder) -> bool:
+def has_same_layout(model: nn.Module, files: SafetensorsFolder) -> bool:
     """Whether the tensors on disk and the parameters in memory are the same.
 
     With persistent buffers, or tensors that the model does not have (scales, other heads), they are

@@ -7,7 +7,6 @@ https://arxiv.org/abs/2204.02311, appendix B).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,34 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from launcher.cluster.gpu_specs import spec_of_device
 from launcher.errors import UserError
 from launcher.model.layers import decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-# From NVIDIA's data sheets and architecture whitepapers, by the device name that the driver
-# reports: dense TFLOP/s in bf16 and fp16 with fp32 accumulation, and in fp32 (without TF32). If a
-# sheet lists values with sparsity, half of them. Other names, such as MIG slices, have no value.
-PEAKS = (
-    (r"B200", 2250.0, 75.0),
-    (r"GH200 \w+|H200", 989.4, 66.9),
-    (r"H100 80GB HBM3", 989.4, 66.9),  # SXM
-    (r"H[12]00 NVL", 835.5, 60.0),
-    (r"H100 PCIe", 756.0, 51.2),
-    (r"A100-(SXM4|PCIE)-[48]0GB|A100 80GB PCIe", 312.0, 19.5),
-    (r"A30", 165.0, 10.3),
-    (r"A10", 125.0, 31.2),
-    (r"A40", 149.7, 37.4),
-    (r"RTX A6000", 154.8, 38.7),
-    (r"L40S", 362.0, 91.6),
-    (r"L40", 181.0, 90.5),
-    (r"L4", 121.0, 30.3),
-    (r"RTX 6000 Ada Generation", 364.2, 91.1),
-    (r"GeForce RTX 5090", 209.5, 104.8),
-    (r"GeForce RTX 4090", 165.2, 82.6),
-    (r"GeForce RTX 3090", 71.0, 35.6),
-)
 
 
 @dataclass(frozen=True)
@@ -115,10 +92,10 @@ def peak_flops(
 
 def peak_flops_by_name(name: str, compute: torch.dtype) -> float | None:
     """Peak FLOP/s in `compute` of the device that the driver calls `name`; None if unknown."""
-    for pattern, half, single in PEAKS:
-        if re.fullmatch(f"(NVIDIA )?({pattern})", name):
-            return (single if compute == torch.float32 else half) * 1e12
-    return None
+    spec = spec_of_device(name)
+    if spec is None:
+        return None
+    return (spec.single if compute == torch.float32 else spec.half) * 1e12
 
 
 def _linear_flops(module: nn.Module, has_backward: bool, excluded: Collection[int] = ()) -> int:

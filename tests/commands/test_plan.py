@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
-from launcher.commands import plan
-from launcher.commands.plan import PlannedRun
+from launcher.cluster.gpu_specs import GPUS, spec_named
+from launcher.commands import plan, plan_search
 from launcher.config.compose import compose_command_line
+from launcher.errors import UserError
+from launcher.memory.planning import Memory, PlannedRun, make_plannable
+from launcher.memory.search import FoundRun, Search
 from tests.helpers.commands import in_process
 
 GB = 10**9
@@ -61,6 +64,22 @@ def test_a_plan_that_does_not_fit_exits_with_status_one(
         monkeypatch.setattr(plan, "plan_each", lambda configs, memory, made=made: ([made], []))
         assert typed(monkeypatch, "--memory", "80GB") == status
         assert capsys.readouterr().out == f"{plan.format_plan(made)}\n"
+
+
+def test_host_memory_that_does_not_suffice_exits_with_status_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for loading, status in ((100, 0), (130, 1)):
+        made = dataclasses.replace(FITTING, loading=loading * GB, ranks_per_machine=8)
+
+        def planned(configs: Any, memory: Memory, made: PlannedRun = made) -> Any:
+            return [dataclasses.replace(made, host_memory=memory.host)], []
+
+        monkeypatch.setattr(plan, "plan_each", planned)
+        assert typed(monkeypatch, "--memory", "80GB", "--host-memory", "1TB") == status
+        said = capsys.readouterr().out
+        assert f"to load, 8 rank(s) {8 * loading:20,.2f}" in said
+        assert ("does not fit into 1,000.00 GB of host memory: 40.00 GB too much" in said) == status
 
 
 def test_all_broken_rules_are_reported(
@@ -118,14 +137,14 @@ def test_replaced_settings_are_listed_in_notes(tiny: Path, monkeypatch: pytest.M
     words += ["model.attention=flash_attention_2", "training.loss=liger"]
     monkeypatch.setattr("sys.argv", ["shardway plan", *words])
     (asked,) = compose_command_line()
-    simpler, notes = plan._make_plannable(asked)
+    simpler, notes = make_plannable(asked)
     assert notes == [
         "planned with training.compile=off",
         "planned with training.kernels=torch",
         "planned with training.loss=chunked",
         "planned with model.attention=sdpa, not flash_attention_2",
     ]
-    assert plan._make_plannable(simpler) == (simpler, [])
+    assert make_plannable(simpler) == (simpler, [])
 
 
 @pytest.mark.parametrize(
@@ -135,6 +154,10 @@ def test_replaced_settings_are_listed_in_notes(tiny: Path, monkeypatch: pytest.M
         ({"peak": 79 * GB}, "tight: 1.00 GB of 80.00 GB are left"),
         ({"peak": 81 * GB}, "does not fit into 80.00 GB: 1.00 GB too much"),
         ({"host": 100 * GB}, "in host memory                  100.00  "),
+        ({"checkpoint": 96 * GB}, "a checkpoint, on disk              96.00"),
+        ({"staging": 9 * GB, "ranks_per_machine": 2}, "for async_save, 2 rank(s)        18.00"),
+        ({"gathering": GB}, "to save, on rank 0                1.00"),
+        ({"open_files": 1278}, "open files of a rank (ulimit -n)   1,278"),
         ({"peak": 81 * 10**6, "memory": 80 * 10**6}, "does not fit into 80.00 MB: 1.00 MB too"),
         ({"memory": None}, "this machine has no GPU to compare with → --memory 80GB"),
     ],
@@ -162,3 +185,73 @@ def test_the_table_has_one_line_per_run() -> None:
     assert lines[0].split()[1:] == ["8", "2.00", "1.00", "20.00", "30.00", "0.00", "fits"]
     assert lines[1].split()[-1] == "tight"
     assert lines[2:] == ["a note"]
+
+
+FOUND = FoundRun(
+    overrides=["strategy=fsdp", "training.micro_batch_size=2"],
+    tokens_per_second=71_788.4,
+    step_seconds=3.6,
+    weights=4 * GB,
+    optimizer=8 * GB,
+    activations=20 * GB,
+    peak=50 * GB,
+    phase="backward",
+    host=0,
+    verdict="fits",
+)
+
+
+def test_a_search_prints_what_to_type(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    searches: list[Search] = []
+    found = [FOUND, dataclasses.replace(FOUND, tokens_per_second=1.0)]
+
+    def run(self: Search, gpu: Any) -> list[FoundRun]:
+        searches.append(self)
+        return found
+
+    monkeypatch.setattr(Search, "run", run)
+    words = [f"model.name_or_path={tiny}", "cluster.nproc_per_node=8", "strategy=fsdp"]
+    words += ["--search", "--memory", "80GB", "--gpu", "h100", "--show", "1"]
+    assert typed(monkeypatch, *words) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "2 configurations fit into 80 GB; speeds are estimates for 8 × H100",
+        "  tokens/s  peak GB  host GB         to type",
+        "    71,788    50.00     0.00  fits   strategy=fsdp training.micro_batch_size=2",
+        "and 1 slower ones → --show 2",
+    ]
+    assert searches[0].typed == {"model.name_or_path", "cluster.nproc_per_node", "strategy"}
+    assert typed(monkeypatch, *words, "--json") == 0
+    assert [each["peak"] for each in json.loads(capsys.readouterr().out)] == [50 * GB] * 2
+    found.clear()
+    assert typed(monkeypatch, *words) == 1
+    assert "nothing fits into 80 GB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--gpu", "H100"], "--search needs the memory of a GPU → --memory 80GB"),
+        (["--memory", "80GB"], "the speed of no GPU is not known → --gpu H100"),
+        (["--memory", "80GB", "--gpu", "V100"], "--gpu V100 is not known → one of B200, H200"),
+    ],
+)
+def test_a_search_needs_a_known_gpu(
+    options: list[str],
+    said: str,
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(plan, "gpu_memory", lambda: None)
+    monkeypatch.setattr(plan_search, "gpu_name", lambda: None)
+    assert typed(monkeypatch, f"model.name_or_path={tiny}", "--search", *options) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_gpus_have_names_of_their_own() -> None:
+    assert len({spec.name.lower() for spec in GPUS}) == len(GPUS)
+    assert spec_named("a100").bandwidth == 2039
+    with pytest.raises(UserError):
+        spec_named("H1")

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from launcher.commands import plan
 from launcher.config import Config, store
 from launcher.distributed.process_group import RankInfo
 from launcher.memory import MemoryUsage
 from launcher.memory.dry_run import longest_step_batch, measure
 from launcher.memory.mem_tracker import MemTracker
+from launcher.memory.planning import plan_run
 from launcher.model.load import build_model
 from launcher.strategy.precision import precision_of
 from launcher.training.build import new_strategy
@@ -79,7 +79,7 @@ def test_the_plan_equals_the_memory_that_ranks_use(
     cell: tuple[str, dict[str, Any], str, dict[str, Any]], tiny: Path, ranks: Any
 ) -> None:
     asked = config(tiny, cell)
-    planned = plan.plan_run(asked)
+    planned = plan_run(asked)
     real = ranks.run(RANKS, taken, asked)
     fullest = max(real, key=lambda each: each.peak)
     assert planned.ranks == RANKS
@@ -94,8 +94,7 @@ def test_the_plan_equals_the_memory_that_ranks_use(
 @pytest.mark.parametrize(("on_gpu", "offloaded"), [("fsdp", "fsdp_offload")])
 def test_offloading_leaves_no_state_on_the_gpu(on_gpu: str, offloaded: str, tiny: Path) -> None:
     plans = [
-        plan.plan_run(config(tiny, ("full", {"name": name}, "bf16", {})))
-        for name in (on_gpu, offloaded)
+        plan_run(config(tiny, ("full", {"name": name}, "bf16", {}))) for name in (on_gpu, offloaded)
     ]
     kept, moved = plans
     state = kept.weights + kept.optimizer

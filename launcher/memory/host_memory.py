@@ -1,0 +1,69 @@
+"""What a rank needs in host memory to load and to save, and what a checkpoint needs on disk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+
+from launcher.config import Config
+from launcher.config.schema.strategy import ZeroConfig
+from launcher.config.schema.training import CheckpointConfig
+from launcher.errors import UserError
+from launcher.folders.model import model_folder
+from launcher.model.load import SafetensorsFolder, has_same_layout
+from launcher.strategy import Strategy
+from launcher.strategy.precision import precision_of
+
+
+def reads_whole_model(config: Config, model: Any) -> bool:
+    """Whether every rank will read the complete model, because its tensors on disk differ from the
+    parameters of `model`, which are on meta.
+
+    The files decide if they are on this machine. Otherwise it is assumed that they are as
+    transformers publishes such models: experts one by one, buffers included.
+    """
+    source = config.model
+    name, code = source.name_or_path, source.trust_remote_code
+    folder = model_folder(name, source.revision, code, patterns=("config.json",))
+    try:
+        return not has_same_layout(model, SafetensorsFolder(folder))
+    except (OSError, UserError):  # there is only config.json
+        buffers = dict(model.named_buffers())
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        return bool(model.state_dict().keys() & buffers.keys()) or any(
+            isinstance(each, WeightConverter) for each in conversions
+        )
+
+
+def whole_model_bytes(config: Config, model: nn.Module) -> int:
+    """Host memory of a rank that reads the complete `model`, which the method has prepared: the
+    tensors as stored, and then in the dtype in which they are trained."""
+    precision = precision_of(config.precision)
+    stored = cast = trained = 0
+    for parameter in model.parameters():
+        numel = getattr(parameter, "ds_numel", parameter.numel())
+        size = numel * precision.compute.itemsize
+        stored += size if parameter.is_floating_point() else 2 * size  # two elements of 4 bits
+        cast += numel * precision.master.itemsize if parameter.requires_grad else size
+        trained += size * parameter.requires_grad
+    if isinstance(config.strategy, ZeroConfig):
+        return stored + trained  # it keeps the exact values of trained parameters
+    return max(stored, cast)
+
+
+def save_bytes(config: CheckpointConfig, strategy: Strategy, is_adapter: bool) -> dict[str, int]:
+    """`checkpoint`, `staging` and `gathering` of MemoryUsage."""
+    state = strategy.state()
+    moments = state.moments.values() if config.content == "all" else ()
+    files = [list(state.weights.values()), [shard for each in moments for shard in each.values()]]
+    sizes = [sum(shard.nbytes for shard in shards) for shards in files]
+    if is_adapter:  # rank 0 has all tensors, and the content of one file at a time
+        return {"checkpoint": sum(sizes), "gathering": sum(sizes) + max(sizes), "staging": 0}
+    buffers = list(state.buffers.values())
+    shards = [*files[0], *files[1], *buffers]
+    staging = sum(shard.local.nbytes for shard in shards) if config.async_save else 0
+    total = sum(sizes) + sum(shard.nbytes for shard in buffers)
+    return {"checkpoint": total, "gathering": 0, "staging": staging}

@@ -1,0 +1,236 @@
+"""`shardway plan --search`: short traces agree with whole ones, the roofline with arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launcher.cluster.gpu_specs import spec_named
+from launcher.config import Config, store
+from launcher.config.rules.rule import World
+from launcher.memory import host_memory
+from launcher.memory.dry_run import fake_model
+from launcher.memory.estimate import Amounts, Estimate, Trace
+from launcher.memory.planning import Memory, open_files, plannable_world
+from launcher.memory.roofline import step_time
+from launcher.memory.search import Search
+from launcher.memory.trace import cut_layers, repetition
+from launcher.memory.tracers import Request, Tracers
+from launcher.memory.work import flops_of
+from tests.helpers.compose import composed_raw
+
+RANKS, LAYERS = 4, 7
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 1000,
+    "hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "head_dim": 32,
+    "num_key_value_heads": 2, "num_hidden_layers": LAYERS, "hidden_act": "silu",
+    "rms_norm_eps": 1e-5, "max_position_embeddings": 4096,
+}  # fmt: skip
+EXPERTS = LLAMA | {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 8,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 64, "mlp_only_layers": [0],
+}  # fmt: skip
+MODELS = {"llama": LLAMA, "experts": EXPERTS}
+H100 = spec_named("H100")
+
+
+def config(folder: Path, model: str = "llama", **changes: dict[str, Any]) -> Config:
+    file = folder / "config.json"
+    file.write_text(json.dumps(MODELS[model]))
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"name_or_path": str(folder)},
+        "data": {"max_length": 256},
+        "training": {"global_batch_size": 8 * RANKS},
+        "precision": {"name": "bf16"},
+        "cluster": {"nproc_per_node": RANKS},
+    }
+    return store.build(composed_raw(**sections, **changes))
+
+
+@pytest.fixture(scope="module")
+def tracers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracers]:
+    """Processes that trace for all tests of this file."""
+    world, _ = plannable_world(config(tmp_path_factory.mktemp("model")))
+    with Tracers(world) as started:
+        yield started
+
+
+def search_of(asked: Config, tracers: Tracers, *typed: str) -> Search:
+    world, _ = plannable_world(asked)
+    return Search(asked, typed, world, Memory(gpu=10**12), tracers)
+
+
+def whole(asked: Config, tracers: Tracers) -> Trace:
+    """Without leaving out a layer."""
+    (found,) = tracers.answer([Request(config=asked, more=0, min_layers=10**6)])
+    assert isinstance(found, Trace)
+    assert found.layers == found.all_layers == LAYERS
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "strategy"),
+    [
+        ("llama", "full", "fsdp"),
+        pytest.param("llama", "lora", "ddp", marks=pytest.mark.whole),
+        pytest.param("llama", "full", "zero2", marks=pytest.mark.whole),
+        pytest.param("experts", "full", "fsdp", marks=pytest.mark.whole),
+        pytest.param("llama", "freeze", "hsdp", marks=pytest.mark.whole),
+    ],
+)
+def test_a_search_finds_the_memory_of_whole_dry_runs(
+    model: str, method: str, strategy: str, tracers: Tracers, tmp_path: Path
+) -> None:
+    asked = config(tmp_path, model, method={"name": method}, strategy={"name": strategy})
+    search = search_of(asked, tracers, "strategy", "precision")
+    found = {tuple(each.overrides): each for each in search.run(H100)}
+    assert search.notes == []
+    choices = ["off", "2", "full"] if method != "freeze" else ["off", "full"]
+    assert len(found) == 4 * len(choices)  # rows, recomputation
+    for recompute, rows in (("off", 8), (choices[-2], 4)):
+        settings = {"micro_batch_size": rows, "activation_checkpointing": recompute}
+        training = dataclasses.replace(asked.training, **settings)  # type: ignore[arg-type]
+        exact = whole(dataclasses.replace(asked, training=training), tracers).amounts
+        guess = found[tuple(f"training.{key}={value}" for key, value in settings.items())]
+        peak = Estimate(amounts=exact, accumulates=rows < 8).peak
+        assert guess.peak == pytest.approx(peak, rel=0.02)
+        assert guess.weights + guess.optimizer == pytest.approx(
+            exact["weights"] + exact["optimizer"], rel=0.001
+        )
+        assert guess.activations == pytest.approx(exact["kept"], rel=0.02)
+
+
+@pytest.mark.whole
+def test_other_strategies_are_computed_from_one(tracers: Tracers, tmp_path: Path) -> None:
+    asked = config(tmp_path, method={"name": "full"})
+    typed = ("precision", "training.activation_checkpointing")
+    found = search_of(asked, tracers, *typed).run(H100)
+    speeds = [each.tokens_per_second for each in found]
+    assert speeds == sorted(speeds, reverse=True)
+    names = {each.overrides[0] for each in found}
+    assert names == {f"strategy={name}" for name in ("ddp", "fsdp", "zero1", "zero2", "zero3")}
+    training = dataclasses.replace(asked.training, micro_batch_size=4)
+    strategy = store.build(composed_raw(strategy={"name": "ddp"})).strategy
+    exact = whole(dataclasses.replace(asked, strategy=strategy, training=training), tracers)
+    (guess,) = (e for e in found if e.overrides == ["strategy=ddp", "training.micro_batch_size=4"])
+    peak = Estimate(amounts=exact.amounts, accumulates=True).peak
+    assert guess.peak == pytest.approx(peak, rel=0.03)
+
+
+def test_offloading_is_tried_where_nothing_else_fits(tmp_path: Path) -> None:
+    """With traces that are made up: a state of 1,000 bytes, on the host if it is offloaded."""
+    asked = config(tmp_path, method={"name": "full"})
+    world, _ = plannable_world(asked)
+    tried: list[tuple[str, str]] = []
+
+    class MadeUp(Tracers):
+        def answer(self, requests: Any) -> Any:
+            tried.extend((r.config.strategy.name, r.config.precision.name) for r in requests)
+            return [self._made_up("offload" in r.config.strategy.name) for r in requests]
+
+        def _made_up(self, offloads: bool) -> Trace:
+            on_gpu = 10.0 if offloads else 1000.0
+            names = ("flops", "written", "kernels", "trained", "elements", "working", "layers")
+            amounts = dict.fromkeys(names, 1.0) | {"optimizer": 1.0, "weights": on_gpu}
+            amounts |= {"kept": 1.0, "loading": 5.0, "host": 1000.0 - on_gpu}
+            amounts |= {"peak1/forward": on_gpu, "peak2/forward": on_gpu}
+            return Trace(layers=3, all_layers=3, amounts=amounts)
+
+    def search(memory: Memory) -> list[str]:
+        tried.clear()
+        found = Search(asked, (), world, memory, MadeUp(world)).run(H100)
+        return sorted({each.overrides[0] for each in found})
+
+    assert search(Memory(gpu=2000)) == [
+        f"strategy={name}" for name in ("ddp", "fsdp", "zero1", "zero2", "zero3")
+    ]
+    assert {precision for _, precision in tried} == {"bf16"}
+    offloaded = [f"strategy={name}_offload" for name in ("fsdp", "zero2", "zero3")]
+    assert search(Memory(gpu=500)) == offloaded
+    assert ("fsdp", "pure_bf16") in tried
+    assert search(Memory(gpu=500, host=RANKS * 1000 - 100)) == []
+    assert ("zero3_offload", "pure_bf16") not in tried  # refused by a rule
+
+
+def test_a_search_reports_rules_that_refuse_everything(tmp_path: Path, tracers: Tracers) -> None:
+    asked = config(tmp_path, method={"name": "lora", "dora": True, "pissa": True})
+    with pytest.raises(store.ConfigError, match="pissa-without-dora"):
+        search_of(asked, tracers, "strategy").run(H100)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "alone", "period"),
+    [("aaaaaaaa", 0, 1), ("baaaaaaa", 1, 1), ("abababab", 0, 2), ("cabababa", 1, 2), ("abc", 0, 3)],
+)
+def test_a_repetition_of_layers_is_found(kinds: str, alone: int, period: int) -> None:
+    assert repetition(kinds) == (alone, period)
+
+
+def test_layers_are_cut_behind_those_that_differ(tmp_path: Path) -> None:
+    asked = config(tmp_path, "experts")
+    assert cut_layers(fake_model(asked), asked, more=0, min_layers=1) == (LAYERS, 4)
+    assert cut_layers(fake_model(asked), asked, more=1, min_layers=5) == (LAYERS, 6)
+
+
+@pytest.mark.parametrize(("model", "reads_all"), [("llama", False), ("experts", True)])
+def test_models_with_other_files_are_read_whole(
+    model: str, reads_all: bool, tmp_path: Path
+) -> None:
+    asked = config(tmp_path, model, method={"name": "full"})
+    built = fake_model(asked)
+    assert host_memory.reads_whole_model(asked, built) is reads_all
+    elements = sum(parameter.numel() for parameter in built.parameters())
+    assert host_memory.whole_model_bytes(asked, built) == 4 * elements  # masters
+    built.requires_grad_(False)
+    assert host_memory.whole_model_bytes(asked, built) == 2 * elements
+
+
+def test_sockets_grow_with_ranks_and_groups() -> None:
+    assert open_files(World(64, 8), async_save=False) == 2 * 511 + 256
+    assert open_files(World(64, 8), async_save=True) == 3 * 511 + 256
+
+
+def test_operations_are_those_of_matrix_products_and_causal_attention() -> None:
+    aten = torch.ops.aten
+    left, right = torch.empty(3, 5), torch.empty(5, 7)
+    assert flops_of(aten.mm.default, (left, right)) == 2 * 3 * 5 * 7
+    assert flops_of(aten.addmm.default, (torch.empty(7), left, right)) == 2 * 3 * 5 * 7
+    assert flops_of(aten.add.Tensor, (left, left)) == 0
+    heads = torch.empty(2, 4, 16, 8)  # rows, heads, length, size
+    attention = aten._scaled_dot_product_flash_attention_for_cpu
+    assert flops_of(attention.default, (heads,) * 3) == 4 * 2 * 4 * (16 * 16 / 2) * 8
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+    assert flops_of(backward.default, (heads,) * 4) == 10 * 2 * 4 * (16 * 16 / 2) * 8
+
+
+AMOUNTS: Amounts = {
+    "flops": 1e15, "written": 1e11, "kernels": 5e3, "trained": 8e9, "elements": 8e9,
+    "working": 16e9, "optimizer": 64e9,
+}  # fmt: skip
+
+
+def test_the_slower_of_gpu_and_network_counts(tmp_path: Path) -> None:
+    def seconds(name: str, nodes: int = 1, **amounts: float) -> Any:
+        asked = config(tmp_path, method={"name": "full"}, strategy={"name": name})
+        return step_time(asked, World(nodes, RANKS), AMOUNTS | amounts, H100)
+
+    one = seconds("fsdp")
+    assert one.compute == pytest.approx(8 * (1e15 / 643.11e12 + 2e11 / 2.68e12))
+    assert one.network == pytest.approx(8 * (2 * 16e9 + 32e9) * 0.75 / 315e9)
+    assert one.total == one.compute + one.optimizer
+    assert seconds("fsdp", flops=1e12, written=1e9).total == pytest.approx(
+        one.network + one.optimizer
+    )
+    assert seconds("fsdp", kernels=1e6).compute == pytest.approx(8 * 10)
+    many = seconds("fsdp", nodes=8)  # one micro-batch
+    assert seconds("ddp").network < one.network < 8 * many.network
+    few = {"trained": 1e8}  # of an adapter
+    assert seconds("hsdp", nodes=8, **few).network < seconds("fsdp", nodes=8, **few).network
+    assert seconds("fsdp_offload").total > one.total
+    assert seconds("zero1").network < seconds("zero2").network < seconds("zero3").network
