@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.cluster.gpus import gpu_memory, visible_gpus
+from launcher.cluster.gpus import gpu_memory, visible_devices, visible_gpus
 from launcher.commands.arguments import UNITS, command_parser, parse_size
 from launcher.config import Config, store
 from launcher.config.compose import compose_command_line
@@ -27,8 +27,10 @@ from launcher.config.rules.table import broken_rules
 from launcher.config.rules.tracking import TRACKING_RULES
 from launcher.config.schema.method import LoraConfig
 from launcher.errors import UserError
+from launcher.folders.model import model_folder
 from launcher.memory import MemoryUsage
-from launcher.run import sweep
+from launcher.run import auto, sweep
+from launcher.run.auto import Choice, Device
 
 ABOUT = """\
 Show how much memory the fullest rank of a run will need. Takes the overrides of `shardway train`.
@@ -136,9 +138,11 @@ def plan_run(config: Config, label: str = "", memory: int | None = None) -> Plan
     # As if this machine had a GPU for each rank.
     machine = dataclasses.replace(this_world.machine, gpus=this_world.nproc_per_node)
     world = dataclasses.replace(this_world, machine=machine)
-    if problems := broken_rules(config, world, RULES):
+    choice = _choose(config, world, memory)
+    if problems := broken_rules(choice.config, world, RULES):
         raise store.ConfigError(problems)
-    plannable, notes = _make_plannable(config)
+    plannable, notes = _make_plannable(choice.config)
+    notes = [*choice.lines, *notes]
     if config.cluster.nproc_per_node is None and not this_world.gpus:
         notes.append(
             f"planned for {world.size} rank(s), because this machine has no GPUs to count "
@@ -164,6 +168,17 @@ def plan_run(config: Config, label: str = "", memory: int | None = None) -> Plan
     if "refused" in result:
         raise UserError(result["refused"])
     return PlannedRun(label=label, ranks=world.size, notes=notes, memory=memory, **result)
+
+
+def _choose(config: Config, world: World, memory: int | None) -> Choice:
+    """`config` without auto, as on GPUs like this machine's first one, or like an A100."""
+    if not auto.is_open(config):
+        return Choice(config, [])
+    gpu = (*visible_devices(), Device("a GPU since Ampere", True, True, None))[0]
+    devices = [dataclasses.replace(gpu, memory=memory)] * world.size
+    source = config.model
+    folder = model_folder(source.name_or_path, source.revision, patterns=("config.json",))
+    return auto.choose(config, devices, world, folder, resumed=None)
 
 
 def _make_plannable(config: Config) -> tuple[Config, list[str]]:
