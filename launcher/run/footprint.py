@@ -31,7 +31,8 @@ QUANTIZED_BYTES = {4: 0.54, 8: 1.02}  # of a weight, with its scales
 # Numbers kept for backward for each token of a layer: of the width, and of the gated MLP's width.
 KEPT_WIDTHS, KEPT_MLP_WIDTHS = 11, 4
 CHUNK_ELEMENTS = 2**25  # as launcher/model/chunked_loss.py, which imports torch
-CHUNK_BYTES = 12  # logits, their softmax and gradient, for each element of a chunk
+CHUNK_BYTES = 16  # logits, their softmax and gradient, with what is left of the chunk before
+LOGITS_BYTES = 12  # the same for each of the whole logits
 LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -245,7 +246,7 @@ def _head_bytes(config: Config, dims: Dims, compute: int, tokens: int) -> int:
     """The hidden states of the head, and logits."""
     hidden = 4 * tokens * dims.width * 4
     if config.training.loss == "whole":
-        return hidden + tokens * dims.vocabulary * CHUNK_BYTES
+        return hidden + tokens * dims.vocabulary * LOGITS_BYTES
     is_trained = config.method.name == "full"
     elements = max(CHUNK_ELEMENTS * (4 if is_trained else 1), 64 * dims.vocabulary)
     weight_gradient = dims.vocabulary * dims.width * (4 + compute) if is_trained else 0
