@@ -42,7 +42,7 @@ def _rank(rank: int, bench: Callable[..., None], ranks: int, port: int, *words: 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     rank_info = RankInfo(rank, rank, ranks, ranks, device)
-    init_process_group(rank_info, dist.TCPStore("127.0.0.1", port))
+    init_process_group(rank_info, dist.TCPStore("127.0.0.1", port), minutes=10)
     bench(rank_info, *words)
     dist.barrier()
     dist.destroy_process_group()

@@ -181,7 +181,7 @@ def _alone() -> RankInfo:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     cuda = torch.cuda.is_available()
     rank_info = RankInfo(0, 0, 1, 1, torch.device("cuda", 0) if cuda else torch.device("cpu"))
-    init_process_group(rank_info, dist.HashStore())
+    init_process_group(rank_info, dist.HashStore(), minutes=10)
     return rank_info
 
 
