@@ -17,6 +17,7 @@ from typing import NoReturn
 from launcher.cluster.launch import launch, launch_sweep, print_dry_run
 from launcher.cluster.liveness import refuse_to_join
 from launcher.cluster.preflight import check, check_first_rows, get_rank, under_torchrun
+from launcher.cluster.settle import settle
 from launcher.config.compose import compose_command_line
 from launcher.errors import REFUSED, UserError
 from launcher.run import parent, sweep
@@ -39,12 +40,14 @@ def train() -> int:
         if under_torchrun():
             raise UserError("--multirun starts several runs, but one torchrun starts one run")
         configs = sweep.assign_run_dirs(configs)
+    choices = [settle(config) for config in configs]
+    configs = [choice.config for choice in choices]
     worlds = [check(config) for config in configs]
     if configs[0].cluster.name == "slurm":
         check_first_rows(configs[0])  # a sweep seldom changes the rows
     if configs[0].launch.dry_run:
         if get_rank() == 0:
-            print_dry_run(configs, worlds)
+            print_dry_run(choices, worlds)
         return 0
     if get_rank() == 0:
         for config in configs:
@@ -54,7 +57,7 @@ def train() -> int:
 
         worker.train_under_torchrun(configs[0], sys.argv)
         return 0
-    return launch(configs[0], worlds[0]) if len(configs) == 1 else launch_sweep(configs, worlds)
+    return launch(choices[0], worlds[0]) if len(configs) == 1 else launch_sweep(choices, worlds)
 
 
 def _refuse(message: str) -> NoReturn:

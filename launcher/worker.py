@@ -12,7 +12,7 @@ import gc
 import os
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from launcher.errors import UserError, exit_when_refused
 from launcher.folders.checkpoint import finished_checkpoints
 from launcher.folders.run import RunDir
 from launcher.io import open_files
-from launcher.run import create, parent, processes, rank_log
+from launcher.run import create, environment, parent, processes, rank_log
 from launcher.run.outcome import Outcome, write_status, write_superseded
 from launcher.run.stop import Stopped, StopRequest
 
@@ -72,14 +72,17 @@ def train_under_torchrun(config: Config, argv: list[str]) -> None:
     from launcher.distributed import run_folder
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    key_value_store = rendezvous.enter_round(rendezvous.open_store(), rank, world_size)
+    environment.prepare(config.training.deterministic)
+    minutes = config.launch.rendezvous_minutes
+    key_value_store = rendezvous.open_store(minutes)
+    key_value_store = rendezvous.enter_round(key_value_store, rank, world_size, minutes)
 
     def create_folder() -> RunDir:
         return create.start_attempt(config, argv, world_size)[0]
 
     fingerprint, shared = store.fingerprint(config), config.launch.shared_disk
     folder = run_folder.agree_on_run(
-        key_value_store, rank, world_size, fingerprint, create_folder, shared
+        key_value_store, rank, world_size, fingerprint, create_folder, shared, minutes
     )
     if not shared:
         per_node = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -89,6 +92,7 @@ def train_under_torchrun(config: Config, argv: list[str]) -> None:
             node=rank // per_node,
             nodes=world_size // per_node,
             create=create_folder if os.environ["LOCAL_RANK"] == "0" else None,
+            minutes=minutes,
         )
     if rank == 0:
         rank_log.say(folder, f"run folder: {folder.path}")
@@ -105,7 +109,9 @@ def _train_with_log(folder: RunDir, key_value_store: dist.Store | None = None) -
     console = rank_log.open_log(folder, rank)
     record = processes.recorded(folder.rank_process(rank))
     with record, rank_log.report_failure(folder, rank), console:
-        prepare_and_train(Run(folder, store.load(folder.config), console, stop), key_value_store)
+        config = store.load(folder.config)
+        environment.prepare(config.training.deterministic)  # before torch is imported
+        prepare_and_train(Run(folder, config, console, stop), key_value_store)
 
 
 def prepare_and_train(run: Run, key_value_store: dist.Store | None = None) -> None:
@@ -118,18 +124,21 @@ def prepare_and_train(run: Run, key_value_store: dist.Store | None = None) -> No
     from launcher.distributed import process_group
     from launcher.distributed.collectives import any_rank
     from launcher.model.open import open_model
+    from launcher.training import choices
 
-    rank_info = process_group.read_rank_info()
+    rank_info, launch = process_group.read_rank_info(), run.config.launch
     open_files.raise_limit(
         rank_info.world_size, groups=2 if run.config.checkpoint.async_save else 1
     )
+    # Opened before the model and the rows: other ranks already try to connect to it.
+    key_value_store = key_value_store or rendezvous.open_store(launch.rendezvous_minutes)
+    config = choices.settle(run.folder, run.config, rank_info, key_value_store, run.log)
+    run = replace(run, config=config)
     folder, tokenizer = open_model(run.config, run.log)
-    # Opened before the rows are tokenized, because other ranks already try to connect to it.
-    key_value_store = key_value_store or rendezvous.open_store()
     loaders: Loaders | None = None
     with suppress(Stopped):
         loaders = _build_loaders(run, folder, tokenizer, rank_info)
-    process_group.init_process_group(rank_info, key_value_store)
+    process_group.init_process_group(rank_info, key_value_store, launch.collective_minutes)
     if any_rank(run.stop.requested()) or loaders is None:
         saved = finished_checkpoints(run.folder.checkpoints)
         outcome = Outcome(saved[0].step if saved else 0, _stop_reason(run, rank_info))

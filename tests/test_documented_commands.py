@@ -51,7 +51,9 @@ NOT_RUN = {
 }
 # Commands that this machine refuses, by these rules only.
 REFUSED = {
-    "shardway train optimizer=adamw_paged optimizer.learning_rate=2e-4": "paging-needs-a-gpu"
+    "shardway train optimizer=adamw_paged optimizer.learning_rate=2e-4": "paging-needs-a-gpu",
+    "shardway train experiment=one_host_gpus model.name_or_path=path/to/model data.path=my.jsonl "
+    "cluster.nproc_per_node=8": "liger-needs-a-gpu",
 }
 FIELDS: dict[str, dict[str, Any]] = {
     "alpaca": {"instruction": "a question", "output": "an answer"},

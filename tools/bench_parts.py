@@ -42,7 +42,7 @@ def _rank(rank: int, bench: Callable[..., None], ranks: int, port: int, *words: 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     rank_info = RankInfo(rank, rank, ranks, ranks, device)
-    init_process_group(rank_info, dist.TCPStore("127.0.0.1", port))
+    init_process_group(rank_info, dist.TCPStore("127.0.0.1", port), minutes=10)
     bench(rank_info, *words)
     dist.barrier()
     dist.destroy_process_group()
@@ -53,7 +53,7 @@ def alone() -> RankInfo:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     cuda = torch.cuda.is_available()
     rank_info = RankInfo(0, 0, 1, 1, torch.device("cuda", 0) if cuda else torch.device("cpu"))
-    init_process_group(rank_info, dist.HashStore())
+    init_process_group(rank_info, dist.HashStore(), minutes=10)
     return rank_info
 
 

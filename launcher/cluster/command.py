@@ -18,10 +18,13 @@ SET_BY_TORCHRUN = (
 SET_BY_NODE = ("SHARDWAY_NODE", "SHARDWAY_NODES", "SHARDWAY_RENDEZVOUS")
 
 
-def torchrun_command(run_dir: Path, attempt: int, nproc_per_node: int) -> list[str]:
+def torchrun_command(
+    run_dir: Path, attempt: int, nproc_per_node: int, numa_mode: str | None = None
+) -> list[str]:
     """One agent on this machine. `--standalone` binds a free port; a rank that dies ends the run.
 
     The agent (launcher/cluster/agent.py) receives signals before torchrun's own handlers can.
+    `numa_mode`: of launcher/cluster/numa.py.
     """
     return [
         *(sys.executable, "-m", "launcher.cluster.agent"),
@@ -30,6 +33,7 @@ def torchrun_command(run_dir: Path, attempt: int, nproc_per_node: int) -> list[s
         f"--nproc-per-node={nproc_per_node}",
         "--max-restarts=0",
         "--signals-to-handle=SIGINT",  # SIGHUP stays ignored under nohup
+        *([f"--numa-binding={numa_mode}"] if numa_mode else []),
         *("-m", "launcher.worker", str(run_dir), str(attempt)),
     ]
 
@@ -44,8 +48,6 @@ def rank_environment(nproc_per_node: int, gpus: int) -> dict[str, str]:
     values["SHARDWAY_GPUS"] = str(gpus)  # a rank that finds none of these GPUs refuses to run
     threads = 1 if gpus else max(1, usable_cpus() // nproc_per_node)
     values.setdefault("OMP_NUM_THREADS", str(threads))
-    if gpus:
-        values.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     return values
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.cluster import launch, liveness, preflight, slurm
+from launcher.cluster import launch, liveness, preflight, settle, slurm
 from launcher.config import store
 from launcher.errors import UserError
 from launcher.folders.checkpoint import describe_skipped, finished_checkpoints
@@ -62,4 +62,5 @@ def resume_run(path: Path) -> int:
         raise UserError(f"{error} → copy that of a checkpoint: {finished[0].config}") from error
     training = dataclasses.replace(config.training, stop_after_steps=None)
     config = dataclasses.replace(config, resume="auto", run_dir=str(run.path), training=training)
-    return launch.launch(config, preflight.check(config))
+    choice = settle.settle(config)  # of an attempt that has ended before its ranks chose
+    return launch.launch(choice, preflight.check(choice.config))

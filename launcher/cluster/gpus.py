@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from launcher.run.auto import Device
+
 VARIABLE = "CUDA_VISIBLE_DEVICES"
+BF16_CAPABILITY = 8  # the first major compute capability that computes in bf16: Ampere
 
 
 def visible_gpus() -> int:
@@ -44,6 +47,25 @@ def gpu_name() -> str | None:
     with _nvml() as nvml:
         devices = _visible_devices(nvml, listed) if nvml and listed != [] else []
         return str(nvml.nvmlDeviceGetName(devices[0])) if nvml and devices else None
+
+
+def visible_devices() -> list[Device]:
+    """The visible GPUs or the visible MIG device; empty without one, or if the driver does not
+    describe them."""
+    listed = listed_devices()
+    with _nvml() as nvml:
+        if nvml is None or listed == []:
+            return []
+        try:
+            return [_describe(nvml, handle) for handle in _visible_devices(nvml, listed)]
+        except nvml.NVMLError:  # a GPU without memory of its own
+            return []
+
+
+def _describe(nvml: Any, handle: Any) -> Device:
+    major, _ = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+    name, memory = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetMemoryInfo(handle)
+    return Device(str(name), True, major >= BF16_CAPABILITY, int(memory.total))
 
 
 def listed_devices() -> list[int] | list[str] | None:

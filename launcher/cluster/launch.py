@@ -7,26 +7,30 @@ import shlex
 import sys
 from pathlib import Path
 
-from launcher.cluster import build_ops, command, local, runs_table, slurm
+from launcher.cluster import build_ops, command, local, numa, runs_table, slurm
 from launcher.cluster.preflight import find_resume_checkpoint, refuse_other_launchers
-from launcher.config import Config, deepspeed, store
+from launcher.config import deepspeed, store
 from launcher.config.rules.rule import World
 from launcher.config.schema.cluster import SlurmConfig
 from launcher.config.schema.strategy import ZeroConfig
 from launcher.errors import STOPPED
 from launcher.folders import versions
 from launcher.run import create, resume, sweep
+from launcher.run.auto import Choice
 from launcher.run.rank_log import say
 
 # Exit statuses of a run that a person has stopped.
 STOPPED_BY_USER = (STOPPED, *(128 + number for number in local.SIGNALS))
 
 
-def print_dry_run(configs: list[Config], worlds: list[World]) -> None:
+def print_dry_run(choices: list[Choice], worlds: list[World]) -> None:
     """Print what would run. Writes nothing."""
-    for config, world in zip(configs, worlds, strict=True):
+    for choice, world in zip(choices, worlds, strict=True):
+        config = choice.config
         run_dir = Path(config.run_dir or "runs/<time>")
         print(store.dump(config))
+        for line in choice.lines:
+            print(f"# {line}")
         print(f"# {world.size} ranks on {world.nodes} machine(s), {world.gpus} GPU(s) visible")
         if isinstance(config.strategy, ZeroConfig):
             engine = deepspeed.engine_config(
@@ -36,49 +40,53 @@ def print_dry_run(configs: list[Config], worlds: list[World]) -> None:
         if checkpoint := find_resume_checkpoint(config):
             print(f"# resumes from {checkpoint.path}")
         if not isinstance(config.cluster, SlurmConfig):
-            torchrun = command.torchrun_command(run_dir, 1, world.nproc_per_node)
+            mode = numa.numa_mode(config.cluster, world.nproc_per_node, world.gpus)
+            torchrun = command.torchrun_command(run_dir, 1, world.nproc_per_node, mode)
             print(f"# {shlex.join(torchrun)}")
     if isinstance(config.cluster, SlurmConfig):
-        folder = run_dir if len(configs) == 1 else run_dir.parent
-        slurm.print_dry_run(config.cluster, folder, len(configs))
+        folder = run_dir if len(choices) == 1 else run_dir.parent
+        slurm.print_dry_run(config.cluster, folder, len(choices))
 
 
-def launch(config: Config, world: World) -> int:
+def launch(choice: Choice, world: World) -> int:
     """Freeze the configuration in a run folder and start the run. Returns its exit status when it
     has ended, or 0 when it is in Slurm's queue.
 
     Raises UserError if the run cannot start.
     """
+    config = choice.config
     refuse_other_launchers(config.cluster)
     if mismatch := versions.describe_mismatch():
         print(mismatch, file=sys.stderr)
     checkpoint = find_resume_checkpoint(config)
     if isinstance(config.cluster, SlurmConfig):
         return slurm.launch(config, config.cluster)
+    numa_mode = numa.numa_mode(config.cluster, world.nproc_per_node, world.gpus)
     run, frozen = create.start_attempt(config, sys.argv, world.size)
-    say(run, f"run folder: {run.path}")
+    say(run, "\n".join([f"run folder: {run.path}", *choice.lines]))
     if checkpoint:
         changed = resume.compare_configs(checkpoint.config, frozen)
         lines = [*changed.allowed, *changed.breaking]
         say(run, "\n  ".join([f"resumes from {checkpoint.path.name}", *lines]))
     if config.strategy.on_disk:
         build_ops.build_async_io(run)
-    return local.launch(run, world.nproc_per_node, world.gpus)
+    return local.launch(run, world.nproc_per_node, world.gpus, numa_mode)
 
 
-def launch_sweep(configs: list[Config], worlds: list[World]) -> int:
+def launch_sweep(choices: list[Choice], worlds: list[World]) -> int:
     """Launch the runs one after another on this machine, or as a job array. Returns the exit status
     of the first run that failed.
 
     The other runs still start if one fails. Stopping one run stops the sweep.
     """
+    configs = [choice.config for choice in choices]
     refuse_other_launchers(configs[0].cluster)
     cluster, first_failed = configs[0].cluster, 0
     if isinstance(cluster, SlurmConfig):
         return slurm.launch_sweep(configs, cluster)
     folder = sweep.create_folder(configs)
-    for config, world in zip(configs, worlds, strict=True):
-        status = launch(config, world)
+    for choice, world in zip(choices, worlds, strict=True):
+        status = launch(choice, world)
         first_failed = first_failed or status
         if status in STOPPED_BY_USER:
             break

@@ -31,7 +31,7 @@ class Failure:
     message: str
 
 
-def launch(run: RunDir, nproc_per_node: int, gpus: int) -> int:
+def launch(run: RunDir, nproc_per_node: int, gpus: int, numa_mode: str | None = None) -> int:
     """Run all ranks until they end. Returns the exit status of the attempt.
 
     Rank 0 prints to this process's stdout; the output of the agent and of libraries goes to logs.
@@ -40,7 +40,7 @@ def launch(run: RunDir, nproc_per_node: int, gpus: int) -> int:
         # A blocked signal waits until the agent receives it: none ends an agent that just starts.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, stop.signals_to_receive())
         signals.agent = subprocess.Popen(
-            command.torchrun_command(run.path, run.attempt, nproc_per_node),
+            command.torchrun_command(run.path, run.attempt, nproc_per_node, numa_mode),
             stdin=subprocess.DEVNULL,
             stderr=log,
             env={

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from launcher.cluster import command
 from launcher.cluster.gpus import visible_gpus
+from launcher.cluster.numa import numa_mode
 from launcher.config import store
 from launcher.config.rules.rule import Machine, World
 from launcher.errors import UserError, exit_when_refused
@@ -30,7 +31,8 @@ def main() -> None:
         raise UserError("usage: srun … python -m launcher.cluster.node RUN/logs/attempt-N")
     run = RunDir.from_logs(Path(sys.argv[1]))
     gpus = visible_gpus()
-    world = World.from_config(store.load(run.config), Machine(gpus=gpus))
+    config = store.load(run.config)
+    world = World.from_config(config, Machine(gpus=gpus))
     node = int(os.environ["SLURM_NODEID"])
     # At least the GPUs that were requested: a rank that finds none refuses to run on the CPU.
     environment = command.rank_environment(world.nproc_per_node, max(gpus, world.gpus))
@@ -41,7 +43,8 @@ def main() -> None:
     }
     log = os.open(run.agent_log(node), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(log, 2)
-    torchrun = command.torchrun_command(run.path, run.attempt, world.nproc_per_node)
+    mode = numa_mode(config.cluster, world.nproc_per_node, gpus)
+    torchrun = command.torchrun_command(run.path, run.attempt, world.nproc_per_node, mode)
     os.execve(torchrun[0], torchrun, environment)
 
 

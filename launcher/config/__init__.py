@@ -9,9 +9,9 @@ from launcher.config.schema.data import DataConfig
 from launcher.config.schema.method import METHODS, MethodConfig
 from launcher.config.schema.model import ModelConfig
 from launcher.config.schema.optimizer import OPTIMIZERS, OptimizerConfig
-from launcher.config.schema.precision import PRECISIONS, PrecisionConfig
+from launcher.config.schema.precision import PRECISIONS, AutoPrecisionConfig, PrecisionConfig
 from launcher.config.schema.scheduler import SCHEDULERS, SchedulerConfig
-from launcher.config.schema.strategy import STRATEGIES, StrategyConfig
+from launcher.config.schema.strategy import STRATEGIES, AutoStrategyConfig, StrategyConfig
 from launcher.config.schema.tracking import TrackingConfig
 from launcher.config.schema.training import CheckpointConfig, LaunchConfig, TrainingConfig
 
@@ -45,8 +45,9 @@ SECTIONS: dict[str, type | dict[str, type]] = {
     "model": ModelConfig,
     "data": DataConfig,
     "method": METHODS,
-    "strategy": STRATEGIES,
-    "precision": PRECISIONS,
+    # A rank trains with one of those that auto becomes.
+    "strategy": {"auto": AutoStrategyConfig, **STRATEGIES},
+    "precision": {"auto": AutoPrecisionConfig, **PRECISIONS},
     "optimizer": OPTIMIZERS,
     "scheduler": SCHEDULERS,
     "tracking": TrackingConfig,

@@ -52,15 +52,16 @@ def read_rank_info() -> RankInfo:
     )
 
 
-def init_process_group(
-    rank_info: RankInfo, store: dist.Store, timeout: timedelta = timedelta(minutes=10)
-) -> None:
-    """Join the process group: gloo for CPU tensors, NCCL for CUDA tensors.
+def init_process_group(rank_info: RankInfo, store: dist.Store, minutes: float) -> None:
+    """Join the process group: gloo for CPU tensors, NCCL for CUDA tensors. A rank waits `minutes`
+    for the others in one message.
 
     Sums of CPU integers (token counts) then never wait for the GPU.
     """
     on_gpu = rank_info.device.type == "cuda"
     use_device(rank_info.device)
+    timeout = timedelta(minutes=minutes)
+    store.set_timeout(timeout)  # backends exchange addresses through it
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         store=dist.PrefixStore("shardway", store),

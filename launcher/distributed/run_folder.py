@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from launcher.distributed.agreement import agree
 from launcher.distributed.rendezvous import wait_for_ranks
 from launcher.errors import UserError
 from launcher.folders.run import RunDir
@@ -18,7 +19,8 @@ def agree_on_run(
     world_size: int,
     fingerprint: str,
     create: Callable[[], RunDir],
-    shared: bool = True,
+    shared: bool,
+    minutes: float,
 ) -> RunDir:
     """Compare the configurations of all ranks; if they are equal, rank 0 calls `create`.
 
@@ -26,16 +28,19 @@ def agree_on_run(
     ranks. Otherwise all ranks raise UserError with the same message, and nothing is created. If the
     disk is `shared`, a rank that cannot see the folder raises UserError too.
     """
-    if rank == 0:
-        verdict = _compare_and_create(store, world_size, fingerprint, create)
-        store.set("shardway/verdict", verdict)
-        wait_for_ranks(store, [f"shardway/heard/{other}" for other in range(1, world_size)])
-    else:
-        store.set(f"shardway/fingerprint/{rank}", fingerprint)
-        wait_for_ranks(store, ["shardway/verdict"])
-        verdict = store.get("shardway/verdict").decode()
-        store.set(f"shardway/heard/{rank}", "")
-    run = _parse_verdict(verdict)
+
+    def decide(fingerprints: list[str]) -> str:
+        for other, theirs in enumerate(fingerprints):
+            if theirs != fingerprint:
+                raise UserError(
+                    f"rank {other} has composed a different configuration than rank 0; start every "
+                    "torchrun with the same overrides and conf/ (compare with --cfg job --resolve)"
+                )
+        run = create()
+        return f"{run.attempt} {run.path}"
+
+    text = agree(store, rank, world_size, "folder", fingerprint, decide, minutes)
+    run = _parse(text)
     if shared and not run.path.is_dir():
         raise UserError(
             f"rank {rank} cannot see {run.path}, which rank 0 created; set run_dir to a folder "
@@ -50,6 +55,7 @@ def run_folder_of_node(
     node: int,
     nodes: int,
     create: Callable[[], RunDir] | None,
+    minutes: float,
 ) -> RunDir:
     """The run folder of this machine, if the machines do not share a disk. Rank 0's machine has
     `main_run`; on each other machine, one rank creates a folder with `create`.
@@ -58,10 +64,10 @@ def run_folder_of_node(
     UserError on all ranks.
     """
     if node and create is not None:
-        store.set(f"shardway/folder/{node}", _create_on_node(main_run, create))
-    wait_for_ranks(store, [f"shardway/folder/{other}" for other in range(1, nodes)])
+        store.set(f"shardway/node/{node}", _create_on_node(main_run, create))
+    wait_for_ranks(store, [f"shardway/node/{other}" for other in range(1, nodes)], minutes)
     runs = [main_run] + [
-        _parse_verdict(store.get(f"shardway/folder/{other}").decode()) for other in range(1, nodes)
+        _parse_verdict(store.get(f"shardway/node/{other}").decode()) for other in range(1, nodes)
     ]
     return runs[node]
 
@@ -85,23 +91,10 @@ def _parse_verdict(verdict: str) -> RunDir:
     kind, _, text = verdict.partition(" ")
     if kind == "refused":
         raise UserError(text)
+    return _parse(text)
+
+
+def _parse(text: str) -> RunDir:
+    """The folder of `ATTEMPT PATH`."""
     attempt, _, path = text.partition(" ")
     return RunDir(Path(path), int(attempt))
-
-
-def _compare_and_create(
-    store: dist.Store, world_size: int, fingerprint: str, create: Callable[[], RunDir]
-) -> str:
-    """A verdict, as `_parse_verdict` reads it."""
-    try:
-        wait_for_ranks(store, [f"shardway/fingerprint/{rank}" for rank in range(1, world_size)])
-        for rank in range(1, world_size):
-            if store.get(f"shardway/fingerprint/{rank}").decode() != fingerprint:
-                raise UserError(
-                    f"rank {rank} has composed a different configuration than rank 0; start every "
-                    "torchrun with the same overrides and conf/ (compare with --cfg job --resolve)"
-                )
-        run = create()
-        return f"made {run.attempt} {run.path}"
-    except UserError as error:
-        return f"refused {error}"

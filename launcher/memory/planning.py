@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.cluster.gpus import visible_gpus
+from launcher.cluster.gpus import visible_devices, visible_gpus
 from launcher.config import Config, store
 from launcher.config.rules.data import DATA_RULES
 from launcher.config.rules.rule import Machine, World
@@ -23,8 +23,11 @@ from launcher.config.rules.table import broken_rules
 from launcher.config.rules.tracking import TRACKING_RULES
 from launcher.config.schema.method import LoraConfig
 from launcher.errors import UserError
+from launcher.folders.model import model_folder
 from launcher.memory import MemoryUsage
 from launcher.memory.tracers import ENVIRONMENT
+from launcher.run import auto
+from launcher.run.auto import Choice, Device
 
 # A plan needs neither rows nor weights, and does not depend on when the run evaluates or saves, nor
 # on who starts it.
@@ -104,9 +107,10 @@ def plan_run(
 ) -> PlannedRun:
     """Plan a run, in a separate process. Raises UserError if it cannot be planned."""
     world, notes = plannable_world(config)
-    if problems := broken_rules(config, world, RULES):
+    choice = _choose(config, world, memory)
+    if problems := broken_rules(choice.config, world, RULES):
         raise store.ConfigError(problems)
-    plannable, changes = make_plannable(config)
+    plannable, changes = make_plannable(choice.config)
     with tempfile.TemporaryDirectory(prefix="shardway-") as scratch:
         file = Path(scratch) / "config.yaml"
         file.write_text(store.dump(plannable), encoding="utf-8")
@@ -130,11 +134,22 @@ def plan_run(
         ranks=world.size,
         ranks_per_machine=world.nproc_per_node,
         open_files=open_files(world, config.checkpoint.async_save),
-        notes=[*changes, *notes],
+        notes=[*choice.lines, *changes, *notes],
         memory=memory,
         host_memory=host_memory,
         **result,
     )
+
+
+def _choose(config: Config, world: World, memory: int | None) -> Choice:
+    """`config` without auto, as on GPUs like this machine's first one, or like an A100."""
+    if not auto.is_open(config):
+        return Choice(config, [])
+    gpu = (*visible_devices(), Device("a GPU since Ampere", True, True, None))[0]
+    devices = [dataclasses.replace(gpu, memory=memory)] * world.size
+    source = config.model
+    folder = model_folder(source.name_or_path, source.revision, patterns=("config.json",))
+    return auto.choose(config, devices, world, folder, resumed=None)
 
 
 def open_files(world: World, async_save: bool) -> int:

@@ -15,7 +15,7 @@ from launcher.config.secrets import secret_names
 from launcher.errors import UserError
 from launcher.folders import manifest, versions
 from launcher.folders.run import RunDir, new_run_path
-from launcher.run import processes, resume
+from launcher.run import auto, processes, resume
 
 
 def start_attempt(config: Config, argv: list[str], world_size: int) -> tuple[RunDir, Config]:
@@ -50,12 +50,26 @@ def start_attempt_in(
     run.stop.unlink(missing_ok=True)  # it was meant for the previous attempt
     run.starting.unlink(missing_ok=True)
     manifest.write_json(run.launch, _launch_record(argv), private=True)
-    if isinstance(config.strategy, ZeroConfig):
+    _write_engine_config(run, config, world_size)
+    return run, config
+
+
+def write_choice(run: RunDir, config: Config, world_size: int) -> None:
+    """Freeze `config` again: the ranks have chosen what was auto in it."""
+    _write_config(run, config)
+    _write_engine_config(run, config, world_size)
+
+
+def _write_config(run: RunDir, config: Config) -> None:
+    manifest.write_text(run.config, store.dump(config), private=bool(secret_names(config.cluster)))
+
+
+def _write_engine_config(run: RunDir, config: Config, world_size: int) -> None:
+    if isinstance(config.strategy, ZeroConfig) and not auto.is_open(config):
         engine_config = deepspeed.engine_config(
             config.strategy, config.training, config.precision, world_size
         )
         manifest.write_json(run.engine_config, engine_config)
-    return run, config
 
 
 def freeze_config(run: RunDir, config: Config) -> Config:
@@ -64,7 +78,7 @@ def freeze_config(run: RunDir, config: Config) -> Config:
     config = dataclasses.replace(_with_absolute_paths(config), run_dir=str(run.path))
     data = dataclasses.replace(config.data, template_date=_template_date(run, config))
     config = dataclasses.replace(config, data=data)
-    manifest.write_text(run.config, store.dump(config), private=bool(secret_names(config.cluster)))
+    _write_config(run, config)
     return config
 
 

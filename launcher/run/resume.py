@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ ALLOWED_SETTINGS = (
     "training.loss",  # the same sums
     "training.compile",
     "training.kernels",
+    "training.deterministic",  # the same sums, in another order
     "training.eval_steps",
     "training.early_stopping_patience",
     "training.early_stopping_threshold",
@@ -91,6 +93,14 @@ def candidates(resume: str, checkpoints: Path) -> list[Checkpoint]:
     return all_checkpoints(checkpoints) + named
 
 
+def resumed_config(config: Config, run: RunDir) -> Config | None:
+    """The configuration of the checkpoint that `config`, a run in the folder of `run`, resumes
+    from; None without one. Raises UserError if resume=PATH names none."""
+    found = (c for c in candidates(config.resume, run.checkpoints) if c.is_finished)
+    checkpoint = next(found, None)
+    return None if checkpoint is None else store.load(checkpoint.config)
+
+
 def named_checkpoint(resume: str) -> Checkpoint:
     """The checkpoint of `resume=PATH`: that folder, or the newest checkpoint of that run.
 
@@ -115,7 +125,8 @@ def named_checkpoint(resume: str) -> Checkpoint:
 
 def compare_configs(frozen: Path, config: Config) -> Differences:
     """How `config` differs from the frozen configuration of a checkpoint."""
-    before, now = store.leaves(store.load(frozen)), store.leaves(config)
+    trained = store.load(frozen)
+    before, now = store.leaves(trained), store.leaves(_as_trained(config, trained))
     differences = Differences([], [], [], [])
     for key in dict.fromkeys([*before, *now]):
         old, new = (side[key] if key in side else None for side in (before, now))
@@ -141,6 +152,17 @@ def compare_configs(frozen: Path, config: Config) -> Differences:
         elif store.mapping_setting(key):  # other keys come and go with the file of their group
             differences.undo.append(f"~{key}")
     return differences
+
+
+def _as_trained(config: Config, trained: Config) -> Config:
+    """`config` with the choices of a checkpoint's configuration where it has auto: launcher/run/
+    auto.py keeps them."""
+    kept = {
+        section: getattr(trained, section)
+        for section in ("precision", "strategy")
+        if getattr(config, section).name == "auto"
+    }
+    return dataclasses.replace(config, **kept)
 
 
 def _override(key: str, value: Any) -> str:

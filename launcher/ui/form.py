@@ -50,6 +50,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("strategy", "precision", "strategy.shard_size", "strategy.reshard_after_forward"),
         *("strategy.offload", "strategy.offload_optimizer", "strategy.offload_param"),
         *("training.activation_checkpointing", "training.loss", "training.kernels"),
+        *("training.tf32", "training.deterministic"),
     ),
     "Optimizer and learning rate": (
         *("optimizer", "optimizer.learning_rate", "optimizer.weight_decay", "scheduler"),

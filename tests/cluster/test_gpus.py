@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from launcher.cluster import gpus
+from launcher.run.auto import Device
 
 GIB = 1 << 30
 
@@ -51,6 +52,12 @@ class Driver:
 
     def nvmlDeviceGetComputeInstanceId(self, handle: str) -> int:
         return 0
+
+    def nvmlDeviceGetName(self, handle: str) -> str:
+        return f"the {handle}"
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle: str) -> tuple[int, int]:
+        return (7, 5) if handle.startswith("GPU-bb") else (9, 0)
 
     def nvmlDeviceGetMemoryInfo(self, handle: str) -> SimpleNamespace:
         return SimpleNamespace(total=80 * GIB if handle.startswith("GPU-") else 10 * GIB)
@@ -124,3 +131,15 @@ def test_without_a_driver_the_entries_are_counted(
     on(monkeypatch, {}, listed)
     assert gpus.visible_gpus() == count
     assert gpus.gpu_memory() is None
+
+
+@pytest.mark.parametrize(("name", "has_bf16"), [("GPU-aa11", True), ("GPU-bb33", False)])
+def test_a_device_says_what_it_computes_in(
+    monkeypatch: pytest.MonkeyPatch, name: str, has_bf16: bool
+) -> None:
+    on(monkeypatch, PLAIN, name)
+    assert gpus.visible_devices() == [Device(f"the {name}", True, has_bf16, 80 * GIB)]
+    on(monkeypatch, {}, name)
+    assert gpus.visible_devices() == [], "without a driver nothing is known"
+    on(monkeypatch, PLAIN, "")
+    assert gpus.visible_devices() == []

@@ -14,19 +14,20 @@ from launcher.distributed import rendezvous, run_folder
 from launcher.errors import UserError
 from launcher.folders.run import RunDir
 
+MINUTES = 2 / 60
 
-def agreement(
-    world: int, prints: list[str], create: Callable[[], RunDir], monkeypatch: pytest.MonkeyPatch
-) -> list[RunDir | str]:
+
+def agreement(world: int, prints: list[str], create: Callable[[], RunDir]) -> list[RunDir | str]:
     """What each rank gets: the folder, or the message of its refusal."""
-    monkeypatch.setattr(rendezvous, "TIMEOUT_SECONDS", 2)
     all_rounds = dist.HashStore()
     results: list[RunDir | str] = [""] * world
 
     def rank_of(rank: int) -> None:
         try:
-            store = rendezvous.enter_round(all_rounds, rank, world)
-            results[rank] = run_folder.agree_on_run(store, rank, world, prints[rank], create)
+            store = rendezvous.enter_round(all_rounds, rank, world, MINUTES)
+            results[rank] = run_folder.agree_on_run(
+                store, rank, world, prints[rank], create, True, MINUTES
+            )
         except UserError as error:
             results[rank] = str(error)
 
@@ -38,56 +39,51 @@ def agreement(
     return results
 
 
-def test_all_ranks_use_the_folder_that_rank_0_makes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_ranks_use_the_folder_that_rank_0_makes(tmp_path: Path) -> None:
     made: list[RunDir] = []
 
     def create() -> RunDir:
         made.append(RunDir(tmp_path))
         return made[-1]
 
-    results = agreement(3, ["a"] * 3, create, monkeypatch)
+    results = agreement(3, ["a"] * 3, create)
     assert results == [RunDir(tmp_path)] * 3
     assert made == [RunDir(tmp_path)]
 
 
-def test_one_differing_rank_fails_all_ranks_and_no_folder_is_made(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_one_differing_rank_fails_all_ranks_and_no_folder_is_made() -> None:
     made: list[RunDir] = []
 
     def create() -> RunDir:
         made.append(RunDir(Path()))
         return made[-1]
 
-    results = agreement(3, ["a", "a", "b"], create, monkeypatch)
+    results = agreement(3, ["a", "a", "b"], create)
     assert len(set(results)) == 1
     assert "rank 2 has composed a different configuration than rank 0" in str(results[0])
     assert not made
 
 
-def test_all_ranks_report_a_folder_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_report_a_folder_that_cannot_be_made() -> None:
     def create() -> RunDir:
         raise UserError("no room")
 
-    assert agreement(2, ["a", "a"], create, monkeypatch) == ["no room"] * 2
+    assert agreement(2, ["a", "a"], create) == ["no room"] * 2
 
 
-def test_a_folder_that_other_ranks_cannot_see_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    results = agreement(2, ["a", "a"], lambda: RunDir(Path("/not/shared")), monkeypatch)
+def test_a_folder_that_other_ranks_cannot_see_is_reported() -> None:
+    results = agreement(2, ["a", "a"], lambda: RunDir(Path("/not/shared")))
     assert "every machine shares" in str(results[1])
 
 
-def test_a_rank_that_never_connects_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    (result, _) = agreement(2, ["a"], lambda: RunDir(Path()), monkeypatch)
+def test_a_rank_that_never_connects_is_named() -> None:
+    (result, _) = agreement(2, ["a"], lambda: RunDir(Path()))
     assert "no answer from rank 1" in str(result)
 
 
 def test_a_restarted_round_sees_nothing_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever rank comes first, and whatever the ranks that were killed have written."""
     monkeypatch.setattr(rendezvous, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(rendezvous, "TIMEOUT_SECONDS", 20)
     left_by_killed = dist.HashStore()
     left_by_killed.set("shardway/round", "old")
     left_by_killed.set("old/1", "a rank that was killed before rank 0 answered")
@@ -96,7 +92,7 @@ def test_a_restarted_round_sees_nothing_of_the_one_before(monkeypatch: pytest.Mo
 
     def rank_of(rank: int, delay: float, now: int) -> None:
         time.sleep(delay)
-        store = rendezvous.enter_round(left_by_killed, rank, 3)
+        store = rendezvous.enter_round(left_by_killed, rank, 3, 10 * MINUTES)
         if rank == 0:
             store.set("verdict", str(now))
         store.wait(["verdict"])

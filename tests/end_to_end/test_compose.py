@@ -69,7 +69,7 @@ def test_help_lists_groups_and_commands_and_each_command_has_help(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = shardway("train", "--help", cwd=tmp_path).stdout
-    strategies = "strategy: ddp, fsdp, fsdp_offload, hsdp, single"
+    strategies = "strategy: auto, ddp, fsdp, fsdp_offload, hsdp, single"
     for word in (strategies, "launch.dry_run=true", "--multirun"):
         assert word in said
     assert in_process(monkeypatch) == 0

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from launcher.config import store
 from launcher.folders import manifest
 from launcher.folders.checkpoint import newest_checkpoint
 from tests.helpers.commands import (
@@ -112,6 +113,10 @@ def test_torchrun_on_one_host_makes_one_run_folder(tiny: Path, tmp_path: Path) -
     assert len(losses(folder)) == 4
     console = (folder / "logs/attempt-1/console.log").read_text().splitlines()
     assert console[0] == f"run folder: {folder}"
+    assert console[1] == "precision=auto: fp32, because the ranks run on CPU"
+    assert console[2].startswith("strategy=auto: ddp, because a complete train state needs about")
+    frozen = store.load(folder / "config.yaml")
+    assert (frozen.precision.name, frozen.strategy.name) == ("fp32", "ddp")
     assert console[-1].startswith("step 4/4  loss ")
 
 

@@ -33,6 +33,8 @@ def test_two_nodes_give_the_same_losses_as_two_local_ranks(
     done = shardway("train", "cluster.nproc_per_node=2", "run_dir=near", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "far") == losses(tmp_path / "near")
+    for name in ("far", "near"):  # one was chosen by the ranks, the other before they started
+        assert "precision:\n  name: fp32\n" in (tmp_path / name / "config.yaml").read_text()
 
 
 def test_sbatch_accepts_overrides_and_values_with_special_characters(

@@ -34,7 +34,7 @@ PLAIN_TRL = {"gradient_checkpointing": False, "model_init_kwargs": {"dtype": "bf
 PLAIN_FACTORY = {"disable_gradient_checkpointing": True}
 
 ARMS = (
-    Arm("shardway", "shardway", "defaults (strategy=fsdp)"),
+    Arm("shardway", "shardway", "strategy=fsdp", {"strategy": "fsdp"}),
     Arm("shardway-ddp", "shardway", "strategy=ddp", {"strategy": "ddp"}),
     Arm(
         "shardway-packed",

@@ -26,8 +26,10 @@ def main() -> None:
         return
     ours, path = command.torchrun_command, sys.argv[1]
 
-    def torchrun(run_dir: Path, attempt: int, nproc_per_node: int) -> list[str]:
-        words = ours(run_dir, attempt, nproc_per_node)
+    def torchrun(
+        run_dir: Path, attempt: int, nproc_per_node: int, numa_mode: str | None = None
+    ) -> list[str]:
+        words = ours(run_dir, attempt, nproc_per_node, numa_mode)
         at = words.index("launcher.worker")
         return [*words[:at], "peers.shardway", path, *words[at + 1 :]]
 

@@ -7,6 +7,7 @@ from launcher.config.rules.rule import Example, Rule, World
 from launcher.config.schema.method import QloraConfig
 from launcher.folders.adapter import adapter_settings
 
+# Without auto: the ranks check the rules again when they have chosen.
 COMPUTE_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "pure_bf16": "bfloat16"}
 
 
@@ -15,11 +16,10 @@ def _qlora(config: Config) -> QloraConfig | None:
 
 
 def _casts_storage(config: Config, world: World) -> bool:
-    method = _qlora(config)
-    return method is not None and method.quant_storage not in (
-        "uint8",
-        COMPUTE_DTYPES[config.precision.name],
-    )
+    method, precision = _qlora(config), config.precision.name
+    if method is None or precision not in COMPUTE_DTYPES:
+        return False
+    return method.quant_storage not in ("uint8", COMPUTE_DTYPES[precision])
 
 
 def _uses_dora(config: Config, world: World) -> bool:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from launcher.config import Config, deepspeed
+from launcher.config.rules.arithmetic import ARITHMETIC_RULES
 from launcher.config.rules.compile import COMPILE_RULES
 from launcher.config.rules.data import DATA_RULES
 from launcher.config.rules.liger import LIGER_RULES
@@ -132,6 +133,7 @@ RULES: tuple[Rule, ...] = (
     *METHOD_RULES,
     *QUANTIZED_RULES,
     *OFFLOAD_RULES,
+    *ARITHMETIC_RULES,
     *COMPILE_RULES,
     *LIGER_RULES,
     *SLURM_RULES,

@@ -19,6 +19,12 @@ class ClusterConfig:
     cpu_processes: int = setting(
         1, "ranks per machine if nproc_per_node is null and there is no GPU", minimum=1
     )
+    numa_binding: str = setting(
+        "auto",
+        "run each rank on the CPUs next to its GPU: none, or a mode of torchrun's --numa-binding; "
+        "auto: node, if the machine has GPUs, several nodes of memory and the program numactl",
+        choices=("auto", "none", "node", "socket", "exclusive", "core-complex"),
+    )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -32,6 +32,12 @@ class Fp16Config(PrecisionConfig):
     minimum_scale: float = setting(1.0, "lower limit of the loss scale", above=0)
 
 
+@dataclass(kw_only=True, slots=True)
+class AutoPrecisionConfig(PrecisionConfig):
+    """bf16 if every rank has a GPU that computes in it, fp16 on older GPUs, fp32 on CPU. The frozen
+    configuration has what was chosen."""
+
+
 PRECISIONS: dict[str, type[PrecisionConfig]] = {
     "fp32": PrecisionConfig,
     "bf16": PrecisionConfig,

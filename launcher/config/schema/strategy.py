@@ -40,6 +40,12 @@ class StrategyConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class AutoStrategyConfig(StrategyConfig):
+    """single on one rank; ddp if the full state fits each device; otherwise hsdp if one of several
+    nodes can hold it, or fsdp. The frozen configuration has what was chosen."""
+
+
+@dataclass(kw_only=True, slots=True)
 class SingleConfig(StrategyConfig):
     """One rank has the full state."""
 

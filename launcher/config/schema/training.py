@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from launcher.config.schema.setting import setting
 
 MAX_COUNT = 10**9  # a larger number is a typing error
+MAX_MINUTES = 7 * 24 * 60
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,6 +58,15 @@ class TrainingConfig:
         "compile each layer's forward and backward with torch.compile: off, on, or auto (try both "
         "at the start and keep the faster one)",
         choices=("off", "on", "auto"),
+    )
+    tf32: bool = setting(
+        False,
+        "compute fp32 matrix products with 10-bit fractions (TF32) on NVIDIA GPUs since Ampere: "
+        "about 7 times as fast as fp32",
+    )
+    deterministic: bool = setting(
+        False,
+        "sum in a fixed order, so that the same run gives the same bits on GPUs, too; slower",
     )
     neftune_alpha: float | None = setting(
         None, "size of the noise added to embeddings during training (NEFTune)", above=0
@@ -110,6 +120,19 @@ class LaunchConfig:
     """How the run is started."""
 
     dry_run: bool = setting(False, "check and show what would run, without writing anything")
+    rendezvous_minutes: float = setting(
+        5.0,
+        "how long ranks wait for each other at the start, until all of them have answered",
+        above=0,
+        maximum=MAX_MINUTES,
+    )
+    collective_minutes: float = setting(
+        10.0,
+        "how long ranks wait for each other in one message of training, loading or saving before "
+        "the run fails",
+        above=0,
+        maximum=MAX_MINUTES,
+    )
     shared_disk: bool = setting(
         True,
         "all machines share the run folder; false (torchrun on each machine): each machine has its "

@@ -1,0 +1,102 @@
+"""The estimate of `strategy=auto` against the plan, which runs the training code."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.commands.plan import plan_run
+from launcher.config import Config, store
+from launcher.run.footprint import estimate
+from tests.helpers.compose import composed_raw
+
+BAND = (0.97, 1.35)  # of the plan's peak: seldom below it, never far above
+SMALL = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 512,
+    "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "vocab_size": 32000, "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA_1B = {
+    **SMALL, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "head_dim": 64,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def model(folder: Path, described: dict[str, Any]) -> Path:
+    (folder / "config.json").write_text(json.dumps(described))
+    return folder
+
+
+def config_of(folder: Path, **sections: dict[str, Any]) -> Config:
+    whole: dict[str, Any] = {
+        "model": {"name_or_path": str(folder)},
+        "data": {"max_length": 2048},
+        "precision": {"name": "bf16"},
+        "training": {"max_steps": 1, "global_batch_size": 8},
+        "cluster": {"nproc_per_node": 4},
+    }
+    for name, values in sections.items():
+        whole[name] = {**whole.get(name, {}), **values}
+    return store.build(composed_raw(**whole))
+
+
+@pytest.mark.parametrize(("strategy", "method"), [("ddp", "lora"), ("fsdp", "full")])
+def test_the_estimate_is_a_little_above_the_plan(
+    tmp_path: Path, strategy: str, method: str
+) -> None:
+    folder = model(tmp_path, SMALL)
+    config = config_of(folder, strategy={"name": strategy}, method={"name": method})
+    footprint = estimate(config, folder)
+    assert footprint is not None
+    estimated = footprint.complete() if strategy == "ddp" else footprint.sharded(4)
+    planned = plan_run(config, memory=80 * 10**9).peak
+    assert BAND[0] < estimated / planned < BAND[1]
+
+
+# Peaks of `shardway plan`, 2026-11-30: Llama-3.2-1B's shape, 2,048 tokens, 8 ranks, strategy=ddp.
+PLANNED = [
+    ({"method": {"name": "lora"}}, 6.42),
+    ({"method": {"name": "full"}}, 29.01),
+    ({"method": {"name": "full"}, "precision": {"name": "fp32"}}, 34.02),
+    ({"method": {"name": "qlora"}}, 4.98),
+    ({"method": {"name": "full"}, "training": {"activation_checkpointing": "full"}}, 25.59),
+]
+
+
+@pytest.mark.parametrize(("sections", "gigabytes"), PLANNED)
+def test_a_real_size_is_estimated_as_it_was_planned(
+    tmp_path: Path, sections: dict[str, Any], gigabytes: float
+) -> None:
+    folder = model(tmp_path, LLAMA_1B)
+    footprint = estimate(config_of(folder, **sections), folder)
+    assert footprint is not None
+    assert BAND[0] < footprint.complete() / (gigabytes * 1e9) < BAND[1]
+
+
+def test_shapes_come_from_the_files_where_they_are(tiny: Path) -> None:
+    config = config_of(tiny, method={"name": "full"}, data={"max_length": 8})
+    footprint = estimate(config, tiny)
+    assert footprint is not None
+    # 61,056 - 11,520 parameters, each with a master, a gradient, two moments and a working copy.
+    assert footprint.replica == 49_536 * (4 + 4 + 8 + 2)
+    assert footprint.shared == 49_536 * (4 + 4 + 8)
+
+
+def test_more_ranks_need_less_and_longer_rows_more(tmp_path: Path) -> None:
+    folder = model(tmp_path, LLAMA_1B)
+    config = config_of(folder, method={"name": "full"})
+    short = estimate(config, folder)
+    rows = dataclasses.replace(config.data, max_length=8192)
+    long = estimate(dataclasses.replace(config, data=rows), folder)
+    assert short is not None
+    assert long is not None
+    assert short.sharded(64) < short.sharded(8) < short.complete() < long.complete()
+
+
+def test_a_model_that_does_not_say_its_sizes_has_no_estimate(tmp_path: Path) -> None:
+    assert estimate(config_of(tmp_path), model(tmp_path, {"model_type": "mine"})) is None

@@ -1,0 +1,117 @@
+"""The ranks choose together what is auto: through the store, before there is a process group."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from launcher.config import Config, store
+from launcher.distributed.process_group import RankInfo
+from launcher.errors import UserError
+from launcher.folders.run import RunDir
+from launcher.run import create
+from launcher.run.auto import Device
+from launcher.training import choices
+from tests.helpers.compose import composed_raw
+
+GPUS = [Device("A100", True, True, 80 * 10**9), Device("T4", True, False, 16 * 10**9)]
+
+
+def unchosen(tiny: Path, **sections: dict[str, Any]) -> Config:
+    return store.build(
+        composed_raw(
+            model={"name_or_path": str(tiny)},
+            strategy={"name": "auto"},
+            precision={"name": "auto"},
+            training={"max_steps": 1, "global_batch_size": 2},
+            launch={"rendezvous_minutes": 0.5},
+            **sections,
+        )
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path)
+
+
+def settle(
+    monkeypatch: pytest.MonkeyPatch, run: RunDir, config: Config, devices: list[Device]
+) -> list[Config | str]:
+    """What each rank has afterwards: its configuration, or the message of a refusal."""
+    monkeypatch.setattr(choices, "device_of", lambda rank_info: devices[rank_info.rank])
+    shared, results = dist.HashStore(), [""] * len(devices)
+    lines: list[str] = []
+
+    def rank_of(rank: int) -> None:
+        device = torch.device("cuda", rank) if devices[rank].is_gpu else torch.device("cpu")
+        info = RankInfo(rank, rank, len(devices), len(devices), device)
+        log = lines.append if rank == 0 else lambda line: None
+        try:
+            results[rank] = choices.settle(run, config, info, shared, log)  # type: ignore[call-overload]
+        except UserError as error:
+            results[rank] = str(error)
+
+    threads = [threading.Thread(target=rank_of, args=(rank,)) for rank in range(len(devices))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [*results, *lines]
+
+
+def test_all_ranks_have_what_all_gpus_know_and_it_is_frozen(
+    monkeypatch: pytest.MonkeyPatch, tiny: Path, run: RunDir
+) -> None:
+    config = create.freeze_config(run, unchosen(tiny))
+    first, second, *lines = settle(monkeypatch, run, config, GPUS)
+    assert first == second == store.load(run.config)
+    assert isinstance(first, Config)
+    assert (first.precision.name, first.strategy.name) == ("fp16", "ddp")
+    assert first.precision == store.build(composed_raw(precision={"name": "fp16"})).precision
+    assert "T4 does not compute in bf16" in lines[0]
+    assert lines[1].startswith("strategy=auto: ddp, because a complete train state needs about")
+    assert "data.packing=true" in lines[2]
+
+
+def test_a_choice_that_breaks_a_rule_is_refused_on_all_ranks(
+    monkeypatch: pytest.MonkeyPatch, tiny: Path, run: RunDir
+) -> None:
+    config = unchosen(tiny, method={"name": "qlora", "quant_storage": "bfloat16"})
+    frozen = create.freeze_config(run, config)
+    first, second = settle(monkeypatch, run, frozen, GPUS[1:] * 2)
+    assert first == second
+    assert "quant-storage-is-not-cast" in str(first)
+    assert store.load(run.config) == frozen, "nothing was chosen"
+
+
+def test_the_file_of_the_engine_is_written_with_the_choice(
+    monkeypatch: pytest.MonkeyPatch, tiny: Path, run: RunDir
+) -> None:
+    zero = store.build(composed_raw(strategy={"name": "zero2"})).strategy
+    config = create.freeze_config(run, dataclasses.replace(unchosen(tiny), strategy=zero))
+    settle(monkeypatch, run, config, GPUS[:1] * 2)
+    assert '"bf16": {\n    "enabled": true' in run.engine_config.read_text()
+
+
+def test_a_chosen_configuration_needs_no_other_rank(
+    monkeypatch: pytest.MonkeyPatch, tiny: Path, run: RunDir
+) -> None:
+    config = store.build(composed_raw(model={"name_or_path": str(tiny)}))
+    (result,) = settle(monkeypatch, run, config, [Device("CPU", False, False, 10**9)])
+    assert result == config
+    assert not run.config.exists()
+
+
+def test_a_rank_on_cpu_has_its_share_of_the_host() -> None:
+    alone = choices.device_of(RankInfo(0, 0, 1, 1, torch.device("cpu")))
+    shared = choices.device_of(RankInfo(0, 0, 4, 4, torch.device("cpu")))
+    assert not alone.is_gpu
+    assert alone.memory is not None
+    assert shared.memory == alone.memory // 4
