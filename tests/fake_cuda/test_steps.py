@@ -7,12 +7,11 @@ change: `make communication`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
-from tests.helpers.fake_cuda import Seen, page, run
+from tests.helpers.fake_cuda import Seen, page
 from tests.helpers.fake_cuda.cells import GRID, Cell
 from tests.helpers.pairs import cover
 
@@ -27,33 +26,9 @@ PAGE = page.read(page.PAGE.read_text(encoding="utf-8"))
 OFFLOADED = ("fsdp_offload", "zero3_offload")
 STEPPED_ON_THE_CPU = (*OFFLOADED, "zero2_offload")
 
-Look = Callable[[Cell], Seen]
-
-
-@pytest.fixture(scope="module")
-def look(models: Path, request: pytest.FixtureRequest) -> Iterator[Look]:
-    """What a cell does. One process runs all cells that are tested, in their order."""
-    items = [each for each in request.session.items if each.path == Path(__file__)]
-    specs = [
-        each.callspec
-        for each in items
-        if isinstance(each, pytest.Function) and hasattr(each, "callspec")
-    ]
-    cells = [spec.params["cell"] for spec in specs]
-    stream = run([cell.case(models) for cell in cells])
-    found: dict[Cell, Seen] = {}
-
-    def seen_of(cell: Cell) -> Seen:
-        while cell not in found:
-            found[cells[len(found)]] = next(stream)
-        return found[cell]
-
-    yield seen_of
-    stream.close()
-
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_step_sends_and_waits_as_documented(look: Look, cell: Cell) -> None:
+def test_a_step_sends_and_waits_as_documented(look: Callable[[Cell], Seen], cell: Cell) -> None:
     seen = look(cell)
     sent, waited = page.lines_of(cell, seen)
     documented = PAGE[cell.strategy].of(cell)
