@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-gpu test-gpus check format reference
+.PHONY: help demo test test-all test-gpu test-gpus check format reference communication
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,3 +49,6 @@ format: $(VENV)/developer  ## fix and format the code
 
 reference: $(VENV)/user  ## write docs/configuration.md from the schema
 	$(BIN)/python -m launcher.config.reference --write docs/configuration.md
+
+communication: $(VENV)/developer  ## write docs/communication.md from steps on a fake CUDA device (minutes)
+	$(BIN)/python -m tests.helpers.fake_cuda.page --write docs/communication.md

@@ -32,6 +32,7 @@ with hide_package("bitsandbytes"):
     from peft.import_utils import is_bnb_available
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import Linear as PeftLinear
+    from peft.tuners.lora.layer import ParamWrapper
     from peft.utils.other import ModulesToSaveWrapper
 
     is_bnb_available()  # PEFT caches the result and does not check again when it makes layers
@@ -39,6 +40,7 @@ with hide_package("bitsandbytes"):
 __all__ = [
     "LoraLayer",
     "ModulesToSaveWrapper",
+    "ParamWrapper",
     "PeftConfig",
     "PeftLinear",
     "PeftModel",

@@ -87,8 +87,8 @@ def estimate(config: Config, folder: Path) -> Footprint | None:
     return Footprint(
         replica=math.ceil(shared + trained * compute),
         shared=math.ceil(shared),
-        # A layer computes while the next is gathered; the embedding and the head are a group.
-        gathered=math.ceil(2 * layers + 2 * head),
+        # A layer computes while the next is gathered; the head stays from forward to backward.
+        gathered=math.ceil(2 * layers + head),
         working=_working_bytes(config, dims, compute),
     )
 

@@ -31,7 +31,8 @@ PendingSum = Callable[[], torch.Tensor]  # waits for a sum over ranks and return
 class StepResult:
     """The result of one optimizer step."""
 
-    # 0-d fp32, on the device of the gradients: before clipping and without the loss scale.
+    # 0-d fp32, on the device of the gradients or on the CPU: before clipping and without the loss
+    # scale.
     grad_norm: torch.Tensor
     applied: bool = True  # False: the gradient was not finite, and no weight has changed
     # The optimizer skips the step on the device if the gradient is not finite; `applied` is then

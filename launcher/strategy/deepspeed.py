@@ -168,8 +168,8 @@ class DeepSpeed:
         if self.loss_scale:
             self.loss_scale.update(not applied)
             self._zero.loss_scaler.cur_scale = self.loss_scale.scale
-        norm = torch.as_tensor(norm, dtype=torch.float32, device=self.rank_info.device)
-        return StepResult(norm, applied, loss_scale=scale)
+        # Not moved to another device: the host would wait for the copy.
+        return StepResult(torch.as_tensor(norm).float(), applied, loss_scale=scale)
 
     def weights(self) -> dict[str, Shard]:
         shards = {}

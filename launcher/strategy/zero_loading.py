@@ -1,4 +1,5 @@
-"""Load a model for DeepSpeed's engine. Under zero3 each rank reads only its own partition."""
+"""Load a model for DeepSpeed's engine, on the device of the rank. Under zero3 each rank reads only
+its own partition."""
 
 from __future__ import annotations
 
@@ -6,13 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.runtime.zero.partition_parameters import Init, register_external_parameter
 from torch import nn
 
 from launcher.config.schema.strategy import Zero3Config
 from launcher.distributed.process_group import RankInfo
 from launcher.errors import UserError
 from launcher.model.lazy_weight import LazyWeight, read_flat_range, read_full
+from launcher.model.peft import ParamWrapper
 from launcher.strategy.zero3_saved_tensors import save_parameters_not_views
 
 
@@ -23,7 +25,7 @@ def load_weights(
     compute: torch.dtype,
     zero3: Mapping[str, Any] | None,
 ) -> None:
-    """Load every parameter of `model` in the working dtype `compute`.
+    """Load every parameter of `model` in the working dtype `compute`, and move its buffers.
 
     `sources`: id of a parameter on meta → its stored tensor. `zero3`: the engine's configuration
     under zero3, where each rank reads and keeps its own partition; None under zero1 and zero2.
@@ -49,6 +51,9 @@ def load_weights(
         if init is not None:
             init._convert_to_deepspeed_param(parameter)
             parameter.partition()  # type: ignore[attr-defined]
+    _move_buffers(model, rank_info.device)
+    if init is not None:
+        _announce_adapted_parameters(model)
 
 
 def check_nvme_buffer_size(config: Zero3Config, model: nn.Module, rank_info: RankInfo) -> None:
@@ -71,6 +76,27 @@ def partition_of(numel: int, rank_info: RankInfo) -> tuple[int, int]:
     partition_numel = -(-numel // rank_info.world_size)
     start = min(rank_info.rank * partition_numel, numel)
     return start, min(partition_numel, numel - start)
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move all buffers to `device`, persistent or not. The engine moves none under zero3: it takes
+    the parameters to be where they belong, and the buffers with them."""
+    moved = {id(buffer): buffer.to(device) for buffer in model.buffers()}  # may have two names
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            module._buffers[name] = moved[id(buffer)]
+
+
+def _announce_adapted_parameters(model: nn.Module) -> None:
+    """Tell DeepSpeed that fused experts and routers with adapters use their own weights.
+
+    PEFT replaces such a weight by a property while it computes. DeepSpeed lists the parameters of
+    all modules after the first backward, and would refuse the second forward, in which a module
+    seems to lack one of them.
+    """
+    for module in model.modules():
+        if isinstance(module, ParamWrapper):
+            register_external_parameter(module.get_base_layer(), module.get_param())
 
 
 def _read_own_partition(

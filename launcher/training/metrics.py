@@ -65,8 +65,8 @@ class MetricsBuffer:
         if not self._pending:
             return []
         losses = self.sum(torch.stack([pending.stats.loss for pending in self._pending]))
-        norms = torch.stack([pending.stats.grad_norm for pending in self._pending])
-        values = torch.stack([losses, norms.to(losses)]).tolist()
+        norms = [each.stats.grad_norm.to(losses, non_blocking=True) for each in self._pending]
+        values = torch.stack([losses, torch.stack(norms)]).tolist()
         throughput = self.meter.read()
         records = []
         for pending, loss, norm in zip(self._pending, *values, strict=True):

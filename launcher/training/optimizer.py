@@ -92,6 +92,8 @@ def _adamw_8bit(
     class GroupedAdamW8bit(AdamW8bit):
         """Takes `min_8bit_size` from each parameter group."""
 
+        step = _step_without_waiting  # type: ignore[assignment]
+
         def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
             settings = super().get_config(gindex, pindex, group)
             return {**settings, "min_8bit_size": group["min_8bit_size"]}
@@ -151,7 +153,31 @@ def _sgd(config: SgdConfig, groups: ParamGroups) -> torch.optim.Optimizer:
 def _lion(config: LionConfig, groups: ParamGroups) -> torch.optim.Optimizer:
     from bitsandbytes.optim import Lion
 
-    return cast(torch.optim.Optimizer, Lion(groups, lr=config.learning_rate, betas=_betas(config)))
+    class LionWithoutWaits(Lion):
+        step = _step_without_waiting  # type: ignore[assignment]
+
+    optimizer = LionWithoutWaits(groups, lr=config.learning_rate, betas=_betas(config))
+    return cast(torch.optim.Optimizer, optimizer)
+
+
+@torch.no_grad()
+def _step_without_waiting(optimizer: Any) -> None:
+    """The step of an optimizer of bitsandbytes whose state is not paged.
+
+    bitsandbytes' own makes the host wait for the GPU after every parameter. Only paged state needs
+    that.
+    """
+    if not optimizer.initialized:
+        optimizer.check_overrides()
+        optimizer.to_gpu()
+        optimizer.initialized = True
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            if parameter.grad is None:
+                continue
+            if not optimizer.state[parameter]:
+                optimizer.init_state(group, parameter, group_index, index)
+            optimizer.update_step(group, parameter, group_index, index)
 
 
 def _betas(config: AdamwConfig | LionConfig) -> tuple[float, float]:
