@@ -78,7 +78,7 @@ def test_host_memory_that_does_not_suffice_exits_with_status_one(
         monkeypatch.setattr(plan, "plan_each", planned)
         assert typed(monkeypatch, "--memory", "80GB", "--host-memory", "1TB") == status
         said = capsys.readouterr().out
-        assert f"to load, 8 rank(s) {8 * loading:20,.2f}" in said
+        assert f"to load, 8 rank(s) {8 * loading:19,.2f}" in said
         assert ("does not fit into 1,000.00 GB of host memory: 40.00 GB too much" in said) == status
 
 
