@@ -91,7 +91,16 @@ class Cell(NamedTuple):
         )
 
 
-GRID = [Cell(*values) for values in itertools.product(STRATEGIES, METHODS, OPTIONS, MODELS)]
+def options_of(strategy: str) -> tuple[str, ...]:
+    """The options that the rules allow with a strategy."""
+    return tuple(o for o in OPTIONS if o != "8-bit" or not strategy.startswith("zero"))
+
+
+GRID = [
+    Cell(strategy, method, option, model)
+    for strategy, method, model in itertools.product(STRATEGIES, METHODS, MODELS)
+    for option in options_of(strategy)
+]
 
 
 def write_models(folder: Path) -> None:

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.fake_cuda import Seen, run
-from tests.helpers.fake_cuda.cells import METHODS, OPTIONS, STRATEGIES, Cell, write_models
+from tests.helpers.fake_cuda.cells import METHODS, STRATEGIES, Cell, options_of, write_models
 from tests.helpers.fake_cuda.rows import Sent, Waited, sent, waited
 
 PAGE = Path(__file__).parents[3] / "docs/communication.md"
 HEAD = Path(__file__).with_name("communication.md")
-SHOWN = [option for option in OPTIONS if option != "packed"]  # which sends what plain does
 Choice = tuple[str, str]  # method, option
-CHOICES: list[Choice] = list(itertools.product(METHODS, SHOWN))
+Options = tuple[str, ...]
 EVERY = "every"
 Line = Sent | Waited
 
@@ -63,7 +62,11 @@ def main() -> None:
 
 def page(processes: int) -> str:
     """The page, from a step of Llama with every strategy, method and option. Takes minutes."""
-    cells = [Cell(strategy, *choice) for strategy in STRATEGIES for choice in CHOICES]
+    cells = [
+        Cell(strategy, method, option)
+        for strategy in STRATEGIES
+        for method, option in itertools.product(METHODS, shown_of(strategy))
+    ]
     with tempfile.TemporaryDirectory() as folder:
         write_models(Path(folder))
         cases = [cell.case(Path(folder)) for cell in cells]
@@ -71,9 +74,15 @@ def page(processes: int) -> str:
     text = [HEAD.read_text(encoding="utf-8")]
     for strategy in STRATEGIES:
         section = section_of({c: s for c, s in seen.items() if c.strategy == strategy})
-        text += [f"## {strategy}\n", _table(Sent, section.sent) or "Nothing is sent.\n"]
-        text.append(_table(Waited, section.waited) or "The host does not wait.\n")
+        shown = shown_of(strategy)
+        text += [f"## {strategy}\n", _table(Sent, section.sent, shown) or "Nothing is sent.\n"]
+        text.append(_table(Waited, section.waited, shown) or "The host does not wait.\n")
     return "\n".join(text)
+
+
+def shown_of(strategy: str) -> Options:
+    """The options in the tables of a strategy: packed rows send what plain ones do."""
+    return tuple(option for option in options_of(strategy) if option != "packed")
 
 
 def section_of(seen: dict[Cell, Seen]) -> Section:
@@ -104,35 +113,37 @@ def _merged(lines: dict[Choice, list[Line]]) -> dict[Line, set[Choice]]:
     return {line: {choice for choice, each in lines.items() if line in each} for line in order}
 
 
-def _table(kind: Any, lines: dict[Line, set[Choice]]) -> str:
+def _table(kind: Any, lines: dict[Line, set[Choice]], shown: Options) -> str:
     if not lines:
         return ""
-    rows: Iterable[Sequence[Any]] = [(_words(choices), *line) for line, choices in lines.items()]
+    rows: Iterable[Sequence[Any]] = [
+        (words(choices, shown), *line) for line, choices in lines.items()
+    ]
     table = [("for", *kind._fields), ["---"] * (len(kind._fields) + 1), *rows]
     return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in table)
 
 
-def _words(choices: set[Choice]) -> str:
+def words(choices: set[Choice], shown: Options) -> str:
     """`choices` as text: methods that share their options are one part of it."""
     parts: dict[tuple[str, ...], list[str]] = {}
     for method in METHODS:
-        options = tuple(option for option in SHOWN if (method, option) in choices)
+        options = tuple(option for option in shown if (method, option) in choices)
         if options:
             parts.setdefault(options, []).append(method)
     said = []
     for options, methods in parts.items():
         name = EVERY if len(methods) == len(METHODS) else ", ".join(methods)
-        said.append(name if len(options) == len(SHOWN) else f"{name} with {', '.join(options)}")
+        said.append(name if len(options) == len(shown) else f"{name} with {', '.join(options)}")
     return "; ".join(said)
 
 
-def _choices(words: str) -> set[Choice]:
-    """The inverse of `_words`."""
+def choices_in(words: str, shown: Options) -> set[Choice]:
+    """The inverse of `words`."""
     choices: set[Choice] = set()
     for part in words.split("; "):
         methods, _, options = part.partition(" with ")
         names = METHODS if methods == EVERY else methods.split(", ")
-        choices |= set(itertools.product(names, options.split(", ") if options else SHOWN))
+        choices |= set(itertools.product(names, options.split(", ") if options else shown))
     return choices
 
 
@@ -142,13 +153,15 @@ def read(text: str) -> dict[str, Section]:
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if line.startswith("## "):
-            section = sections.setdefault(line.removeprefix("## "), Section())
+            name = line.removeprefix("## ")
+            section, shown = sections.setdefault(name, Section()), shown_of(name)
         elif sections and line.startswith("|") and cells[0] not in ("for", "---"):
-            words, *values = cells
+            said, *values = cells
+            choices = choices_in(said, shown)
             if len(values) == len(Sent._fields):
-                section.sent[Sent(*values)] = _choices(words)
+                section.sent[Sent(*values)] = choices
             else:
-                section.waited[Waited(*values)] = _choices(words)
+                section.waited[Waited(*values)] = choices
     return {name: section for name, section in sections.items() if name in STRATEGIES}
 
 
