@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 SMALL = 100_000  # strategy.persistence_threshold: zero3 does not shard smaller parameters
-OUTSIDE = ("embedding", "norm", "head")
+# Embedding and head are of one size: a unit of FSDP2 has the norm with the head.
+OUTSIDE = (
+    ("embedding", "norm", "head"),
+    ("norm", "head"),
+    ("embedding", "norm"),
+    ("embedding", "head"),
+    ("embedding",),
+    ("norm",),
+    ("head",),
+)
 LAYER = "layer"
 LARGE, SMALL_ONES = "large parameters", "small parameters"
 WHOLE = ("model", LARGE, SMALL_ONES, "matrices", "vectors")
@@ -86,9 +94,8 @@ def name_of(elements: int, dtype: str, parts: dict[str, Size], of_all: bool = Fa
 def _candidates(parts: dict[str, Size], of_all: bool) -> Iterator[tuple[str, Size]]:
     numbered = {name: size for name, size in parts.items() if name[-1].isdigit()}
     if not of_all:
-        for count in range(len(OUTSIDE), 0, -1):
-            for names in itertools.combinations(OUTSIDE, count):
-                yield " + ".join(names), sum((parts[name] for name in names), NOTHING)
+        for names in OUTSIDE:
+            yield " + ".join(names), sum((parts[name] for name in names), NOTHING)
         for name, size in numbered.items():
             yield name.rsplit(" ", 1)[0], size
     for name in WHOLE:

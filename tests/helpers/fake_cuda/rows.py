@@ -10,6 +10,8 @@ from tests.helpers.fake_cuda import Seen
 from tests.helpers.fake_cuda.parts import LARGE, SMALL_ONES, Size, name_of
 
 FEW = 2  # a number that is shown: larger ones depend on the model
+ZERO3_GATHER = "gathers of partition_parameters"
+ZERO3_SMALL_GATHER = "partition_parameters._allgather_params_coalesced < partition_parameters._all"
 TIMES = (1.0, "up to once"), (2.0, "up to twice")
 AGAIN = ("backward", "all-gather")
 SIXTEEN_BITS = ("bfloat16", "float16")
@@ -46,10 +48,15 @@ def sent(seen: Seen, in_buckets: bool) -> list[Sent]:
 
 def waited(seen: Seen) -> list[Waited]:
     """Where the host waited in the step of `seen`."""
-    by_phase: dict[str, list[Waited]] = {}
+    counts: Counter[tuple[str, str, str]] = Counter()
     for text, times in seen.waits.items():
         phase, _, rest = text.partition(": ")
         reason, _, where = rest.partition(" @ ")
+        # ZeRO-3 gathers by several ways, and which one depends on the dtypes of a layer.
+        is_gather = where.startswith(("partition_parameters._all_gather", ZERO3_SMALL_GATHER))
+        counts[phase, reason, ZERO3_GATHER if is_gather else where] += times
+    by_phase: dict[str, list[Waited]] = {}
+    for (phase, reason, where), times in counts.items():
         shown = str(times) if times <= FEW else "many"
         by_phase.setdefault(phase, []).append(Waited(phase, reason, where, shown))
     return _merged(by_phase)
