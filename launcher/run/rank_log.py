@@ -84,7 +84,10 @@ class Console(io.TextIOBase):
 
 def say(run: RunDir, text: str) -> None:
     """Print `text` on the terminal and in the file of the console, where no rank runs."""
-    print(text, flush=True)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # its reader has gone: a run does not end with its console
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     console_file(run).write(f"{text}\n")
 
 

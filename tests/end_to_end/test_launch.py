@@ -211,7 +211,10 @@ def test_a_host_with_other_overrides_is_refused(tiny: Path, tmp_path: Path) -> N
             node.kill()
 
 
-def test_training_continues_after_its_console_closes(tiny: Path, tmp_path: Path) -> None:
+def test_training_continues_after_its_console_closes(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")  # each line is written as it comes
     process = start(*TRAIN_TINY, *SHORT, "run_dir=run", cwd=tmp_path)
     assert process.stdout is not None
     assert process.stdout.readline().startswith("run folder: ")

@@ -110,8 +110,9 @@ def test_a_new_user_can_train_export_and_chat(
     field(page, "training-max_steps").fill("10")  # enough to learn the name of its trainer
     field(page, "run-name").fill("first")
     expect(page.locator("#command textarea")).to_have_value(
-        "shardway train data.max_length=80 method.rank=16 strategy.reshard_after_forward=false "
-        "optimizer.learning_rate=0.003 scheduler.warmup_steps=2 training.epochs=null "
+        "shardway train strategy=fsdp data.max_length=80 method.rank=16 "
+        "strategy.reshard_after_forward=false optimizer.learning_rate=0.003 "
+        "scheduler.warmup_steps=2 training.epochs=null "
         "training.max_steps=10 training.micro_batch_size=8 cluster.cpu_processes=2 "
         "data.pad_to_multiple_of=8 training.global_batch_size=16 run_dir=runs/first"
     )
