@@ -125,7 +125,7 @@ def test_8bit_moments_are_stored_as_bytes(
         assert found["absmax1"] == {torch.float32}
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.whole)])
 def test_an_optimizer_without_state_resumes(
     ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path, method: str
 ) -> None:

@@ -32,7 +32,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("method", "strategy", "tied"),
-    [("full", "fsdp", True), ("lora", "zero3", False), ("lora", "fsdp", True)],
+    [
+        pytest.param("full", "fsdp", True, marks=pytest.mark.whole),
+        ("lora", "zero3", False),
+        pytest.param("lora", "fsdp", True, marks=pytest.mark.whole),
+    ],
 )
 def test_new_tokens_are_trained_saved_and_written(
     tiny: Path,

@@ -52,7 +52,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.mark.parametrize("agents", [1, 2])
+@pytest.mark.parametrize("agents", [pytest.param(1, marks=pytest.mark.whole), 2])
 def test_ranks_that_torchrun_restarts_resume_and_finish(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agents: int
 ) -> None:
