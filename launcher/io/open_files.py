@@ -17,6 +17,11 @@ ENOUGH = 1 << 16
 OWN_FILES = 256  # libraries, logs, data, checkpoints, devices
 
 
+def needed(ranks: int, groups: int = 1) -> int:
+    """Files and sockets that a rank has open; rank 0 also serves the key-value store."""
+    return (groups + 1) * (ranks - 1) + OWN_FILES
+
+
 def raise_limit(ranks: int, groups: int = 1) -> None:
     """Raise this process's limit of open files to the hard limit, or to `ENOUGH`.
 
@@ -24,10 +29,10 @@ def raise_limit(ranks: int, groups: int = 1) -> None:
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = ENOUGH if hard == resource.RLIM_INFINITY else min(hard, ENOUGH)
-    needed = (groups + 1) * (ranks - 1) + OWN_FILES  # rank 0 also serves the key-value store
-    if soft != resource.RLIM_INFINITY and soft < needed and allowed < needed:
+    count = needed(ranks, groups)
+    if soft != resource.RLIM_INFINITY and soft < count and allowed < count:
         raise UserError(
-            f"{ranks} ranks need about {needed:,} open files each (a socket for every other rank), "
+            f"{ranks} ranks need about {count:,} open files each (a socket for every other rank), "
             f"and a process on {os.uname().nodename} may open {allowed:,} (ulimit -Hn): raise the "
             "hard limit (LimitNOFILE= of slurmd, docker run --ulimit nofile=65536), or use fewer "
             "ranks"

@@ -24,6 +24,7 @@ from launcher.config.rules.tracking import TRACKING_RULES
 from launcher.config.schema.method import LoraConfig
 from launcher.errors import UserError
 from launcher.folders.model import model_folder
+from launcher.io import open_files
 from launcher.memory import MemoryUsage
 from launcher.memory.tracers import ENVIRONMENT
 from launcher.run import auto
@@ -39,8 +40,6 @@ IGNORED_RULES |= {rule.id for rule in IGNORED_TABLES}
 RULES = tuple(rule for rule in ALL_RULES if rule.id not in IGNORED_RULES)
 # If less than this share of a GPU's memory is free, what a plan does not count may not fit.
 TIGHT = 0.05
-# gloo connects every two ranks, once for each of its groups; rank 0 serves the key-value store.
-OWN_FILES = 256  # of a process: libraries, logs, data, checkpoints, devices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +132,7 @@ def plan_run(
         label=label,
         ranks=world.size,
         ranks_per_machine=world.nproc_per_node,
-        open_files=open_files(world, config.checkpoint.async_save),
+        open_files=open_files.needed(world.size, groups=2 if config.checkpoint.async_save else 1),
         notes=[*choice.lines, *changes, *notes],
         memory=memory,
         host_memory=host_memory,
@@ -150,12 +149,6 @@ def _choose(config: Config, world: World, memory: int | None) -> Choice:
     source = config.model
     folder = model_folder(source.name_or_path, source.revision, patterns=("config.json",))
     return auto.choose(config, devices, world, folder, resumed=None)
-
-
-def open_files(world: World, async_save: bool) -> int:
-    """Files and sockets that a rank has open. Saving in the background needs a group of its own."""
-    groups = 2 if async_save else 1
-    return (groups + 1) * (world.size - 1) + OWN_FILES
 
 
 def plannable_world(config: Config) -> tuple[World, list[str]]:

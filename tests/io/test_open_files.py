@@ -46,3 +46,8 @@ def test_a_hard_limit_below_the_sockets_of_the_ranks_is_refused(
     open_files.raise_limit(ranks=256)
     with pytest.raises(UserError, match=r"512 ranks need about 1,278 .* may open 1,024 .* nofile="):
         open_files.raise_limit(ranks=512)
+
+
+def test_sockets_grow_with_ranks_and_groups() -> None:
+    assert open_files.needed(512) == 2 * 511 + 256
+    assert open_files.needed(512, groups=2) == 3 * 511 + 256

@@ -17,7 +17,7 @@ from launcher.config.rules.rule import World
 from launcher.memory import host_memory
 from launcher.memory.dry_run import fake_model
 from launcher.memory.estimate import Amounts, Estimate, Trace
-from launcher.memory.planning import Memory, open_files, plannable_world
+from launcher.memory.planning import Memory, plannable_world
 from launcher.memory.roofline import step_time
 from launcher.memory.search import Search
 from launcher.memory.trace import cut_layers, repetition
@@ -189,11 +189,6 @@ def test_models_with_other_files_are_read_whole(
     assert host_memory.whole_model_bytes(asked, built) == 4 * elements  # masters
     built.requires_grad_(False)
     assert host_memory.whole_model_bytes(asked, built) == 2 * elements
-
-
-def test_sockets_grow_with_ranks_and_groups() -> None:
-    assert open_files(World(64, 8), async_save=False) == 2 * 511 + 256
-    assert open_files(World(64, 8), async_save=True) == 3 * 511 + 256
 
 
 def test_operations_are_those_of_matrix_products_and_causal_attention() -> None:
