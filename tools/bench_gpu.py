@@ -86,7 +86,7 @@ class Figures:
     measured: int | None = None  # bytes: the peak that the rank measures itself
     plan: int | None = None  # bytes: the peak from `shardway plan`
     failed: str = ""
-    no_plan: str = "--no-plan"  # why there is no plan
+    plan_error: str = "--no-plan"  # why there is no plan
 
     def line(self) -> str:
         """The row as Markdown."""
@@ -94,7 +94,7 @@ class Figures:
         if self.tokens_per_second is None or self.peak is None or self.measured is None:
             return f"{head} failed: {self.failed.replace('|', '/')} | | | |"
         mfu = "–" if self.mfu is None else f"{self.mfu:.1%}"
-        plan = f"none: {self.no_plan}".replace("|", "/")
+        plan = f"none: {self.plan_error}".replace("|", "/")
         if self.plan is not None:
             plan = f"{self.plan / GB:.2f} GB ({self.plan / self.measured - 1:+.0%})"
         return f"{head} {self.tokens_per_second:,.0f} | {mfu} | {self.peak / GB:.2f} GB | {plan} |"
@@ -149,7 +149,7 @@ def measure(row: Row, folder: Path, length: int, arguments: argparse.Namespace) 
         flops = figures.tokens_per_second * flops_per_token(arguments.shape, length, is_full)
         figures.mfu = flops / (arguments.peak_tflops * 1e12)
     if arguments.plan:
-        figures.plan, figures.no_plan = planned(row, folder, length, arguments)
+        figures.plan, figures.plan_error = planned(row, folder, length, arguments)
     return figures
 
 

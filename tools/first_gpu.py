@@ -137,7 +137,7 @@ def plan(place: Place) -> Found:
     """The peak of `shardway plan` against the one that the rank measures."""
     found = bench_row(place, "lora")
     if found["plan"] is None:
-        raise Failed(f"no plan: {found['no_plan']}")
+        raise Failed(f"the plan failed: {found['plan_error']}")
     error = found["plan"] / found["measured"] - 1
     return {"plan": found["plan"], "measured": found["measured"], "error": round(error, 4)}
 

@@ -7,9 +7,9 @@ far the host is ahead of it.
 Takes the overrides of `shardway train` and runs its loop on one rank: this machine's first GPU, or
 its CPU. The first steps are not recorded. A share is the time of the kernels of a kind, relative to
 the time of all kernels. Idle is the share of the time, from the first kernel to the end of the last
-one, in which no kernel runs. The lead is the time between the launch of a kernel and its start: if
-its median is near zero, the GPU waits for the host. On a CPU, operators without the
-ones that they call take the place of kernels, and there is no lead.
+one, in which no kernel runs. The lead time is between the launch of a kernel and its start: if its
+median is near zero, the GPU waits for the host. On a CPU the times are those of operators, each
+without the operators that it calls, and a lead time does not exist.
 """
 
 from __future__ import annotations

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from launcher.run.auto import Device
+from launcher.run.auto import BF16_CAPABILITY, Device
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
-BF16_CAPABILITY = 8  # the first major compute capability that computes in bf16: Ampere
 
 
 def visible_gpus() -> int:
@@ -30,23 +29,12 @@ def visible_gpus() -> int:
 
 def gpu_memory() -> int | None:
     """Memory of the first visible GPU or MIG device in bytes; None without one or if unknown."""
-    listed = listed_devices()
-    with _nvml() as nvml:
-        devices = _visible_devices(nvml, listed) if nvml and listed != [] else []
-        if nvml is None or not devices:
-            return None
-        try:
-            return int(nvml.nvmlDeviceGetMemoryInfo(devices[0]).total)
-        except nvml.NVMLError:  # a GPU without memory of its own
-            return None
+    return next((device.memory for device in visible_devices()), None)
 
 
 def gpu_name() -> str | None:
-    """What the driver calls the first visible GPU; None without one."""
-    listed = listed_devices()
-    with _nvml() as nvml:
-        devices = _visible_devices(nvml, listed) if nvml and listed != [] else []
-        return str(nvml.nvmlDeviceGetName(devices[0])) if nvml and devices else None
+    """What the driver calls the first visible GPU; None without one or if unknown."""
+    return next((device.name for device in visible_devices()), None)
 
 
 def visible_devices() -> list[Device]:

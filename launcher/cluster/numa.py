@@ -35,7 +35,7 @@ def numa_mode(cluster: ClusterConfig, ranks: int, gpus: int, root: Path = Path("
 def _reason_against(ranks: int, gpus: int) -> str:
     """Why torchrun cannot bind ranks here; empty if it can."""
     if gpus < ranks:
-        return "ranks are bound to the CPUs next to their GPU, but there is no GPU for each of them"
+        return "each rank runs on the CPUs next to its GPU, but there are fewer GPUs than ranks"
     if shutil.which("numactl") is None:
         return "torchrun needs the program numactl, which is not installed"
     return ""

@@ -14,11 +14,16 @@ from typing import BinaryIO
 
 def open_file(path: Path) -> BinaryIO:
     """Open a regular file to read its bytes. Raises OSError for a pipe, a device, a socket."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    return os.fdopen(open_descriptor(path, os.O_RDONLY), "rb")
+
+
+def open_descriptor(path: Path, flags: int) -> int:
+    """A descriptor of a regular file; `flags` may create it. Raises OSError for all others."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-    return os.fdopen(descriptor, "rb")
+    return descriptor
 
 
 def read_text(path: Path) -> str:

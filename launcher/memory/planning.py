@@ -167,7 +167,7 @@ def plannable_world(config: Config) -> tuple[World, list[str]]:
 
 def make_plannable(config: Config) -> tuple[Config, list[str]]:
     """`config` without what fake tensors do not support, and notes about the changes. Raises
-    UserError if there is no substitute."""
+    UserError if nothing can replace it."""
     if config.strategy.on_disk:
         raise UserError("parameters on a disk cannot be planned → strategy.offload_param=cpu")
     if config.optimizer.name == "adamw_paged":

@@ -20,6 +20,7 @@ from launcher.config.schema.strategy import STRATEGIES, StrategyConfig
 from launcher.run.footprint import Footprint, estimate
 
 AUTO = "auto"
+BF16_CAPABILITY = 8  # the first major compute capability that computes in bf16: Ampere
 # The share of a device's memory that the estimate may fill: the rest is for CUDA's context, NCCL,
 # kernels' workspaces and fragments, or for other processes of the host.
 USABLE = 0.85

@@ -58,7 +58,7 @@ def device_of(rank_info: RankInfo) -> Device:
     if rank_info.device.type != "cuda":
         return Device("CPU", False, False, usable_memory() // rank_info.local_world_size)
     found = torch.cuda.get_device_properties(rank_info.device)
-    has_bf16 = found.major >= 8 or torch.version.hip is not None
+    has_bf16 = found.major >= auto.BF16_CAPABILITY or torch.version.hip is not None
     return Device(found.name, True, has_bf16, found.total_memory)
 
 

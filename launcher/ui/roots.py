@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
@@ -15,7 +14,7 @@ from launcher.config import Config
 from launcher.config.schema.data import HUB
 from launcher.data import source
 from launcher.errors import UserError
-from launcher.folders import paths
+from launcher.folders import paths, regular
 from launcher.folders.model import is_hub_id
 
 MAX_CHECKED_FILES = 20_000  # in a folder
@@ -70,14 +69,11 @@ class Roots:
             raise UserError(f"{path} is not a regular file")
         mode = os.O_WRONLY | os.O_CREAT if writing or append else os.O_RDONLY
         mode |= os.O_APPEND if append else os.O_TRUNC if writing else 0
-        # A pipe does not wait for its other end.
-        descriptor = os.open(resolved, mode | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        descriptor = regular.open_descriptor(resolved, mode | os.O_NOFOLLOW)
         try:
             opened = Path(f"/proc/self/fd/{descriptor}")
             if opened.exists() and opened.resolve() != resolved:
                 raise UserError(f"{path} has changed while it was opened")
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise UserError(f"{path} is not a regular file")
             return os.fdopen(descriptor, "wb" if writing or append else "rb")
         except BaseException:
             os.close(descriptor)

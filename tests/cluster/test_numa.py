@@ -59,7 +59,7 @@ def test_a_mode_is_used_as_it_is_and_none_binds_nothing(tmp_path: Path) -> None:
     root = machine(tmp_path, "0-7", "8-15")
     assert numa.numa_mode(ClusterConfig(numa_binding="none"), 4, 4, root) is None
     assert numa.numa_mode(ClusterConfig(numa_binding="exclusive"), 4, 4, root) == "exclusive"
-    with pytest.raises(UserError, match="no GPU for each"):
+    with pytest.raises(UserError, match="fewer GPUs than ranks"):
         numa.numa_mode(ClusterConfig(numa_binding="node"), 4, 0, root)
 
 

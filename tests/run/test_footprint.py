@@ -11,7 +11,8 @@ import pytest
 
 from launcher.commands.plan import plan_run
 from launcher.config import Config, store
-from launcher.run.footprint import estimate
+from launcher.model import chunked_loss
+from launcher.run.footprint import CHUNK_ELEMENTS, estimate
 from tests.helpers.compose import composed_raw
 
 BAND = (0.97, 1.35)  # of the plan's peak: seldom below it, never far above
@@ -100,3 +101,7 @@ def test_more_ranks_need_less_and_longer_rows_more(tmp_path: Path) -> None:
 
 def test_a_model_that_does_not_say_its_sizes_has_no_estimate(tmp_path: Path) -> None:
     assert estimate(config_of(tmp_path), model(tmp_path, {"model_type": "mine"})) is None
+
+
+def test_a_chunk_of_logits_is_that_of_the_loss() -> None:
+    assert CHUNK_ELEMENTS == chunked_loss.CHUNK_ELEMENTS

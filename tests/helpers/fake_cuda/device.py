@@ -23,7 +23,7 @@ PROPERTIES = SimpleNamespace(
 
 
 class Waits:
-    """Who is told that the host waits."""
+    """Receives every wait of the host for the GPU."""
 
     def __init__(self) -> None:
         self.on_wait: Callable[[str], None] = lambda reason: None
