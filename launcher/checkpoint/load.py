@@ -63,6 +63,8 @@ def choose_checkpoint(
             return checkpoint
         log(f"{checkpoint.path.name} is broken and skipped: {'; '.join(problems)}")
         _on_main(partial(_move_aside, original), rank_info)
+    if broadcast[0]:
+        log("no checkpoint is left to resume from: training starts at step 0")
     return None
 
 

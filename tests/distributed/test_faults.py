@@ -183,6 +183,19 @@ def test_a_manifest_of_wrong_types_is_named_and_the_previous_one_is_resumed(
     assert next(iter(change)) in said[0]
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_says_that_it_starts_again(
+    ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    case = six_steps(tiny, rows_file, "lora", "single")
+    ranks.run(1, train_and_save, case, tmp_path)
+    for step in SAVES:
+        truncate(tmp_path / f"checkpoints/step-{step:06d}/trainer.json")
+    done, _, said = ranks.run(1, go_on, case, tmp_path)[0]
+    assert done == 0
+    assert len(said) == len(SAVES) + 1
+    assert said[-1] == "no checkpoint is left to resume from: training starts at step 0"
+
+
 @pytest.mark.parametrize(("method", "name", "damage"), DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_resumed(
     ranks: Any,
