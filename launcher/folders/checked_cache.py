@@ -24,6 +24,7 @@ from filelock import FileLock
 
 from launcher.errors import UserError
 from launcher.folders import durable
+from launcher.folders.brief import brief
 from launcher.folders.json_file import DamagedFile, read_object
 
 BLOCK_BYTES = 1 << 20  # read at a time
@@ -129,12 +130,16 @@ def is_checked(index: Path, file: Path) -> bool:
 
 
 def _read_index(index: Path, accept: Callable[[Facts], object]) -> Facts | None:
-    """None if it is of an earlier version, which wrote no checksums."""
+    """None if it is of an earlier version, which wrote no checksums or not the name of the file."""
     content = read_object(index)
     if "checksum" not in content:
         return None
     if content.pop("checksum") != _checksum_of(content):
         raise DamagedFile(index, "has changed since it was written")
+    if "of" not in content:
+        return None
+    if Path(str(name := content.pop("of"))).stem != index.stem:
+        raise DamagedFile(index, f"belongs to {brief(name)}: two files were swapped")
     try:
         accept(content)
     except (ValueError, TypeError, KeyError) as error:
@@ -178,7 +183,8 @@ def _make(file: Path, make: Callable[[Path], Facts]) -> Facts:
         is_file = partial.is_file()
         facts["nbytes"] = partial.stat().st_size if is_file else None
         facts["xxh3_128"] = _checksum(partial, 0, lambda line: None, int) if is_file else None
-        text = json.dumps({**facts, "checksum": _checksum_of(facts)})
+        named = {**facts, "of": file.name}  # two files that were swapped agree with their indexes
+        text = json.dumps({**named, "checksum": _checksum_of(named)})
         partial_index.write_text(text, encoding="utf-8")
         if is_file:
             durable.replace(partial, file)

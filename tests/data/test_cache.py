@@ -87,6 +87,22 @@ def test_damaged_tokens_are_named_and_made_anew(
     assert line in capfd.readouterr().err
 
 
+def test_whole_files_that_were_swapped_are_named_and_made_anew(
+    rows_file: Path, own_cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    configs = [DataConfig(path=str(rows_file), max_length=length) for length in (64, 32)]
+    whole = [content(load_data(config, byte_tokenizer())) for config in configs]
+    one, other = sorted((own_cache / "tokens").glob("*.arrow"))
+    for suffix in (".arrow", ".json"):
+        pair = one.with_suffix(suffix), other.with_suffix(suffix)
+        data = [file.read_bytes() for file in pair]
+        for file, swapped in zip(pair, reversed(data), strict=True):
+            file.write_bytes(swapped)
+    age_all(own_cache)
+    assert [content(load_data(config, byte_tokenizer())) for config in configs] == whole
+    assert capfd.readouterr().err.count("two files were swapped; rebuilt") == 2
+
+
 def age_all(folder: Path) -> None:
     """As if all files were of an earlier start: this process then does not trust them."""
     for file in folder.rglob("*.json"):
