@@ -42,14 +42,14 @@ def find_runs(folder: Path) -> list[RunDir]:
 def _modified(run: RunDir) -> float:
     try:
         return run.config.stat().st_mtime
-    except OSError:  # it is being deleted
+    except (OSError, UserError):  # it is being deleted, or leads out of the run folder
         return 0.0
 
 
 def find_run(path: Path) -> RunDir:
     """The newest attempt of the run in `path`. Raises UserError if it is not a run folder."""
     run = RunDir(path.absolute())
-    if not run.config.is_file():
+    if not run.has_config:
         raise UserError(f"{path} is not a run folder (it has no config.yaml)")
     return run.newest_attempt()
 
