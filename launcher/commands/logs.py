@@ -14,9 +14,8 @@ from launcher.cluster.liveness import is_alive
 from launcher.commands.arguments import command_parser, number
 from launcher.errors import UserError
 from launcher.folders import regular
-from launcher.folders.json_file import read_object
 from launcher.folders.run import RunDir
-from launcher.run.status import find_run
+from launcher.run.status import find_run, job_in
 
 RANK_LOG = re.compile(r"rank-(\d+)\.log", re.ASCII)
 POLL_SECONDS = 5.0  # between two checks whether the run is alive
@@ -65,17 +64,12 @@ def _console(run: RunDir, newest: bool) -> Path:
         names = [file.name for file in run.inside("logs").glob("slurm-*.out")]
         consoles = [run.inside("logs", name) for name in names]
     else:
-        consoles = [run.job_console(job)] if (job := _job_of(run)) else []
+        consoles = [run.job_console(job_in(run.job))] if run.job.is_file() else []
     if found := [file for file in (run.console, *consoles) if file.is_file()]:
         return max(found, key=lambda file: file.stat().st_mtime)
     if not run.rank_log(0).is_file():
         raise UserError(f"{run.path} has printed nothing yet")
     return run.rank_log(0)
-
-
-def _job_of(run: RunDir) -> str:
-    """The job of this attempt, as in the name of its console; empty if it is none."""
-    return str(read_object(run.job).get("job", "")) if run.job.is_file() else ""
 
 
 def _ranks_with_logs(run: RunDir) -> str:

@@ -39,7 +39,7 @@ def inside(folder: Path, *names: str) -> Path:
     for part in Path(*names).parts:
         path = path / part
         may_leave = part in ("..", os.sep) or os.path.islink(path)
-        if may_leave and not _is_below(target := os.path.realpath(path), folder):
+        if may_leave and not _is_below(target := _resolve(path), folder):
             raise LeadsOut(path, folder, target)
     return path
 
@@ -51,6 +51,13 @@ def check_tree(folder: Path) -> None:
             path = Path(parent, name)
             if path.is_symlink():
                 inside(folder, str(path.relative_to(folder)))
+
+
+def _resolve(path: Path) -> str:
+    try:
+        return os.path.realpath(path)
+    except RecursionError:  # a thousand links, each to the next one
+        return "more links than a system follows"
 
 
 def _is_below(resolved: str, folder: Path) -> bool:

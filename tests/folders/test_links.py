@@ -85,6 +85,13 @@ def test_a_snapshot_of_the_hub_consists_of_links_to_its_blobs(tmp_path: Path) ->
         links.check_tree(snapshot)
 
 
+def test_a_chain_of_thousands_of_links_is_refused(folder: Path) -> None:
+    for number in range(3000):
+        (folder / f"chain-{number}").symlink_to(f"chain-{number + 1}")
+    with pytest.raises(LeadsOut, match="to more links than a system follows"):
+        links.inside(folder, "chain-0")
+
+
 NAMES = (
     "config", "launch", "metrics", "plot", "trackers", "engine_config", "stop", "logs", "status",
     "steps", "submitted", "job", "starting", "rendezvous", "console", "starter",
