@@ -14,6 +14,7 @@ from launcher.folders.checkpoint import (
     MANIFEST,
     SCHEME,
     Checkpoint,
+    damage_and_way_out,
     describe_skipped,
     finished_checkpoints,
     newest_checkpoint,
@@ -119,16 +120,14 @@ def _checkpoint_target(
     checkpoint: Checkpoint, base: Path | None, run: Path | None = None
 ) -> ChatTarget:
     summary = checkpoint.summary()
-    recorded_base = summary.get("base")
-    if not isinstance(recorded_base, dict):
-        raise UserError(f"{checkpoint.manifest} is not the manifest of a checkpoint")
+    recorded_base = summary["base"]
     if checkpoint.adapter is None:
         raise UserError(_shards_message(checkpoint.path, run))
     adapter = checkpoint.adapter
     for name, entry in summary["files"].items():
         is_used = name.startswith(f"{ADAPTER}/") or name in TOKENIZER_FILES
         if is_used and (problem := manifest.problem(checkpoint.path / name, entry)):
-            raise UserError(f"{problem}; name an earlier checkpoint")
+            raise UserError(damage_and_way_out(checkpoint, problem))
     model = _find_base(checkpoint.manifest, base, recorded_base.get("name_or_path"))
     if tokens := recorded_base.get("add_tokens"):
         model = _with_new_tokens(checkpoint, model, tokens)

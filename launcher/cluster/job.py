@@ -184,7 +184,7 @@ def _compose_run(overrides: list[str]) -> tuple[RunDir, Config]:
     ]
     configs = compose_command_line()
     config, run = configs[0], RunDir(Path(configs[0].run_dir or "").absolute())
-    if run.config.is_file() and int(_job_field("Restarts") or 0):
+    if run.has_config and int(_job_field("Restarts") or 0):
         return run, _config_to_resume(run)
     cluster = config.cluster
     assert isinstance(cluster, SlurmConfig)

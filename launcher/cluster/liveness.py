@@ -38,5 +38,5 @@ def refuse_to_join(config: Config) -> None:
     """Raise UserError if `config` would continue a run that has not ended."""
     if config.resume == "auto" and config.run_dir:
         run = RunDir(Path(config.run_dir).absolute())
-        if run.config.is_file():
+        if run.has_config:
             refuse_if_alive(run)

@@ -131,7 +131,7 @@ def first_failure(run: RunDir) -> Failure | None:
 def _reports(run: RunDir) -> list[dict[str, Any]]:
     """The ranks' own reports. Raises DamagedFile for one that cannot be read."""
     fields = {"rank": COUNT, "time": FINITE, "message": TEXT, "exit_code": COUNT, "lost_peer": FLAG}
-    return [read_fields(path, **fields) for path in run.logs.glob("rank-*.error.json")]
+    return [read_fields(path, **fields) for path in run.log_files("rank-*.error.json")]
 
 
 def lost_a_node(run: RunDir, world_size: int) -> bool:
@@ -145,7 +145,7 @@ def lost_a_node(run: RunDir, world_size: int) -> bool:
 def _killed_rank(run: RunDir) -> Failure | None:
     """A rank that a signal ended, according to torchrun's summary. The agent itself ends the other
     ranks with SIGTERM, so that signal counts only for the root cause."""
-    logs = sorted(run.logs.glob("torchrun*.log"))
+    logs = run.log_files("torchrun*.log")
     summary = "\n".join(log.read_text(errors="replace") for log in logs)
     pattern = r"rank\s*: (\d+) .*\n\s*exitcode\s*: -(\d+)"
     killed = re.findall(pattern, summary)

@@ -12,6 +12,7 @@ from launcher.config import store
 from launcher.errors import UserError
 from launcher.folders import manifest
 from launcher.folders.json_file import DamagedFile, is_count
+from launcher.folders.links import LeadsOut
 from launcher.folders.run import RunDir
 from launcher.run import sweep
 from launcher.run.metrics import PACE_STEPS, Glance, format_number
@@ -31,12 +32,14 @@ T = TypeVar("T")
 
 
 def format_table(folder: Path, without: str | None = None) -> str:
-    """One line for each run in `folder`; for a sweep, also the settings that differ.
+    """One line for each run in `folder`, or for the run that `folder` is; for a sweep, also the
+    settings that differ.
 
     `without`: a job that squeue is not asked about, because it is ending and calls this. A damaged
     file is named in the line of its run.
     """
-    looks = [_Look(run.newest_attempt()) for run in find_runs(folder)]
+    runs = find_runs(folder) or [RunDir(folder)]
+    looks = [_Look(run.newest_attempt()) for run in runs]
     jobs = [look.job for look in looks if look.job and look.job != without]
     try:
         queue = slurm.query_queue(jobs)
@@ -47,7 +50,8 @@ def format_table(folder: Path, without: str | None = None) -> str:
     settings = iter(sweep.differing_settings(readable) if sweep.is_sweep(folder) else [])
     rows: list[Row] = []
     for look in looks:
-        row = {"run": str(look.run.path.relative_to(folder))}
+        path = look.run.path
+        row = {"run": path.absolute().name if path == folder else str(path.relative_to(folder))}
         rows.append({**row, **(next(settings, {}) if look.config else {}), **look.row(queue)})
     columns = list(dict.fromkeys(name for row in rows for name in row))
     columns = [name for name in columns if any(row.get(name) for row in rows)]
@@ -72,7 +76,7 @@ class _Look:
 
     def __init__(self, run: RunDir) -> None:
         self.run = run
-        self.damaged: list[Path] = []
+        self.damaged: list[str] = []  # what the column of this name says
         self.config = self._read(lambda: store.read_mapping(run.config))
         self.job = self._read(lambda: slurm_job_id(run))
 
@@ -81,9 +85,10 @@ class _Look:
         queued = queue.get(self.job or "")
         state = self._read(lambda: run_state(self.run, queued)) or DAMAGED
         is_alive = queued is not None or state == "running"
-        seen = Glance.of(self.run.metrics, PACE_STEPS if is_alive else 1)
+        pace = PACE_STEPS if is_alive else 1
+        seen = self._read(lambda: Glance.of(self.run.metrics, pace)) or Glance()
         if seen.is_damaged:
-            self.damaged.append(self.run.metrics)
+            self.damaged.append(self._name(self.run.metrics))
         max_steps = self.config["training"].get("max_steps") if self.config else None
         max_steps = max_steps if is_count(max_steps) else None
         total = self._read(lambda: total_steps(self.run, max_steps))
@@ -98,14 +103,24 @@ class _Look:
             "left": time_left(seen.pace, total) if is_alive else "",
             "job": self.job or "",
             "nodes": queued.nodes if queued else "",
-            "log": str(self.run.job_console(self.job)) if self.job and state == NO_ATTEMPT else "",
-            "damaged": ", ".join(str(path.relative_to(self.run.path)) for path in self.damaged),
+            "log": self._log() if state == NO_ATTEMPT else "",
+            "damaged": ", ".join(dict.fromkeys(self.damaged)),
         }
+
+    def _log(self) -> str:
+        """The console of the job, which it has if no attempt has begun."""
+        job = self.job
+        return str(self._read(lambda: self.run.job_console(job)) or "") if job else ""
+
+    def _name(self, path: Path) -> str:
+        return str(path.relative_to(self.run.path))
 
     def _read(self, read: Callable[[], T]) -> T | None:
         """What `read` returns; None if the file that it reads is damaged, which is kept in mind."""
         try:
             return read()
+        except LeadsOut as error:
+            self.damaged.append(f"{self._name(error.path)} leads out of the run folder")
         except DamagedFile as error:
-            self.damaged.append(error.path)
-            return None
+            self.damaged.append(self._name(error.path))
+        return None

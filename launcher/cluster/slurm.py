@@ -80,7 +80,7 @@ def submit(folder: Path, runs: list[RunDir], cluster: SlurmConfig) -> int:
 def _refuse_if_queued(configs: list[Config]) -> None:
     """A run can have only one job at a time."""
     runs = [RunDir(Path(config.run_dir)) for config in configs if config.run_dir]
-    jobs = {job: run for run in runs if run.config.is_file() and (job := known_job_id(run))}
+    jobs = {job: run for run in runs if run.has_config and (job := known_job_id(run))}
     for job in query_queue(list(jobs)):
         run = jobs[job]
         raise UserError(f"{run.path} is job {job} already; stop it first: shardway stop {run.path}")

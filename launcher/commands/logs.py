@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import re
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from launcher.cluster.liveness import is_alive
 from launcher.commands.arguments import command_parser, number
 from launcher.errors import UserError
-from launcher.folders.json_file import read_object
+from launcher.folders import regular
 from launcher.folders.run import RunDir
-from launcher.run.status import find_run
+from launcher.run.status import find_run, job_in
 
+RANK_LOG = re.compile(r"rank-(\d+)\.log", re.ASCII)
 POLL_SECONDS = 5.0  # between two checks whether the run is alive
 
 
@@ -28,14 +32,21 @@ def main() -> None:
     arguments = parser.parse_args()
     run = find_run(arguments.run)
     if arguments.attempt:
-        run = RunDir(run.path, arguments.attempt)
+        run = _attempt(run, arguments.attempt)
     if arguments.rank is None:
         file = _console(run, newest=not arguments.attempt)
     else:
         file = _rank_log(run, arguments.rank)
-    texts = _follow(file, run) if arguments.follow else [file.read_text(errors="replace")]
-    for text in texts:
-        print(text, end="", flush=True)
+    with io.TextIOWrapper(regular.open_file(file), errors="replace") as opened:
+        for text in _follow(opened, run) if arguments.follow else [opened.read()]:
+            print(text, end="", flush=True)
+
+
+def _attempt(run: RunDir, number: int) -> RunDir:
+    if number not in (attempts := run.attempts()):
+        there_are = ", ".join(map(str, attempts)) or "none yet"
+        raise UserError(f"{run.path} has no attempt {number}; its attempts: {there_are}")
+    return RunDir(run.path, number)
 
 
 def _rank_log(run: RunDir, rank: int) -> Path:
@@ -49,37 +60,34 @@ def _console(run: RunDir, newest: bool) -> Path:
     """What the attempt printed, on this machine or as a job; the log of rank 0 for a run of a
     version that kept no console. `newest`: also what a job printed that has not begun an attempt.
     """
-    job = "*" if newest else _job_of(run)
-    consoles = [run.console, *run.logs.parent.glob(f"slurm-{job}.out")]
-    if found := [file for file in consoles if file.is_file()]:
+    if newest:
+        names = [file.name for file in run.inside("logs").glob("slurm-*.out")]
+        consoles = [run.inside("logs", name) for name in names]
+    else:
+        consoles = [run.job_console(job_in(run.job))] if run.job.is_file() else []
+    if found := [file for file in (run.console, *consoles) if file.is_file()]:
         return max(found, key=lambda file: file.stat().st_mtime)
     if not run.rank_log(0).is_file():
         raise UserError(f"{run.path} has printed nothing yet")
     return run.rank_log(0)
 
 
-def _job_of(run: RunDir) -> str:
-    """The job of this attempt, as in the name of its console; empty if it is none."""
-    return str(read_object(run.job).get("job", "")) if run.job.is_file() else ""
-
-
 def _ranks_with_logs(run: RunDir) -> str:
-    names = sorted(file.stem.removeprefix("rank-") for file in run.logs.glob("rank-*.log"))
-    return ", ".join(str(int(name)) for name in names) or "none yet"
+    names = [RANK_LOG.fullmatch(file.name) for file in run.logs.glob("rank-*.log")]
+    return ", ".join(map(str, sorted(int(name[1]) for name in names if name))) or "none yet"
 
 
-def _follow(file: Path, run: RunDir) -> Iterator[str]:
-    """The text that is added to `file` until the run has ended."""
+def _follow(file: TextIO, run: RunDir) -> Iterator[str]:
+    """The text of `file`, and what is added to it until the run has ended."""
     ended, last_check = False, 0.0
-    with file.open(errors="replace") as opened:
-        while True:
-            if time.monotonic() - last_check > POLL_SECONDS:
-                ended, last_check = not _is_alive(run), time.monotonic()
-            if text := opened.read():
-                yield text
-            elif ended:
-                return
-            time.sleep(0.5)
+    while True:
+        if time.monotonic() - last_check > POLL_SECONDS:
+            ended, last_check = not _is_alive(run), time.monotonic()
+        if text := file.read():
+            yield text
+        elif ended:
+            return
+        time.sleep(0.5)
 
 
 def _is_alive(run: RunDir) -> bool:

@@ -15,6 +15,7 @@ from launcher.folders.checkpoint import (
     MANIFEST,
     SCHEME,
     Checkpoint,
+    damage_and_way_out,
     describe_skipped,
     newest_checkpoint,
 )
@@ -52,8 +53,10 @@ class Source:
 
     def describe(self) -> str:
         """SOURCE, its base, its adapters and what was skipped, one line for each."""
+        moved = self.kind is Kind.CHECKPOINT and self.path.parent.is_symlink()
         parts = [
             f"source {self.path} ({self.kind.value})",
+            f"which is in {self.path.parent.resolve()}" if moved else "",
             f"base {self.base}" if self.base else "",
         ]
         parts += [f"adapter {folder}" for folder in self.adapters if folder != self.path]
@@ -124,11 +127,13 @@ def model_home(source: Source) -> Path:
 
 
 def _checkpoint_source(path: Path, base: str | None, adapter_only: bool) -> Source:
-    saved = manifest.check(path / MANIFEST)
-    recorded = saved.get("base")
-    if "step" not in saved or not isinstance(recorded, dict):
-        raise UserError(f"{path / MANIFEST} is not the manifest of a checkpoint")
     checkpoint = Checkpoint(path)
+    try:
+        saved = checkpoint.summary()
+        manifest.check(checkpoint.manifest)
+    except UserError as error:
+        raise UserError(damage_and_way_out(checkpoint, str(error))) from error
+    recorded = saved["base"]
     if adapter_only and checkpoint.adapter is not None:
         adapters = (checkpoint.adapter,)
         return Source(Kind.CHECKPOINT, path, adapters=adapters, extra_file_folders=(path,))

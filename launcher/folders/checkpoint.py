@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
-from launcher.folders import manifest
+from launcher.folders import links, manifest
 from launcher.folders.brief import brief
 from launcher.folders.json_file import DamagedFile
 
@@ -110,7 +110,10 @@ class Checkpoint:
 
     def summary(self) -> dict[str, Any]:
         """The manifest. The files are not checked against it. Raises UserError if it is not the
-        manifest of a checkpoint."""
+        manifest of a checkpoint, or if a file, or the folder of this name, is a link that leads
+        out of where it is."""
+        links.inside(self.path.parent, self.path.name)
+        links.check_tree(self.path)
         content = manifest.read(self.manifest)
         if missing := [key for key in REQUIRED if content.get(key) is None]:
             raise DamagedFile(
@@ -153,6 +156,17 @@ def newest_checkpoint(checkpoints: Path) -> Checkpoint:
             f"{checkpoints} contains no finished checkpoint (step-…/{MANIFEST}){damage}"
         )
     return newest
+
+
+def damage_and_way_out(checkpoint: Checkpoint, damage: str) -> str:
+    """`damage` of a checkpoint, and which older one of the same run to name instead. Reads all
+    files of that one."""
+    if not NAME.fullmatch(checkpoint.path.name):
+        return damage
+    for other in finished_checkpoints(checkpoint.path.parent):
+        if other.step < checkpoint.step and not manifest.problems(other.manifest):
+            return f"{damage}; name {other.path}, which is whole"
+    return f"{damage}; no older checkpoint is whole"
 
 
 def describe_skipped(checkpoints: Path) -> list[str]:

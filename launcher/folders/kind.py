@@ -77,7 +77,7 @@ def kinds_of(path: Path) -> list[Kind]:
 def is_run(path: Path) -> bool:
     """Whether `path` is the folder of a run that has started."""
     run = RunDir(path)
-    return run.config.is_file() and run.checkpoints.is_dir()
+    return run.has_config and run.checkpoints.is_dir()
 
 
 def _sharded_kinds(path: Path, names: list[str]) -> list[Kind]:

@@ -8,6 +8,10 @@ RUN/config.yaml  launch.json  metrics.jsonl  loss.png
                     starter.process.json, rank-00.process.json, …}
     checkpoints/step-000045/            launcher/folders/checkpoint.py
     export/
+
+A run folder may have come from somebody else: a name that is a link out of it raises LeadsOut. Only
+`checkpoints` and `export` may be links to another disk: what they contain is recognized and checked
+as a folder of its own, and never shown as text.
 """
 
 from __future__ import annotations
@@ -22,13 +26,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from launcher.errors import UserError
+from launcher.folders import links
 
+CONSOLE = "console.log"
 ATTEMPT = re.compile(r"attempt-([1-9][0-9]*)")  # the folder with the logs of an attempt
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """A run folder, given by its path. All code takes the names inside it from here."""
+    """A run folder, given by its path. All code takes the names inside it from here.
+
+    Each name raises LeadsOut, a UserError, if it leads out of the folder through a link.
+    """
 
     path: Path
     attempt: int = 1  # each start of the run has its own logs
@@ -46,25 +55,37 @@ class RunDir:
             raise UserError(f"{logs} is not the folder of an attempt (RUN/logs/attempt-N)")
         return cls(logs.parents[1], int(number))
 
+    def inside(self, *names: str) -> Path:
+        """The path of a file or folder in it, which may not exist. Raises LeadsOut."""
+        return links.inside(self.path, *names)
+
+    def _in_logs(self, *names: str) -> Path:
+        return self.inside("logs", f"attempt-{self.attempt}", *names)
+
+    @property
+    def has_config(self) -> bool:
+        """Whether it is a run folder: it has a config.yaml, which is not opened."""
+        return (self.path / "config.yaml").is_file()
+
     @property
     def config(self) -> Path:
-        return self.path / "config.yaml"
+        return self.inside("config.yaml")
 
     @property
     def launch(self) -> Path:
-        return self.path / "launch.json"
+        return self.inside("launch.json")
 
     @property
     def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.inside("metrics.jsonl")
 
     @property
     def plot(self) -> Path:
-        return self.path / "loss.png"
+        return self.inside("loss.png")
 
     @property
     def trackers(self) -> Path:
-        return self.path / "trackers.json"  # tracker → id of its run
+        return self.inside("trackers.json")  # tracker → id of its run
 
     @property
     def checkpoints(self) -> Path:
@@ -76,27 +97,27 @@ class RunDir:
 
     @property
     def engine_config(self) -> Path:
-        return self.path / "deepspeed.json"
+        return self.inside("deepspeed.json")
 
     @property
     def stop(self) -> Path:
-        return self.path / "stop"
+        return self.inside("stop")
 
     @property
     def logs(self) -> Path:
-        return self.path / "logs" / f"attempt-{self.attempt}"
+        return self._in_logs()
 
     @property
     def status(self) -> Path:
-        return self.logs / "status.json"
+        return self._in_logs("status.json")
 
     @property
     def steps(self) -> Path:
-        return self.logs / "steps.json"  # total steps of the training, once known
+        return self._in_logs("steps.json")  # total steps of the training, once known
 
     @property
     def submitted(self) -> Path:
-        return self.path / "slurm.json"  # the job id and the sbatch command
+        return self.inside("slurm.json")  # the job id and the sbatch command
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -104,9 +125,8 @@ class RunDir:
 
         Raises UserError if the file system does not support locks.
         """
-        folder = self.path / "logs"
-        folder.mkdir(exist_ok=True)
-        with (folder / ".lock").open("w") as file:
+        self.inside("logs").mkdir(exist_ok=True)
+        with self.inside("logs", ".lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:
@@ -118,51 +138,58 @@ class RunDir:
 
     def newest_attempt(self) -> RunDir:
         """The same run at its newest attempt; attempt 0 if there is none yet."""
+        return RunDir(self.path, max(self.attempts(), default=0))
+
+    def attempts(self) -> list[int]:
+        """The numbers of the attempts that have logs, in order."""
         logs = self.path / "logs"
         names = [path.name for path in logs.iterdir() if path.is_dir()] if logs.is_dir() else []
-        numbers = [int(match[1]) for name in names if (match := ATTEMPT.fullmatch(name))]
-        return RunDir(self.path, max(numbers, default=0))
+        return sorted(int(match[1]) for name in names if (match := ATTEMPT.fullmatch(name)))
+
+    def log_files(self, pattern: str) -> list[Path]:
+        """The files of the attempt's logs with these names, in order. Raises LeadsOut."""
+        return [self._in_logs(file.name) for file in sorted(self.logs.glob(pattern))]
 
     @property
     def job(self) -> Path:
-        return self.logs / "job.json"  # facts about the Slurm job
+        return self._in_logs("job.json")  # facts about the Slurm job
 
     @property
     def starting(self) -> Path:
-        return self.path / "logs" / "starting"  # a job has started, but not yet its attempt
+        return self.inside("logs", "starting")  # a job has started, but not yet its attempt
 
     def job_console(self, job: str) -> Path:
         """The output of a Slurm job. `job`: its number, ARRAY_INDEX for a task of an array."""
-        return self.path / "logs" / f"slurm-{job}.out"
+        return self.inside("logs", f"slurm-{job}.out")
 
     @property
     def rendezvous(self) -> Path:
-        return self.logs / "rendezvous"  # the address of rank 0, for the other nodes
+        return self._in_logs("rendezvous")  # the address of rank 0, for the other nodes
 
     def agent_log(self, node: int) -> Path:
         """The output of a node's torchrun."""
-        return self.logs / f"torchrun-{node:02d}.log"
+        return self._in_logs(f"torchrun-{node:02d}.log")
 
     @property
     def console(self) -> Path:
         """What the attempt printed on the terminal, with plain lines of progress."""
-        return self.logs / "console.log"
+        return self._in_logs(CONSOLE)
 
     def rank_log(self, rank: int) -> Path:
         """stdout and stderr of a rank."""
-        return self.logs / f"rank-{rank:02d}.log"
+        return self._in_logs(f"rank-{rank:02d}.log")
 
     @property
     def starter(self) -> Path:
-        return self.logs / "starter.process.json"  # the process that started the attempt
+        return self._in_logs("starter.process.json")  # the process that started the attempt
 
     def rank_process(self, rank: int) -> Path:
         """Where and as which process a rank runs."""
-        return self.logs / f"rank-{rank:02d}.process.json"
+        return self._in_logs(f"rank-{rank:02d}.process.json")
 
     def rank_error(self, rank: int) -> Path:
         """The reason why a rank failed."""
-        return self.logs / f"rank-{rank:02d}.error.json"
+        return self._in_logs(f"rank-{rank:02d}.error.json")
 
 
 def runs_in(folder: Path) -> list[RunDir]:
@@ -170,7 +197,7 @@ def runs_in(folder: Path) -> list[RunDir]:
     if not folder.is_dir():
         return []
     runs = [RunDir(path) for path in folder.iterdir()]
-    return [run for run in runs if run.config.is_file()]
+    return [run for run in runs if run.has_config]
 
 
 def new_run_path(label: str) -> Path:

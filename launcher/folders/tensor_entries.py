@@ -23,6 +23,7 @@ from launcher.folders.json_file import is_text, read_object, read_object_or_empt
 INDEX = "model.safetensors.index.json"
 CHUNK_BYTES = 2**24  # of each tensor, in memory while two are compared
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format
+MAX_OBJECTS = 200_000  # in a header: tensors, and their offsets in its metadata
 MAX_NAME = 255  # bytes of a file name that file systems accept
 MAX_SIZE = 1 << 48  # of a tensor or a dim of one, in elements
 WIDTHS = {  # dtype in the format's spelling → bytes of an element
@@ -64,7 +65,10 @@ def read_header(file: Path) -> Header:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise ValueError(f"a header of {length} bytes")
-            table = json.loads(stream.read(length), object_pairs_hook=_unique)
+            text = stream.read(length)
+        if (objects := text.count(b"{")) > MAX_OBJECTS:
+            raise ValueError(f"its header lists {objects:,} tensors, more than {MAX_OBJECTS:,}")
+        table = json.loads(text, object_pairs_hook=_unique)
         if not isinstance(table, dict):
             raise ValueError(f"its header is a {type(table).__name__}")
         metadata = table.pop("__metadata__", {})

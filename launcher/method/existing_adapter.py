@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from launcher.errors import UserError
+from launcher.folders import links
 from launcher.folders.adapter import WEIGHTS, adapter_folder, adapter_settings
 from launcher.io.adapter import PREFIX, read_adapter
 from launcher.io.adapter_config import check_mergeable, rank_and_scale
@@ -27,11 +28,14 @@ def read_adapter_tensors(path: str) -> dict[str, torch.Tensor]:
 def find_adapter(path: str, key: str) -> Path:
     """The folder of the adapter that `path` is or contains; `key` is the setting with the path.
 
-    Raises UserError if there is no adapter, or if its delta belongs to a base that was changed.
+    Raises UserError if there is no adapter, if its delta belongs to a base that was changed, or if
+    a file of it leads out of the run or checkpoint that `path` is.
     """
     folder = adapter_folder(path)
     if folder is None:
         raise UserError(f"{key}={path} contains no adapter (adapter_config.json and {WEIGHTS})")
+    if folder != Path(path):  # it was found in a run or a checkpoint
+        links.check_tree(folder)
     check_mergeable(read_adapter(folder))
     return folder
 

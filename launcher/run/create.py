@@ -89,7 +89,7 @@ def _template_date(run: RunDir, config: Config) -> str | None:
     """
     if config.data.template_date:
         return config.data.template_date
-    if run.config.is_file():
+    if run.has_config:
         return store.load(run.config).data.template_date
     if config.resume not in ("none", "auto"):
         return store.load(resume.named_checkpoint(config.resume).config).data.template_date

@@ -95,7 +95,7 @@ def refuse_if_running(run: RunDir, job: str | None = None) -> None:
 
 
 def _records(run: RunDir) -> Iterator[tuple[Path, Process]]:
-    for file in sorted(run.logs.glob("*.process.json")):
+    for file in run.log_files("*.process.json"):
         if process := _read(file):
             yield file, process
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,11 @@ from launcher.run import processes, sweep
 
 NO_ATTEMPT = "ended before it began"  # the state of a run whose job has made no attempt
 
-TEXT_OR_NUMBER: Field = (lambda value: type(value) in (str, int), "text or a whole number")
+# As Slurm numbers it; ARRAY_INDEX for a task of an array.
+JOB: Field = (
+    lambda value: re.fullmatch(r"[0-9]{1,20}(_[0-9]{1,20})?", str(value)) is not None,
+    "the number of a job",
+)
 DAMAGED = "damaged"  # the state of a run whose status.json cannot be read
 
 
@@ -42,14 +47,14 @@ def find_runs(folder: Path) -> list[RunDir]:
 def _modified(run: RunDir) -> float:
     try:
         return run.config.stat().st_mtime
-    except OSError:  # it is being deleted
+    except (OSError, UserError):  # it is being deleted, or leads out of the run folder
         return 0.0
 
 
 def find_run(path: Path) -> RunDir:
     """The newest attempt of the run in `path`. Raises UserError if it is not a run folder."""
     run = RunDir(path.absolute())
-    if not run.config.is_file():
+    if not run.has_config:
         raise UserError(f"{path} is not a run folder (it has no config.yaml)")
     return run.newest_attempt()
 
@@ -61,7 +66,7 @@ def slurm_job_id(run: RunDir) -> str | None:
     for file in (run.submitted, run.newest_attempt().job):
         try:
             if file.is_file():
-                return str(read_fields(file, job=TEXT_OR_NUMBER)["job"])
+                return job_in(file)
         except DamagedFile as error:
             damage = damage or error
     if damage is not None:
@@ -105,15 +110,20 @@ def ended_before_attempt(run: RunDir) -> bool:
     if job is None or not run.job_console(job).is_file():
         return False  # it never started
     attempts = (RunDir(run.path, number).job for number in range(run.attempt, 0, -1))
-    return not any(file.is_file() and _job_in(file) == job for file in attempts)
+    return not any(_names(file, job) for file in attempts)
 
 
-def _job_in(file: Path) -> str | None:
-    """The job that a job.json names; None if it is damaged."""
+def job_in(file: Path) -> str:
+    """The job that a slurm.json or job.json names. Raises DamagedFile."""
+    return str(read_fields(file, job=JOB)["job"])
+
+
+def _names(file: Path, job: str) -> bool:
+    """Whether the job.json `file` is there, whole, and names this job."""
     try:
-        return str(read_fields(file, job=TEXT_OR_NUMBER)["job"])
+        return file.is_file() and job_in(file) == job
     except DamagedFile:
-        return None
+        return False
 
 
 def total_steps(run: RunDir, max_steps: int | None) -> int | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import html
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from launcher.config import Config, store
 from launcher.errors import UserError
-from launcher.folders.json_file import DamagedFile
+from launcher.folders.links import LeadsOut
 from launcher.folders.run import RunDir
 from launcher.run import sweep
 from launcher.run.curves import MAX_POINTS, RunMetrics
@@ -29,6 +31,7 @@ CHARTS = (  # title, field of metrics.jsonl, divisor
     ("peak memory of rank 0, GB", "peak_memory_bytes", 1e9),
     ("gradient norm", "grad_norm", 1.0),
 )
+T = TypeVar("T")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 84rem; margin: 2rem auto;
   padding: 0 1.5rem; }
@@ -53,6 +56,7 @@ class LoadedRun:
     run: RunDir
     config: Config | None  # None: config.yaml cannot be read
     metrics: RunMetrics
+    state: str
     damage: tuple[str, ...]  # what cannot be read, and why
 
 
@@ -68,21 +72,38 @@ def read_runs(paths: list[Path]) -> list[LoadedRun]:
         for name, run in zip(_names(runs), runs, strict=True)
     ]
     if not any(loaded.metrics.points("loss") for loaded in loaded_runs):
-        raise UserError(f"{', '.join(map(str, paths))}: no step has been logged yet")
+        damage = "; ".join(line for loaded in loaded_runs for line in loaded.damage)
+        raise UserError(f"{', '.join(map(str, paths))}: {damage or 'no step has been logged yet'}")
     return loaded_runs
 
 
 def _load(name: str, run: RunDir, max_points: int) -> LoadedRun:
     damage: list[str] = []
-    config: Config | None = None
-    try:
-        config = store.load(run.config)
-    except UserError as error:
-        damage.append(f"{run.config} cannot be read by this version. {error}")
-    metrics = RunMetrics(run.metrics, max_points).update()
+
+    def read(call: Callable[[], T]) -> T | None:
+        try:
+            return call()
+        except UserError as error:
+            damage.append(str(error))
+            return None
+
+    config = read(lambda: _read_config(run))
+    state = read(lambda: run_state(run, None)) or DAMAGED
+    metrics = read(lambda: RunMetrics(run.metrics, max_points).update())
+    if metrics is None:
+        metrics = RunMetrics(run.path, max_points)  # without a point
     if metrics.bad_lines:
-        damage.append(f"{run.metrics}: {metrics.bad_lines:,} lines are not records and left out")
-    return LoadedRun(name, run, config, metrics, tuple(damage))
+        damage.append(f"{metrics.path}: {metrics.bad_lines:,} lines are not records and left out")
+    return LoadedRun(name, run, config, metrics, state, tuple(damage))
+
+
+def _read_config(run: RunDir) -> Config:
+    try:
+        return store.load(run.config)
+    except LeadsOut:
+        raise
+    except UserError as error:
+        raise UserError(f"{run.config} cannot be read by this version. {error}") from error
 
 
 def render_page(runs: list[LoadedRun]) -> str:
@@ -129,7 +150,7 @@ def _find_runs(path: Path) -> list[RunDir]:
         if not (runs := sweep.list_runs(path)):
             raise UserError(f"{path} is a sweep in which no run has started")
         return runs
-    if not (path / "config.yaml").is_file():
+    if not RunDir(path).has_config:
         raise UserError(f"{path} is neither a run folder (it has no config.yaml) nor a sweep")
     return [RunDir(path)]
 
@@ -174,7 +195,7 @@ def _row(index: int, loaded: LoadedRun) -> dict[str, str]:
     step = metrics.newest["step"] if metrics.newest else 0
     memory = metrics.peak_memory
     values = {
-        "state": _state(loaded.run),
+        "state": loaded.state,
         "model": config.model.name if config else "",
         "method": config.method.name if config else "",
         "strategy": config.strategy.name if config else "",
@@ -190,13 +211,6 @@ def _row(index: int, loaded: LoadedRun) -> dict[str, str]:
     sample = _line_sample(*svg.line_style(index))
     escaped = {key: html.escape(value) for key, value in values.items()}
     return {"run": f"{sample}{html.escape(loaded.name)}", **escaped}
-
-
-def _state(run: RunDir) -> str:
-    try:
-        return run_state(run, None)
-    except DamagedFile:
-        return DAMAGED
 
 
 def _format(value: float | None, form: str) -> str:

@@ -88,11 +88,12 @@ class Tracker:
     def open_tensorboard(self, run_id: str | None, done_steps: int) -> TensorBoardTracker:
         """Steps that an earlier attempt wrote after `done_steps` are no longer shown."""
         self._logged = set()
-        return TensorBoardTracker("tensorboard", self.run.path, purge_step=done_steps + 1)
+        folder = self.run.inside("tensorboard")
+        return TensorBoardTracker(folder.name, folder.parent, purge_step=done_steps + 1)
 
     def open_wandb(self, run_id: str | None, done_steps: int) -> WandBTracker:
         """Resumes the run `run_id` if there is one."""
-        folder = {} if "WANDB_DIR" in os.environ else {"dir": str(self.run.path)}
+        folder = {} if "WANDB_DIR" in os.environ else {"dir": str(self.run.inside("wandb").parent)}
         existing = {} if run_id is None else {"id": run_id}
         name = self.run.path.name
         return WandBTracker(self.project, name=name, resume="allow", **folder, **existing)
@@ -104,7 +105,7 @@ class Tracker:
             os.environ.setdefault(key, value)
         artifacts = None  # the user's server has its own place for them
         if "MLFLOW_TRACKING_URI" not in os.environ:
-            folder = self.run.path / "mlruns"
+            folder = self.run.inside("mlruns")
             folder.mkdir(exist_ok=True)
             # MLflow 3 no longer accepts plain files.
             os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
@@ -133,7 +134,8 @@ def _read_run_ids(run: RunDir, say: Callable[[str], None]) -> dict[str, str]:
 def _logged_after(run: RunDir, done_steps: int) -> set[tuple[int, bool]]:
     """The records of earlier attempts about steps that are repeated. wandb and mlflow keep them."""
     logged = set()
-    for file in [run.metrics, *run.path.glob("logs/*/lost-metrics.jsonl")]:
+    lost = run.path.glob("logs/*/lost-metrics.jsonl")
+    for file in [run.metrics, *(run.inside(str(each.relative_to(run.path))) for each in lost)]:
         if file.is_file():
             with file.open("rb") as lines:
                 records = filter(None, map(parse_record, lines))

@@ -16,7 +16,8 @@ from launcher.cluster import slurm
 from launcher.config import Config, store
 from launcher.errors import UserError
 from launcher.folders.json_file import DamagedFile
-from launcher.folders.run import RunDir
+from launcher.folders.links import LeadsOut
+from launcher.folders.run import CONSOLE, RunDir
 from launcher.run import processes, status
 from launcher.run.curves import RunMetrics
 from launcher.run.status import DAMAGED, QueuedJob, find_runs, slurm_job_id
@@ -222,15 +223,16 @@ class Viewer:
         files = {"console": own}
         if run := self._runs().get(name):
             run, path = run.newest_attempt(), run.path
-            consoles = sorted(path.glob("logs/slurm-*.out"), key=lambda f: f.stat().st_mtime)
+            consoles = sorted(path.glob("logs/slurm-*.out"), key=lambda f: f.lstat().st_mtime)
             if consoles:
                 files["slurm"] = consoles[-1]
-            files |= {
-                _log_label(file): file
-                for file in sorted(run.logs.glob("*.log"))
-                # A run that the page started has the same text in both.
-                if file != run.console or _is_newer(file, own, seconds=2)
-            }
+            with suppress(LeadsOut):
+                files |= {
+                    _log_label(file): file
+                    for file in sorted(run.logs.glob("*.log"))
+                    # A run that the page started has the same text in both.
+                    if file.name != CONSOLE or _is_newer(file, own, seconds=2)
+                }
         return {label: file for label, file in files.items() if self.roots.is_readable(file)}
 
     def log(self, name: str, label: str) -> str:

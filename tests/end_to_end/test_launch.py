@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from tests.helpers.commands import (
     written,
 )
 
+DOCS = Path(__file__).parents[2] / "docs"
 pytestmark = pytest.mark.slow
 
 
@@ -37,6 +39,11 @@ def test_the_run_folder_contains_the_expected_files(finished: Path) -> None:
     assert {path.name for path in (finished / "logs/attempt-1").iterdir()} == {
         "torchrun.log", "rank-00.log", "rank-01.log", "status.json", "steps.json", "console.log",
     }  # fmt: skip
+    listing = DOCS.joinpath("launching.md").read_text().split("```\nruns/try/")[1]
+    listed = set(re.findall(r"[\w./-]+", listing.split("```")[0]))
+    for path in [*finished.iterdir(), *(finished / "logs/attempt-1").iterdir()]:
+        name = path.name.replace("rank-01", "rank-00")
+        assert any(word.split("/")[0] == name for word in listed), name
     assert {p.name for p in (finished / "checkpoints").iterdir()} == {"step-000003", "step-000004"}
     assert newest_checkpoint(finished / "checkpoints").step == 4
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -76,6 +76,7 @@ def test_a_step_of_seven_digits_is_newer_than_one_of_six(run: RunDir) -> None:
 def test_only_own_checkpoints_are_deleted(run: RunDir, tmp_path: Path) -> None:
     elsewhere = save(tmp_path / "elsewhere", 6)
     (run.checkpoints / "step-000006").symlink_to(elsewhere.path)
+    (run.checkpoints / "step-000000").symlink_to("step-000001")
     (run.checkpoints / ".step-000005.partial").mkdir()
     (run.checkpoints / ".step-000005.deleted").write_text("a file")
     before = {path.name for path in run.checkpoints.iterdir()}
@@ -83,7 +84,7 @@ def test_only_own_checkpoints_are_deleted(run: RunDir, tmp_path: Path) -> None:
     retention.delete_old_checkpoints(run.checkpoints, keep_last=1)
     gone = before - {path.name for path in run.checkpoints.iterdir()}
     assert gone == {".step-000005.partial", "step-000002", "step-000003"}, "1 is the best"
-    assert newest_checkpoint(run.checkpoints).step == 6, "a link can be read"
+    assert newest_checkpoint(run.checkpoints).step == 4, "one elsewhere is not of this run"
     assert elsewhere.is_finished
 
 

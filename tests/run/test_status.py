@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,14 @@ def test_a_configuration_that_is_not_utf_8_is_refused_by_its_name(run: RunDir) -
     run.config.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"config\.yaml is not a frozen configuration"):
         store.load(run.config)
+
+
+@pytest.mark.parametrize("job", ["", "x" * 300, "/../../../etc/hosts", "7_", "7\n", -7, 7.5, "\0"])
+def test_what_is_not_the_number_of_a_job_is_damage(run: RunDir, job: object) -> None:
+    run.submitted.write_text(json.dumps({"job": job}))
+    with pytest.raises(DamagedFile, match=r"slurm\.json is damaged: job is .* the number of a job"):
+        slurm_job_id(run)
+    assert run_state(run, None) == "failed"
 
 
 @pytest.mark.parametrize("state", ["", " ", "x\x1b[2J", "x\\ud800"])

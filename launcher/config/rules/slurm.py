@@ -98,7 +98,7 @@ def _secrets_in_setup(config: Config) -> list[str]:
     already."""
     cluster = _slurm(config)
     found = secrets_in_script(cluster.setup, cluster.secrets)
-    if not found or config.run_dir is None or not RunDir(Path(config.run_dir)).config.is_file():
+    if not found or config.run_dir is None or not RunDir(Path(config.run_dir)).has_config:
         return found
     former = _slurm(store.load(RunDir(Path(config.run_dir)).config)).setup
     return secrets_in_script([line for line in cluster.setup if line not in former])

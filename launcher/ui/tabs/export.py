@@ -278,7 +278,7 @@ class ExportTab:
 
 def _refuse_pickles(path: Path) -> None:
     """Raises UserError if the weights are neither safetensors nor written by Shardway."""
-    by_shardway = RunDir(path).config.is_file() or (path / MANIFEST).is_file()
+    by_shardway = RunDir(path).has_config or (path / MANIFEST).is_file()
     if path.is_dir() and not by_shardway and not any(path.glob("*.safetensors")):
         raise UserError(
             f"{path} is neither a run nor a folder with safetensors, and the page opens nothing "
