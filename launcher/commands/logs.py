@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TextIO
 
 from launcher.cluster.liveness import is_alive
 from launcher.commands.arguments import command_parser, number
@@ -15,6 +18,7 @@ from launcher.folders.run import RunDir
 from launcher.run.status import find_run
 
 POLL_SECONDS = 5.0  # between two checks whether the run is alive
+READ_SECONDS = 0.5  # between two looks at its log
 
 
 def main() -> None:
@@ -29,12 +33,15 @@ def main() -> None:
     run = find_run(arguments.run)
     if arguments.attempt:
         run = RunDir(run.path, arguments.attempt)
-    if arguments.rank is None:
-        file = _console(run, newest=not arguments.attempt)
-    else:
-        file = _rank_log(run, arguments.rank)
-    texts = _follow(file, run) if arguments.follow else [file.read_text(errors="replace")]
-    for text in texts:
+    newest = not arguments.attempt
+
+    def find(run: RunDir) -> Path:
+        return _console(run, newest) if arguments.rank is None else _rank_log(run, arguments.rank)
+
+    if not arguments.follow:
+        print(find(run).read_text(errors="replace"), end="", flush=True)
+        return
+    for text in follow(run, find, newest):
         print(text, end="", flush=True)
 
 
@@ -68,21 +75,48 @@ def _ranks_with_logs(run: RunDir) -> str:
     return ", ".join(str(int(name)) for name in names) or "none yet"
 
 
-def _follow(file: Path, run: RunDir) -> Iterator[str]:
-    """The text that is added to `file` until the run has ended."""
-    ended, last_check = False, 0.0
-    with file.open(errors="replace") as opened:
+def follow(run: RunDir, find: Callable[[RunDir], Path], newest: bool) -> Iterator[str]:
+    """The text that is added to the log which `find` finds, until the run has ended. `newest`: the
+    logs of later attempts follow it.
+
+    Raises UserError if the run ends without a log, or if its folder is removed.
+    """
+    file: Path | None = None
+    ended, last_check = False, float("-inf")
+    with ExitStack() as opened:
+        log: TextIO = opened.enter_context(io.StringIO())
         while True:
-            if time.monotonic() - last_check > POLL_SECONDS:
-                ended, last_check = not _is_alive(run), time.monotonic()
-            if text := opened.read():
+            if text := log.read():
                 yield text
             elif ended:
                 return
-            time.sleep(0.5)
+            elif time.monotonic() - last_check < POLL_SECONDS:
+                time.sleep(READ_SECONDS)
+            else:
+                ended, last_check = not _is_alive(run), time.monotonic()
+                attempt = run.newest_attempt() if newest else run
+                found = _find_or_wait(attempt, find, wait=file is not None or not ended)
+                if found is not None and found != file:
+                    if text := log.read():
+                        yield text
+                    run, file = attempt, found
+                    log = opened.enter_context(found.open(errors="replace"))
+
+
+def _find_or_wait(run: RunDir, find: Callable[[RunDir], Path], wait: bool) -> Path | None:
+    """The log of an attempt; None if it has printed nothing yet. Raises UserError then, unless it
+    may come: `wait`."""
+    try:
+        return find(run)
+    except UserError:
+        if not wait:
+            raise
+        return None
 
 
 def _is_alive(run: RunDir) -> bool:
+    if not run.path.is_dir():
+        raise UserError(f"{run.path} has been removed")
     try:
         return is_alive(run.path)
     except UserError as error:
