@@ -16,16 +16,16 @@ from typing import NoReturn
 
 from launcher.cluster.launch import launch, launch_sweep, print_dry_run
 from launcher.cluster.liveness import refuse_to_join
-from launcher.cluster.preflight import check, check_first_rows, get_rank, under_torchrun
+from launcher.cluster.preflight import check, check_first_rows, get_rank
 from launcher.cluster.settle import settle
 from launcher.config.compose import compose_command_line
 from launcher.errors import REFUSED, UserError
-from launcher.run import parent, sweep
+from launcher.run import parent, started_by, sweep
 
 
 def main() -> None:
     """Exit with the ranks' status, or with 2 if the configuration cannot run."""
-    if under_torchrun():
+    if started_by.is_rank():
         parent.die_with_agent()
     try:
         sys.exit(train())
@@ -37,7 +37,7 @@ def train() -> int:
     """Run what `sys.argv` asks for; return the exit status. Raises UserError if it cannot run."""
     configs = compose_command_line()
     if len(configs) > 1:
-        if under_torchrun():
+        if started_by.is_rank():
             raise UserError("--multirun starts several runs, but one torchrun starts one run")
         configs = sweep.assign_run_dirs(configs)
     choices = [settle(config) for config in configs]
@@ -52,7 +52,7 @@ def train() -> int:
     if get_rank() == 0:
         for config in configs:
             refuse_to_join(config)
-    if under_torchrun():
+    if started_by.is_rank():
         from launcher import worker  # imports torch, which only a rank needs
 
         worker.train_under_torchrun(configs[0], sys.argv)
@@ -60,7 +60,7 @@ def train() -> int:
 
 
 def _refuse(message: str) -> NoReturn:
-    if not under_torchrun():
+    if not started_by.is_rank():
         print(message, file=sys.stderr)
     elif os.environ["LOCAL_RANK"] == "0":  # once per machine: a file may be missing on one
         print(f"{platform.node()}, rank {get_rank()}: {message}", file=sys.stderr)

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from launcher.config import Config, store
-from launcher.config.schema.scheduler import WarmupConfig
 from launcher.distributed import rendezvous
 from launcher.errors import UserError, exit_when_refused
 from launcher.folders.checkpoint import finished_checkpoints
 from launcher.folders.run import RunDir
 from launcher.io import open_files
-from launcher.run import create, environment, parent, processes, rank_log
+from launcher.run import create, ended, environment, parent, processes, rank_log
 from launcher.run.outcome import Outcome, write_status, write_superseded
 from launcher.run.stop import Stopped, StopRequest
 
@@ -72,13 +71,23 @@ def train_under_torchrun(config: Config, argv: list[str]) -> NoReturn:
     Rank 0 creates the folder. Every rank has composed `config` itself. Raises UserError if they
     cannot agree.
     """
-    from launcher.distributed import run_folder
+    from launcher.distributed import agreement, run_folder
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     environment.prepare(config.training.deterministic)
     minutes = config.launch.rendezvous_minutes
     key_value_store = rendezvous.open_store(minutes)
     key_value_store = rendezvous.enter_round(key_value_store, rank, world_size, minutes)
+
+    done = agreement.agree(
+        *(key_value_store, rank, world_size, "ended", ""),
+        decide=lambda said: ended.nothing_to_do(config) or "",
+        minutes=minutes,
+    )
+    if done:
+        if rank == 0:
+            print(done, flush=True)
+        return
 
     def create_folder() -> RunDir:
         return create.start_attempt(config, argv, world_size)[0]
@@ -189,11 +198,12 @@ def _train(
     from launcher.training.build import build_train_state
     from launcher.training.compile_auto import choose_compile
     from launcher.training.packing_check import check_document_masking
+    from launcher.training.plan import make_plan, planned_end
     from launcher.training.state import Progress
 
     config, device = run.config, rank_info.device
     checkpoint = load.choose_checkpoint(config, run.folder.checkpoints, rank_info, run.log)
-    plan = _plan(config, loaders.training.steps_per_epoch)
+    plan = make_plan(config, loaders.training.steps_per_epoch)
     state = build_train_state(
         config, model_folder, rank_info, loaders.fingerprint, plan.total_steps, run.log
     )
@@ -212,9 +222,11 @@ def _train(
         (batch, *_) = loaders.training.step_batch(done.step).micro_batches
         run.log(f"compile: {choose_compile(state.strategy, batch, device)}")
     last = _fit(run, state, loaders, plan, saver, done)
-    if last < plan.end_step:
+    evaluates_end = loaders.evaluation is not None and plan.is_scheduled_evaluation(last)
+    missing = evaluates_end and not state.early_stopping.has_evaluated(last)  # stopped during it
+    if last < plan.end_step or missing:
         return Outcome(last, state.early_stopping.reason() or _stop_reason(run, rank_info))
-    return Outcome(last, _planned_end(config, plan))
+    return Outcome(last, planned_end(config, plan))
 
 
 def _stop_reason(run: Run, rank_info: RankInfo) -> str:
@@ -268,42 +280,6 @@ def _fit(
     except UserError:  # raised on all ranks; earlier saves in the background are completed
         saver.finish()
         raise
-
-
-def _planned_end(config: Config, plan: Plan) -> str | None:
-    """The setting that ends training before its schedule does, None if none does."""
-    if plan.end_step == plan.total_steps:
-        return None
-    return f"training.stop_after_steps={config.training.stop_after_steps}"
-
-
-def _plan(config: Config, steps_per_epoch: int) -> Plan:
-    """The steps at which training ends, evaluates, saves and logs.
-
-    Raises UserError if the warm-up is longer than training.epochs.
-    """
-    from launcher.training.loop import Plan
-
-    training = config.training
-    total_steps = training.max_steps or (training.epochs or 0) * steps_per_epoch
-    scheduler = config.scheduler
-    if isinstance(scheduler, WarmupConfig) and scheduler.warmup_steps > total_steps:
-        raise UserError(
-            f"scheduler.warmup_steps={scheduler.warmup_steps} is more than the {total_steps} steps "
-            f"of training.epochs={training.epochs}: the peak rate is never reached "
-            f"→ scheduler.warmup_steps={total_steps // 10}, or scheduler.warmup_ratio=0.1"
-        )
-    return Plan(
-        total_steps=total_steps,
-        end_step=min(total_steps, training.stop_after_steps or total_steps),
-        max_grad_norm=training.max_grad_norm,
-        max_nonfinite_steps=training.skipped_steps,
-        eval_steps=training.eval_steps,
-        save_steps=config.checkpoint.save_steps,
-        log_steps=training.log_steps,
-        label_smoothing=training.label_smoothing,
-        save_best=config.checkpoint.save_best,
-    )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from launcher.folders import manifest
 from launcher.folders.checkpoint import finished_checkpoints
 from launcher.folders.json_file import COUNT, TEXT, or_null, read_fields
 from launcher.folders.run import RunDir
-from launcher.run import create, sweep
+from launcher.run import create, ended, sweep
 
 # Reasons to stop that come from Slurm and not from a person. USR2 is the signal that --signal asks
 # for. TERM comes first in a preemption if the site sends no other signal; `scancel JOB` sends it
@@ -68,7 +68,7 @@ def start_attempt(arguments: list[str]) -> RunDir | None:
     """Start the next attempt of the run that the script's `arguments` name. The first attempt
     composes overrides.
 
-    None if a person has stopped the run since it was queued.
+    None if a person has stopped the run since it was queued, or if nothing is left to train.
     """
     if arguments[:1] == ["--run"]:
         run = sweep.run_of_task(Path(arguments[1]), _job_field("ArrayTaskId"))
@@ -78,6 +78,10 @@ def start_attempt(arguments: list[str]) -> RunDir | None:
     if _take_stop_by_person(run):
         run.starting.unlink(missing_ok=True)
         print(f"{run.path} was stopped while it waited in the queue")
+        return None
+    if done := ended.nothing_to_do(config):
+        run.starting.unlink(missing_ok=True)
+        print(done)
         return None
     world_size = World.from_config(config, Machine()).size
     run, _ = create.start_attempt_in(run, config, sys.argv, world_size, _job_id())

@@ -15,7 +15,7 @@ from launcher.config.schema.cluster import SlurmConfig
 from launcher.config.schema.strategy import ZeroConfig
 from launcher.errors import STOPPED
 from launcher.folders import versions
-from launcher.run import create, resume, sweep
+from launcher.run import create, ended, resume, sweep
 from launcher.run.auto import Choice
 from launcher.run.rank_log import say
 
@@ -38,7 +38,7 @@ def print_dry_run(choices: list[Choice], worlds: list[World]) -> None:
             )
             print(f"# deepspeed.json\n{json.dumps(engine, indent=2)}")
         if checkpoint := find_resume_checkpoint(config):
-            print(f"# resumes from {checkpoint.path}")
+            print(f"# resume: from {checkpoint.path}, if its files are whole")
         if not isinstance(config.cluster, SlurmConfig):
             mode = numa.numa_mode(config.cluster, world.nproc_per_node, world.gpus)
             torchrun = command.torchrun_command(run_dir, 1, world.nproc_per_node, mode)
@@ -50,12 +50,15 @@ def print_dry_run(choices: list[Choice], worlds: list[World]) -> None:
 
 def launch(choice: Choice, world: World) -> int:
     """Freeze the configuration in a run folder and start the run. Returns its exit status when it
-    has ended, or 0 when it is in Slurm's queue.
+    has ended, or 0 when it is in Slurm's queue or has nothing left to train.
 
     Raises UserError if the run cannot start.
     """
     config = choice.config
     refuse_other_launchers(config.cluster)
+    if done := ended.nothing_to_do(config):
+        print(done)
+        return 0
     if mismatch := versions.describe_mismatch():
         print(mismatch, file=sys.stderr)
     checkpoint = find_resume_checkpoint(config)
@@ -67,9 +70,11 @@ def launch(choice: Choice, world: World) -> int:
     if checkpoint:
         changed = resume.compare_configs(checkpoint.config, frozen)
         lines = [*changed.allowed, *changed.breaking]
-        say(run, "\n  ".join([f"resumes from {checkpoint.path.name}", *lines]))
+        name = checkpoint.path.name
+        say(run, "\n  ".join([f"resume: from {name}, if its files are whole", *lines]))
     if config.strategy.on_disk:
         build_ops.build_async_io(run)
+    say(run, f"starting {world.size} rank(s); they import torch first")
     return local.launch(run, world.nproc_per_node, world.gpus, numa_mode)
 
 

@@ -19,13 +19,7 @@ from launcher.errors import REFUSED, UserError
 from launcher.folders.checkpoint import Checkpoint
 from launcher.folders.model import is_hub_id
 from launcher.folders.run import RunDir
-from launcher.run import resume
-
-# What torchrun sets and a rank reads.
-RANK_VARIABLES = (
-    *("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
-    *("MASTER_ADDR", "MASTER_PORT"),
-)
+from launcher.run import resume, started_by
 
 
 def check(config: Config) -> World:
@@ -88,7 +82,7 @@ def find_resume_checkpoint(config: Config) -> Checkpoint | None:
 def get_world(config: Config) -> World:
     """The ranks that `config` asks for on this machine, or those that torchrun has started."""
     machine = inspect_machine(config)
-    if not under_torchrun():
+    if not started_by.is_rank():
         return World.from_config(config, machine)
     per_node = int(os.environ["LOCAL_WORLD_SIZE"])
     return World(int(os.environ["WORLD_SIZE"]) // per_node, per_node, machine, get_rank())
@@ -107,22 +101,16 @@ def inspect_machine(config: Config) -> Machine:
     )
 
 
-def under_torchrun() -> bool:
-    """Whether torchrun started this process. A RANK alone is left over from something else, and no
-    rank of this launch gets it."""
-    return all(name in os.environ for name in RANK_VARIABLES)
-
-
 def refuse_other_launchers(cluster: ClusterConfig) -> None:
     """Raise UserError if this process would launch a run although another launcher has started it:
     as one task of several under srun, or it is not clear whether as a rank of torchrun."""
-    if under_torchrun():
+    reason, variable = started_by.why_no_rank(), started_by.RANK_VARIABLES[0]
+    if reason is None:
         return
-    if RANK_VARIABLES[0] in os.environ and cluster.name != "slurm":
-        missing = ", ".join(name for name in RANK_VARIABLES if name not in os.environ)
+    if variable in os.environ and cluster.name != "slurm":
         raise UserError(
-            f"{RANK_VARIABLES[0]} is set as if torchrun had started this process, but not "
-            f"{missing}: it is left over from another launch → unset {RANK_VARIABLES[0]}"
+            f"{variable} is set as if torchrun had started this process, but {reason}: it is left "
+            f"over from another launch → unset {variable}, or env -u {variable} shardway train …"
         )
     task = os.environ.get("SLURM_PROCID", "0")
     if task != "0":
@@ -135,4 +123,4 @@ def refuse_other_launchers(cluster: ClusterConfig) -> None:
 
 def get_rank() -> int:
     """The rank of this process, 0 if torchrun did not start it."""
-    return int(os.environ["RANK"]) if under_torchrun() else 0
+    return int(os.environ["RANK"]) if started_by.is_rank() else 0

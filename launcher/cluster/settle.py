@@ -10,14 +10,14 @@ from launcher.config.rules.rule import World
 from launcher.folders.model import is_hub_id
 from launcher.folders.run import RunDir
 from launcher.io.host_memory import usable_memory
-from launcher.run import auto, resume
+from launcher.run import auto, resume, started_by
 from launcher.run.auto import Choice, Device
 
 
 def settle(config: Config) -> Choice:
     """`config` without auto, if the ranks will run on this machine. If not, or if it is not known
     what they will run on, it stays auto: the ranks choose (launcher/training/choices.py)."""
-    is_here = config.cluster.name != "slurm" and not preflight.under_torchrun()
+    is_here = config.cluster.name != "slurm" and not started_by.is_rank()
     if not (auto.is_open(config) and is_here):
         return Choice(config, [])
     world = preflight.get_world(config)

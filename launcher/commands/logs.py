@@ -6,7 +6,8 @@ import io
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
 
@@ -19,6 +20,7 @@ from launcher.run.status import find_run, job_in
 
 RANK_LOG = re.compile(r"rank-(\d+)\.log", re.ASCII)
 POLL_SECONDS = 5.0  # between two checks whether the run is alive
+READ_SECONDS = 0.5  # between two looks at its log
 
 
 def main() -> None:
@@ -33,13 +35,22 @@ def main() -> None:
     run = find_run(arguments.run)
     if arguments.attempt:
         run = _attempt(run, arguments.attempt)
-    if arguments.rank is None:
-        file = _console(run, newest=not arguments.attempt)
+    newest = not arguments.attempt
+
+    def find(run: RunDir) -> Path:
+        return _console(run, newest) if arguments.rank is None else _rank_log(run, arguments.rank)
+
+    if arguments.follow:
+        texts = follow(run, find, newest)
     else:
-        file = _rank_log(run, arguments.rank)
-    with io.TextIOWrapper(regular.open_file(file), errors="replace") as opened:
-        for text in _follow(opened, run) if arguments.follow else [opened.read()]:
-            print(text, end="", flush=True)
+        with _open(find(run)) as log:
+            texts = iter([log.read()])
+    for text in texts:
+        print(text, end="", flush=True)
+
+
+def _open(log: Path) -> TextIO:
+    return io.TextIOWrapper(regular.open_file(log), errors="replace")
 
 
 def _attempt(run: RunDir, number: int) -> RunDir:
@@ -77,20 +88,48 @@ def _ranks_with_logs(run: RunDir) -> str:
     return ", ".join(map(str, sorted(int(name[1]) for name in names if name))) or "none yet"
 
 
-def _follow(file: TextIO, run: RunDir) -> Iterator[str]:
-    """The text of `file`, and what is added to it until the run has ended."""
-    ended, last_check = False, 0.0
-    while True:
-        if time.monotonic() - last_check > POLL_SECONDS:
-            ended, last_check = not _is_alive(run), time.monotonic()
-        if text := file.read():
-            yield text
-        elif ended:
-            return
-        time.sleep(0.5)
+def follow(run: RunDir, find: Callable[[RunDir], Path], newest: bool) -> Iterator[str]:
+    """The text that is added to the log which `find` finds, until the run has ended. `newest`: the
+    logs of later attempts follow it.
+
+    Raises UserError if the run ends without a log, or if its folder is removed.
+    """
+    file: Path | None = None
+    ended, last_check = False, float("-inf")
+    with ExitStack() as opened:
+        log: TextIO = opened.enter_context(io.StringIO())
+        while True:
+            if text := log.read():
+                yield text
+            elif ended:
+                return
+            elif time.monotonic() - last_check < POLL_SECONDS:
+                time.sleep(READ_SECONDS)
+            else:
+                ended, last_check = not _is_alive(run), time.monotonic()
+                attempt = run.newest_attempt() if newest else run
+                found = _find_or_wait(attempt, find, wait=file is not None or not ended)
+                if found is not None and found != file:
+                    if text := log.read():
+                        yield text
+                    run, file = attempt, found
+                    log = opened.enter_context(_open(found))
+
+
+def _find_or_wait(run: RunDir, find: Callable[[RunDir], Path], wait: bool) -> Path | None:
+    """The log of an attempt; None if it has printed nothing yet. Raises UserError then, unless it
+    may come: `wait`."""
+    try:
+        return find(run)
+    except UserError:
+        if not wait:
+            raise
+        return None
 
 
 def _is_alive(run: RunDir) -> bool:
+    if not run.path.is_dir():
+        raise UserError(f"{run.path} has been removed")
     try:
         return is_alive(run.path)
     except UserError as error:

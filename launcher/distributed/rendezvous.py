@@ -20,7 +20,7 @@ from launcher.folders import manifest
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-CONNECT_SECONDS = 60
+CONNECT_SECONDS = 20  # to a server that is known to listen
 POLL_SECONDS = 1.0  # between two checks whether another round has begun
 
 
@@ -41,17 +41,45 @@ def open_store(minutes: float) -> dist.Store:
         return join_store(Path(os.environ["SHARDWAY_RENDEZVOUS"]), minutes)
     import torch.distributed as dist
 
-    store: dist.Store
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        store = next(dist.rendezvous("env://"))[0]
-        return store
+    uses_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    rank, host, port = (os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
     # An agent serves its store before it starts ranks: if nobody answers, it has been killed.
+    if uses_agent or rank != "0":
+        _wait_for_answer(host, int(port), CONNECT_SECONDS if uses_agent else 60 * minutes)
     try:
-        store = next(dist.rendezvous("env://", timeout=timedelta(seconds=CONNECT_SECONDS)))[0]
+        store: dist.Store = next(dist.rendezvous("env://", timeout=timedelta(minutes=minutes)))[0]
     except dist.DistError as error:
-        raise UserError(f"torchrun's agent does not answer; it may have ended: {error}") from error
+        raise _no_store(host, int(port), str(error)) from error
     store.set_timeout(dist.default_pg_timeout)
     return store
+
+
+def _wait_for_answer(host: str, port: int, seconds: float) -> None:
+    """Wait until somebody listens at HOST:PORT. Raises UserError if nobody does within `seconds`.
+
+    torch's own client would print the frames of its C++ for each attempt.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            left = max(POLL_SECONDS, end - time.monotonic())
+            socket.create_connection((host, port), timeout=left).close()
+            return
+        except (OSError, UnicodeError, OverflowError) as error:
+            if time.monotonic() + POLL_SECONDS > end:
+                raise _no_store(host, port, f"{error}") from error
+        time.sleep(POLL_SECONDS)
+
+
+def _no_store(host: str, port: int, reason: str) -> UserError:
+    """`reason`: of the system, or of torch with frames of its C++ in further lines."""
+    reason, _, _ = reason.partition("\n")
+    return UserError(
+        f"{socket.gethostname()} finds no store of the ranks at {host}:{port}: "
+        f"{reason}; rank 0 or its torchrun has ended, or this machine cannot reach "
+        "it. If torchrun has not started this command, its variables are left over → "
+        "env -u TORCHELASTIC_RUN_ID shardway train …"
+    )
 
 
 def enter_round(store: dist.Store, rank: int, world_size: int, minutes: float) -> dist.Store:
@@ -123,12 +151,11 @@ def join_store(file: Path, minutes: float) -> dist.Store:
         manifest.write_text(file, f"{host} {store.port}\n")
         return store
     host, port = _wait_for_address(file, minutes)
+    _wait_for_answer(host, port, CONNECT_SECONDS)
     try:
         return dist.TCPStore(host, port, is_master=False)
     except dist.DistError as error:
-        raise UserError(
-            f"{socket.gethostname()} cannot reach rank 0 at {host}:{port}: {error}"
-        ) from error
+        raise _no_store(host, port, str(error)) from error
 
 
 def _wait_for_address(file: Path, minutes: float) -> tuple[str, int]:

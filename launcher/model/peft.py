@@ -9,6 +9,7 @@ is used: quantized layers are those of `launcher.model.quantized_linear`, which 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,6 +37,11 @@ with hide_package("bitsandbytes"):
     from peft.utils.other import ModulesToSaveWrapper
 
     is_bnb_available()  # PEFT caches the result and does not check again when it makes layers
+
+# Of PEFT's own making: PeftModel asks transformers 5 for this attribute by its former name.
+warnings.filterwarnings(
+    "ignore", message=r"`is_gradient_checkpointing` is deprecated", category=FutureWarning
+)
 
 __all__ = [
     "LoraLayer",

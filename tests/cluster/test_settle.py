@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 
-from launcher.cluster import preflight
 from launcher.cluster.settle import settle
 from launcher.config import Config, store
-from launcher.run import resume
+from launcher.run import resume, started_by
 from tests.cluster.test_gpus import GIB, PLAIN, on
 from tests.helpers.compose import composed_raw
 
-RANK_OF_TORCHRUN = dict.fromkeys(preflight.RANK_VARIABLES, "0") | {"WORLD_SIZE": "1"}
+RANK_OF_TORCHRUN = dict.fromkeys(started_by.RANK_VARIABLES, "0") | {
+    "WORLD_SIZE": "1",
+    "LOCAL_WORLD_SIZE": "1",
+}
 
 
 def unchosen(tiny: Path, **sections: dict[str, Any]) -> Config:
@@ -71,6 +73,8 @@ def test_ranks_on_other_machines_choose_themselves(
     assert chosen(unchosen(tiny, model={"name_or_path": "owner/name"})) == ("auto", "auto")
     for name, value in RANK_OF_TORCHRUN.items():
         monkeypatch.setenv(name, value)
+    assert chosen(unchosen(tiny)) == ("bf16", "ddp"), "left over"
+    monkeypatch.setattr(started_by, "why_no_rank", lambda: None)
     assert chosen(unchosen(tiny)) == ("auto", "auto")
 
 

@@ -46,6 +46,7 @@ def test_a_terminal_gets_a_bar_and_the_file_plain_lines(tiny: Path, tmp_path: Pa
     assert "\r" not in text
     lines = text.splitlines()
     assert lines[0] == f"run folder: {run.path}"
+    assert "starting 2 rank(s); they import torch first" in lines
     assert any(line.startswith("data: ") for line in lines)
     assert [line for line in lines if line.startswith("step 2: eval_loss ")]
     assert lines[-1] == (
@@ -57,7 +58,8 @@ def test_a_terminal_gets_a_bar_and_the_file_plain_lines(tiny: Path, tmp_path: Pa
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     second = RunDir(run.path, 2).console.read_text()
     assert second == resumed.stdout, "without a terminal they are the same"
-    assert "resumes from step-000002\n  training.stop_after_steps: 2 → None" in second
+    said = "resume: from step-000002, if its files are whole\n  training.stop_after_steps: 2 → None"
+    assert said in second
     assert "resumed from step-000002: 2 steps" in second
     assert "step 4/4  loss " in second
     assert shardway("logs", "run", cwd=tmp_path).stdout == second
@@ -65,6 +67,11 @@ def test_a_terminal_gets_a_bar_and_the_file_plain_lines(tiny: Path, tmp_path: Pa
     assert shardway("logs", "run", "--follow", cwd=tmp_path).stdout == second
     rank = RunDir(run.path, 2).rank_log(1).read_text()
     assert shardway("logs", "run", "--rank", "1", cwd=tmp_path).stdout == rank
+
+    again = shardway("resume", "run", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.startswith(f"nothing to do: {run.path} has finished with step 4; to train")
+    assert run.newest_attempt().attempt == 2
 
 
 @pytest.mark.parametrize("path", ["/dev/full", "gone/console.log"])

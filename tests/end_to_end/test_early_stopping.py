@@ -32,6 +32,10 @@ def test_early_stopping_succeeds_and_reports_how_to_resume(tiny: Path, tmp_path:
     assert newest_checkpoint(run / "checkpoints").step == 3
     (line,) = re.findall(r"stopped after step 3 \(.*\); resume: shardway (.*)", done.stdout)
     assert line.endswith("resume=auto training.early_stopping_patience=null")
+    done = shardway("resume", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("nothing to do: stopped after step 3 (training.early_stopping_")
+    assert not (run / "logs/attempt-2").exists()
     done = shardway(*shlex.split(line), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     rates = [record["learning_rate"] for record in metrics(run) if "loss" in record]

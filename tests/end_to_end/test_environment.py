@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import REFUSED
-from tests.helpers.commands import SHORT, TRAIN_TINY, in_process, losses, shardway, written
+from launcher.run.started_by import RANK_VARIABLES
+from tests.helpers.commands import (
+    SHARDWAY,
+    SHORT,
+    TRAIN_TINY,
+    in_process,
+    losses,
+    run,
+    shardway,
+    written,
+)
 
 OF_ANOTHER_LAUNCH = {
     "PET_NNODES": "4",
@@ -55,3 +65,22 @@ def test_a_process_of_another_launcher_starts_no_run(
     said = capsys.readouterr().err
     assert all(part in said for part in words), said
     assert written(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [("train", *TRAIN_TINY[1:], *SHORT), ("resume", "run")])
+def test_all_variables_of_torchrun_make_no_rank(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    """As in a shell of a rank, or from a profile. No store is waited for."""
+    for name in RANK_VARIABLES:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    session = ["bash", "-c", 'setsid --wait "$@"; exit $?', "bash"]
+    cwd = tmp_path if words[0] == "train" else finished.parent
+    before = written(cwd)
+    done = run([*session, *SHARDWAY, *words], cwd)
+    assert done.returncode == REFUSED
+    assert "which started this session, is no torchrun: it is left over" in done.stderr
+    assert "env -u TORCHELASTIC_RUN_ID shardway train" in done.stderr
+    assert written(cwd) == before

@@ -79,6 +79,15 @@ def test_ranks_that_torchrun_restarts_resume_and_finish(
     assert losses(run) == losses(finished), "to the bit"
 
 
+def test_ranks_of_torchrun_that_have_nothing_to_do_make_no_attempt(finished: Path) -> None:
+    words = ("-m", "launcher.train", *AS_FINISHED, "run_dir=run", "resume=auto")
+    process = torchrun("--standalone", "--nproc-per-node=2", *words, cwd=finished.parent)
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 0, output
+    assert output.count("nothing to do: ") == 1, output
+    assert RunDir(finished).newest_attempt().attempt == 1
+
+
 @pytest.mark.parametrize(
     "delay", [0.0, *(pytest.param(each, marks=pytest.mark.whole) for each in (0.3, 1, 2, 4))]
 )

@@ -124,6 +124,27 @@ def test_a_resumed_run_equals_an_uninterrupted_run(
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.whole
+def test_a_run_that_is_stopped_in_its_last_evaluation_has_not_finished(
+    tiny: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "eval.jsonl").write_text(rows_file.read_text() * 20)
+    words = ("data.eval_path=eval.jsonl", "training.micro_batch_size=1", "run_dir=run")
+    process = start(*TRAIN_TINY, *SHORT, *words, cwd=tmp_path)
+    run = tmp_path / "run"
+    wait_until(process, lambda: (run / "metrics.jsonl").is_file() and len(losses(run)) == 4)
+    (run / "stop").touch()
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 75, output
+    ended = status(run)
+    assert (ended["state"], ended["step"]) == ("stopped", 4)
+    assert "eval_loss" not in (run / "metrics.jsonl").read_text()
+    done = shardway("resume", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (status(run, 2)["state"], status(run, 2)["step"]) == ("finished", 4)
+    assert "eval_loss" in (run / "metrics.jsonl").read_text()
+
+
 def test_a_broken_checkpoint_is_reported_and_the_previous_one_is_used(
     finished: Path, tmp_path: Path
 ) -> None:
