@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.config import Config, store
-from launcher.config.schema.scheduler import WarmupConfig
 from launcher.distributed import rendezvous
 from launcher.errors import UserError, exit_when_refused
 from launcher.folders.checkpoint import finished_checkpoints
@@ -184,12 +183,15 @@ def _train(
     from launcher.model.open import files_to_save
     from launcher.training.build import build_train_state
     from launcher.training.compile_auto import choose_compile
+    from launcher.training.loop import Plan
     from launcher.training.packing_check import check_document_masking
     from launcher.training.state import Progress
 
     config, device = run.config, rank_info.device
     checkpoint = load.choose_checkpoint(config, run.folder.checkpoints, rank_info, run.log)
-    plan = _plan(config, loaders.training.steps_per_epoch)
+    plan = Plan.from_config(
+        config.training, config.checkpoint, config.scheduler, loaders.training.steps_per_epoch
+    )
     state = build_train_state(
         config, model_folder, rank_info, loaders.fingerprint, plan.total_steps, run.log
     )
@@ -198,7 +200,7 @@ def _train(
         state.end_tokens = end_tokens(tokenizer)
     if config.data.packing:
         check_document_masking(state.strategy.model, device, state.vocabulary_size)
-    saver = Saver(state, run.folder, config.checkpoint, config.launch.shared_disk)
+    saver = Saver(state, run.folder, config.checkpoint, config.launch)
     saver.check_space()
     done = Progress()
     if checkpoint is not None:
@@ -210,7 +212,9 @@ def _train(
     last = _fit(run, state, loaders, plan, saver, done)
     if last < plan.end_step:
         return Outcome(last, state.early_stopping.reason() or _stop_reason(run, rank_info))
-    return Outcome(last, _planned_end(config, plan))
+    if last < plan.total_steps:
+        return Outcome(last, f"training.stop_after_steps={config.training.stop_after_steps}")
+    return Outcome(last, None)
 
 
 def _stop_reason(run: Run, rank_info: RankInfo) -> str:
@@ -264,42 +268,6 @@ def _fit(
     except UserError:  # raised on all ranks; earlier saves in the background are completed
         saver.finish()
         raise
-
-
-def _planned_end(config: Config, plan: Plan) -> str | None:
-    """The setting that ends training before its schedule does, None if none does."""
-    if plan.end_step == plan.total_steps:
-        return None
-    return f"training.stop_after_steps={config.training.stop_after_steps}"
-
-
-def _plan(config: Config, steps_per_epoch: int) -> Plan:
-    """The steps at which training ends, evaluates, saves and logs.
-
-    Raises UserError if the warm-up is longer than training.epochs.
-    """
-    from launcher.training.loop import Plan
-
-    training = config.training
-    total_steps = training.max_steps or (training.epochs or 0) * steps_per_epoch
-    scheduler = config.scheduler
-    if isinstance(scheduler, WarmupConfig) and scheduler.warmup_steps > total_steps:
-        raise UserError(
-            f"scheduler.warmup_steps={scheduler.warmup_steps} is more than the {total_steps} steps "
-            f"of training.epochs={training.epochs}: the peak rate is never reached "
-            f"→ scheduler.warmup_steps={total_steps // 10}, or scheduler.warmup_ratio=0.1"
-        )
-    return Plan(
-        total_steps=total_steps,
-        end_step=min(total_steps, training.stop_after_steps or total_steps),
-        max_grad_norm=training.max_grad_norm,
-        max_nonfinite_steps=training.skipped_steps,
-        eval_steps=training.eval_steps,
-        save_steps=config.checkpoint.save_steps,
-        log_steps=training.log_steps,
-        label_smoothing=training.label_smoothing,
-        save_best=config.checkpoint.save_best,
-    )
 
 
 if __name__ == "__main__":

@@ -9,10 +9,13 @@ from typing import Protocol
 
 import torch
 
+from launcher.config.schema.scheduler import SchedulerConfig, WarmupConfig
+from launcher.config.schema.training import CheckpointConfig, TrainingConfig
 from launcher.data.loader import StepBatch
+from launcher.errors import UserError
 from launcher.strategy import Strategy
 from launcher.tracking.base import Observer, Record
-from launcher.training.agreement import AgreedSteps
+from launcher.training.agreed_steps import AgreedSteps
 from launcher.training.loss import token_loss
 from launcher.training.metrics import MetricsBuffer, StepStats
 from launcher.training.nonfinite import first_bad_module
@@ -33,6 +36,35 @@ class Plan:
     label_smoothing: float = 0.0
     max_nonfinite_steps: int = 20  # the run ends after this many consecutive steps
     save_best: bool = False  # after every evaluation with the lowest loss until then
+
+    @classmethod
+    def from_config(
+        cls,
+        training: TrainingConfig,
+        checkpoint: CheckpointConfig,
+        scheduler: SchedulerConfig,
+        steps_per_epoch: int,
+    ) -> Plan:
+        """What the settings ask for. Raises UserError if the warm-up is longer than
+        training.epochs."""
+        total_steps = training.max_steps or (training.epochs or 0) * steps_per_epoch
+        if isinstance(scheduler, WarmupConfig) and scheduler.warmup_steps > total_steps:
+            raise UserError(
+                f"scheduler.warmup_steps={scheduler.warmup_steps} is more than the {total_steps} "
+                f"steps of training.epochs={training.epochs}: the peak rate is never reached "
+                f"→ scheduler.warmup_steps={total_steps // 10}, or scheduler.warmup_ratio=0.1"
+            )
+        return cls(
+            total_steps=total_steps,
+            end_step=min(total_steps, training.stop_after_steps or total_steps),
+            max_grad_norm=training.max_grad_norm,
+            max_nonfinite_steps=training.skipped_steps,
+            eval_steps=training.eval_steps,
+            save_steps=checkpoint.save_steps,
+            log_steps=training.log_steps,
+            label_smoothing=training.label_smoothing,
+            save_best=checkpoint.save_best,
+        )
 
     def should_evaluate(self, step: int) -> bool:
         """Whether to evaluate after `step`."""
