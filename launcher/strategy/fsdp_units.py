@@ -86,9 +86,11 @@ def describe_padding(parameters: Iterable[nn.Parameter], num_shards: int) -> str
             worst, shape = padding, list(parameter.shape)
     if padded <= MAX_PADDING * whole:
         return None
+    extra = padded / num_shards
+    wasted = f"{extra / 1e9:,.2f} GB" if extra >= 1e9 else f"{extra / 1e6:,.2f} MB"
     return (
         f"warning: the fullest rank holds {1 + padded / whole:.2f} times its share of the weights, "
-        f"{padded / num_shards / 1e9:,.2f} GB too much, and as much again for gradients and each "
+        f"{wasted} too much, and as much again for gradients and each "
         f"moment if they are trained: tensors such as {'×'.join(map(str, shape))} cannot be split "
         f"into {num_shards} equal parts → strategy=zero3, which splits any tensor evenly, or "
         "strategy=hsdp with a strategy.shard_size that divides their first dim, or that of experts "
