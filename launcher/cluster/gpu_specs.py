@@ -65,4 +65,7 @@ def spec_named(name: str) -> GpuSpec:
     for spec in GPUS:
         if spec.name.lower() == name.lower():
             return spec
-    raise UserError(f"--gpu {name} is not known → one of {', '.join(spec.name for spec in GPUS)}")
+    raise UserError(
+        f"--gpu {name} is not known → one of {', '.join(spec.name for spec in GPUS)}; to plan for "
+        "another one, without its speed, --memory 32GB is enough"
+    )

@@ -55,7 +55,8 @@ def _gpu(options: argparse.Namespace) -> GpuSpec:
         name = gpu_name()
         found = spec_of_device(name) if name else None
         if found is None:
-            raise UserError(f"the speed of {name or 'no GPU'} is not known → --gpu H100")
+            whose = f"that of {name} is not known" if name else "this machine has no GPU"
+            raise UserError(f"--search estimates speeds, and {whose} → --gpu H100")
         spec = found
     if options.network is not None:
         spec = dataclasses.replace(spec, network=options.network / GBIT)

@@ -306,7 +306,10 @@ def test_a_search_prints_what_to_type(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--memory", "80GB"], "the speed of no GPU is not known → --gpu H100"),
+        (
+            ["--memory", "80GB"],
+            "speeds, and this machine has no GPU → --gpu H100",
+        ),
         (["--memory", "80GB", "--gpu", "V100"], "--gpu V100 is not known → one of B200, H200"),
     ],
 )
