@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from launcher.checkpoint.save import Saver
     from launcher.data.build import Loaders
     from launcher.distributed.process_group import RankInfo
-    from launcher.training.loop import Plan
+    from launcher.training.plan import Plan
     from launcher.training.state import Progress, TrainState
 
 
@@ -86,8 +86,8 @@ def train_under_torchrun(config: Config, argv: list[str]) -> NoReturn:
     )
     if done:
         if rank == 0:
-            print(done, flush=True)
-        return
+            print(done)
+        rank_log.end_process()
 
     def create_folder() -> RunDir:
         return create.start_attempt(config, argv, world_size)[0]
@@ -198,12 +198,14 @@ def _train(
     from launcher.training.build import build_train_state
     from launcher.training.compile_auto import choose_compile
     from launcher.training.packing_check import check_document_masking
-    from launcher.training.plan import make_plan, planned_end
+    from launcher.training.plan import Plan
     from launcher.training.state import Progress
 
     config, device = run.config, rank_info.device
     checkpoint = load.choose_checkpoint(config, run.folder.checkpoints, rank_info, run.log)
-    plan = make_plan(config, loaders.training.steps_per_epoch)
+    plan = Plan.from_config(
+        config.training, config.checkpoint, config.scheduler, loaders.training.steps_per_epoch
+    )
     state = build_train_state(
         config, model_folder, rank_info, loaders.fingerprint, plan.total_steps, run.log
     )
@@ -212,7 +214,7 @@ def _train(
         state.end_tokens = end_tokens(tokenizer)
     if config.data.packing:
         check_document_masking(state.strategy.model, device, state.vocabulary_size)
-    saver = Saver(state, run.folder, config.checkpoint, config.launch.shared_disk)
+    saver = Saver(state, run.folder, config.checkpoint, config.launch)
     saver.check_space()
     done = Progress()
     if checkpoint is not None:
@@ -226,7 +228,9 @@ def _train(
     missing = evaluates_end and not state.early_stopping.has_evaluated(last)  # stopped during it
     if last < plan.end_step or missing:
         return Outcome(last, state.early_stopping.reason() or _stop_reason(run, rank_info))
-    return Outcome(last, planned_end(config, plan))
+    if last < plan.total_steps:
+        return Outcome(last, f"training.stop_after_steps={config.training.stop_after_steps}")
+    return Outcome(last, None)
 
 
 def _stop_reason(run: Run, rank_info: RankInfo) -> str:

@@ -28,7 +28,7 @@ from bench_parts import MB, config_of, say, train_state
 from launcher.checkpoint.dcp_writer import Leaf, Place, metadata
 from launcher.checkpoint.save import Saver
 from launcher.commands.fetch import MODELS, fetch
-from launcher.config.schema.training import CheckpointConfig
+from launcher.config.schema.training import CheckpointConfig, LaunchConfig
 from launcher.distributed.gather import gather_to_main
 from launcher.distributed.parts import Chosen, Layout, choose
 from launcher.distributed.process_group import RankInfo
@@ -79,7 +79,8 @@ def saving(rank_info: RankInfo, rounds: int, folder: Path, scratch: Path) -> Non
             run.checkpoints.mkdir(parents=True)
             run.config.write_text("{}\n")
         dist.barrier()
-        savers[name] = Saver(trained, run, CheckpointConfig(async_save=later, keep_last=1))
+        config = CheckpointConfig(async_save=later, keep_last=1)
+        savers[name] = Saver(trained, run, config, LaunchConfig())
     stalls: dict[str, list[float]] = {name: [] for name in savers}
     for step in range(1, rounds + 2):
         for name, saver in savers.items():

@@ -33,12 +33,16 @@ from torch.profiler import ProfilerActivity, profile
 
 from launcher.config import Config
 from launcher.config.compose import compose
+from launcher.config.rules.rule import World
 from launcher.data.build import build_loaders
 from launcher.data.loader import StepBatch
 from launcher.data.prefetch import Prefetcher
 from launcher.errors import UserError
 from launcher.model.open import open_model
-from launcher.training.loop import Plan, StepLoaders, fit
+from launcher.run import auto
+from launcher.training.choices import device_of
+from launcher.training.loop import StepLoaders, fit
+from launcher.training.plan import Plan
 from launcher.training.state import Progress
 from launcher.training.throughput import ThroughputMeter
 
@@ -90,7 +94,10 @@ def main() -> None:
 def profile_run(config: Config, warm_up: int, trace: Path | None) -> Profile:
     """Train `warm_up` steps and the recorded ones."""
     rank_info = bench_parts.alone()
-    _, tokenizer = open_model(config, _ignore)
+    folder, tokenizer = open_model(config, _ignore)
+    choice = auto.choose(config, [device_of(rank_info)], World(1, 1), folder, resumed=None)
+    print(*choice.lines, sep="\n", end="\n" if choice.lines else "", file=sys.stderr)
+    config = choice.config
     rows = build_loaders(
         *(config.data, config.training, tokenizer, 0, 1), say=_ignore, check=lambda: None
     ).training

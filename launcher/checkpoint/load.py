@@ -104,11 +104,7 @@ def restore(checkpoint: Checkpoint, train_state: TrainState, force: bool) -> Pro
     _refuse_other_training(checkpoint, trainer, train_state, force)
     state = train_state.strategy.state()
     if state.has_blockwise_moments and trainer["shards"] != state.num_shards:
-        raise UserError(
-            f"the 8-bit optimizer state of {checkpoint.path} is quantized in blocks of "
-            f"{trainer['shards']} shards per tensor, and this run has {state.num_shards}; resume "
-            "with as many ranks and the same strategy (single and ddp do not shard)"
-        )
+        raise UserError(_describe_other_blocks(checkpoint, trainer["shards"], state.num_shards))
     if checkpoint.adapter is not None:
         _fill(state.weights, train_state.method.read(train_state.model, checkpoint.adapter))
         moments = {f"{m}/{n}": s for m, each in state.moments.items() for n, s in each.items()}
@@ -200,6 +196,21 @@ def _find_damage(checkpoint: Checkpoint, rank_info: RankInfo) -> list[str]:
     by_rank: list[list[str]] = [[]] * rank_info.world_size
     dist.all_gather_object(by_rank, on_all_ranks(check_share))
     return sorted({problem for problems in by_rank for problem in problems})
+
+
+def _describe_other_blocks(checkpoint: Checkpoint, saved: int, now: int) -> str:
+    """Why 8-bit moments in blocks of `saved` shards are refused, and two ways out."""
+    before = (
+        "strategy=ddp (or single)"
+        if saved == 1
+        else f"strategy=fsdp on {saved} ranks, or strategy=hsdp strategy.shard_size={saved}"
+    )
+    return (
+        f"the 8-bit optimizer state of {checkpoint.path} is quantized in blocks of {saved} "
+        f"shard(s) per tensor, and this run has {now} → resume with {before}; or begin a new run "
+        f"with the weights alone: shardway consolidate {checkpoint.path} --output FOLDER, then "
+        "shardway train model.name_or_path=FOLDER …"
+    )
 
 
 @torch.no_grad()

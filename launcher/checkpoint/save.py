@@ -12,6 +12,7 @@ import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from launcher.checkpoint import dcp
 from launcher.checkpoint.dcp import Tree
 from launcher.checkpoint.dcp_writer import DcpWriter
 from launcher.checkpoint.staging import Staging
-from launcher.config.schema.training import CheckpointConfig
+from launcher.config.schema.training import CheckpointConfig, LaunchConfig
 from launcher.distributed.collectives import on_all_ranks
 from launcher.distributed.file_sync import FileSync
 from launcher.distributed.gather import gather_to_main
@@ -78,16 +79,17 @@ class Saver:
         train_state: TrainState,
         run: RunDir,
         config: CheckpointConfig,
-        shared_disk: bool = True,
+        launch: LaunchConfig,
     ) -> None:
         """Collective: makes the process group of the thread."""
         self.train_state, self.run, self.config = train_state, run, config
         self.rank_info = train_state.rank_info
-        self.file_sync = FileSync(self.rank_info, shared_disk)
+        self.file_sync = FileSync(self.rank_info, launch.shared_disk)
         self.group: dist.ProcessGroup | None = None
         self._thread: ThreadPoolExecutor | None = None
         if config.async_save:
-            self.group = dist.new_group(backend="gloo")
+            timeout = timedelta(minutes=launch.collective_minutes)  # torch's default is another
+            self.group = dist.new_group(backend="gloo", timeout=timeout)
             device = (self.rank_info.device,)
             self._thread = ThreadPoolExecutor(1, "checkpoint", use_device, device)
         self._running: Future[None] | None = None

@@ -8,15 +8,16 @@ import json
 import sys
 from collections.abc import Iterator
 
-import psutil
-
-from launcher.cluster.gpus import gpu_memory
+from launcher.cluster.gpu_specs import spec_named
 from launcher.commands import plan_search
 from launcher.commands.arguments import UNITS, command_parser, number, parse_size
 from launcher.config import Config
 from launcher.config.compose import compose_command_line
+from launcher.config.overrides import key_of
 from launcher.errors import UserError
+from launcher.memory import target as target_module
 from launcher.memory.planning import Memory, PlannedRun, plan_run
+from launcher.memory.target import Target
 from launcher.run import sweep
 
 ABOUT = """\
@@ -24,10 +25,14 @@ Show how much memory the fullest rank of a run will need. Takes the overrides of
 The training code runs two steps on tensors without memory. This needs no GPU and no weights, only
 the model's config.json. All rows have the length data.max_length.
 
+The first line says for what the run is planned: the GPU of --gpu, otherwise this machine's. On a
+machine without one, it is any GPU that computes in bf16, or the CPU if cluster.cpu_processes=N is
+typed.
+
     shardway plan model.name_or_path=meta-llama/Llama-3.1-8B method=lora cluster.nproc_per_node=8
-    shardway plan --memory 80GB method=full strategy=fsdp cluster.nproc_per_node=4
+    shardway plan --gpu H100 method=full strategy=fsdp cluster.nproc_per_node=4
     shardway plan --memory 80GB --multirun strategy=ddp,fsdp,zero3 training.micro_batch_size=1,4
-    shardway plan --search --gpu H100 --memory 80GB method=full cluster.nproc_per_node=8
+    shardway plan --search --gpu H100 method=full cluster.nproc_per_node=8
 
 --multirun plans every combination, and prints one line of a table for each. --search tries what is
 not typed of strategy, precision, training.micro_batch_size and training.activation_checkpointing,
@@ -36,6 +41,7 @@ does not fit into --memory and --host-memory (with --search: if none does), and 
 planned. What is counted, and how speed is estimated: docs/memory.md
 """
 BAR_WIDTH = 40
+MAX_SHARD_BYTES = 5 * 10**9  # of `shardway consolidate --max-shard-size`
 USUAL_OPEN_FILES = 1024  # what a process may usually have
 
 
@@ -43,11 +49,11 @@ def main() -> None:
     """Exits with 1 if a run does not fit, and with 2 if one cannot be planned."""
     options, overrides = _parser().parse_known_args()
     sys.argv = [sys.argv[0], *["--multirun"] * options.multirun, *overrides]
-    memory = available_memory(options)
     configs = compose_command_line()
+    targets = [target_of(config, overrides, options) for config in configs]
     if options.search:
-        sys.exit(plan_search.main(configs[0], overrides, memory, options))
-    plans, errors = plan_each(configs, memory)
+        sys.exit(plan_search.main(configs[0], overrides, targets[0], options))
+    plans, errors = plan_each(configs, targets)
     if options.json and plans:
         results = [planned.to_dict() for planned in plans]
         print(json.dumps(results if options.multirun else results[0], indent=2))
@@ -61,12 +67,12 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("plan", ABOUT, "%(prog)s [options] [OVERRIDE ...]")
     parser.add_argument(
-        "--memory", metavar="SIZE", help="of a GPU, such as 80GB; default: this machine's first GPU"
+        "--memory", metavar="SIZE", help="of a GPU, such as 80GB; default: that of the GPU"
     )
     parser.add_argument(
         "--host-memory",
         metavar="SIZE",
-        help="of a machine, such as 1TB; default: this machine's, if it has a GPU",
+        help="of a machine, such as 1TB; default: this machine's, if it is planned for its devices",
     )
     parser.add_argument("--json", action="store_true", help="print the numbers of bytes as JSON")
     either = parser.add_mutually_exclusive_group()
@@ -79,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gpu",
         metavar="NAME",
-        help="for --search, such as H100; default: this machine's",
+        help="such as H100, with its memory unless --memory is given; default: this machine's",
     )
     parser.add_argument(
         "--network",
@@ -97,29 +103,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def available_memory(options: argparse.Namespace) -> Memory:
-    """The memory that the options name, otherwise that of this machine if it has a GPU."""
-    gpu = gpu_memory()
-    host = psutil.virtual_memory().total if gpu is not None else None
-    if options.memory is not None:
-        gpu = parse_size(options.memory, "--memory")
-    if options.host_memory is not None:
-        host = parse_size(options.host_memory, "--host-memory")
-    return Memory(gpu=gpu, host=host)
+def target_of(config: Config, overrides: list[str], options: argparse.Namespace) -> Target:
+    """What `config` is planned for, with the memory that the options name."""
+    typed = {key_of(word) for word in overrides if "=" in word}
+    memory = None if options.memory is None else parse_size(options.memory, "--memory")
+    gpu = None if options.gpu is None else spec_named(options.gpu)
+    target = target_module.choose(config, typed, gpu, memory)
+    if options.host_memory is None:
+        return target
+    return dataclasses.replace(target, host=parse_size(options.host_memory, "--host-memory"))
 
 
-def plan_each(configs: list[Config], memory: Memory) -> tuple[list[PlannedRun], list[str]]:
+def plan_each(configs: list[Config], targets: list[Target]) -> tuple[list[PlannedRun], list[str]]:
     """The plans, and an error message for each run that cannot be planned."""
     labels = [
         " ".join(f"{key}={value}" for key, value in settings.items())
         for settings in sweep.differing_settings([dataclasses.asdict(config) for config in configs])
     ]
     plans, errors = [], []
-    for label, config in zip(labels, configs, strict=True):
+    for label, config, target in zip(labels, configs, targets, strict=True):
         if sys.stderr.isatty():
             print(f"planning {label or 'two steps'} …", file=sys.stderr, flush=True)
         try:
-            plans.append(plan_run(config, label, memory.gpu, memory.host))
+            plans.append(plan_run(config, label, target))
         except UserError as error:
             errors.append(f"{label}: {error}" if label else str(error))
     return plans, errors
@@ -137,7 +143,7 @@ def format_plan(planned: PlannedRun) -> str:
         rows.append(("in host memory", planned.host))
     unit, scale = _choose_unit([planned]), max(planned.peak, planned.memory or 0, planned.host)
     head = f"the fullest of {planned.ranks} rank(s)"
-    lines = [f"{head:<38}{unit}"]
+    lines = [f"planned for {planned.target}", f"{head:<38}{unit}"]
     for name, size in rows:
         bar = "#" * round(BAR_WIDTH * size / scale)
         lines.append(f"  {name:<28} {size / UNITS[unit]:9,.2f}  {bar}".rstrip())
@@ -156,7 +162,13 @@ def beside_the_gpu(planned: PlannedRun, unit: str) -> Iterator[str]:
     if any(size for _, size in rows):
         yield "host memory of a machine"
     yield from (f"  {name:<28} {size / UNITS[unit]:9,.2f}" for name, size in rows if size)
-    yield f"{'a checkpoint, on disk':<30} {planned.checkpoint / UNITS[unit]:9,.2f}"
+    disk = (
+        ("a checkpoint, on disk", planned.checkpoint, planned.checkpoint_files),
+        ("an export", planned.export, max(1, -(-planned.export // MAX_SHARD_BYTES))),
+    )
+    for name, size, files in disk:
+        some = "1 file" if files == 1 else f"{files:,} files"
+        yield f"{name:<30} {size / UNITS[unit]:9,.2f}  in {some} and small ones"
     if planned.open_files > USUAL_OPEN_FILES:
         yield f"{'open files of a rank (ulimit -n)':<32} {planned.open_files:7,}"
     if planned.loading:
@@ -171,7 +183,8 @@ def _choose_unit(plans: list[PlannedRun]) -> str:
 def advice(planned: PlannedRun) -> Iterator[str]:
     """Lines about whether the run fits, by how much, and what reduces its memory."""
     if planned.memory is None:
-        yield "this machine has no GPU to compare with → --memory 80GB"
+        if not planned.on_cpu:
+            yield "there is no memory to compare with → --gpu H100, or --memory 80GB"
         return
     unit = _choose_unit([planned])
     if planned.host_memory is not None and planned.host_peak > planned.host_memory:
@@ -189,14 +202,16 @@ def advice(planned: PlannedRun) -> Iterator[str]:
     else:
         rest = f"{difference} of {memory} are left"
         verdict = Memory(gpu=planned.memory).verdict(planned.peak, 0)
-        yield f"{verdict}: {rest} for CUDA itself and fragmentation"
+        others = "Python and its libraries" if planned.on_cpu else "CUDA itself and fragmentation"
+        yield f"{verdict}: {rest} for {others}"
 
 
 def format_table(plans: list[PlannedRun]) -> str:
     """One line for each run, and the notes of all runs."""
+    targets = dict.fromkeys(f"planned for {planned.target}" for planned in plans)
     columns = ["ranks", "weights", "optimizer", "kept", "peak", "host"]
     width, unit = max(22, *(len(planned.label) for planned in plans)), _choose_unit(plans)
-    lines = [f"{f'{unit} of the fullest rank':<{width}}  {'  '.join(columns)}"]
+    lines = [*targets, f"{f'{unit} of the fullest rank':<{width}}  {'  '.join(columns)}"]
     for planned in plans:
         sizes = (
             planned.weights, planned.optimizer, planned.activations, planned.peak, planned.host

@@ -15,19 +15,21 @@ from launcher.config.overrides import key_of
 from launcher.errors import UserError
 from launcher.memory.planning import Memory, make_plannable, plannable_world
 from launcher.memory.search import FoundRun, Search
+from launcher.memory.target import Target
 from launcher.memory.tracers import Tracers
 
 GBIT = 8  # Gbit/s of 1 GB/s
 
 
-def main(config: Config, overrides: list[str], memory: Memory, options: argparse.Namespace) -> int:
+def main(config: Config, overrides: list[str], target: Target, options: argparse.Namespace) -> int:
     """Search around `config`, of which `overrides` were typed. Returns the exit status: 0, or 1 if
     nothing fits."""
+    gpu = _gpu(options)
+    memory = Memory(gpu=target.device.memory, host=target.host)
     if memory.gpu is None:
         raise UserError("--search needs the memory of a GPU → --memory 80GB")
-    gpu = _gpu(options)
     plannable, changes = make_plannable(config)
-    world, notes = plannable_world(plannable)
+    world, notes = plannable_world(plannable, target)
     typed = [key_of(word) for word in overrides if "=" in word and not word.endswith("=auto")]
     if sys.stderr.isatty():
         print(f"searching for {world.size} ranks …", file=sys.stderr, flush=True)
@@ -53,7 +55,8 @@ def _gpu(options: argparse.Namespace) -> GpuSpec:
         name = gpu_name()
         found = spec_of_device(name) if name else None
         if found is None:
-            raise UserError(f"the speed of {name or 'no GPU'} is not known → --gpu H100")
+            whose = f"that of {name} is not known" if name else "this machine has no GPU"
+            raise UserError(f"--search estimates speeds, and {whose} → --gpu H100")
         spec = found
     if options.network is not None:
         spec = dataclasses.replace(spec, network=options.network / GBIT)
@@ -65,8 +68,8 @@ def format_found(found: list[FoundRun], limit: int, memory: int, gpus: str) -> s
     size = f"{memory / UNITS['GB']:,.0f} GB"
     if not found:
         return (
-            f"nothing fits into {size}: more ranks, a smaller data.max_length, method=lora or "
-            "method=qlora"
+            f"nothing fits into {size} of {gpus}: more ranks, a smaller data.max_length, "
+            "method=lora or method=qlora"
         )
     lines = [
         f"{len(found)} configurations fit into {size}; speeds are estimates for {gpus}",

@@ -32,7 +32,7 @@ from launcher.distributed.process_group import RankInfo
 from launcher.errors import UserError
 from launcher.folders.extended_model import padded_rows
 from launcher.folders.model import model_folder
-from launcher.memory import MemoryUsage, host_memory
+from launcher.memory import MemoryUsage, load_and_save
 from launcher.memory.fake_weights import FakeWeights, make_parameters_fake
 from launcher.memory.mem_tracker import FakeTensors, MemTracker, bytes_of
 from launcher.method import METHODS
@@ -96,15 +96,16 @@ def dry_run(config: Config, nodes: int, nproc_per_node: int) -> MemoryUsage:
     precision = precision_of(config.precision)
     with patched_deepspeed(config):
         model = fake_model(config)
-        reads_all = host_memory.reads_whole_model(config, model)
+        reads_all = load_and_save.reads_whole_model(config, model)
+        export = load_and_save.export_bytes(config, model)
         strategy, tracker = new_strategy(config, rank_info), MemTracker()
         with FakeTensors(), tracker.track():
             make_parameters_fake(model)
             weights = Weights(FakeWeights(model, precision.compute), model)
             usage = measure(config, model, weights, lambda: strategy, rank_info, tracker)
     # The parameters are those of `model`, which adapters have joined and the strategy has sharded.
-    loading = host_memory.whole_model_bytes(config, model) if reads_all else 0
-    return dataclasses.replace(usage, loading=loading)
+    loading = load_and_save.whole_model_bytes(config, model) if reads_all else 0
+    return dataclasses.replace(usage, loading=loading, export=export)
 
 
 def join_fake_ranks(nodes: int, nproc_per_node: int) -> RankInfo:
@@ -179,7 +180,10 @@ def measure(
         peak=peak,
         phase=phase,
         host=recorder.host_bytes,
-        **host_memory.save_bytes(config.checkpoint, strategy, assembled.method.is_adapter),
+        warning=strategy.warning(),
+        **load_and_save.save_bytes(
+            config.checkpoint, strategy, assembled.method.is_adapter, rank_info.world_size
+        ),
     )
 
 

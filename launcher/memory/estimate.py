@@ -22,6 +22,7 @@ class Trace:
     layers: int
     all_layers: int
     amounts: Amounts
+    wider: Amounts  # with more rows in a micro-batch; empty if that was not asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +55,17 @@ def combine(
     return {k: function(v, *(other.get(k, v) for other in others)) for k, v in first.items()}
 
 
-def at_all_layers(few: Trace, more: Trace | None) -> Amounts:
-    """The amounts of the whole model; `more` is None if `few` has all layers already."""
-    if more is None or few.layers == few.all_layers:
-        return few.amounts
+def at_all_layers(few: Trace, more: Trace) -> tuple[Amounts, Amounts]:
+    """The amounts of the whole model, and those with more rows. `more` has more layers than `few`,
+    unless that has all of them already."""
+    if few.layers == few.all_layers:
+        return few.amounts, few.wider
     steps = (few.all_layers - few.layers) / (more.layers - few.layers)
-    return combine(lambda a, b: a + steps * (b - a), few.amounts, more.amounts)
+
+    def whole(first: Amounts, second: Amounts) -> Amounts:
+        return combine(lambda a, b: a + steps * (b - a), first, second)
+
+    return whole(few.amounts, more.amounts), whole(few.wider, more.wider)
 
 
 def at_micro_batch(low: tuple[int, Amounts], high: tuple[int, Amounts], rows: int) -> Amounts:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.cluster.gpus import visible_devices, visible_gpus
+from launcher.cluster import preflight
+from launcher.cluster.gpus import visible_gpus
 from launcher.config import Config, store
 from launcher.config.rules.data import DATA_RULES
 from launcher.config.rules.rule import Machine, World
@@ -26,6 +27,7 @@ from launcher.errors import UserError
 from launcher.folders.model import model_folder
 from launcher.io import open_files
 from launcher.memory import MemoryUsage
+from launcher.memory.target import ANY_GPU, CPU_PROCESSES, Target
 from launcher.memory.tracers import ENVIRONMENT
 from launcher.run import auto
 from launcher.run.auto import Choice, Device
@@ -70,8 +72,10 @@ class PlannedRun(MemoryUsage):
 
     label: str  # the settings in which it differs from the other runs; empty for a single run
     ranks: int
+    target: str  # the devices of the ranks, in words
     notes: list[str]
-    memory: int | None  # of a GPU, in bytes
+    memory: int | None  # of a GPU, or a rank's share of the host's, in bytes
+    on_cpu: bool = False
     host_memory: int | None = None  # of a machine, in bytes
     ranks_per_machine: int = 1
     open_files: int = 0  # of a rank, sockets included
@@ -79,7 +83,8 @@ class PlannedRun(MemoryUsage):
     @property
     def host_peak(self) -> int:
         """Bytes that all ranks of a machine need in host memory: to load, or to train and save."""
-        training = self.ranks_per_machine * (self.host + self.staging) + self.gathering
+        on_cpu = self.peak if self.on_cpu else 0
+        training = self.ranks_per_machine * (on_cpu + self.host + self.staging) + self.gathering
         return max(self.ranks_per_machine * self.loading, training)
 
     @property
@@ -101,12 +106,11 @@ class PlannedRun(MemoryUsage):
         return {**dataclasses.asdict(self), "host_peak": self.host_peak, "fits": self.fits}
 
 
-def plan_run(
-    config: Config, label: str = "", memory: int | None = None, host_memory: int | None = None
-) -> PlannedRun:
+def plan_run(config: Config, label: str = "", target: Target = ANY_GPU) -> PlannedRun:
     """Plan a run, in a separate process. Raises UserError if it cannot be planned."""
-    world, notes = plannable_world(config)
-    choice = _choose(config, world, memory)
+    world, notes = plannable_world(config, target)
+    device = target.of_rank(world)
+    choice = _choose(config, world, device)
     if problems := broken_rules(choice.config, world, RULES):
         raise store.ConfigError(problems)
     plannable, changes = make_plannable(choice.config)
@@ -133,33 +137,37 @@ def plan_run(
         ranks=world.size,
         ranks_per_machine=world.nproc_per_node,
         open_files=open_files.needed(world.size, groups=2 if config.checkpoint.async_save else 1),
-        notes=[*choice.lines, *changes, *notes],
-        memory=memory,
-        host_memory=host_memory,
+        target=target.describe(world),
+        notes=[*choice.lines, *changes, *notes, *filter(None, [result["warning"]])],
+        memory=device.memory,
+        on_cpu=not device.is_gpu,
+        host_memory=target.host,
         **result,
     )
 
 
-def _choose(config: Config, world: World, memory: int | None) -> Choice:
-    """`config` without auto, as on GPUs like this machine's first one, or like an A100."""
+def _choose(config: Config, world: World, device: Device) -> Choice:
+    """`config` without auto, if every rank has such a device."""
     if not auto.is_open(config):
         return Choice(config, [])
-    gpu = (*visible_devices(), Device("a GPU since Ampere", True, True, None))[0]
-    devices = [dataclasses.replace(gpu, memory=memory)] * world.size
     source = config.model
     folder = model_folder(source.name_or_path, source.revision, patterns=("config.json",))
-    return auto.choose(config, devices, world, folder, resumed=None)
+    return auto.choose(config, [device] * world.size, world, folder, resumed=None)
 
 
-def plannable_world(config: Config) -> tuple[World, list[str]]:
-    """The ranks of `config`, as if this machine had a GPU for each of them, and notes."""
+def plannable_world(config: Config, target: Target = ANY_GPU) -> tuple[World, list[str]]:
+    """The ranks of `config`, as if this machine had a GPU for each of them unless they run on CPU,
+    and notes."""
+    if not target.device.is_gpu:
+        return World.from_config(config, preflight.inspect_machine(config)), []
     machine = Machine(gpus=visible_gpus(), flash_attention=True, liger=True)
     world = World.from_config(config, machine)
     notes = []
-    if config.cluster.nproc_per_node is None and not world.gpus:
+    is_counted = config.cluster.nproc_per_node is None and config.strategy.name != "single"
+    if is_counted and not world.gpus:
         notes.append(
-            f"planned for {world.size} rank(s), because this machine has no GPUs to count "
-            "→ cluster.nproc_per_node=8"
+            f"the number of ranks is {CPU_PROCESSES}={world.nproc_per_node}, because there are no "
+            "GPUs to count → cluster.nproc_per_node=8"
         )
     machine = dataclasses.replace(world.machine, gpus=world.nproc_per_node)
     return dataclasses.replace(world, machine=machine), notes

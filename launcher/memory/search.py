@@ -62,12 +62,7 @@ class Search:
     """The search for one configuration. `typed`: the settings that stay as they are."""
 
     def __init__(
-        self,
-        config: Config,
-        typed: Iterable[str],
-        world: World,
-        memory: Memory,
-        tracers: Tracers,
+        self, config: Config, typed: Iterable[str], world: World, memory: Memory, tracers: Tracers
     ) -> None:
         self.config, self.world, self.memory, self.tracers = config, world, memory, tracers
         self.typed = set(typed)
@@ -210,20 +205,22 @@ class Search:
         """The amounts of each configuration; those of the corners are traced with the first."""
         names = [config.strategy.name for config in configs]
         if self._corners or not names:
-            return self._whole(configs)
+            return [pair and pair[0] for pair in self._whole(configs, [0] * len(configs))]
         reference = REFERENCE if REFERENCE in names else names[0]
         rows, recomputed = self._rows(), self._recomputed()
-        choices = sorted({recomputed[0], recomputed[-1]})
-        points = [(choice, count) for choice in choices for count in rows[:2]]
-        points.remove(least)
-        corners = [self._varied(reference, precision, point) for point in points]
-        found = self._whole([*configs, *corners])
-        bases, others = found[: len(configs)], found[len(configs) :]
-        known = {least: bases[names.index(reference)]} | dict(zip(points, others, strict=True))
-        self._corners = {point: each for point, each in known.items() if each is not None}
-        if len(self._corners) < len(known):
-            raise UserError("\n".join(self.notes))
-        return bases
+        wider = rows[1] if len(rows) > 1 else 0
+        choices = [each for each in recomputed[:1] if each != least[0]]
+        corners = [self._varied(reference, precision, (each, rows[0])) for each in choices]
+        wanted = [wider if name == reference else 0 for name in names] + [wider] * len(corners)
+        found = self._whole([*configs, *corners], wanted)
+        known = [found[names.index(reference)], *found[len(configs) :]]
+        for choice, pair in zip([least[0], *choices], known, strict=True):
+            if pair is None:
+                raise UserError("\n".join(self.notes))
+            self._corners[choice, rows[0]] = pair[0]
+            if wider:
+                self._corners[choice, wider] = pair[1]
+        return [pair and pair[0] for pair in found[: len(configs)]]
 
     def _at(self, recompute: str, count: int) -> Amounts:
         """The amounts at any recomputation and rows, under the strategy of the corners."""
@@ -238,10 +235,12 @@ class Search:
             return along(recompute)
         return partly_recomputed(along("full"), along("off"), int(recompute))
 
-    def _whole(self, configs: Sequence[Config]) -> list[Amounts | None]:
-        """The amounts of the whole model for each configuration; None, and a note, where tracing
-        failed."""
-        pairs = self._trace_pairs(configs)
+    def _whole(
+        self, configs: Sequence[Config], wider: Sequence[int]
+    ) -> list[tuple[Amounts, Amounts] | None]:
+        """The amounts of the whole model for each configuration, as it is and with `wider` rows;
+        None, and a note, where tracing failed."""
+        pairs = self._trace_pairs(configs, wider)
         wrong = {
             at: sync
             for at, (config, pair) in enumerate(zip(configs, pairs, strict=True))
@@ -254,15 +253,18 @@ class Search:
             )
             for at, sync in wrong.items()
         ]
-        for at, pair in zip(wrong, self._trace_pairs(again), strict=True):
+        retraced = self._trace_pairs(again, [wider[at] for at in wrong])
+        for at, pair in zip(wrong, retraced, strict=True):
             pairs[at] = pair
         return [None if pair is None else at_all_layers(*pair) for pair in pairs]
 
-    def _trace_pairs(self, configs: Sequence[Config]) -> list[tuple[Trace, Trace] | None]:
+    def _trace_pairs(
+        self, configs: Sequence[Config], wider: Sequence[int]
+    ) -> list[tuple[Trace, Trace] | None]:
         """For each configuration two traces, the second one with more layers."""
         requests = [
-            Request(config=config, more=more, min_layers=_min_layers(config))
-            for config in configs
+            Request(config=config, more=more, min_layers=_min_layers(config), wider_rows=rows)
+            for config, rows in zip(configs, wider, strict=True)
             for more in (0, 1)
         ]
         answers = self.tracers.answer(requests)
@@ -292,5 +294,5 @@ def _other_sync(config: Config, few: Trace, more: Trace) -> str | None:
     def choice(amounts: Amounts) -> str:
         return "last" if 10 * amounts["trained"] < amounts["elements"] else "every"
 
-    right = choice(at_all_layers(few, more))
+    right = choice(at_all_layers(few, more)[0])
     return None if {choice(few.amounts), choice(more.amounts)} == {right} else right

@@ -2,9 +2,9 @@
 
     python -m launcher.memory.trace NODES NPROC_PER_NODE
 
-Reads one request a line, as JSON: {"config": FILE, "more_layers": 0 or 1, "min_layers": N}. Answers
-each with a line of JSON: the fields of Trace, or `refused` with the reason. One process answers
-many requests, because starting torch takes longer than a trace.
+Reads one request a line, as JSON: {"config": FILE, "more_layers": 0 or 1, "min_layers": N,
+"wider_rows": 0 or N}. Answers each with a line of JSON: the fields of Trace, or `refused` with the
+reason. One process answers many requests, because starting torch takes longer than a trace.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ import torch
 from torch import nn
 
 from launcher.config import Config, store
-from launcher.config.schema.strategy import Zero3Config
 from launcher.data.loader import StepBatch
 from launcher.distributed.collectives import root_cause
 from launcher.distributed.process_group import RankInfo
 from launcher.errors import UserError
-from launcher.memory import host_memory
+from launcher.memory import load_and_save
 from launcher.memory.dry_run import (
     PhaseRecorder,
     build_assembled,
@@ -37,10 +36,11 @@ from launcher.memory.dry_run import (
     longest_step_batch,
     patched_deepspeed,
 )
-from launcher.memory.estimate import SEPARATOR, Trace
+from launcher.memory.estimate import SEPARATOR, Amounts, Trace
 from launcher.memory.fake_weights import FakeWeights, make_parameters_fake
 from launcher.memory.mem_tracker import FakeTensors, bytes_of
 from launcher.memory.work import WorkTracker
+from launcher.memory.zero3 import keeps_all_gathered, layers_kept_gathered, without_prefetch
 from launcher.model.layers import decoder_layers
 from launcher.model.load import Weights
 from launcher.strategy import Strategy
@@ -49,9 +49,6 @@ from launcher.strategy.precision import precision_of
 from launcher.training.build import AssembledModel, new_strategy
 from launcher.training.loop import train_step
 
-# zero3 keeps up to 1e9 elements gathered (stage3_max_live_parameters): the layers that are traced
-# must have more, so that further ones change nothing.
-ZERO3_LIVE_ELEMENTS = 1_250_000_000
 BLOCKS = 3  # a first, a last and one between them
 
 
@@ -65,7 +62,8 @@ def main() -> None:
         request = json.loads(line)
         try:
             config = store.load(Path(request["config"]))
-            found = trace(config, rank_info, request["more_layers"], request["min_layers"])
+            numbers = (request[key] for key in ("more_layers", "min_layers", "wider_rows"))
+            found = trace(config, rank_info, *numbers)
             answer = dataclasses.asdict(found)
         except UserError as error:
             answer = {"refused": str(error)}
@@ -74,16 +72,21 @@ def main() -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def trace(config: Config, rank_info: RankInfo, more: int = 0, min_layers: int = 1) -> Trace:
-    """Two steps, of one and of two micro-batches, on the first layers of the model: on as few as
+def trace(
+    config: Config, rank_info: RankInfo, more: int = 0, min_layers: int = 1, wider_rows: int = 0
+) -> Trace:
+    """Two steps, of two micro-batches and of one, on the first layers of the model: on as few as
     show what each further one adds, and on `more` further repetitions.
 
-    `min_layers`: at least that many. Raises UserError for a run that cannot be planned.
+    `min_layers`: at least that many. `wider_rows`: another step of one micro-batch has that many
+    rows. Raises UserError for a run that cannot be planned.
     """
+    config, prefetched = without_prefetch(config)
     precision = precision_of(config.precision)
     with patched_deepspeed(config):
         model = fake_model(config)
-        reads_all = host_memory.reads_whole_model(config, model)
+        reads_all = load_and_save.reads_whole_model(config, model)
+        is_kept = keeps_all_gathered(model, config)
         all_layers, used = cut_layers(model, config, more, min_layers)
         layers = decoder_layers(model)  # FSDP2 will change their class
         strategy, tracker = new_strategy(config, rank_info), WorkTracker()
@@ -93,11 +96,19 @@ def trace(config: Config, rank_info: RankInfo, more: int = 0, min_layers: int = 
             config, assembled = build_assembled(config, model, weights, lambda: strategy, rank_info)
             if config.strategy.steps_on_cpu or config.strategy.parameters_on_cpu:
                 tracker.exclude_host_tensors(strategy.host_tensors)
-            amounts = _train(config, assembled, layers, rank_info, tracker)
-            amounts |= _sizes(assembled, precision.compute)
-    amounts["loading"] = host_memory.whole_model_bytes(config, model) if reads_all else 0
-    amounts["layers"] = used
-    return Trace(layers=used, all_layers=all_layers, amounts=amounts)
+            amounts, wider = _train(config, assembled, layers, rank_info, tracker, wider_rows)
+            sizes = _sizes(assembled, precision.compute)
+    sizes["loading"] = load_and_save.whole_model_bytes(config, model) if reads_all else 0
+    sizes["layers"] = used
+    extra = 0 if is_kept else prefetched * precision.compute.itemsize
+    found = [_with_prefetched(each | sizes, extra) if each else {} for each in (amounts, wider)]
+    return Trace(layers=used, all_layers=all_layers, amounts=found[0], wider=found[1])
+
+
+def _with_prefetched(amounts: Amounts, extra: int) -> Amounts:
+    """`amounts` with `extra` bytes of weights that are gathered before they are used."""
+    added = {k: v + extra for k, v in amounts.items() if _is_peak(k) and not _is_of_optimizer(k)}
+    return amounts | added
 
 
 def cut_layers(model: nn.Module, config: Config, more: int, min_layers: int) -> tuple[int, int]:
@@ -111,9 +122,7 @@ def cut_layers(model: nn.Module, config: Config, more: int, min_layers: int) -> 
     every = config.training.activation_checkpointing
     if every.isdigit() and int(every) % period:
         period *= int(every)
-    if isinstance(config.strategy, Zero3Config):
-        largest = max(1, _elements(layers[-1]))
-        min_layers = max(min_layers, -(-ZERO3_LIVE_ELEMENTS // largest))
+    min_layers = max(min_layers, BLOCKS - 1 + layers_kept_gathered(model, config))
     blocks = max(BLOCKS, -(-(min_layers - alone) // period)) + more
     keep = alone + blocks * period
     holders = [each for each in model.modules() if isinstance(each, nn.ModuleList)]
@@ -145,49 +154,71 @@ def _kind(layer: nn.Module, model: nn.Module, at: int) -> Any:
     return shapes, kinds[at] if kinds else None
 
 
-def _elements(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def _train(
     config: Config,
     assembled: AssembledModel,
     layers: Sequence[nn.Module],
     rank_info: RankInfo,
     tracker: WorkTracker,
-) -> dict[str, float]:
-    """Run the steps, and return what they need.
+    wider_rows: int,
+) -> tuple[Amounts, Amounts]:
+    """Run the steps. Returns what they need, and what they would need with `wider_rows`.
 
-    `peak1/…`: memory by phase in a step of one micro-batch, `peak2/…`: of several.
+    `peak1/…`: memory by phase in a step of one micro-batch, `peak2/…`: of several. The first step
+    has two, because DeepSpeed records in the first micro-batch what it keeps in later ones.
     """
-    strategy, batch = assembled.strategy, longest_step_batch(config, rank_info.world_size)
-    amounts: dict[str, float] = {}
+    strategy = assembled.strategy
+
+    def run(count: int, rows: int) -> Amounts:
+        batch = longest_step_batch(_with_rows(config, rows), rank_info.world_size)
+        tracker.peaks.clear()
+        before = tracker.current
+        work = tracker.flops, tracker.written, tracker.kernels
+        recorder = PhaseRecorder(strategy, tracker)
+        _step(config, recorder, batch, count, rank_info)
+        now = tracker.flops, tracker.written, tracker.kernels
+        names = ("flops", "written", "kernels")
+        amounts = {n: float(b - a) for n, a, b in zip(names, work, now, strict=True)}
+        amounts["kept"], amounts["host"] = (
+            recorder.bytes_after_forward - before,
+            recorder.host_bytes,
+        )
+        return amounts | {f"peak{count}/{phase}": peak for phase, peak in tracker.peaks.items()}
+
     tracker.phase = "forward"  # loading needs less than training
     gc.freeze()  # what a step will not free, so that collecting its garbage takes no time
+    before_first = bytes_of(optimizer_tensors(strategy.optimizer))
     with _marks(layers, tracker):
-        for count in (1, 2):
-            tracker.peaks.clear()
-            before = tracker.current
-            work = tracker.flops, tracker.written, tracker.kernels
-            recorder = PhaseRecorder(strategy, tracker)
-            _step(config, recorder, batch, count, rank_info)
-            if count == 1:
-                names = ("flops", "written", "kernels")
-                now = tracker.flops, tracker.written, tracker.kernels
-                amounts |= {n: b - a for n, a, b in zip(names, work, now, strict=True)}
-            amounts |= {f"peak{count}/{phase}": peak for phase, peak in tracker.peaks.items()}
+        several = run(2, config.training.micro_batch_size)
+        one = run(1, config.training.micro_batch_size)
+        wider = run(1, wider_rows) if wider_rows else {}
     optimizer = bytes_of(optimizer_tensors(strategy.optimizer))
-    on_device = 0 if config.strategy.steps_on_cpu else optimizer
-    for name in amounts:  # the first step had no optimizer state yet
-        if name.startswith("peak1/") and not name.endswith("optimizer step"):
-            amounts[name] += on_device
-    amounts["peak1/optimizer step"] = amounts["peak2/optimizer step"]
-    return amounts | {
-        "optimizer": optimizer,
-        "weights": tracker.current - optimizer,
-        "kept": recorder.bytes_after_forward - before,
-        "host": recorder.host_bytes,
-    }
+    weights = {"optimizer": float(optimizer), "weights": float(tracker.current - optimizer)}
+    created = 0 if config.strategy.steps_on_cpu else optimizer - before_first
+    added = {}  # what the second of two micro-batches has on top of a single one
+    for phase in (name.removeprefix("peak1") for name in one if _is_peak(name)):
+        added[phase] = 0.0
+        if f"peak2{phase}" in several and not _is_of_optimizer(phase):
+            added[phase] = several[f"peak2{phase}"] + created - one[f"peak1{phase}"]
+
+    def both(amounts: Amounts) -> Amounts:
+        later = {f"peak2{p}": amounts[f"peak1{p}"] + more for p, more in added.items()}
+        return amounts | later | weights
+
+    return both(one), both(wider) if wider else {}
+
+
+def _is_peak(name: str) -> bool:
+    return name.startswith("peak")
+
+
+def _is_of_optimizer(name: str) -> bool:
+    return name.endswith("optimizer step")
+
+
+def _with_rows(config: Config, rows: int) -> Config:
+    training = dataclasses.replace(config.training, micro_batch_size=rows)
+    return dataclasses.replace(config, training=training)
 
 
 def _step(
@@ -238,7 +269,7 @@ def _marks(layers: Sequence[nn.Module], tracker: WorkTracker) -> Iterator[None]:
             handle.remove()
 
 
-def _sizes(assembled: AssembledModel, compute: torch.dtype) -> dict[str, float]:
+def _sizes(assembled: AssembledModel, compute: torch.dtype) -> Amounts:
     """Elements and bytes of the whole model, on all ranks together."""
     trained = elements = working = 0
     for parameter in assembled.model.parameters():

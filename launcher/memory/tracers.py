@@ -26,11 +26,13 @@ ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A trace of `config` with few layers, but at least `min_layers`, or with a few `more`."""
+    """A trace of `config` with few layers, but at least `min_layers`, or with a few `more`; and if
+    it is not 0, also with `wider_rows` in a micro-batch."""
 
     config: Config
     more: int
     min_layers: int
+    wider_rows: int = 0
 
 
 class Tracers:
@@ -95,7 +97,8 @@ class Tracers:
         self._files += 1
         file.write_text(store.dump(request.config), encoding="utf-8")
         content = {"config": str(file), "more_layers": request.more}
-        return json.dumps(content | {"min_layers": request.min_layers})
+        numbers = {"min_layers": request.min_layers, "wider_rows": request.wider_rows}
+        return json.dumps(content | numbers)
 
     def _ask(self, deepspeed: bool, message: str) -> Trace | UserError:
         process = self._process(deepspeed)

@@ -119,6 +119,9 @@ class Strategy(Protocol):
     def describe(self) -> str:
         """The layout as text, for the start of the log."""
 
+    def warning(self) -> str | None:
+        """What this layout wastes for this model, and the way out; None if it is not much."""
+
 
 def share_cores(rank_info: RankInfo) -> None:
     """Give a rank whose optimizer runs on the CPU its share of the cores.

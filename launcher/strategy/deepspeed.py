@@ -1,6 +1,6 @@
 """zero1, zero2 and zero3: DeepSpeed's engine behind the `Strategy` interface.
 
-The engine's JSON comes from `launcher.config.deepspeed`. This module does six things itself,
+The engine's JSON comes from `launcher.config.deepspeed`. This module does seven things itself,
 because DeepSpeed would do them wrong without an error, or with the full model on every rank:
 
 * Under zero3 each rank reads its own partition of every parameter from the files, and the model is
@@ -8,6 +8,7 @@ because DeepSpeed would do them wrong without an error, or with the full model o
   loaded embeddings again, round rotary frequencies and break adapters.
 * Under zero3 gathered weights are not kept from forward to backward
   (`launcher.strategy.zero3_saved_tensors`).
+* Under zero3 small parameters are gathered together (`launcher.strategy.zero3_small_parameters`).
 * Master weights start at the stored value, not at the value rounded to the working dtype.
 * After master weights are restored from a checkpoint, the working copies are updated from them.
 * A parameter that got no gradient in a step is not stepped with the gradient of an earlier one.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import deepspeed
 import torch
@@ -47,7 +48,13 @@ from launcher.strategy.base import (
 from launcher.strategy.loss_scale import LossScale
 from launcher.strategy.optimizer_state import get_or_create_state, optimizer_tensors, split_state
 from launcher.strategy.precision import Precision
-from launcher.strategy.zero_loading import check_nvme_buffer_size, load_weights, partition_of
+from launcher.strategy.zero3_small_parameters import SmallParameters
+from launcher.strategy.zero_loading import (
+    FlatRange,
+    check_nvme_buffer_size,
+    load_weights,
+    partition_of,
+)
 
 # Without GPUs gloo does all communication. DeepSpeed would compile its own all-reduce on the first
 # start. If that start is killed while compiling, it leaves a lock on which all later starts wait.
@@ -55,20 +62,6 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 # Section of the engine's JSON → what it offloads.
 OFFLOADED = {"offload_optimizer": "masters and moments", "offload_param": "parameters"}
-
-
-class FlatRange(NamedTuple):
-    """Where this rank's part of a trained parameter is stored."""
-
-    buffer: int  # index into `_flat_masters`
-    offset: int  # in that buffer
-    start: int  # first element of the flattened parameter
-    numel: int
-
-    @property
-    def in_buffer(self) -> slice:
-        """The part's elements in its buffer."""
-        return slice(self.offset, self.offset + self.numel)
 
 
 class DeepSpeed:
@@ -128,6 +121,9 @@ class DeepSpeed:
             config=self.engine_config,
             dist_init_required=False,
         )
+        self._small: SmallParameters | None = None
+        if self.config.stage == 3:
+            self._small = SmallParameters(self._zero, self.config.reduce_bucket_size)
         if self.loss_scale:
             # `self.loss_scale` decides, after the step: if DeepSpeed increased the scale during the
             # step, it would also unscale the gradients of that step by the new value.
@@ -161,6 +157,8 @@ class DeepSpeed:
         self._zero.clip_grad = max_norm
         scale = self.loss_scale.scale if self.loss_scale else None
         self.model.step()  # type: ignore[operator]
+        if self._small is not None:
+            self._small.gather()
         applied = not getattr(self._zero, "overflow", False)
         norm = self.model.get_global_grad_norm() if applied else math.inf  # type: ignore[operator]
         if self.config.steps_on_cpu and not applied:
@@ -198,7 +196,7 @@ class DeepSpeed:
     def sync_working_copies(self) -> None:
         if self.loss_scale:
             self._zero.loss_scaler.cur_scale = self.loss_scale.scale
-        if self.config.stage < 3:
+        if self._small is None:
             self._zero.update_lp_params()
             return
         working_copies = self._zero.fp16_partitioned_groups_flat
@@ -208,10 +206,7 @@ class DeepSpeed:
                 self._zero._partitioned_params_swap_out(index)
             else:
                 working_copy.copy_(master.detach())
-        # Small parameters stay gathered on every rank.
-        if persistent := self._zero.persistent_parameters:
-            persistent[0].partition(persistent)
-            persistent[0].all_gather(persistent)
+        self._small.gather_again()
 
     def host_tensors(self) -> Iterator[torch.Tensor]:
         if self.config.parameters_on_cpu:
@@ -241,6 +236,9 @@ class DeepSpeed:
             f"{self.config.name}: DeepSpeed, {', '.join(sharded)} sharded over "
             f"{self.rank_info.world_size} rank(s) on {self.rank_info.device.type}{offload}"
         )
+
+    def warning(self) -> str | None:
+        return None
 
     def _clear_stale_gradients(self) -> None:
         """Zero the gradients of parameters that got none in this step: the engine keeps its

@@ -148,12 +148,13 @@ class Fsdp:
         if self._defers_all_reduce and not self._defer_sync:
             sync += ", between replicas once a step"
         offload = ", kept and stepped in host memory" if self._is_offloaded else ""
-        padding = describe_padding(self.model.parameters(), shards)
         return (
             f"{self.config.name}: {replicas} replica(s) × {shards} shard(s) on "
             f"{self.rank_info.device.type}{offload}, gradients reduced {sync}"
-            f"{f'; {padding}' if padding else ''}"
         )
+
+    def warning(self) -> str | None:
+        return describe_padding(self.model.parameters(), self.mesh.shape[1])
 
     @torch.no_grad()
     def _assign_local_gradients(self) -> None:

@@ -70,7 +70,10 @@ def split_dim(shape: tuple[int, ...], num_shards: int) -> int:
 
 def describe_padding(parameters: Iterable[nn.Parameter], num_shards: int) -> str | None:
     """A warning if the largest part of a rank, times `num_shards`, is more than a tenth above the
-    size of the model; otherwise None."""
+    size of the model; otherwise None.
+
+    It is no error: results are right, and whether there is room for it `shardway plan` says.
+    """
     padded = whole = worst = 0
     shape: list[int] = []
     for parameter in parameters:
@@ -83,10 +86,14 @@ def describe_padding(parameters: Iterable[nn.Parameter], num_shards: int) -> str
             worst, shape = padding, list(parameter.shape)
     if padded <= MAX_PADDING * whole:
         return None
+    extra = padded / num_shards
+    wasted = f"{extra / 1e9:,.2f} GB" if extra >= 1e9 else f"{extra / 1e6:,.2f} MB"
     return (
-        f"the fullest rank holds {1 + padded / whole:.2f} times its share, because tensors such as "
-        f"{'×'.join(map(str, shape))} cannot be split into {num_shards} equal parts → "
-        "strategy=hsdp with a strategy.shard_size that divides the first dim, or that of experts "
+        f"warning: the fullest rank holds {1 + padded / whole:.2f} times its share of the weights, "
+        f"{wasted} too much, and as much again for gradients and each "
+        f"moment if they are trained: tensors such as {'×'.join(map(str, shape))} cannot be split "
+        f"into {num_shards} equal parts → strategy=zero3, which splits any tensor evenly, or "
+        "strategy=hsdp with a strategy.shard_size that divides their first dim, or that of experts "
         "any dim"
     )
 

@@ -4,7 +4,7 @@ its own partition."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import Init, register_external_parameter
@@ -16,6 +16,20 @@ from launcher.errors import UserError
 from launcher.model.lazy_weight import LazyWeight, read_flat_range, read_full
 from launcher.model.peft import ParamWrapper
 from launcher.strategy.zero3_saved_tensors import save_parameters_not_views
+
+
+class FlatRange(NamedTuple):
+    """Where this rank's part of a trained parameter is stored."""
+
+    buffer: int  # index into `_flat_masters`
+    offset: int  # in that buffer
+    start: int  # first element of the flattened parameter
+    numel: int
+
+    @property
+    def in_buffer(self) -> slice:
+        """The part's elements in its buffer."""
+        return slice(self.offset, self.offset + self.numel)
 
 
 def load_weights(

@@ -129,5 +129,7 @@ def assemble(
     )
     log(f"loading: {weights.describe() if weights else 'this rank has read the full model'}")
     log(f"strategy: {strategy.describe()}")
+    if warning := strategy.warning():
+        log(warning)
     log(f"precision: {precision.describe(state_dtype(config.optimizer))}")
     return AssembledModel(method, model, strategy, flops)

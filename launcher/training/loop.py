@@ -12,44 +12,13 @@ import torch
 from launcher.data.loader import StepBatch
 from launcher.strategy import Strategy
 from launcher.tracking.base import Observer, Record
-from launcher.training.agreement import AgreedSteps
+from launcher.training.agreed_steps import AgreedSteps
 from launcher.training.loss import token_loss
 from launcher.training.metrics import MetricsBuffer, StepStats
 from launcher.training.nonfinite import first_bad_module
+from launcher.training.plan import Plan
 from launcher.training.state import Progress, TrainState
 from launcher.training.throughput import ThroughputMeter
-
-
-@dataclass(frozen=True)
-class Plan:
-    """When to evaluate, save, log and end, in optimizer steps, and the scalars of a step."""
-
-    total_steps: int  # of the schedule
-    end_step: int  # training ends here; less than total_steps if it is to be resumed later
-    max_grad_norm: float
-    eval_steps: int | None
-    save_steps: int | None
-    log_steps: int
-    label_smoothing: float = 0.0
-    max_nonfinite_steps: int = 20  # the run ends after this many consecutive steps
-    save_best: bool = False  # after every evaluation with the lowest loss until then
-
-    def should_evaluate(self, step: int) -> bool:
-        """Whether to evaluate after `step`."""
-        return step == self.end_step or _is_due(self.eval_steps, step)
-
-    def should_save(self, step: int) -> bool:
-        """Whether to save a checkpoint after `step`, whatever its loss."""
-        return step == self.end_step or _is_due(self.save_steps, step)
-
-    def is_scheduled_evaluation(self, step: int) -> bool:
-        """Whether the evaluation after `step` counts for the schedule and for the lowest loss. An
-        evaluation at an early end does not: an uninterrupted training would not have it."""
-        return step == self.total_steps or _is_due(self.eval_steps, step)
-
-    def should_flush(self, step: int) -> bool:
-        """Whether the records until `step` are logged before the next step."""
-        return self.should_evaluate(step) or self.should_save(step) or _is_due(self.log_steps, step)
 
 
 class StepLoader(Protocol):
@@ -205,10 +174,6 @@ def evaluate(
             loss += token_loss(strategy.model, micro_batch.to(device))
     strategy.model.train()
     return None if steps.ended else strategy.sum(loss).item() / targets
-
-
-def _is_due(interval: int | None, step: int) -> bool:
-    return interval is not None and step % interval == 0
 
 
 def _log(observers: Sequence[Observer], records: list[Record]) -> None:

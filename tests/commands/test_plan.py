@@ -10,17 +10,24 @@ from typing import Any
 
 import pytest
 
+from launcher.cluster import preflight
 from launcher.cluster.gpu_specs import GPUS, spec_named
 from launcher.commands import plan, plan_search
+from launcher.config import store
 from launcher.config.compose import compose_command_line
 from launcher.errors import UserError
-from launcher.memory.planning import Memory, PlannedRun, make_plannable
+from launcher.memory import planning, target
+from launcher.memory.planning import PlannedRun, make_plannable, plannable_world
 from launcher.memory.search import FoundRun, Search
+from launcher.memory.target import Target
+from launcher.run.auto import Device
 from tests.helpers.commands import in_process
+from tests.helpers.compose import composed_raw
 
 GB = 10**9
 FITTING = PlannedRun(
-    label="strategy=fsdp", ranks=8, weights=2 * GB, optimizer=GB, activations=20 * GB,
+    label="strategy=fsdp", target="8 × H100, each with 80.00 GB", ranks=8,
+    weights=2 * GB, optimizer=GB, activations=20 * GB,
     peak=30 * GB, phase="backward", host=0, notes=[], memory=80 * GB,
 )  # fmt: skip
 
@@ -61,7 +68,7 @@ def test_a_plan_that_does_not_fit_exits_with_status_one(
 ) -> None:
     for peak, status in ((79 * GB, 0), (81 * GB, 1)):
         made = dataclasses.replace(FITTING, peak=peak)
-        monkeypatch.setattr(plan, "plan_each", lambda configs, memory, made=made: ([made], []))
+        monkeypatch.setattr(plan, "plan_each", lambda configs, targets, made=made: ([made], []))
         assert typed(monkeypatch, "--memory", "80GB") == status
         assert capsys.readouterr().out == f"{plan.format_plan(made)}\n"
 
@@ -72,8 +79,8 @@ def test_host_memory_that_does_not_suffice_exits_with_status_one(
     for loading, status in ((100, 0), (130, 1)):
         made = dataclasses.replace(FITTING, loading=loading * GB, ranks_per_machine=8)
 
-        def planned(configs: Any, memory: Memory, made: PlannedRun = made) -> Any:
-            return [dataclasses.replace(made, host_memory=memory.host)], []
+        def planned(configs: Any, targets: list[Target], made: PlannedRun = made) -> Any:
+            return [dataclasses.replace(made, host_memory=targets[0].host)], []
 
         monkeypatch.setattr(plan, "plan_each", planned)
         assert typed(monkeypatch, "--memory", "80GB", "--host-memory", "1TB") == status
@@ -154,12 +161,20 @@ def test_replaced_settings_are_listed_in_notes(tiny: Path, monkeypatch: pytest.M
         ({"peak": 79 * GB}, "tight: 1.00 GB of 80.00 GB are left"),
         ({"peak": 81 * GB}, "does not fit into 80.00 GB: 1.00 GB too much"),
         ({"host": 100 * GB}, "in host memory                  100.00  "),
-        ({"checkpoint": 96 * GB}, "a checkpoint, on disk              96.00"),
+        (
+            {"checkpoint": 96 * GB, "checkpoint_files": 8},
+            "a checkpoint, on disk              96.00  in 8 files and small ones",
+        ),
+        (
+            {"export": 16 * GB},
+            "an export                          16.00  in 4 files and small ones",
+        ),
+        ({"peak": 70 * GB, "on_cpu": True}, "10.00 GB of 80.00 GB are left for Python"),
         ({"staging": 9 * GB, "ranks_per_machine": 2}, "for async_save, 2 rank(s)        18.00"),
         ({"gathering": GB}, "to save, on rank 0                1.00"),
         ({"open_files": 1278}, "open files of a rank (ulimit -n)   1,278"),
         ({"peak": 81 * 10**6, "memory": 80 * 10**6}, "does not fit into 80.00 MB: 1.00 MB too"),
-        ({"memory": None}, "this machine has no GPU to compare with → --memory 80GB"),
+        ({"memory": None}, "there is no memory to compare with → --gpu H100, or --memory 80GB"),
     ],
 )
 def test_the_plan_reports_whether_it_fits(changes: dict[str, Any], said: str) -> None:
@@ -169,7 +184,8 @@ def test_the_plan_reports_whether_it_fits(changes: dict[str, Any], said: str) ->
 
 
 def test_the_plan_is_printed_with_bars() -> None:
-    assert plan.format_plan(FITTING).splitlines()[:5] == [
+    assert plan.format_plan(FITTING).splitlines()[:6] == [
+        "planned for 8 × H100, each with 80.00 GB",
         "the fullest of 8 rank(s)              GB",
         "  weights, masters, buffers         2.00  #",
         "  optimizer state                   1.00",
@@ -178,9 +194,67 @@ def test_the_plan_is_printed_with_bars() -> None:
     ]
 
 
+T4 = Device("Tesla T4", True, False, 16 * GB)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "gpu", "memory", "here", "expected"),
+    [
+        ({"nproc_per_node": 8}, "H100", None, [T4], "8 × H100, each with 80.00 GB"),
+        ({"nproc_per_node": 8}, "A100", 40, [], "8 × A100, each with 40.00 GB"),
+        ({}, None, None, [T4] * 2, "2 × Tesla T4, each with 16.00 GB, as in this machine"),
+        ({"nproc_per_node": 8}, None, None, [], "8 GPUs that compute in bf16"),
+        ({}, None, 80, [], "1 GPU that computes in bf16, with 80.00 GB"),
+        (
+            {"nproc_per_node": 8, "nodes": 2}, "H200", None, [],
+            "16 × H200, each with 141.00 GB, on 2 machines",
+        ),
+        (
+            {"cpu_processes": 2}, None, None, [],
+            "2 CPU processes, each with 8.00 GB, as in this machine",
+        ),
+        ({"cpu_processes": 1}, None, None, [], "1 CPU process, with 16.00 GB, as in this machine"),
+        ({"cpu_processes": 2}, None, 80, [], "2 GPUs that compute in bf16, each with 80"),
+        ({"cpu_processes": 2}, None, None, [T4], "1 × Tesla T4, with 16.00 GB, as in"),
+        ({"name": "slurm", "cpu_processes": 4}, None, None, [T4], "4 CPU processes"),
+        ({"name": "slurm", "gpus_per_node": 4}, None, None, [], "4 GPUs that compute in bf16"),
+    ],
+)  # fmt: skip
+def test_a_plan_says_what_it_is_for(
+    cluster: dict[str, Any], gpu: str | None, memory: int | None, here: list[Device],
+    expected: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Every way to name a GPU, or the CPU, with and without a GPU in this machine."""
+    monkeypatch.setattr(target, "visible_devices", lambda: here)
+    monkeypatch.setattr(target, "usable_memory", lambda: 16 * GB)
+    for module in (target, planning, preflight):
+        monkeypatch.setattr(module, "visible_gpus", lambda: len(here))
+    asked = store.build(composed_raw(cluster=cluster))
+    typed = {f"cluster.{key}" for key in cluster}
+    spec = spec_named(gpu) if gpu else None
+    chosen = target.choose(asked, typed, spec, memory and memory * GB)
+    world, notes = plannable_world(asked, chosen)
+    assert chosen.describe(world).startswith(expected)
+    assert (world.gpus == 0) == ("CPU" in expected)
+    is_counted_here = cluster.keys().isdisjoint({"nproc_per_node", "gpus_per_node"}) and not here
+    assert bool(notes) == (is_counted_here and "GPU" in expected)
+    if notes:
+        assert f"cluster.cpu_processes={world.nproc_per_node}, because" in notes[0]
+
+
+def test_the_ranks_of_a_cpu_share_the_memory_of_the_machine() -> None:
+    made = dataclasses.replace(
+        FITTING, on_cpu=True, ranks_per_machine=2, memory=40 * GB, host_memory=80 * GB
+    )
+    assert made.host_peak == 60 * GB
+    assert made.fits
+    assert not dataclasses.replace(made, staging=11 * GB).fits
+
+
 def test_the_table_has_one_line_per_run() -> None:
     large = dataclasses.replace(FITTING, label="strategy=ddp", peak=79 * GB, notes=["a note"])
-    head, *lines = plan.format_table([FITTING, large]).splitlines()
+    target, head, *lines = plan.format_table([FITTING, large]).splitlines()
+    assert target == "planned for 8 × H100, each with 80.00 GB"
     assert head == "GB of the fullest rank  ranks  weights  optimizer  kept  peak  host"
     assert lines[0].split()[1:] == ["8", "2.00", "1.00", "20.00", "30.00", "0.00", "fits"]
     assert lines[1].split()[-1] == "tight"
@@ -232,8 +306,10 @@ def test_a_search_prints_what_to_type(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--gpu", "H100"], "--search needs the memory of a GPU → --memory 80GB"),
-        (["--memory", "80GB"], "the speed of no GPU is not known → --gpu H100"),
+        (
+            ["--memory", "80GB"],
+            "speeds, and this machine has no GPU → --gpu H100",
+        ),
         (["--memory", "80GB", "--gpu", "V100"], "--gpu V100 is not known → one of B200, H200"),
     ],
 )
@@ -244,7 +320,7 @@ def test_a_search_needs_a_known_gpu(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(plan, "gpu_memory", lambda: None)
+    monkeypatch.setattr(target, "visible_devices", list)
     monkeypatch.setattr(plan_search, "gpu_name", lambda: None)
     assert typed(monkeypatch, f"model.name_or_path={tiny}", "--search", *options) == 2
     assert said in capsys.readouterr().err

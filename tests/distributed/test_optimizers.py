@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from launcher.checkpoint import load
 from launcher.distributed.process_group import RankInfo
+from launcher.folders.checkpoint import Checkpoint
 from tests.helpers import parts
 from tests.helpers.checkpoints import END, STOP, run_steps
 from tests.helpers.optimizers import BOUNDS, case_of, expected_losses
@@ -105,7 +107,16 @@ def test_8bit_blocks_resume_only_with_the_same_sharding(
     ranks.run(2, run_steps, case, tmp_path, STOP, END)
     case = dataclasses.replace(case, strategy="fsdp")
     for message in ranks.run(2, message_of_error, run_steps, case, tmp_path, STOP, END):
-        assert re.search(r"quantized in blocks of 1 shards .* this run has 2", message)
+        assert re.search(r"in blocks of 1 shard\(s\) .* has 2 → resume with strategy=ddp", message)
+
+
+@pytest.mark.parametrize(
+    ("saved", "way_out"), [(1, "strategy=ddp (or single)"), (8, "strategy=fsdp on 8 ranks")]
+)
+def test_blocks_of_another_split_name_the_way_out(saved: int, way_out: str, tmp_path: Path) -> None:
+    said = load._describe_other_blocks(Checkpoint(tmp_path / "step-000003"), saved, 2)
+    assert f"{saved} shard(s) per tensor, and this run has 2 → resume with {way_out}" in said
+    assert f"shardway consolidate {tmp_path}/step-000003 --output FOLDER" in said
 
 
 def state_dtypes(rank_info: RankInfo, case: Case) -> dict[str, set[torch.dtype]]:

@@ -87,6 +87,24 @@ def test_training_continues_while_a_checkpoint_is_written(
         assert found == [losses[step:] for losses in whole]
 
 
+def patience_of_the_thread(rank_info: RankInfo, case: Case, folder: Path) -> float:
+    """Seconds that the messages of a save in the background wait."""
+    train_state, _ = parts.set_up(rank_info, case)
+    config = case.config()
+    launch = dataclasses.replace(config.launch, collective_minutes=7.0)
+    config = dataclasses.replace(config, launch=launch)
+    group: Any = checkpoints.saver(train_state, config, folder, async_save=True).group
+    seconds: float = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    return seconds
+
+
+def test_messages_of_a_save_in_the_background_wait_as_long_as_others(
+    ranks: Any, tiny: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    case = six_steps(tiny, rows_file, "lora", "ddp")
+    assert ranks.run(1, patience_of_the_thread, case, tmp_path) == [7 * 60.0]
+
+
 def fail_on_one_rank(rank_info: RankInfo, case: Case, folder: Path) -> str:
     train_state, loader = parts.set_up(rank_info, case)
     parts.train_step(train_state.strategy, loader.step_batch(0))

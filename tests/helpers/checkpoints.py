@@ -32,7 +32,7 @@ def saver(
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     if train_state.rank_info.is_main:  # another rank's write would be half done as this one reads
         run.config.write_text(store.dump(config))
-    return kind(train_state, run, config.checkpoint)
+    return kind(train_state, run, config.checkpoint, config.launch)
 
 
 def restore(train_state: TrainState, folder: Path, step: int) -> Progress:

@@ -28,8 +28,9 @@ from launcher.model.tokenizer import load_tokenizer
 from launcher.strategy import Strategy
 from launcher.training import loop
 from launcher.training.build import build_train_state
-from launcher.training.loop import Plan, StepLoader, StepLoaders, StopRequested
+from launcher.training.loop import StepLoader, StepLoaders, StopRequested
 from launcher.training.metrics import StepStats
+from launcher.training.plan import Plan
 from launcher.training.scheduler import Schedule, build_scheduler
 from launcher.training.state import Progress, TrainState
 from launcher.training.throughput import ThroughputMeter

@@ -29,16 +29,20 @@ def amounts(layers: int, rows: int, kept: int = 10) -> Amounts:
 
 def test_layers_and_rows_are_linear() -> None:
     def whole(rows: int) -> Amounts:
-        few, more = (Trace(layers=n, all_layers=80, amounts=amounts(n, rows)) for n in (3, 4))
-        return at_all_layers(few, more)
+        few, more = (
+            Trace(layers=n, all_layers=80, amounts=amounts(n, rows), wider=amounts(n, 2 * rows))
+            for n in (3, 4)
+        )
+        assert at_all_layers(few, more)[1] == amounts(80, 2 * rows)
+        return at_all_layers(few, more)[0]
 
     assert whole(1) == amounts(80, 1)
     assert at_micro_batch((1, whole(1)), (2, whole(2)), 16) == amounts(80, 16)
 
 
 def test_a_model_without_repetition_is_traced_whole() -> None:
-    whole = Trace(layers=5, all_layers=5, amounts=amounts(5, 1))
-    assert at_all_layers(whole, whole) == amounts(5, 1)
+    whole = Trace(layers=5, all_layers=5, amounts=amounts(5, 1), wider={})
+    assert at_all_layers(whole, whole) == (amounts(5, 1), {})
 
 
 def test_other_strategies_change_as_the_reference_does() -> None:

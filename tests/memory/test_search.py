@@ -14,7 +14,7 @@ import torch
 from launcher.cluster.gpu_specs import spec_named
 from launcher.config import Config, store
 from launcher.config.rules.rule import World
-from launcher.memory import host_memory
+from launcher.memory import load_and_save, zero3
 from launcher.memory.dry_run import fake_model
 from launcher.memory.estimate import Amounts, Estimate, Trace
 from launcher.memory.planning import Memory, plannable_world
@@ -80,6 +80,7 @@ def whole(asked: Config, tracers: Tracers) -> Trace:
         ("llama", "full", "fsdp"),
         pytest.param("llama", "lora", "ddp", marks=pytest.mark.whole),
         pytest.param("llama", "full", "zero2", marks=pytest.mark.whole),
+        pytest.param("llama", "lora", "zero3", marks=pytest.mark.whole),
         pytest.param("experts", "full", "fsdp", marks=pytest.mark.whole),
         pytest.param("llama", "freeze", "hsdp", marks=pytest.mark.whole),
     ],
@@ -140,7 +141,7 @@ def test_offloading_is_tried_where_nothing_else_fits(tmp_path: Path) -> None:
             amounts = dict.fromkeys(names, 1.0) | {"optimizer": 1.0, "weights": on_gpu}
             amounts |= {"kept": 1.0, "loading": 5.0, "host": 1000.0 - on_gpu}
             amounts |= {"peak1/forward": on_gpu, "peak2/forward": on_gpu}
-            return Trace(layers=3, all_layers=3, amounts=amounts)
+            return Trace(layers=3, all_layers=3, amounts=amounts, wider=amounts)
 
     def search(memory: Memory) -> list[str]:
         tried.clear()
@@ -172,6 +173,27 @@ def test_a_repetition_of_layers_is_found(kinds: str, alone: int, period: int) ->
     assert repetition(kinds) == (alone, period)
 
 
+@pytest.mark.parametrize(
+    ("distance", "kept", "keeps_all"),
+    [(0, 0, False), (10**9, 0, True), (900_000, 2, False), (255_000, 0, False)],
+)
+def test_zero3_keeps_the_layers_that_are_used_again_soon(
+    distance: int, kept: int, keeps_all: bool, tmp_path: Path
+) -> None:
+    """A layer has 185,000 elements, the head 128,000: it and the layers behind are used twice."""
+    extra = {"zero_optimization": {"stage3_max_reuse_distance": distance}}
+    asked = config(tmp_path, strategy={"name": "zero3", "extra": extra})
+    built = fake_model(asked)
+    assert zero3.layers_kept_gathered(built, asked) == kept
+    assert zero3.keeps_all_gathered(built, asked) is keeps_all
+    assert cut_layers(built, asked, more=0, min_layers=1) == (LAYERS, max(3, 2 + kept))
+    simple, elements = zero3.without_prefetch(asked)
+    assert (simple.strategy.prefetch_bucket_size, elements) == (0, 50_000_000)  # type: ignore[attr-defined]
+    other = dataclasses.replace(asked, strategy=config(tmp_path).strategy)
+    assert zero3.without_prefetch(other) == (other, 0)
+    assert zero3.layers_kept_gathered(fake_model(other), other) == 0
+
+
 def test_layers_are_cut_behind_those_that_differ(tmp_path: Path) -> None:
     asked = config(tmp_path, "experts")
     assert cut_layers(fake_model(asked), asked, more=0, min_layers=1) == (LAYERS, 4)
@@ -184,11 +206,11 @@ def test_models_with_other_files_are_read_whole(
 ) -> None:
     asked = config(tmp_path, model, method={"name": "full"})
     built = fake_model(asked)
-    assert host_memory.reads_whole_model(asked, built) is reads_all
+    assert load_and_save.reads_whole_model(asked, built) is reads_all
     elements = sum(parameter.numel() for parameter in built.parameters())
-    assert host_memory.whole_model_bytes(asked, built) == 4 * elements  # masters
+    assert load_and_save.whole_model_bytes(asked, built) == 4 * elements  # masters
     built.requires_grad_(False)
-    assert host_memory.whole_model_bytes(asked, built) == 2 * elements
+    assert load_and_save.whole_model_bytes(asked, built) == 2 * elements
 
 
 def test_operations_are_those_of_matrix_products_and_causal_attention() -> None:

@@ -87,7 +87,7 @@ def test_the_steps_of_a_run_are_recorded(tiny: Path, rows_file: Path, tmp_path: 
         [
             *(sys.executable, str(TOOLS / "profile_steps.py"), "--json", "--warm-up", "2"),
             *("--trace", str(tmp_path / "trace.json"), f"model.name_or_path={tiny}"),
-            *(f"data.path={rows_file}", "precision=bf16", "strategy=ddp"),
+            *(f"data.path={rows_file}", "precision=auto", "strategy=auto"),
             *("training.global_batch_size=2", "training.epochs=null", "training.max_steps=9"),
         ],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(TOOLS.parent)},
@@ -95,6 +95,8 @@ def test_the_steps_of_a_run_are_recorded(tiny: Path, rows_file: Path, tmp_path: 
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    assert "precision=auto: fp32, because the ranks run on CPU" in done.stderr
+    assert "strategy=auto: single, because" in done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["device"] == "cpu"
     assert found["shares"]["matrix products"] > 0

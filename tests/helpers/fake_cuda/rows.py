@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from tests.helpers.fake_cuda import Seen
-from tests.helpers.fake_cuda.parts import LARGE, SMALL_ONES, Size, name_of
+from tests.helpers.fake_cuda.parts import LARGE, Size, name_of
 
 FEW = 2  # a number that is shown: larger ones depend on the model
 ZERO3_GATHER = "gathers of partition_parameters"
-ZERO3_SMALL_GATHER = "partition_parameters._allgather_params_coalesced < partition_parameters._all"
 TIMES = (1.0, "up to once"), (2.0, "up to twice")
 AGAIN = ("backward", "all-gather")
 SIXTEEN_BITS = ("bfloat16", "float16")
@@ -53,7 +52,7 @@ def waited(seen: Seen) -> list[Waited]:
         phase, _, rest = text.partition(": ")
         reason, _, where = rest.partition(" @ ")
         # ZeRO-3 gathers by several ways, and which one depends on the dtypes of a layer.
-        is_gather = where.startswith(("partition_parameters._all_gather", ZERO3_SMALL_GATHER))
+        is_gather = where.startswith("partition_parameters._all_gather")
         counts[phase, reason, ZERO3_GATHER if is_gather else where] += times
     by_phase: dict[str, list[Waited]] = {}
     for (phase, reason, where), times in counts.items():
@@ -102,9 +101,7 @@ def _of_buckets(
         large = parts[LARGE].quantized if dtype == "uint8" else parts[LARGE].floating
         times = next((words for most, words in TIMES if total <= most * large), f"? {total}")
         return {f"{LARGE}, {times}": "in buckets"}
-    name = name_of(total, dtype, parts, of_all=True)
-    one_each = name == SMALL_ONES and len(sizes) == parts[SMALL_ONES].tensors
-    return {name or f"? {total}": "1 for each" if one_each else "in buckets"}
+    return {name_of(total, dtype, parts, of_all=True) or f"? {total}": "in buckets"}
 
 
 def _count(name: str, count: int, parts: dict[str, Size]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
@@ -12,7 +13,9 @@ from launcher.config import Config
 from launcher.config.schema.strategy import ZeroConfig
 from launcher.config.schema.training import CheckpointConfig
 from launcher.errors import UserError
-from launcher.folders.model import model_folder
+from launcher.folders.json_file import read_object_or_empty
+from launcher.folders.model import CONFIG, model_folder
+from launcher.folders.vocabulary import config_value
 from launcher.model.load import SafetensorsFolder, has_same_layout
 from launcher.strategy import Strategy
 from launcher.strategy.precision import precision_of
@@ -54,16 +57,42 @@ def whole_model_bytes(config: Config, model: nn.Module) -> int:
     return max(stored, cast)
 
 
-def save_bytes(config: CheckpointConfig, strategy: Strategy, is_adapter: bool) -> dict[str, int]:
-    """`checkpoint`, `staging` and `gathering` of MemoryUsage."""
+def export_bytes(config: Config, model: nn.Module) -> int:
+    """What an export of `model` needs on disk, before the method has prepared it: its parameters in
+    the dtype that config.json states, or fp32."""
+    source = config.model
+    folder = model_folder(
+        source.name_or_path,
+        source.revision,
+        source.trust_remote_code,
+        patterns=("config.json",),
+    )
+    described = read_object_or_empty(folder / CONFIG)
+    stated = config_value(described, "dtype") or config_value(described, "torch_dtype")
+    dtype = getattr(torch, str(stated), None)
+    itemsize = dtype.itemsize if isinstance(dtype, torch.dtype) else torch.float32.itemsize
+    return itemsize * sum(parameter.numel() for parameter in model.parameters())
+
+
+def save_bytes(
+    config: CheckpointConfig, strategy: Strategy, is_adapter: bool, ranks: int
+) -> dict[str, int]:
+    """`checkpoint`, `checkpoint_files`, `staging` and `gathering` of MemoryUsage."""
     state = strategy.state()
     moments = state.moments.values() if config.content == "all" else ()
     files = [list(state.weights.values()), [shard for each in moments for shard in each.values()]]
     sizes = [sum(shard.nbytes for shard in shards) for shards in files]
     if is_adapter:  # rank 0 has all tensors, and the content of one file at a time
-        return {"checkpoint": sum(sizes), "gathering": sum(sizes) + max(sizes), "staging": 0}
+        files_used = sum(size > 0 for size in sizes)
+        gathering = sum(sizes) + max(sizes)
+        return {
+            "checkpoint": sum(sizes),
+            "checkpoint_files": files_used,
+            "gathering": gathering,
+            "staging": 0,
+        }
     buffers = list(state.buffers.values())
     shards = [*files[0], *files[1], *buffers]
     staging = sum(shard.local.nbytes for shard in shards) if config.async_save else 0
     total = sum(sizes) + sum(shard.nbytes for shard in buffers)
-    return {"checkpoint": total, "gathering": 0, "staging": staging}
+    return {"checkpoint": total, "checkpoint_files": ranks, "gathering": 0, "staging": staging}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.training.agreement import AgreedSteps
+from launcher.training.agreed_steps import AgreedSteps
 from launcher.training.throughput import Work
 
 
