@@ -56,7 +56,6 @@ def train() -> int:
         from launcher import worker  # imports torch, which only a rank needs
 
         worker.train_under_torchrun(configs[0], sys.argv)
-        return 0
     return launch(choices[0], worlds[0]) if len(configs) == 1 else launch_sweep(choices, worlds)
 
 

@@ -14,7 +14,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from launcher.config import Config, store
 from launcher.distributed import rendezvous
@@ -51,8 +51,9 @@ class Run:
         print(line, file=self.console, flush=True)
 
 
-def main() -> None:
-    """Train in an existing run folder, as one rank. Raises UserError if it is not started so."""
+def main() -> NoReturn:
+    """Train in an existing run folder, as one rank, and end the process. Raises UserError if it is
+    not started so."""
     if len(sys.argv) != 3 or "RANK" not in os.environ:
         raise UserError("usage: torchrun … -m launcher.worker RUN ATTEMPT")
     parent.die_with_agent()
@@ -60,10 +61,12 @@ def main() -> None:
     if "SHARDWAY_NODES" in os.environ:
         rendezvous.set_global_ranks()
     _train_with_log(RunDir.from_logs(Path(path, "logs", f"attempt-{attempt}")))
+    rank_log.end_process()
 
 
-def train_under_torchrun(config: Config, argv: list[str]) -> None:
-    """Agree on one run folder with the other ranks of `torchrun … -m launcher.train`, then train.
+def train_under_torchrun(config: Config, argv: list[str]) -> NoReturn:
+    """Agree on one run folder with the other ranks of `torchrun … -m launcher.train`, train, and
+    end the process.
 
     Rank 0 creates the folder. Every rank has composed `config` itself. Raises UserError if they
     cannot agree.
@@ -84,7 +87,7 @@ def train_under_torchrun(config: Config, argv: list[str]) -> None:
     if done:
         if rank == 0:
             print(done, flush=True)
-        return
+        rank_log.end_process()
 
     def create_folder() -> RunDir:
         return create.start_attempt(config, argv, world_size)[0]
@@ -108,6 +111,7 @@ def train_under_torchrun(config: Config, argv: list[str]) -> None:
     _train_with_log(folder, key_value_store)
     if rank == 0 or not shared:
         folder.starter.unlink(missing_ok=True)
+    rank_log.end_process()
 
 
 def _train_with_log(folder: RunDir, key_value_store: dist.Store | None = None) -> None:

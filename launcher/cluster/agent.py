@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 from launcher.errors import UserError, exit_when_refused
@@ -39,7 +40,9 @@ def main() -> None:
     open_files.raise_limit(ranks=1)  # each rank checks whether it is enough for all of them
     from torch.distributed.run import main as torchrun
 
-    torchrun()
+    with tempfile.TemporaryDirectory(prefix="torchrun-") as folder:  # torchrun leaves its own
+        sys.argv[1:1] = ["--log-dir", folder]
+        torchrun()
 
 
 if __name__ == "__main__":

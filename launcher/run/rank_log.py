@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from launcher.errors import FAILED, REFUSED, UserError
 from launcher.folders.manifest import write_json
@@ -131,6 +132,18 @@ def report_failure(run: RunDir, rank: int) -> Iterator[None]:
         finally:
             # Not sys.exit: destroying a process group can hang while its other ranks wait.
             os._exit(exit_code)
+
+
+def end_process() -> NoReturn:
+    """End a rank that has done its work, with status 0.
+
+    Not sys.exit: threads of gloo live as long as the caches of DTensor, which know the process
+    group. One that drops its tensor while the interpreter is being finalized gets no GIL, and the
+    process aborts ("terminate called without an active exception").
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def report_lost_rank(run: RunDir, rank: int) -> None:

@@ -31,13 +31,15 @@ class AgreedSteps:
         upcoming: tuple[StepBatch, PendingSum] | None = None
         for step in self.steps:
             if self.ended:
-                return
+                break
             step_batch, total = upcoming or self._announce(step)
             upcoming = self._announce(step + 1) if step + 1 in self.steps else None
             *counts, any_ends = total().tolist()
             self.ended = bool(any_ends)
             if not self.ended:
                 yield step_batch, Work(*counts)
+        if upcoming is not None:
+            upcoming[1]()  # all ranks have started this sum, and complete it
 
     def _announce(self, step: int) -> tuple[StepBatch, PendingSum]:
         """Load a step, and start to sum its counts and the wishes to end before it."""

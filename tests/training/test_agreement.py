@@ -57,6 +57,15 @@ def test_a_wish_ends_the_steps_after_the_one_that_computes(asks: int, done: int)
     assert steps.ended
 
 
+@pytest.mark.parametrize("asks", [0, 1, 3, 8, 9])
+def test_no_sum_is_left_under_way(asks: int) -> None:
+    """A rank that leaves while others still send it counts would break their connections."""
+    wire, looks = Wire(), iter(range(100))
+    assert len(list(wire.steps(0, 9, wants_to_end=lambda: next(looks) >= asks))) == asks
+    sent = [event.split()[1] for event in wire.events if event.startswith("send")]
+    assert sent == [event.split()[1] for event in wire.events if event.startswith("receive")]
+
+
 def test_what_all_ranks_know_ends_the_steps_at_once() -> None:
     steps = Wire().steps(0, 9, wants_to_end=lambda: False)
     for batch, _ in steps:

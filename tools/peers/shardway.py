@@ -23,7 +23,6 @@ def main() -> None:
         del sys.argv[1]
         _count(mine)
         worker.main()
-        return
     ours, path = command.torchrun_command, sys.argv[1]
 
     def torchrun(
