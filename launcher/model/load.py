@@ -6,6 +6,8 @@ and each rank then reads its own rows from the safetensors files.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,44 +23,42 @@ from launcher.config.schema.model import ModelConfig
 from launcher.errors import UserError
 from launcher.folders.model import CONFIG, single_weights_file
 from launcher.folders.model_config import read_model_config
-from launcher.folders.tensor_entries import INDEX, file_entries, read_weight_map
-from launcher.io.completeness import tied_names
+from launcher.folders.tensor_entries import INDEX, TensorEntry, file_entries, read_weight_map
+from launcher.io.completeness import missing_buffers, missing_parameters, tied_names
+from launcher.io.conversion import Conversion, find_sources
+from launcher.io.readers.safetensors_file import DTYPES
+from launcher.io.weight_views import LazyWeight, read_full
 from launcher.model.attention import choose_attention
-from launcher.model.completeness import check_loaded, check_names, check_ties
-from launcher.model.lazy_weight import FileWeight, InParts, LazyWeight, alone
+from launcher.model.completeness import (
+    check_loaded,
+    check_ties,
+    refuse_mismatched,
+    refuse_missing,
+)
+from launcher.model.lazy_weight import FileWeight, InParts, alone
 
 MB = 1e6
+MAX_KINDS = 4  # of names of tensors, that a log line lists
 
 
-class SafetensorsFolder:
+class SafetensorsFolder(Mapping[str, FileWeight]):
     """The tensors of a model folder by name."""
 
     def __init__(self, folder: Path) -> None:
         """Raises UserError if a file is damaged, if the index lists a file or a tensor that is
-        missing, or if there are several files and no index."""
+        missing, if there are several files and no index, or for a dtype that torch does not
+        have."""
         self.folder = folder
         self._bytes_read = [0]
-        self._open_files: dict[str, safe_open] = {}
+        self._open_files: dict[Path, safe_open] = {}
         index = folder / INDEX
         if index.is_file():
-            self._file_of = read_weight_map(index)
-            files = sorted(set(self._file_of.values()))
-            missing = sorted(file for file in files if not (folder / file).is_file())
-            if missing:
-                raise UserError(f"{index} lists files that are missing: {', '.join(missing)}")
-            names = {file: file_entries(folder / file).keys() for file in files}
-            if lost := [name for name, file in self._file_of.items() if name not in names[file]]:
-                raise UserError(
-                    f"{index} lists {lost[0]} in {self._file_of[lost[0]]}, which does not contain "
-                    "it: the index is stale"
-                )
+            self._entries = _indexed_entries(index)
         else:
-            path = single_weights_file(folder)
-            self._file_of = dict.fromkeys(file_entries(path), path.name)
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._file_of)
+            self._entries = file_entries(single_weights_file(folder))
+        for name, entry in self._entries.items():
+            if entry.dtype not in DTYPES:
+                raise UserError(f"{entry.file}: {name} has the dtype {entry.dtype}, unknown here")
 
     @property
     def bytes_read(self) -> int:
@@ -68,15 +68,71 @@ class SafetensorsFolder:
     @property
     def nbytes(self) -> int:
         """Size of the files."""
-        return sum((self.folder / file).stat().st_size for file in set(self._file_of.values()))
+        return sum(file.stat().st_size for file in {each.file for each in self._entries.values()})
+
+    def nbytes_of(self, names: set[str]) -> int:
+        """Size of the tensors with these `names`."""
+        return sum(self._entries[name].end - self._entries[name].begin for name in names)
 
     def __getitem__(self, name: str) -> FileWeight:
-        return FileWeight(self._open(self._file_of[name]), name, self._bytes_read)
+        entry = self._entries[name]
+        return FileWeight(
+            lambda: self._open(entry.file), name, entry.shape, DTYPES[entry.dtype], self._bytes_read
+        )
 
-    def _open(self, file: str) -> safe_open:
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _open(self, file: Path) -> safe_open:
         if file not in self._open_files:
-            self._open_files[file] = safe_open(self.folder / file, framework="pt")
+            self._open_files[file] = safe_open(file, framework="pt")
         return self._open_files[file]
+
+
+def _indexed_entries(index: Path) -> dict[str, TensorEntry]:
+    """Name → tensor of the files that `index` lists. Raises UserError."""
+    folder, file_of = index.parent, read_weight_map(index)
+    files = sorted(set(file_of.values()))
+    missing = sorted(file for file in files if not (folder / file).is_file())
+    if missing:
+        raise UserError(f"{index} lists files that are missing: {', '.join(missing)}")
+    entries = {file: file_entries(folder / file) for file in files}
+    if lost := [name for name, file in file_of.items() if name not in entries[file]]:
+        raise UserError(
+            f"{index} lists {lost[0]} in {file_of[lost[0]]}, which does not contain it: the index "
+            "is stale"
+        )
+    return {name: entries[file][name] for name, file in file_of.items()}
+
+
+class ModelTensors:
+    """The tensors of a folder by the names that they have in a model, in its shapes."""
+
+    def __init__(self, folder: SafetensorsFolder, model: nn.Module, conversion: Conversion) -> None:
+        self._folder = folder
+        state = model.state_dict(keep_vars=True)
+        found = conversion.sources
+        shared = {id(state[name]): source for name, source in found.items()}
+        ties = {name: shared[id(value)] for name, value in state.items() if id(value) in shared}
+        self._sources = ties | found
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._sources)
+
+    @property
+    def nbytes(self) -> int:
+        return self._folder.nbytes
+
+    @property
+    def bytes_read(self) -> int:
+        return self._folder.bytes_read
+
+    def __getitem__(self, name: str) -> LazyWeight:
+        return self._sources[name]
 
 
 @dataclass
@@ -142,11 +198,11 @@ def build_model(
 ) -> tuple[nn.Module, Weights | None]:
     """Build the model of `folder` with its parameters on the meta device, and find its weights.
 
-    If the names or shapes of parameters differ between the files and memory (fused experts, renamed
-    prefixes), every rank reads the complete model instead, and the weights are None. `dtype` is
-    that of the computation; buffers are created in it. `packed`: sequences will have several
-    documents. `in_parts`: how the ranks share work on the weights. Raises UserError for a folder
-    that cannot be read or lacks parameters of the model.
+    If transformers computes values from those in the files, every rank reads the complete model
+    instead, and the weights are None. `dtype` is that of the computation; buffers are created in
+    it. `packed`: sequences will have several documents. `in_parts`: how the ranks share work on the
+    weights. Raises UserError for a folder that cannot be read or lacks parameters of the model.
+    Collective if ranks share the work.
     """
     torch.manual_seed(seed)
     model = model_on_meta(config, folder, dtype, packed)
@@ -154,14 +210,41 @@ def build_model(
         files = SafetensorsFolder(folder)
     except OSError as error:
         raise _unreadable(folder, error) from error
-    check_ties(model, files, folder)
-    if has_same_layout(model, files):
-        return model, Weights(files, model, in_parts)
-    check_names(model, files, folder)
+    conversion = find_sources(model, files, dtype)
+    obstacle = conversion.obstacle
+    if obstacle is None:
+        tensors = ModelTensors(files, model, conversion)
+        names = conversion.sources.keys() | {name for name, *_ in conversion.mismatched}
+        refuse_missing([*missing_parameters(model, names), *missing_buffers(model, names)], folder)
+        refuse_mismatched(conversion.mismatched, folder)
+        check_ties(model, conversion.sources, folder, in_parts)
+        _load_buffers(model, conversion)
+        obstacle = _optional_parameter(model, tensors)
+    if obstacle is None:
+        if conversion.unused:
+            print(describe_unused(folder, files, conversion.unused))
+        return model, Weights(tensors, model, in_parts)
     print(
-        f"{folder}: the tensors on disk differ from the parameters in memory; every rank reads the "
-        "whole model"
+        f"{folder}: {obstacle} cannot be read in slices; every rank reads the whole model, "
+        f"{files.nbytes / MB:,.1f} MB"
     )
+    return _load_whole(config, folder, model, dtype, packed), None
+
+
+def describe_unused(folder: Path, files: SafetensorsFolder, unused: set[str]) -> str:
+    """A log line about tensors that are not read."""
+    kinds = sorted({re.sub(r"\.\d+(?=\.)", ".*", name) for name in unused})
+    more = f" and {len(kinds) - MAX_KINDS} more kinds" if len(kinds) > MAX_KINDS else ""
+    return (
+        f"{folder}: not read, because the model does not have them: {len(unused)} tensors, "
+        f"{files.nbytes_of(unused) / MB:,.1f} MB: {', '.join(kinds[:MAX_KINDS])}{more}"
+    )
+
+
+def _load_whole(
+    config: ModelConfig, folder: Path, model: Any, dtype: torch.dtype, packed: bool
+) -> Any:
+    """The model of `folder` with all its weights; `model` is the same one on meta."""
     load_dtype = torch.float32 if dtype == torch.float32 else "auto"  # keeps master weights exact
     ties, attention = tied_names(model), choose_attention(config.attention, model.config, packed)
     loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -173,7 +256,23 @@ def build_model(
         output_loading_info=True,
     )
     check_loaded(ties, loaded, info, folder)
-    return loaded, None
+    return loaded
+
+
+def _load_buffers(model: nn.Module, conversion: Conversion) -> None:
+    """Read the persistent buffers, which every rank keeps whole."""
+    for name in conversion.sources.keys() & dict(model.named_buffers()).keys():
+        path, _, attribute = name.rpartition(".")
+        dtype = conversion.dtypes[name]
+        value = read_full(conversion.sources[name]).to(dtype, copy=True)  # not the mapped file
+        model.get_submodule(path)._buffers[attribute] = value
+
+
+def _optional_parameter(model: nn.Module, tensors: ModelTensors) -> str | None:
+    """A parameter that the files lack and that transformers initializes, if there is one."""
+    names = (name for name, _ in model.named_parameters())
+    found = tensors.names
+    return next((f"{name} is not in the files and" for name in names if name not in found), None)
 
 
 def model_on_meta(
@@ -209,19 +308,3 @@ def model_on_meta(
 
 def _unreadable(folder: Path, error: Exception) -> UserError:
     return UserError(f"model.name_or_path={folder} cannot be read: {error or repr(error)}")
-
-
-def has_same_layout(model: nn.Module, files: SafetensorsFolder) -> bool:
-    """Whether the tensors on disk and the parameters in memory are the same.
-
-    With persistent buffers, or tensors that the model does not have (scales, other heads), they are
-    not.
-    """
-    parameters = dict(model.named_parameters())
-    aliases = model.state_dict().keys() - parameters.keys() - dict(model.named_buffers()).keys()
-    persistent = model.state_dict().keys() & dict(model.named_buffers()).keys()
-    return (
-        not persistent
-        and parameters.keys() <= files.names <= parameters.keys() | aliases
-        and all(files[name].shape == parameter.shape for name, parameter in parameters.items())
-    )
