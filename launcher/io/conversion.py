@@ -8,6 +8,7 @@ consists of, whatever the tables of transformers contain.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from transformers.utils import logging
 from launcher.io.weight_views import Cut, Joined, LazyWeight, Permuted, Reshaped, stored_parts
 
 aten = torch.ops.aten
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Conversion:
     mismatched: list[tuple[str, torch.Size, torch.Size]] = field(default_factory=list)
     # Stored tensors that the model does not have: vision towers, heads for several tokens
     unused: set[str] = field(default_factory=set)
-    # Why some parameters cannot be read in slices: a parameter, and what transformers does to it
+    # Why some parameters cannot be read in slices: the first of them, and what transformers does
     obstacle: str | None = None
 
 
@@ -65,7 +67,8 @@ def find_sources(model: Any, stored: Mapping[str, LazyWeight], dtype: torch.dtyp
     found.mismatched = sorted(info.mismatched_keys)
     if info.conversion_errors:
         name, error = min(info.conversion_errors.items())
-        found.obstacle = f"{name}: {error.rpartition('Error: ')[2].splitlines()[0]}"
+        operation = re.search(r"Error: (\w+) on tensors", error)
+        found.obstacle = f"{name}, made by {operation[1] if operation else 'transformers'},"
     read = {id(part) for source in found.sources.values() for part in stored_parts(source)}
     found.unused = {name for name, weight in weights.items() if id(weight) not in read}
     return found
@@ -89,16 +92,16 @@ class Symbol(torch.Tensor):
 
     weight: LazyWeight
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, weight: LazyWeight, dtype: torch.dtype) -> Symbol:
-        symbol = torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=dtype, device="cpu")
+        symbol = torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=dtype, device=CPU)
         symbol.weight = weight
         return symbol
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         operation = OPERATIONS.get(function.overloadpacket)

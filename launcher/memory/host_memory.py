@@ -15,7 +15,7 @@ from launcher.folders.model import model_folder
 from launcher.io.conversion import find_sources, published_tensors
 from launcher.io.weight_views import LazyWeight
 from launcher.memory.fake_weights import FakeWeight
-from launcher.model.load import SafetensorsFolder
+from launcher.model.folder import SafetensorsFolder
 from launcher.strategy import Strategy
 from launcher.strategy.precision import precision_of
 

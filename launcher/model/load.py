@@ -6,27 +6,22 @@ and each rank then reads its own rows from the safetensors files.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from launcher.config.schema.model import ModelConfig
 from launcher.errors import UserError
-from launcher.folders.model import CONFIG, single_weights_file
+from launcher.folders.model import CONFIG
 from launcher.folders.model_config import read_model_config
-from launcher.folders.tensor_entries import INDEX, TensorEntry, file_entries, read_weight_map
 from launcher.io.completeness import missing_buffers, missing_parameters, tied_names
 from launcher.io.conversion import Conversion, find_sources
-from launcher.io.readers.safetensors_file import DTYPES
 from launcher.io.weight_views import LazyWeight, read_full
 from launcher.model.attention import choose_attention
 from launcher.model.completeness import (
@@ -35,104 +30,8 @@ from launcher.model.completeness import (
     refuse_mismatched,
     refuse_missing,
 )
-from launcher.model.lazy_weight import FileWeight, InParts, alone
-
-MB = 1e6
-MAX_KINDS = 4  # of names of tensors, that a log line lists
-
-
-class SafetensorsFolder(Mapping[str, FileWeight]):
-    """The tensors of a model folder by name."""
-
-    def __init__(self, folder: Path) -> None:
-        """Raises UserError if a file is damaged, if the index lists a file or a tensor that is
-        missing, if there are several files and no index, or for a dtype that torch does not
-        have."""
-        self.folder = folder
-        self._bytes_read = [0]
-        self._open_files: dict[Path, safe_open] = {}
-        index = folder / INDEX
-        if index.is_file():
-            self._entries = _indexed_entries(index)
-        else:
-            self._entries = file_entries(single_weights_file(folder))
-        for name, entry in self._entries.items():
-            if entry.dtype not in DTYPES:
-                raise UserError(f"{entry.file}: {name} has the dtype {entry.dtype}, unknown here")
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes that this process has read; bytes that it read twice count twice."""
-        return self._bytes_read[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the files."""
-        return sum(file.stat().st_size for file in {each.file for each in self._entries.values()})
-
-    def nbytes_of(self, names: set[str]) -> int:
-        """Size of the tensors with these `names`."""
-        return sum(self._entries[name].end - self._entries[name].begin for name in names)
-
-    def __getitem__(self, name: str) -> FileWeight:
-        entry = self._entries[name]
-        return FileWeight(
-            lambda: self._open(entry.file), name, entry.shape, DTYPES[entry.dtype], self._bytes_read
-        )
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def _open(self, file: Path) -> safe_open:
-        if file not in self._open_files:
-            self._open_files[file] = safe_open(file, framework="pt")
-        return self._open_files[file]
-
-
-def _indexed_entries(index: Path) -> dict[str, TensorEntry]:
-    """Name → tensor of the files that `index` lists. Raises UserError."""
-    folder, file_of = index.parent, read_weight_map(index)
-    files = sorted(set(file_of.values()))
-    missing = sorted(file for file in files if not (folder / file).is_file())
-    if missing:
-        raise UserError(f"{index} lists files that are missing: {', '.join(missing)}")
-    entries = {file: file_entries(folder / file) for file in files}
-    if lost := [name for name, file in file_of.items() if name not in entries[file]]:
-        raise UserError(
-            f"{index} lists {lost[0]} in {file_of[lost[0]]}, which does not contain it: the index "
-            "is stale"
-        )
-    return {name: entries[file][name] for name, file in file_of.items()}
-
-
-class ModelTensors:
-    """The tensors of a folder by the names that they have in a model, in its shapes."""
-
-    def __init__(self, folder: SafetensorsFolder, model: nn.Module, conversion: Conversion) -> None:
-        self._folder = folder
-        state = model.state_dict(keep_vars=True)
-        found = conversion.sources
-        shared = {id(state[name]): source for name, source in found.items()}
-        ties = {name: shared[id(value)] for name, value in state.items() if id(value) in shared}
-        self._sources = ties | found
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._sources)
-
-    @property
-    def nbytes(self) -> int:
-        return self._folder.nbytes
-
-    @property
-    def bytes_read(self) -> int:
-        return self._folder.bytes_read
-
-    def __getitem__(self, name: str) -> LazyWeight:
-        return self._sources[name]
+from launcher.model.folder import MB, ModelTensors, SafetensorsFolder, describe_unused
+from launcher.model.lazy_weight import InParts, alone
 
 
 @dataclass
@@ -231,16 +130,6 @@ def build_model(
     return _load_whole(config, folder, model, dtype, packed), None
 
 
-def describe_unused(folder: Path, files: SafetensorsFolder, unused: set[str]) -> str:
-    """A log line about tensors that are not read."""
-    kinds = sorted({re.sub(r"\.\d+(?=\.)", ".*", name) for name in unused})
-    more = f" and {len(kinds) - MAX_KINDS} more kinds" if len(kinds) > MAX_KINDS else ""
-    return (
-        f"{folder}: not read, because the model does not have them: {len(unused)} tensors, "
-        f"{files.nbytes_of(unused) / MB:,.1f} MB: {', '.join(kinds[:MAX_KINDS])}{more}"
-    )
-
-
 def _load_whole(
     config: ModelConfig, folder: Path, model: Any, dtype: torch.dtype, packed: bool
 ) -> Any:
@@ -272,7 +161,7 @@ def _optional_parameter(model: nn.Module, tensors: ModelTensors) -> str | None:
     """A parameter that the files lack and that transformers initializes, if there is one."""
     names = (name for name, _ in model.named_parameters())
     found = tensors.names
-    return next((f"{name} is not in the files and" for name in names if name not in found), None)
+    return next((f"{name}, missing in the files," for name in names if name not in found), None)
 
 
 def model_on_meta(
