@@ -99,9 +99,8 @@ class ModelTensors:
         ties = {name: shared[id(value)] for name, value in state.items() if id(value) in shared}
         self._sources = ties | found
 
-    @property
-    def names(self) -> set[str]:
-        return set(self._sources)
+    def __contains__(self, name: str) -> bool:
+        return name in self._sources
 
     @property
     def nbytes(self) -> int:

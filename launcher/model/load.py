@@ -160,8 +160,7 @@ def _load_buffers(model: nn.Module, conversion: Conversion) -> None:
 def _optional_parameter(model: nn.Module, tensors: ModelTensors) -> str | None:
     """A parameter that the files lack and that transformers initializes, if there is one."""
     names = (name for name, _ in model.named_parameters())
-    found = tensors.names
-    return next((f"{name}, missing in the files," for name in names if name not in found), None)
+    return next((f"{name}, missing in the files," for name in names if name not in tensors), None)
 
 
 def model_on_meta(

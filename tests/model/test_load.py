@@ -101,11 +101,11 @@ def bytes_read(rank_info: RankInfo, case: Case) -> tuple[int, int]:
     compute = precision_of(config.precision).compute
     model, weights = build_model(config.model, case.model, parts.SEED, compute, in_parts=in_parts)
     assert weights is not None
+    whole = sum(slot.source.shape.numel() for slot in weights.slots)
     build = partial(new_strategy, config, rank_info)
     assemble(
         config, model, weights, case.build_method(), build, rank_info.device, log=lambda line: None
     )
-    whole = sum(weights.folder[name].shape.numel() for name in weights.folder.names)
     return weights.folder.bytes_read, whole * torch.bfloat16.itemsize
 
 
@@ -220,7 +220,7 @@ def test_several_weight_files_without_an_index_are_refused(tiny: Path, tmp_path:
     with pytest.raises(UserError, match="2 safetensors files and no"):
         SafetensorsFolder(tmp_path / "two")
     (tmp_path / "two/a.safetensors").rename(tmp_path / "two/model.safetensors")
-    assert "model.norm.weight" in SafetensorsFolder(tmp_path / "two").names
+    assert "model.norm.weight" in SafetensorsFolder(tmp_path / "two")
 
 
 @pytest.mark.parametrize(
