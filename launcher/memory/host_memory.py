@@ -12,10 +12,11 @@ from launcher.config.schema.strategy import ZeroConfig
 from launcher.config.schema.training import CheckpointConfig
 from launcher.errors import UserError
 from launcher.folders.model import model_folder
-from launcher.io.conversion import find_sources, published_tensors
+from launcher.io.conversion import published_tensors
 from launcher.io.weight_views import LazyWeight
 from launcher.memory.fake_weights import FakeWeight
 from launcher.model.folder import SafetensorsFolder
+from launcher.model.load import find_weights
 from launcher.strategy import Strategy
 from launcher.strategy.precision import precision_of
 
@@ -39,7 +40,7 @@ def reads_whole_model(config: Config, model: Any) -> bool:
         except Exception:  # transformers cannot undo a conversion: it cannot be read in slices
             return True
         stored = {name: FakeWeight(each.shape, each.dtype) for name, each in tensors.items()}
-    return find_sources(model, stored, compute).obstacle is not None
+    return find_weights(model, folder, stored, compute).obstacle is not None
 
 
 def whole_model_bytes(config: Config, model: nn.Module) -> int:

@@ -6,6 +6,7 @@ and each rank then reads its own rows from the safetensors files.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -109,7 +110,7 @@ def build_model(
         files = SafetensorsFolder(folder)
     except OSError as error:
         raise _unreadable(folder, error) from error
-    conversion = find_sources(model, files, dtype)
+    conversion = find_weights(model, folder, files, dtype)
     obstacle = conversion.obstacle
     if obstacle is None:
         tensors = ModelTensors(files, model, conversion)
@@ -122,12 +123,38 @@ def build_model(
     if obstacle is None:
         if conversion.unused:
             print(describe_unused(folder, files, conversion.unused))
+        if rounded := describe_rounded(model, conversion, dtype):
+            print(f"{folder}: {rounded}")
         return model, Weights(tensors, model, in_parts)
     print(
         f"{folder}: {obstacle} cannot be read in slices; every rank reads the whole model, "
         f"{files.nbytes / MB:,.1f} MB"
     )
     return _load_whole(config, folder, model, dtype, packed), None
+
+
+def find_weights(
+    model: Any, folder: Path, stored: Mapping[str, LazyWeight], dtype: torch.dtype
+) -> Conversion:
+    """`find_sources` for the model of `folder`, whose weights may be quantized."""
+    found = find_sources(model, stored, dtype)
+    settings = read_model_config(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    if settings.get("quantization_config"):
+        found.obstacle = "a model with quantized weights"
+    return found
+
+
+def describe_rounded(model: nn.Module, conversion: Conversion, dtype: torch.dtype) -> str | None:
+    """A log line about parameters that transformers would compute in fp32; None without any."""
+    parameters, dtypes = dict(model.named_parameters()), conversion.dtypes
+    kept = [name for name in dtypes if name in parameters and dtypes[name] != dtype]
+    if not kept:
+        return None
+    needed, used = (str(each).removeprefix("torch.") for each in (dtypes[kept[0]], dtype))
+    return (
+        f"transformers computes {len(kept)} parameters, such as {kept[0]}, in {needed}, and these "
+        f"ranks in {used} → precision=fp32 if it matters"
+    )
 
 
 def _load_whole(

@@ -80,6 +80,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # class that is published, an
         | {"layer_types": ["mamba", "attention"], "num_local_experts": EXPERTS}
         | {"num_experts_per_tok": 2, "shared_intermediate_size": 24},
     ),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeForCausalLM",
+        TEXT
+        | {"moe_intermediate_size": 16, "moe_num_experts": EXPERTS, "moe_k": 2}
+        | {"moe_layer_start_index": 1, "moe_num_shared_experts": 1},
+    ),
     "gpt2": ("GPT2Model", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 259}),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,8 @@ from launcher.distributed.process_group import RankInfo
 from launcher.errors import UserError
 from launcher.io.weight_views import read_flat_range, read_full, read_into
 from launcher.memory import host_memory
-from launcher.model.load import Weights, build_model, model_on_meta
+from launcher.model.folder import SafetensorsFolder
+from launcher.model.load import Weights, build_model, find_weights, model_on_meta
 from launcher.strategy.fsdp_units import split_dim
 from launcher.strategy.precision import precision_of
 from launcher.strategy.zero_loading import partition_of
@@ -246,6 +248,26 @@ def test_what_computes_values_is_said_with_its_cost_and_counted(
     assert re.search(
         r"made by Negate, cannot be read in slices; every rank reads .* 0\.\d MB", said
     )
+
+
+def test_quantized_weights_are_left_to_transformers(tmp_path: Path) -> None:
+    """A hub id can name such a model: the rules do not see its config."""
+    folder = publish("qwen3_moe", tmp_path)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "fp8"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    model = model_on_meta(ModelConfig(name_or_path=str(folder)), folder, torch.float32)
+    found = find_weights(model, folder, SafetensorsFolder(folder), torch.float32)
+    assert found.obstacle == "a model with quantized weights"
+
+
+@pytest.mark.parametrize(("dtype", "is_said"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_parameters_that_lose_fp32_are_said(
+    dtype: torch.dtype, is_said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load(publish("ernie4_5_moe", tmp_path), dtype)
+    sentence = "such as model.layers.1.mlp.gate.weight, in float32, and these ranks in bfloat16"
+    assert (sentence in capsys.readouterr().out) is is_said
 
 
 def test_the_model_keeps_its_parameters_while_their_sources_are_found(tmp_path: Path) -> None:
