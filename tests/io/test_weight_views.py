@@ -15,15 +15,14 @@ from launcher.io.weight_views import LazyWeight, read_flat_range, read_full, rea
 
 
 class Stored:
-    """A tensor in memory as a `LazyWeight` that notes how much of it was read, and at once."""
+    """A tensor in memory as a `LazyWeight` that counts the elements that are read."""
 
     def __init__(self, values: torch.Tensor) -> None:
         self.values, self.shape, self.dtype = values, values.shape, values.dtype
-        self.read_elements = self.largest = 0
+        self.read_elements = 0
 
     def read(self, offsets: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
         self.read_elements += math.prod(shape)
-        self.largest = max(self.largest, math.prod(shape))
         return self.values[tuple(slice(o, o + n) for o, n in zip(offsets, shape, strict=True))]
 
 
@@ -79,18 +78,22 @@ def test_every_box_equals_that_of_the_tensor(name: str) -> None:
         assert torch.equal(run, expected.flatten()[begin : begin + count])
 
 
-def test_ranks_read_each_element_of_experts_once_and_one_expert_at_a_time() -> None:
-    """The three ranks have two, two and one of five experts."""
-    stored = [Stored(torch.randn(SHAPE)) for _ in range(10)]
-    symbols = [Symbol(each, torch.float32) for each in stored]
-    weight = experts(symbols[:5], symbols[5:]).weight
-    for first, count in ((0, 2), (2, 2), (4, 1), (5, 0)):
-        out = torch.empty(count, 24, 5, dtype=torch.bfloat16)
-        read_into(weight, out, (first, 0, 0))
-        whole = torch.stack([torch.cat([a.values, b.values]) for a, b in zip(stored, stored[5:])])  # noqa: B905
-        assert torch.equal(out, whole[first : first + count].bfloat16())
-    assert {each.read_elements for each in stored} == {math.prod(SHAPE)}
-    assert {each.largest for each in stored} == {math.prod(SHAPE)}
+def test_ranks_read_each_element_of_experts_once_and_straight_into_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of five experts, three ranks have two, two and one, and a fourth none."""
+    gates = [Stored(torch.randn(SHAPE)) for _ in range(5)]
+    ups = [Stored(torch.randn(SHAPE)) for _ in range(5)]
+    symbols = [[Symbol(each, torch.float32) for each in kind] for kind in (gates, ups)]
+    weight = experts(*symbols).weight
+    whole = experts([each.values for each in gates], [each.values for each in ups])
+    shards = [torch.empty(count, 24, 5, dtype=torch.bfloat16) for count in (2, 2, 1, 0)]
+    with monkeypatch.context() as patch:
+        patch.delattr(torch, "empty")  # no memory beside the shard and a stored tensor
+        for first, shard in zip((0, 2, 4, 5), shards, strict=True):
+            read_into(weight, shard, (first, 0, 0))
+    assert torch.equal(torch.cat(shards), whole.bfloat16())
+    assert {each.read_elements for each in gates + ups} == {math.prod(SHAPE)}
 
 
 def test_an_operation_that_computes_is_refused() -> None:

@@ -219,6 +219,24 @@ def test_a_tied_head_of_a_composite_that_differs_is_refused(tmp_path: Path) -> N
         load(folder)
 
 
+def bytes_of_the_checks(rank_info: RankInfo, folder: Path) -> int:
+    """Bytes that this rank has read before its strategy loads a shard."""
+    config = ModelConfig(name_or_path=str(folder))
+    _, weights = build_model(config, folder, 0, torch.float32, in_parts=in_parts)
+    assert weights is not None
+    return weights.folder.bytes_read
+
+
+def test_ranks_compare_a_tied_head_with_the_embedding_together(ranks: Any, tmp_path: Path) -> None:
+    text = MODELS["qwen3_5"][1]["text_config"] | {"tie_word_embeddings": True}
+    folder = publish("qwen3_5", tmp_path, text_config=text, tie_word_embeddings=True)
+    embedding = "model.language_model.embed_tokens.weight"
+    edit(folder, lambda tensors: tensors.update({"lm_head.weight": tensors[embedding].clone()}))
+    read = ranks.run(3, bytes_of_the_checks, folder)
+    assert sum(read) == 2 * 259 * 32 * 4
+    assert max(read) == 2 * 87 * 32 * 4
+
+
 class Negate(ConversionOps):
     """What transformers might do to values one day."""
 
