@@ -105,7 +105,7 @@ def _read_own_partition(
 ) -> torch.Tensor:
     """A tensor with the full shape, in which only this rank's partition is initialized: the rest is
     never used."""
-    full = torch.empty(parameter.shape, dtype=dtype)
+    full = torch.empty(parameter.shape, dtype=dtype, device=rank_info.device)
     start, count = partition_of(parameter.numel(), rank_info)
     read_flat_into(source, full.view(-1)[start : start + count], start)
     return full

@@ -113,9 +113,9 @@ def logits_and_bytes(rank_info: RankInfo, case: Case) -> tuple[torch.Tensor, int
         ("qwen3_5_moe", "zero3", "full", 2, "fp32"),
         ("qwen3_moe", "fsdp", "full", 4, "fp32"),
         ("deepseek_v3", "zero3", "lora", 3, "bf16"),
-        ("gpt_oss", "fsdp", "lora", 3, "fp32"),
-        ("qwen3_moe", "zero2", "full", 2, "fp32"),
-        ("qwen3_5", "ddp", "lora", 2, "fp32"),
+        pytest.param("gpt_oss", "fsdp", "lora", 3, "fp32", marks=pytest.mark.whole),
+        pytest.param("qwen3_moe", "zero2", "full", 2, "fp32", marks=pytest.mark.whole),
+        pytest.param("qwen3_5", "ddp", "lora", 2, "fp32", marks=pytest.mark.whole),
     ],
 )
 def test_logits_of_ranks_that_read_slices(
