@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 
-from launcher.io.boxes import Box, boxes, intersection
+from launcher.io.boxes import Box, boxes, intersection, runs
 
 
 class LazyWeight(Protocol):
@@ -33,16 +33,11 @@ class LazyWeight(Protocol):
         """The box of `shape` at `offsets`."""
 
 
-class View(ABC):
-    """A `LazyWeight` made of others."""
+class Placed(ABC):
+    """A `LazyWeight` whose values are read straight into their place."""
 
     shape: torch.Size
     dtype: torch.dtype
-
-    @property
-    @abstractmethod
-    def parts(self) -> Sequence[LazyWeight]:
-        """What it is made of."""
 
     @abstractmethod
     def read_into(self, out: torch.Tensor, offsets: tuple[int, ...]) -> None:
@@ -53,6 +48,15 @@ class View(ABC):
         out = torch.empty(shape, dtype=self.dtype)
         read_into(self, out, offsets)
         return out
+
+
+class View(Placed):
+    """A `LazyWeight` made of others."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> Sequence[LazyWeight]:
+        """What it is made of."""
 
 
 class Joined(View):
@@ -140,7 +144,7 @@ class Reshaped(View):
             out = out.view([size for _, size in inner])
             read_into(self._weight, out, tuple(begin for begin, _ in inner))
             return
-        for begin, box in _runs((offsets, tuple(out.shape)), tuple(self.shape)):
+        for begin, box in runs((offsets, tuple(out.shape)), tuple(self.shape)):
             run = _box_of(out, box)
             run.copy_(read_flat_range(self._weight, begin, run.numel()).view(run.shape))
 
@@ -172,10 +176,10 @@ def read_flat_into(weight: LazyWeight, out: torch.Tensor, begin: int) -> None:
 
 def read_into(weight: LazyWeight, out: torch.Tensor, offsets: tuple[int, ...]) -> None:
     """Write the box of `out`'s shape at `offsets` to `out`, which may be of another dtype and on
-    another device. Beside it, memory is needed for one box of a stored tensor."""
+    another device. Beside it, memory is needed for a part of one stored tensor."""
     if out.numel() == 0:
         return
-    if isinstance(weight, View):
+    if isinstance(weight, Placed):
         weight.read_into(out, offsets)
     else:  # moved first and cast there
         out.copy_(weight.read(offsets, tuple(out.shape)).to(out.device))
@@ -209,18 +213,3 @@ def _pairs(
     for offset, size, whole in zip(offsets, sizes, shape, strict=True):
         if whole != 1:
             yield offset, size
-
-
-def _runs(box: Box, shape: tuple[int, ...]) -> Iterator[tuple[int, Box]]:
-    """`box` of a tensor of `shape` as runs of elements that follow each other: the first element,
-    and the run as a box relative to `box`."""
-    offsets, sizes = box
-    dim = len(shape) - 1  # the outermost dim of a run
-    while dim > 0 and sizes[dim] == shape[dim]:
-        dim -= 1
-    strides = [math.prod(shape[after + 1 :]) for after in range(len(shape))]
-    inner = sum(o * stride for o, stride in zip(offsets[dim:], strides[dim:], strict=True))
-    rest = len(shape) - dim
-    for index in itertools.product(*(range(size) for size in sizes[:dim])):
-        outer = sum((o + i) * stride for o, i, stride in zip(offsets, index, strides, strict=False))
-        yield outer + inner, ((*index, *[0] * rest), (*[1] * dim, *sizes[dim:]))

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import nn
 
 from launcher.errors import UserError
@@ -15,7 +14,7 @@ from launcher.folders.tensor_entries import INDEX, TensorEntry, file_entries, re
 from launcher.io.conversion import Conversion
 from launcher.io.readers.safetensors_file import DTYPES
 from launcher.io.weight_views import LazyWeight
-from launcher.model.lazy_weight import FileWeight
+from launcher.model.lazy_weight import FileWeight, TensorFile
 
 MB = 1e6
 MAX_KINDS = 4  # of tensors, that a log line lists
@@ -29,8 +28,6 @@ class SafetensorsFolder(Mapping[str, FileWeight]):
         missing, if there are several files and no index, or for a dtype that torch does not
         have."""
         self.folder = folder
-        self._bytes_read = [0]
-        self._open_files: dict[Path, safe_open] = {}
         index = folder / INDEX
         if index.is_file():
             self._entries = _indexed_entries(index)
@@ -39,16 +36,17 @@ class SafetensorsFolder(Mapping[str, FileWeight]):
         for name, entry in self._entries.items():
             if entry.dtype not in DTYPES:
                 raise UserError(f"{entry.file}: {name} has the dtype {entry.dtype}, unknown here")
+        self._files = {path: TensorFile(path) for path in self._paths}
 
     @property
     def bytes_read(self) -> int:
         """Bytes that this process has read; bytes that it read twice count twice."""
-        return self._bytes_read[0]
+        return sum(file.bytes_read for file in self._files.values())
 
     @property
     def nbytes(self) -> int:
         """Size of the files."""
-        return sum(file.stat().st_size for file in {each.file for each in self._entries.values()})
+        return sum(path.stat().st_size for path in self._paths)
 
     def nbytes_of(self, names: set[str]) -> int:
         """Size of the tensors with these `names`."""
@@ -56,9 +54,8 @@ class SafetensorsFolder(Mapping[str, FileWeight]):
 
     def __getitem__(self, name: str) -> FileWeight:
         entry = self._entries[name]
-        return FileWeight(
-            lambda: self._open(entry.file), name, entry.shape, DTYPES[entry.dtype], self._bytes_read
-        )
+        file, dtype = self._files[entry.file], DTYPES[entry.dtype]
+        return FileWeight(file, entry.begin, entry.shape, dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -66,10 +63,9 @@ class SafetensorsFolder(Mapping[str, FileWeight]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def _open(self, file: Path) -> safe_open:
-        if file not in self._open_files:
-            self._open_files[file] = safe_open(file, framework="pt")
-        return self._open_files[file]
+    @property
+    def _paths(self) -> set[Path]:
+        return {entry.file for entry in self._entries.values()}
 
 
 def _indexed_entries(index: Path) -> dict[str, TensorEntry]:

@@ -180,7 +180,7 @@ def _load_buffers(model: nn.Module, conversion: Conversion) -> None:
     for name in conversion.sources.keys() & dict(model.named_buffers()).keys():
         path, _, attribute = name.rpartition(".")
         dtype = conversion.dtypes[name]
-        value = read_full(conversion.sources[name]).to(dtype, copy=True)  # not the mapped file
+        value = read_full(conversion.sources[name]).to(dtype)
         model.get_submodule(path)._buffers[attribute] = value
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from launcher.distributed.process_group import RankInfo
 from launcher.errors import UserError
 from launcher.io.weight_views import read_flat_range, read_full, read_into
 from launcher.memory import host_memory
+from launcher.model import lazy_weight
 from launcher.model.folder import SafetensorsFolder
 from launcher.model.load import Weights, build_model, find_weights, model_on_meta
 from launcher.strategy.fsdp_units import split_dim
@@ -219,6 +222,39 @@ def test_a_tied_head_of_a_composite_that_differs_is_refused(tmp_path: Path) -> N
         load(folder)
 
 
+def test_no_byte_is_read_that_is_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the dtype and layout of the destination, and in however many tiles."""
+    taken = 0
+
+    def counted(descriptor: int, buffers: list[memoryview], begin: int) -> int:
+        nonlocal taken
+        taken += sum(map(len, buffers))
+        return preadv(descriptor, buffers, begin)
+
+    folder = publish("gpt_oss", tmp_path, torch.bfloat16)
+    stored = SafetensorsFolder(folder)["model.layers.0.mlp.experts.down_proj"]  # [5, 24, 32]
+    whole = read_full(stored)
+    monkeypatch.setattr(lazy_weight, "TILE_BYTES", 100)
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", counted)
+    before = stored._file.bytes_read
+    some, one, last = ((1, 3, 2), (3, 7, 20)), ((2, 0, 0), (1, 24, 32)), ((4, 23, 31), (1, 1, 1))
+    for offsets, sizes in (some, one, last):
+        box = whole[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
+        for out in (
+            torch.empty(sizes, dtype=torch.bfloat16),
+            torch.empty(sizes, dtype=torch.float32),
+            torch.empty(sizes[::-1], dtype=torch.bfloat16).permute(2, 1, 0),
+        ):
+            taken = 0
+            read_into(stored, out, offsets)
+            assert torch.equal(out.to(torch.bfloat16), box)
+            assert taken == box.nbytes == stored._file.bytes_read - before
+            before = stored._file.bytes_read
+
+
 def bytes_of_the_checks(rank_info: RankInfo, folder: Path) -> int:
     """Bytes that this rank has read before its strategy loads a shard."""
     config = ModelConfig(name_or_path=str(folder))
@@ -291,3 +327,14 @@ def test_parameters_that_lose_fp32_are_said(
 def test_the_model_keeps_its_parameters_while_their_sources_are_found(tmp_path: Path) -> None:
     model, _ = load(publish("qwen3_moe", tmp_path))
     assert {type(each) for each in model.parameters()} == {nn.Parameter}
+
+
+def test_a_file_that_was_truncated_after_its_header_was_read_is_named(
+    tiny: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny, tmp_path / "model")
+    file = tmp_path / "model/model.safetensors"
+    tensors = SafetensorsFolder(tmp_path / "model")
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(UserError, match=rf"{re.escape(str(file))} ends before byte \d+"):
+        [read_full(tensors[name]) for name in tensors]
