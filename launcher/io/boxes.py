@@ -7,7 +7,9 @@ boxes. Imports no torch.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # (offsets, sizes), one value for each dim
 
@@ -35,6 +37,24 @@ def boxes(begin: int, count: int, shape: tuple[int, ...]) -> list[Box]:
         result.append(((first, *(0 for _ in shape[1:])), (rows, *shape[1:])))
     tail = boxes(0, rest, shape[1:])
     return [*result, *(((first + rows, *offsets), (1, *sizes)) for offsets, sizes in tail)]
+
+
+def runs(box: Box, shape: tuple[int, ...]) -> Iterator[tuple[int, Box]]:
+    """`box` of a tensor of `shape` as runs of elements that follow each other: the first element,
+    and the run as a box relative to `box`."""
+    if not shape:
+        yield 0, box
+        return
+    offsets, sizes = box
+    dim = len(shape) - 1  # the outermost dim of a run
+    while dim > 0 and sizes[dim] == shape[dim]:
+        dim -= 1
+    strides = [math.prod(shape[after + 1 :]) for after in range(len(shape))]
+    inner = sum(o * stride for o, stride in zip(offsets[dim:], strides[dim:], strict=True))
+    rest = len(shape) - dim
+    for index in itertools.product(*(range(size) for size in sizes[:dim])):
+        outer = sum((o + i) * stride for o, i, stride in zip(offsets, index, strides, strict=False))
+        yield outer + inner, ((*index, *[0] * rest), (*[1] * dim, *sizes[dim:]))
 
 
 def intersection(one: Box, other: Box) -> Box | None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
 
 from launcher.config import Config
 from launcher.config.schema.strategy import ZeroConfig
@@ -16,29 +15,35 @@ from launcher.errors import UserError
 from launcher.folders.json_file import read_object_or_empty
 from launcher.folders.model import CONFIG, model_folder
 from launcher.folders.vocabulary import config_value
-from launcher.model.load import SafetensorsFolder, has_same_layout
+from launcher.io.conversion import published_tensors
+from launcher.io.weight_views import LazyWeight
+from launcher.memory.fake_weights import FakeWeight
+from launcher.model.folder import SafetensorsFolder
+from launcher.model.load import find_weights
 from launcher.strategy import Strategy
 from launcher.strategy.precision import precision_of
 
 
 def reads_whole_model(config: Config, model: Any) -> bool:
-    """Whether every rank will read the complete model, because its tensors on disk differ from the
-    parameters of `model`, which are on meta.
+    """Whether every rank will read the complete model, because transformers computes parameters of
+    `model`, which are on meta, from the values in the files.
 
     The files decide if they are on this machine. Otherwise it is assumed that they are as
-    transformers publishes such models: experts one by one, buffers included.
+    transformers publishes such models.
     """
-    source = config.model
+    source, compute = config.model, precision_of(config.precision).compute
     name, code = source.name_or_path, source.trust_remote_code
     folder = model_folder(name, source.revision, code, patterns=("config.json",))
+    stored: Mapping[str, LazyWeight]
     try:
-        return not has_same_layout(model, SafetensorsFolder(folder))
+        stored = SafetensorsFolder(folder)
     except (OSError, UserError):  # there is only config.json
-        buffers = dict(model.named_buffers())
-        conversions = get_model_conversion_mapping(model, add_legacy=False)
-        return bool(model.state_dict().keys() & buffers.keys()) or any(
-            isinstance(each, WeightConverter) for each in conversions
-        )
+        try:
+            tensors = published_tensors(model)
+        except Exception:  # transformers cannot undo a conversion: it cannot be read in slices
+            return True
+        stored = {name: FakeWeight(each.shape, each.dtype) for name, each in tensors.items()}
+    return find_weights(model, folder, stored, compute).obstacle is not None
 
 
 def whole_model_bytes(config: Config, model: nn.Module) -> int:

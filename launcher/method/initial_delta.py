@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from launcher.errors import UserError
-from launcher.model.lazy_weight import WeightSum, read_full
+from launcher.io.weight_views import read_full
+from launcher.model.lazy_weight import WeightSum
 from launcher.model.load import Slot, Weights
 
 

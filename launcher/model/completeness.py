@@ -5,65 +5,59 @@ transformers fills a parameter that the files lack with random values, and only 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from launcher.errors import UserError
 from launcher.folders.vocabulary import HEAD_MODULES
-from launcher.io.completeness import missing_parameters, tied_names
-from launcher.model.lazy_weight import LazyWeight
+from launcher.io.completeness import tied_names
+from launcher.io.weight_views import LazyWeight
+from launcher.model.lazy_weight import InParts
 
 CHUNK_ELEMENTS = 2**24  # of each tensor, in memory while two are compared
 MAX_NAMES = 3  # that a message lists
 
 
-class NamedWeights(Protocol):
-    """The tensors of a model folder."""
+def check_ties(
+    model: Any, weights: Mapping[str, LazyWeight], folder: Path, in_parts: InParts
+) -> None:
+    """Raises UserError if the model ties two parameters that differ in the files.
 
-    @property
-    def names(self) -> set[str]: ...
-
-    def __getitem__(self, name: str) -> LazyWeight: ...
-
-
-def check_ties(model: Any, files: NamedWeights, folder: Path) -> None:
-    """Raises UserError if the model ties two parameters that differ in the files."""
+    `weights`: those that the files have, by name in memory. Collective if ranks share the work.
+    """
     for target, source in tied_names(model).items():
-        if {target, source} <= files.names and not _same_values(files[target], files[source]):
+        if {target, source} <= weights.keys() and not _same_values(
+            weights[target], weights[source], in_parts
+        ):
             raise untied_error(folder, target, source)
 
 
-def check_names(model: Any, files: NamedWeights, folder: Path) -> None:
-    """Raises UserError if the files lack a parameter.
-
-    If they contain names that the model does not have, transformers may rename or combine tensors
-    while it loads them: only `check_loaded` can tell then.
-    """
-    state = model.state_dict().keys()
-    if files.names - state:
-        return
-    refuse_missing(missing_parameters(model, files.names), folder)
-
-
 def check_loaded(ties: dict[str, str], loaded: Any, info: dict[str, Any], folder: Path) -> None:
-    """The same checks after transformers has loaded the model.
+    """The checks of a model that transformers has loaded.
 
     `ties` are those of the config, of which transformers drops the ones that the files contradict.
     `info` is its loading info. Raises UserError.
     """
     missing = set(info["missing_keys"])
     refuse_missing((name for name in missing if ties.get(name) not in missing), folder)
-    for name, in_file, in_model in sorted(info["mismatched_keys"]):
+    refuse_mismatched(sorted(info["mismatched_keys"]), folder)
+    for target, source in ties.items():
+        if target not in loaded.all_tied_weights_keys:
+            raise untied_error(folder, target, source)
+
+
+def refuse_mismatched(
+    mismatched: Iterable[tuple[str, torch.Size, torch.Size]], folder: Path
+) -> None:
+    """Raises UserError if there are any: name, shape in the files, shape in memory."""
+    for name, in_file, in_model in mismatched:
         raise UserError(
             f"model.name_or_path={folder}: {name} has the shape {list(in_file)} in the files, but "
             f"config.json describes {list(in_model)} → the config.json that belongs to the files"
         )
-    for target, source in ties.items():
-        if target not in loaded.all_tied_weights_keys:
-            raise untied_error(folder, target, source)
 
 
 def refuse_missing(names: Iterable[str], folder: Path) -> None:
@@ -89,15 +83,21 @@ def untied_error(folder: Path, target: str, source: str) -> UserError:
     )
 
 
-def _same_values(one: LazyWeight, other: LazyWeight) -> bool:
+def _same_values(one: LazyWeight, other: LazyWeight, in_parts: InParts) -> bool:
     shape = tuple(one.shape)
     if shape != tuple(other.shape):
         return False
-    rows = max(1, CHUNK_ELEMENTS // max(1, one.shape[1:].numel()))
-    for first in range(0, shape[0], rows):
-        offsets = (first, *(0 for _ in shape[1:]))
-        box = (min(rows, shape[0] - first), *shape[1:])
-        left, right = one.read(offsets, box), other.read(offsets, box)
-        if not torch.equal(left.to(right.dtype), right):
-            return False
-    return True
+    at_once = max(1, CHUNK_ELEMENTS // max(1, one.shape[1:].numel()))
+
+    def same_rows(begin: int, count: int) -> torch.Tensor:
+        """1 for each row that is the same."""
+        same = torch.zeros(count, dtype=torch.uint8)
+        for first in range(0, count, at_once):
+            rows = min(at_once, count - first)
+            offsets, box = (begin + first, *(0 for _ in shape[1:])), (rows, *shape[1:])
+            left, right = one.read(offsets, box), other.read(offsets, box)
+            equal = left.to(right.dtype) == right
+            same[first : first + rows] = equal.flatten(1).all(1) if shape[1:] else equal
+        return same
+
+    return bool(in_parts(shape[0], same_rows).all())

@@ -6,77 +6,33 @@ and each rank then reads its own rows from the safetensors files.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from launcher.config.schema.model import ModelConfig
 from launcher.errors import UserError
-from launcher.folders.model import CONFIG, single_weights_file
+from launcher.folders.model import CONFIG
 from launcher.folders.model_config import read_model_config
-from launcher.folders.tensor_entries import INDEX, file_entries, read_weight_map
-from launcher.io.completeness import tied_names
+from launcher.io.completeness import missing_buffers, missing_parameters, tied_names
+from launcher.io.conversion import Conversion, find_sources
+from launcher.io.weight_views import LazyWeight, read_full
 from launcher.model.attention import choose_attention
-from launcher.model.completeness import check_loaded, check_names, check_ties
-from launcher.model.lazy_weight import FileWeight, InParts, LazyWeight, alone
-
-MB = 1e6
-
-
-class SafetensorsFolder:
-    """The tensors of a model folder by name."""
-
-    def __init__(self, folder: Path) -> None:
-        """Raises UserError if a file is damaged, if the index lists a file or a tensor that is
-        missing, or if there are several files and no index."""
-        self.folder = folder
-        self._bytes_read = [0]
-        self._open_files: dict[str, safe_open] = {}
-        index = folder / INDEX
-        if index.is_file():
-            self._file_of = read_weight_map(index)
-            files = sorted(set(self._file_of.values()))
-            missing = sorted(file for file in files if not (folder / file).is_file())
-            if missing:
-                raise UserError(f"{index} lists files that are missing: {', '.join(missing)}")
-            names = {file: file_entries(folder / file).keys() for file in files}
-            if lost := [name for name, file in self._file_of.items() if name not in names[file]]:
-                raise UserError(
-                    f"{index} lists {lost[0]} in {self._file_of[lost[0]]}, which does not contain "
-                    "it: the index is stale"
-                )
-        else:
-            path = single_weights_file(folder)
-            self._file_of = dict.fromkeys(file_entries(path), path.name)
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._file_of)
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes that this process has read; bytes that it read twice count twice."""
-        return self._bytes_read[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the files."""
-        return sum((self.folder / file).stat().st_size for file in set(self._file_of.values()))
-
-    def __getitem__(self, name: str) -> FileWeight:
-        return FileWeight(self._open(self._file_of[name]), name, self._bytes_read)
-
-    def _open(self, file: str) -> safe_open:
-        if file not in self._open_files:
-            self._open_files[file] = safe_open(self.folder / file, framework="pt")
-        return self._open_files[file]
+from launcher.model.completeness import (
+    check_loaded,
+    check_ties,
+    refuse_mismatched,
+    refuse_missing,
+)
+from launcher.model.folder import MB, ModelTensors, SafetensorsFolder, describe_unused
+from launcher.model.lazy_weight import InParts, alone
 
 
 @dataclass
@@ -142,11 +98,11 @@ def build_model(
 ) -> tuple[nn.Module, Weights | None]:
     """Build the model of `folder` with its parameters on the meta device, and find its weights.
 
-    If the names or shapes of parameters differ between the files and memory (fused experts, renamed
-    prefixes), every rank reads the complete model instead, and the weights are None. `dtype` is
-    that of the computation; buffers are created in it. `packed`: sequences will have several
-    documents. `in_parts`: how the ranks share work on the weights. Raises UserError for a folder
-    that cannot be read or lacks parameters of the model.
+    If transformers computes values from those in the files, every rank reads the complete model
+    instead, and the weights are None. `dtype` is that of the computation; buffers are created in
+    it. `packed`: sequences will have several documents. `in_parts`: how the ranks share work on the
+    weights. Raises UserError for a folder that cannot be read or lacks parameters of the model.
+    Collective if ranks share the work.
     """
     torch.manual_seed(seed)
     model = model_on_meta(config, folder, dtype, packed)
@@ -154,14 +110,57 @@ def build_model(
         files = SafetensorsFolder(folder)
     except OSError as error:
         raise _unreadable(folder, error) from error
-    check_ties(model, files, folder)
-    if has_same_layout(model, files):
-        return model, Weights(files, model, in_parts)
-    check_names(model, files, folder)
+    conversion = find_weights(model, folder, files, dtype)
+    obstacle = conversion.obstacle
+    if obstacle is None:
+        tensors = ModelTensors(files, model, conversion)
+        names = conversion.sources.keys() | {name for name, *_ in conversion.mismatched}
+        refuse_missing([*missing_parameters(model, names), *missing_buffers(model, names)], folder)
+        refuse_mismatched(conversion.mismatched, folder)
+        check_ties(model, conversion.sources, folder, in_parts)
+        _load_buffers(model, conversion)
+        obstacle = _optional_parameter(model, tensors)
+    if obstacle is None:
+        if conversion.unused:
+            print(describe_unused(folder, files, conversion.unused))
+        if rounded := describe_rounded(model, conversion, dtype):
+            print(f"{folder}: {rounded}")
+        return model, Weights(tensors, model, in_parts)
     print(
-        f"{folder}: the tensors on disk differ from the parameters in memory; every rank reads the "
-        "whole model"
+        f"{folder}: {obstacle} cannot be read in slices; every rank reads the whole model, "
+        f"{files.nbytes / MB:,.1f} MB"
     )
+    return _load_whole(config, folder, model, dtype, packed), None
+
+
+def find_weights(
+    model: Any, folder: Path, stored: Mapping[str, LazyWeight], dtype: torch.dtype
+) -> Conversion:
+    """`find_sources` for the model of `folder`, whose weights may be quantized."""
+    found = find_sources(model, stored, dtype)
+    settings = read_model_config(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    if settings.get("quantization_config"):
+        found.obstacle = "a model with quantized weights"
+    return found
+
+
+def describe_rounded(model: nn.Module, conversion: Conversion, dtype: torch.dtype) -> str | None:
+    """A log line about parameters that transformers would compute in fp32; None without any."""
+    parameters, dtypes = dict(model.named_parameters()), conversion.dtypes
+    kept = [name for name in dtypes if name in parameters and dtypes[name] != dtype]
+    if not kept:
+        return None
+    needed, used = (str(each).removeprefix("torch.") for each in (dtypes[kept[0]], dtype))
+    return (
+        f"transformers computes {len(kept)} parameters, such as {kept[0]}, in {needed}, and these "
+        f"ranks in {used} → precision=fp32 if it matters"
+    )
+
+
+def _load_whole(
+    config: ModelConfig, folder: Path, model: Any, dtype: torch.dtype, packed: bool
+) -> Any:
+    """The model of `folder` with all its weights; `model` is the same one on meta."""
     load_dtype = torch.float32 if dtype == torch.float32 else "auto"  # keeps master weights exact
     ties, attention = tied_names(model), choose_attention(config.attention, model.config, packed)
     loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -173,7 +172,22 @@ def build_model(
         output_loading_info=True,
     )
     check_loaded(ties, loaded, info, folder)
-    return loaded, None
+    return loaded
+
+
+def _load_buffers(model: nn.Module, conversion: Conversion) -> None:
+    """Read the persistent buffers, which every rank keeps whole."""
+    for name in conversion.sources.keys() & dict(model.named_buffers()).keys():
+        path, _, attribute = name.rpartition(".")
+        dtype = conversion.dtypes[name]
+        value = read_full(conversion.sources[name]).to(dtype)
+        model.get_submodule(path)._buffers[attribute] = value
+
+
+def _optional_parameter(model: nn.Module, tensors: ModelTensors) -> str | None:
+    """A parameter that the files lack and that transformers initializes, if there is one."""
+    names = (name for name, _ in model.named_parameters())
+    return next((f"{name}, missing in the files," for name in names if name not in tensors), None)
 
 
 def model_on_meta(
@@ -209,19 +223,3 @@ def model_on_meta(
 
 def _unreadable(folder: Path, error: Exception) -> UserError:
     return UserError(f"model.name_or_path={folder} cannot be read: {error or repr(error)}")
-
-
-def has_same_layout(model: nn.Module, files: SafetensorsFolder) -> bool:
-    """Whether the tensors on disk and the parameters in memory are the same.
-
-    With persistent buffers, or tensors that the model does not have (scales, other heads), they are
-    not.
-    """
-    parameters = dict(model.named_parameters())
-    aliases = model.state_dict().keys() - parameters.keys() - dict(model.named_buffers()).keys()
-    persistent = model.state_dict().keys() & dict(model.named_buffers()).keys()
-    return (
-        not persistent
-        and parameters.keys() <= files.names <= parameters.keys() | aliases
-        and all(files[name].shape == parameter.shape for name, parameter in parameters.items())
-    )

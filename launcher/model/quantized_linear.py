@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn.functional import linear
 
 from launcher.errors import UserError
-from launcher.model.lazy_weight import InParts, LazyWeight, read_flat_range
+from launcher.io.weight_views import LazyWeight, read_flat_range
+from launcher.model.lazy_weight import InParts
 from launcher.model.load import Weights
 
 

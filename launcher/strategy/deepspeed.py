@@ -33,7 +33,7 @@ from launcher.config.schema.training import TrainingConfig
 from launcher.distributed.process_group import RankInfo
 from launcher.distributed.shards import Shard
 from launcher.errors import UserError
-from launcher.model.lazy_weight import read_flat_range
+from launcher.io.weight_views import read_flat_range
 from launcher.model.load import Weights
 from launcher.strategy.base import (
     OptimizerBuilder,

@@ -26,6 +26,7 @@ from launcher.config.schema.training import TrainingConfig
 from launcher.distributed.mesh import build_mesh
 from launcher.distributed.process_group import RankInfo
 from launcher.distributed.shards import Shard, local_box, local_part, shard_of
+from launcher.io.weight_views import read_into
 from launcher.model.load import Weights
 from launcher.strategy.base import (
     OptimizerBuilder,
@@ -239,9 +240,8 @@ class Fsdp:
                 shape, offsets = local_box(parameter)
             else:
                 shape, offsets = tuple(parameter.shape), (0,) * parameter.ndim
-            local = slot.source.read(offsets, shape)
-            # Copy in any case: the reader may return memory of the mapped file.
-            local = local.to(device, parameter.dtype, copy=True)
+            local = torch.empty(shape, dtype=parameter.dtype, device=device)
+            read_into(slot.source, local, offsets)
             loaded = local
             if isinstance(parameter, DTensor):
                 # DTensor.from_local would move offloaded shards to the device of the mesh.

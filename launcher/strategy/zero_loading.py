@@ -13,7 +13,7 @@ from torch import nn
 from launcher.config.schema.strategy import Zero3Config
 from launcher.distributed.process_group import RankInfo
 from launcher.errors import UserError
-from launcher.model.lazy_weight import LazyWeight, read_flat_range, read_full
+from launcher.io.weight_views import LazyWeight, read_flat_into, read_into
 from launcher.model.peft import ParamWrapper
 from launcher.strategy.zero3_saved_tensors import save_parameters_not_views
 
@@ -54,7 +54,8 @@ def load_weights(
         if not parameter.is_meta:
             full = parameter.detach()
         elif init is None:
-            full = read_full(sources[id(parameter)])
+            full = torch.empty(parameter.shape, dtype=dtype, device=rank_info.device)
+            read_into(sources[id(parameter)], full, (0,) * parameter.ndim)
         else:
             full = _read_own_partition(parameter, sources[id(parameter)], dtype, rank_info)
         # In place, so that tied modules see the new tensor.
@@ -118,7 +119,7 @@ def _read_own_partition(
 ) -> torch.Tensor:
     """A tensor with the full shape, in which only this rank's partition is initialized: the rest is
     never used."""
-    full = torch.empty(parameter.shape, dtype=dtype)
+    full = torch.empty(parameter.shape, dtype=dtype, device=rank_info.device)
     start, count = partition_of(parameter.numel(), rank_info)
-    full.view(-1)[start : start + count] = read_flat_range(source, start, count)
+    read_flat_into(source, full.view(-1)[start : start + count], start)
     return full

@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn.functional import linear
 
 from launcher.errors import UserError
+from launcher.io.weight_views import read_flat_range, read_full
 from launcher.model.bnb_formats import EightBit, FourBit
-from launcher.model.lazy_weight import InParts, alone, read_flat_range, read_full
+from launcher.model.lazy_weight import InParts, alone
 from launcher.model.load import Slot
 from launcher.model.quantized_linear import (
     QuantizationFormat,
