@@ -23,6 +23,7 @@ from launcher.folders.model import CONFIG, single_weights_file
 from launcher.folders.model_config import read_model_config
 from launcher.folders.tensor_entries import INDEX, file_entries, read_weight_map
 from launcher.io.completeness import tied_names
+from launcher.io.model_class import Places, places_of, remember_places, trained_places
 from launcher.model.attention import choose_attention
 from launcher.model.completeness import check_loaded, check_names, check_ties
 from launcher.model.lazy_weight import FileWeight, InParts, LazyWeight, alone
@@ -173,6 +174,7 @@ def build_model(
         output_loading_info=True,
     )
     check_loaded(ties, loaded, info, folder)
+    remember_places(loaded, places_of(model))
     return loaded, None
 
 
@@ -191,6 +193,7 @@ def model_on_meta(
         architecture = AutoConfig.from_pretrained(folder, trust_remote_code=code)
     except Exception as error:  # each class checks its values in its own way
         raise _unreadable(folder, error) from error
+    places = _places(config, folder, architecture)
     attention = choose_attention(config.attention, architecture, packed)
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
@@ -204,7 +207,19 @@ def model_on_meta(
             f"{folder} with model.attention={config.attention} cannot be built: {error}"
         ) from error
     model.tie_weights()  # building on the meta device loses the tie
+    remember_places(model, places)
     return model
+
+
+def _places(config: ModelConfig, folder: Path, architecture: Any) -> Places | None:
+    """Where the class that is trained is in that of the folder. Raises UserError for a class that
+    cannot be trained, or whose training could not be exported."""
+    if config.trust_remote_code and hasattr(architecture, "auto_map"):
+        return None
+    try:
+        return trained_places(architecture)
+    except UserError as error:
+        raise UserError(f"model.name_or_path={folder}: {error}") from error
 
 
 def _unreadable(folder: Path, error: Exception) -> UserError:

@@ -64,6 +64,11 @@ class Naming:
                     )
         return memory
 
+    def unbuilt(self, disk: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors on disk that make up none of the model's: no training changes them."""
+        renamed = self._renamed(disk)
+        return {name: disk[name] for name, memory, *_ in renamed if memory not in self.shapes}
+
     def to_disk(self, memory: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors by their names in memory → tensors by the names that `save_pretrained` writes.
 
