@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from launcher.folders import manifest
-from tests.helpers.checkpoints import QUESTION, save_and_answer
+from launcher.folders.adapter import WEIGHTS
+from tests.helpers.checkpoints import END, QUESTION, STOP, run_steps, save_and_answer, six_steps
 from tests.helpers.composites import COMPOSITES, load_composite, make_composite
 from tests.helpers.exports import consolidate, stored
 from tests.helpers.parts import Case
@@ -72,3 +74,48 @@ def test_a_trained_composite_is_exported_whole(
         names = {key.replace(".default", "") for key in adapted.state_dict() if "lora_" in key}
         assert names == load_file(checkpoint / "adapter/adapter_model.safetensors").keys()
         assert torch.allclose(answer, logits(adapted), atol=1e-5)
+
+
+def test_a_run_resumes_from_an_adapter_of_the_composite(
+    ranks: Any, bases: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    case = six_steps(bases["qwen3_5"], rows_file, "lora", "fsdp")
+    straight = ranks.run(2, run_steps, case, tmp_path / "straight", 0, END)[0]
+    ranks.run(2, run_steps, case, tmp_path / "parts", 0, STOP)
+    adapter = tmp_path / f"parts/checkpoints/step-{STOP:06d}/adapter"
+    assert any(".language_model." in name for name in load_file(adapter / WEIGHTS))
+    resumed = ranks.run(2, run_steps, case, tmp_path / "parts", STOP, END)[0]
+    assert resumed == straight[STOP:]
+    with_names_of_earlier_versions(adapter)
+    (tmp_path / "old/checkpoints").mkdir(parents=True)
+    adapter.parent.rename(tmp_path / f"old/checkpoints/step-{STOP:06d}")
+    assert ranks.run(2, run_steps, case, tmp_path / "old", STOP, END)[0] == straight[STOP:]
+
+
+@pytest.mark.parametrize("key", ["adapter", "merge_first"])
+def test_a_run_goes_on_with_an_adapter_of_the_composite(
+    ranks: Any, bases: dict[str, Path], rows_file: Path, tmp_path: Path, key: str
+) -> None:
+    """`method.adapter` trains it on, `method.merge_first` trains another one on top of it."""
+    base = bases["qwen3_5"]
+    first = Case(
+        base, rows_file, steps=2, learning_rate=5e-2, global_batch_size=4,
+        method_options={"rank_pattern": {"layers.1.self_attn.q_proj": 2}},
+    )  # fmt: skip
+    ranks.run(2, save_and_answer, first, tmp_path / "first")
+    adapter = tmp_path / "first/checkpoints/step-000002/adapter"
+    given = {"adapter": str(adapter)} if key == "adapter" else {"merge_first": [str(adapter)]}
+    second = replace(first, method_options=given)
+    answer, _ = ranks.run(2, save_and_answer, second, tmp_path / "second")
+    checkpoint = tmp_path / "second/checkpoints/step-000002"
+    adapted = PeftModel.from_pretrained(load_composite("qwen3_5", base), checkpoint / "adapter")
+    assert torch.allclose(answer, logits(adapted), atol=1e-5)
+    consolidate(checkpoint, "--output", tmp_path / "out")
+    assert torch.allclose(answer, logits(load_composite("qwen3_5", tmp_path / "out")), atol=1e-5)
+
+
+def with_names_of_earlier_versions(adapter: Path) -> None:
+    """Give the tensors the names of the text model."""
+    tensors = load_file(adapter / WEIGHTS)
+    renamed = {name.replace(".language_model.", "."): each for name, each in tensors.items()}
+    save_file(renamed, adapter / WEIGHTS, {"format": "pt"})
