@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from launcher.errors import UserError
 from launcher.export import names
 from launcher.export.assembled import SAME_NAMES
 from launcher.folders.model import CONFIG
-from launcher.folders.model_config import NESTED, read_model_config
+from launcher.folders.model_config import read_model_config
+from launcher.folders.tensor_entries import tensor_names
 from launcher.folders.vocabulary import TIE, config_value
 from launcher.io.model_class import trained_class, trained_places
 from launcher.io.readers import model_folder
@@ -26,10 +28,8 @@ def check_exportable(folder: Path, trust_remote_code: bool = False) -> None:
     config = read_model_config(folder / CONFIG)
     if trust_remote_code and config.get("auto_map"):
         return  # only its own code knows
-    is_plain = config.get("model_type") in SAME_NAMES and NESTED not in config
-    classes = config.get("architectures") or ["ForCausalLM"]
-    if is_plain and classes[0].endswith(("ForCausalLM", "LMHeadModel")):
-        return  # transformers, which takes seconds to import, is not needed
+    if _is_plain(folder, config):
+        return
     try:
         _check(folder, config, trust_remote_code)
     except UserError as error:
@@ -38,10 +38,23 @@ def check_exportable(folder: Path, trust_remote_code: bool = False) -> None:
         ) from error
 
 
-def _check(folder: Path, config: dict[str, object], trust_remote_code: bool) -> None:
+def _is_plain(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether the names on disk are those in memory. This takes no import of transformers."""
+    classes = config.get("architectures") or ["ForCausalLM"]
+    return (
+        config.get("model_type") in SAME_NAMES
+        and classes[0].endswith(("ForCausalLM", "LMHeadModel"))
+        and any(name.startswith(("model.", "transformer.")) for name in tensor_names(folder))
+    )
+
+
+def _check(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
     import transformers
 
-    values = transformers.AutoConfig.from_pretrained(folder)
+    try:
+        values = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # each class checks its values in its own way
+        raise UserError(f"it cannot be read: {error!s:.300}") from error
     if not config.get("architectures"):
         raise UserError(
             f"{folder / CONFIG} names no class → "

@@ -162,10 +162,7 @@ MODEL_RULES: tuple[Rule, ...] = (
             f"model.name_or_path={c.model.name_or_path} is quantized ({_quantization(c)}): its "
             "weights cannot be trained or merged"
         ),
-        lambda c, w: (
-            f"model.name_or_path=FOLDER of the 16-bit original{_dequantization(c)}; an adapter of "
-            "it is served on either"
-        ),
+        lambda c, w: f"model.name_or_path=FOLDER of the 16-bit original{_dequantization(c)}",
         Example(
             "model.name_or_path=./model",
             files={

@@ -54,7 +54,10 @@ def _first_places(values: Any, candidates: list[Any]) -> Places | None:
     if (outer := named_class(values)) is None:
         return None
     others = [inner for inner in candidates if inner not in (None, outer)]
-    return next(filter(None, (find_places(inner, outer, values) for inner in others)), None)
+    try:
+        return next(filter(None, (find_places(inner, outer, values) for inner in others)), None)
+    except Exception:  # a class that cannot be built here, for lack of a library: names stay
+        return None
 
 
 def in_composite(found: FoundModel, places: Places | None) -> FoundModel:
