@@ -1,9 +1,11 @@
-"""Render the first rows of a run with its chat template, before the run waits in a queue.
+"""Check the model of a run, and render its first rows with its chat template, before the run waits
+in a queue.
 
     python -m launcher.row_check CONFIG.yaml
 
 `launcher.cluster.preflight` starts it in a process of its own, because tokenizers import torch. The
-exit status is 2, with the message on stdout, if the template refuses a row.
+exit status is 2, with the message on stdout, if the model could not be exported after training, or
+if the template refuses a row.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from launcher.config.schema.data import HUB
 from launcher.data import source
 from launcher.data.tokenize import RowTokenizer
 from launcher.errors import REFUSED, UserError
+from launcher.export.trainable import check_exportable
 from launcher.folders.vocabulary import embedding_rows
 from launcher.model.tokenizer import load_tokenizer
 
@@ -33,9 +36,10 @@ def main() -> None:
 
 
 def check_rows(config: Config) -> None:
-    """Tokenize the first rows of every source of conversations; one of the hub is not downloaded
-    for this. Raises UserError for a bad one."""
+    """Check the model, and tokenize the first rows of every source of conversations; one of the hub
+    is not downloaded for this. Raises UserError for a bad one."""
     folder, code = Path(config.model.name_or_path), config.model.trust_remote_code
+    check_exportable(folder, code)
     tokenizer = load_tokenizer(folder, code, template=config.data.template)
     for each in source.resolve_sources(config.data).values():
         if each.format != "text" and not (each.path or "").startswith(HUB):

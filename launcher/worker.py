@@ -136,6 +136,7 @@ def prepare_and_train(run: Run, key_value_store: dist.Store | None = None) -> No
 
     from launcher.distributed import process_group
     from launcher.distributed.collectives import any_rank
+    from launcher.export.trainable import check_exportable
     from launcher.model.open import open_model
     from launcher.training import choices
 
@@ -148,6 +149,8 @@ def prepare_and_train(run: Run, key_value_store: dist.Store | None = None) -> No
     config = choices.settle(run.folder, run.config, rank_info, key_value_store, run.log)
     run = replace(run, config=config)
     folder, tokenizer = open_model(run.config, run.log)
+    if rank_info.is_main:
+        check_exportable(folder, run.config.model.trust_remote_code)
     loaders: Loaders | None = None
     with suppress(Stopped):
         loaders = _build_loaders(run, folder, tokenizer, rank_info)

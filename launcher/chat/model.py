@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BatchEncoding,
@@ -174,7 +175,7 @@ def _load_tokenizer(folder: Path) -> Any:
 
 def _load_model(target: ChatTarget, dtype: str | torch.dtype, device: str) -> Any:
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = _class_of(target).from_pretrained(
             target.model,
             dtype=dtype,
             use_safetensors=True,
@@ -193,6 +194,24 @@ def _load_model(target: ChatTarget, dtype: str | torch.dtype, device: str) -> An
         raise
     except Exception as error:  # a damaged folder raises many kinds of errors
         raise UserError(f"{target.describe()} cannot be loaded: {_one_line(error)}") from error
+
+
+def _class_of(target: ChatTarget) -> Any:
+    """The class to load: the one that is trained for the folder, unless the adapter is for the
+    composite that config.json names."""
+    from launcher.io.adapter import PREFIX, read_adapter
+    from launcher.io.model_class import causal_class, find_places, named_class
+
+    config = AutoConfig.from_pretrained(target.model, local_files_only=True)
+    composite, trained = named_class(config), causal_class(config)
+    if trained is None and composite is not None:
+        return composite
+    if target.adapter is None or composite in (None, trained):
+        return AutoModelForCausalLM
+    places = find_places(trained, composite, config)
+    names = (name.removeprefix(PREFIX) for name in read_adapter(target.adapter).tensors)
+    is_composite = places is not None and any(map(places.is_outer, names))
+    return composite if is_composite else AutoModelForCausalLM
 
 
 def _merge_adapter(model: Any, folder: Path) -> Any:

@@ -35,6 +35,7 @@ from launcher.folders.checkpoint import (
     END_TOKENS,
     MODEL,
     SCHEME,
+    TRAINED_CLASS,
     Checkpoint,
     checkpoint_name,
 )
@@ -45,7 +46,9 @@ from launcher.training import rng
 from launcher.training.state import TrainState
 
 # Keys of trainer.json that the manifest repeats.
-MANIFEST_KEYS = ("step", "eval_loss", "content", "partial", SCHEME, "base", END_TOKENS)
+MANIFEST_KEYS = (
+    *("step", "eval_loss", "content", "partial", SCHEME, "base", TRAINED_CLASS, END_TOKENS),
+)
 
 
 @dataclass(frozen=True)

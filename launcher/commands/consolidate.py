@@ -143,6 +143,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         qlora_base=arguments.qlora_base,
         device=_device(arguments.device),
         adapter_only=arguments.adapter_only,
+        text_only=arguments.text_only,
         modelfile=arguments.modelfile,
         trust_remote_code=arguments.trust_remote_code,
     )
@@ -220,6 +221,7 @@ def _add_result_options(result: argparse.ArgumentParser) -> None:
         "training used",
     )
     add("--adapter-only", action="store_true", help="extract a PEFT adapter instead of merging it")
+    add("--text-only", action="store_true", help="the text model of a composite, without the rest")
     add("--modelfile", action="store_true", help="write an Ollama Modelfile beside the weights")
     add("--push-to-hub", metavar="REPO", help="upload the folder to a private repository")
 

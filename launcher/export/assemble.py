@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from launcher.errors import UserError
-from launcher.export import quantized
+from launcher.export import names, quantized
 from launcher.export.assembled import Assembled, Config, Options, Tensors, naming_of
 from launcher.export.full_model import full_model
 from launcher.export.merge import Adapter, Merged, merge, read_adapter, split_adapters
@@ -25,8 +25,10 @@ from launcher.export.sharded_adapter import (
     sharded_adapter,
 )
 from launcher.export.source import Source, model_home
+from launcher.export.text_only import text_model
 from launcher.folders.model_config import read_model_config
 from launcher.folders.vocabulary import config_value
+from launcher.io import adapter_places
 from launcher.io.readers import model_folder
 from launcher.io.readers.found import FoundModel
 from launcher.io.readers.strided import Strided
@@ -61,7 +63,10 @@ def assemble(source: Source, options: Options) -> Assembled:
         result = Assembled(base, dict.fromkeys(base, "copied"), config)
     actions = label_dequantized(result)
     result = replace(result, actions=actions, notes=(*notes, *result.notes))
-    return _in_dtype(_with_explicit_tie(result), options.dtype)
+    result = _with_explicit_tie(result)
+    if options.text_only:
+        result = text_model(source, result, options)
+    return _in_dtype(result, options.dtype)
 
 
 def label_dequantized(result: Assembled) -> dict[str, str]:
@@ -81,10 +86,12 @@ def _assemble_sharded(
 ) -> Assembled:
     """From a sharded checkpoint of a full model, or of a model with an adapter."""
     model_tensors, adapter_tensors = split_adapters(found.tensors)
+    places = names.places_in(config, source.trained_class)
+    found = names.in_composite(replace(found, tensors=model_tensors), places)
     if not adapter_tensors:
-        return full_model(source, base, replace(found, tensors=model_tensors), config, options)
-    adapter = sharded_adapter(source, adapter_tensors)
-    frozen = frozen_base(source, base, found, model_tensors, adapter, config, options)
+        return full_model(source, base, found, config, options)
+    adapter = adapter_places.in_composite(sharded_adapter(source, adapter_tensors), places)
+    frozen = frozen_base(source, base, found, adapter, config, options, places)
     return _merge_adapters(source, base, frozen, [adapter], options)
 
 
@@ -92,11 +99,15 @@ def _assemble_adapters(
     source: Source, base: Tensors, config: Config, options: Options
 ) -> Assembled:
     """From adapter folders and their base."""
-    adapters = [read_adapter(folder) for folder in source.adapters]
+    places = names.places_in(config, source.trained_class)
+    adapters = [
+        adapter_places.in_composite(read_adapter(folder), places) for folder in source.adapters
+    ]
     same_names = all(fits(adapter, base) for adapter in adapters)
     naming = None if same_names else naming_of(source, options, base)
     memory = naming.to_memory(base) if naming else base
-    return _merge_adapters(source, base, FrozenBase(memory, config, naming), adapters, options)
+    frozen = FrozenBase(memory, config, naming, places=places)
+    return _merge_adapters(source, base, frozen, adapters, options)
 
 
 def _merge_adapters(
@@ -145,6 +156,8 @@ def _merge_target(
                 "quantized, and only their sum is known; use --qlora-base original"
             )
         weights = quantized.quantize_round_trip(frozen.tensors, frozen.config, scheme)
+        if frozen.places is not None:  # the other parts were not there
+            weights |= {n: t for n, t in frozen.tensors.items() if not frozen.places.contains(n)}
         return weights, ("merged into the dequantized base that training used",)
     if scheme is not None:
         return frozen.tensors, ("a QLoRA adapter, merged into the original 16-bit base",)

@@ -33,6 +33,7 @@ class Options:
     qlora_base: Literal["original", "dequantized"] = "original"
     device: str = "cpu"  # where the factors of adapters are multiplied
     adapter_only: bool = False
+    text_only: bool = False  # of a composite
     modelfile: bool = False
     trust_remote_code: bool = False
 
@@ -69,14 +70,18 @@ def without_twin(tensors: Tensors, config: Config) -> tuple[Tensors, Config, tup
 
 
 def with_vocabulary(
-    source: Source, tensors: Tensors, config: Config
+    source: Source, base: Tensors, tensors: Tensors, config: Config
 ) -> tuple[Config, tuple[str, ...]]:
-    """(config, notes) with a vocabulary size equal to the rows of the trained embedding.
+    """(config, notes) with a vocabulary size equal to the rows of the trained embedding, unless the
+    base's has as many (some embeddings have rows for images, too).
 
     Raises UserError for fewer rows in a format that does not show whether shards are missing.
     """
     pair, stated = find_embedding_pair(tensors, config), config_value(config, "vocab_size")
     if pair is None or stated is None or (rows := tensors[pair.embedding].shape[0]) == stated:
+        return config, ()
+    before = find_embedding_pair(base, config)
+    if before is not None and base[before.embedding].shape[0] == rows:
         return config, ()
     if rows < stated and source.kind == Kind.DCP_SAFETENSORS:
         raise UserError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
+from launcher.export.assembled import Options
 from launcher.export.source import Source, model_home, tokenizer_folder
 from launcher.folders import regular
 from launcher.folders.adapter import SETTINGS
@@ -77,21 +78,24 @@ OBJECTS: dict[str, dict[str, Field]] = {
 }
 
 
-def find_copied_files(source: Source, tokenizer_only: bool) -> dict[str, Path]:
-    """Name → file to copy.
+def find_copied_files(source: Source, options: Options) -> dict[str, Path]:
+    """Name → file to copy: those of the tokenizer only for an adapter, none for images and sounds
+    for a text model.
 
     Files that describe the model come from its folder. All files of the tokenizer come from the
     first folder that has one.
     """
     files: dict[str, Path] = {}
     home = None
-    if not tokenizer_only:
+    if not options.adapter_only:
         home = model_home(source)
         files |= {p.name: p for p in _files(home, COPIED) if not _matches(p, NOT_COPIED)}
     folder = tokenizer_folder(source)
     if folder is not None and folder != home:
         others = {name: path for name, path in files.items() if not _matches(path, TOKENIZER)}
         files = others | {path.name: path for path in _files(folder, (*TOKENIZER, *PROCESSOR))}
+    if options.text_only:
+        files = {name: path for name, path in files.items() if not _matches(path, PROCESSOR)}
     return files
 
 

@@ -17,7 +17,7 @@ from launcher.export.assembled import (
     without_twin,
 )
 from launcher.export.merge.ties import HEAD
-from launcher.export.source import Source
+from launcher.export.source import Source, model_home
 from launcher.folders.kind import Kind
 from launcher.folders.vocabulary import config_value
 from launcher.io.readers.found import FoundModel
@@ -27,20 +27,22 @@ from launcher.io.tensor import Tensor
 def full_model(
     source: Source, base: Tensors, found: FoundModel, config: Config, options: Options
 ) -> Assembled:
-    """The trained tensors by their names on disk, in the dtypes of the base or of the config.
+    """The trained tensors by their names on disk, in the dtypes of the base or of the config, with
+    the base's tensors that the model's class does not build.
 
     `base` is empty if no base folder is known. Raises UserError if the tensors do not belong to the
     model that base and config describe.
     """
     gathered = found.tensors
-    if source.partial:
+    if source.partial or found.partial:
         gathered = _base_in_memory(source, base, gathered, options) | gathered
     tensors, config, tie_notes = without_twin(gathered, config)
-    config, vocabulary_notes = with_vocabulary(source, tensors, config)
+    config, vocabulary_notes = with_vocabulary(source, base, tensors, config)
     # DCP_SAFETENSORS does not show whether a rank's files are missing: shapes must be compared.
     known = config.get("model_type") in SAME_NAMES and source.kind != Kind.DCP_SAFETENSORS
-    if tensors.keys() != base.keys() and not known:
-        tensors = naming_of(source, options, base).to_disk(tensors)
+    if tensors.keys() != base.keys() and not (known and base.keys() <= tensors.keys() | {HEAD}):
+        naming = naming_of(source, options, base)
+        tensors = naming.to_disk(naming.unbuilt(base) | tensors)
     tensors |= {
         alias: tensors[name].renamed(alias)
         for alias, name in found.aliases.items()
@@ -59,7 +61,13 @@ def full_model(
 
 
 def _base_in_memory(source: Source, base: Tensors, trained: Tensors, options: Options) -> Tensors:
-    """The base by the names in memory, which are the names in `trained`."""
+    """The base by the names in memory, which are the names in `trained`. Raises UserError if there
+    is no base."""
+    if not base:
+        raise UserError(
+            f"{source.path} contains a part of the model that {model_home(source) / 'config.json'} "
+            "describes, and the other parts are in its base; name that with --base FOLDER"
+        )
     if trained.keys() <= base.keys():
         return base
     return naming_of(source, options, base).to_memory(base)

@@ -122,7 +122,7 @@ def make_plan(source: Source, options: Options | None = None) -> Plan:
     folder, notes = tokenizer_folder(source), assembled.notes
     if not options.adapter_only:
         notes += check_complete(source.path, assembled.config, assembled.tensors)
-    check_copied_files(find_copied_files(source, options.adapter_only))
+    check_copied_files(find_copied_files(source, options))
     stops = Stops(assembled.config)
     if not options.adapter_only:
         stops = with_stops(source, assembled.config, options.trust_remote_code)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.errors import UserError
+from launcher.export import names
 from launcher.export.assembled import (
     SAME_NAMES,
     Assembled,
@@ -23,8 +24,11 @@ from launcher.export.merge.ties import HEAD
 from launcher.export.names import Naming
 from launcher.export.source import Source
 from launcher.folders.adapter import read_settings
+from launcher.folders.model_config import read_model_config
 from launcher.io.adapter import PREFIX, plain_name
 from launcher.io.adapter_config import is_saved
+from launcher.io.adapter_places import in_composite
+from launcher.io.model_class import Places
 from launcher.io.readers.found import FoundModel
 from launcher.io.tensor import Tensor
 
@@ -42,6 +46,7 @@ class FrozenBase:
     naming: Naming | None  # None: the names on disk are the same
     trained: frozenset[str] = frozenset()  # names whose values are the checkpoint's
     notes: tuple[str, ...] = ()
+    places: Places | None = None  # of the model that was trained alone, if it was
 
 
 def sharded_adapter(source: Source, adapter_tensors: dict[str, Tensors]) -> Adapter:
@@ -67,17 +72,18 @@ def frozen_base(
     source: Source,
     base: Tensors,
     found: FoundModel,
-    model_tensors: Tensors,
     adapter: Adapter,
     config: Config,
     options: Options,
+    places: Places | None,
 ) -> FrozenBase:
     """The base folder's tensors, with the trained ones replaced by those of the checkpoint. Without
     a base folder: the checkpoint's tensors alone.
 
-    `model_tensors`: what the checkpoint contains besides the adapter, by plain names. Raises
-    UserError if it contains a tensor that the model does not have.
+    `found`: what the checkpoint contains besides the adapter, by plain names. Raises UserError if
+    it contains a tensor that the model does not have.
     """
+    model_tensors = found.tensors
     if base:
         same_names = fits(adapter, base) and model_tensors.keys() <= base.keys() | {HEAD}
         naming = None if same_names else naming_of(source, options, base)
@@ -91,9 +97,9 @@ def frozen_base(
             f"{source.path} contains an adapter and no base weights; name them with --base FOLDER"
         )
     tensors, config, tie_notes = without_twin(tensors, config)
-    config, vocabulary_notes = with_vocabulary(source, tensors, config)
+    config, vocabulary_notes = with_vocabulary(source, base, tensors, config)
     notes = (*tie_notes, *vocabulary_notes)
-    return FrozenBase(tensors, config, naming, frozenset(trained), notes)
+    return FrozenBase(tensors, config, naming, frozenset(trained), notes, places=places)
 
 
 def fits(adapter: Adapter, base: Iterable[str]) -> bool:
@@ -105,7 +111,8 @@ def fits(adapter: Adapter, base: Iterable[str]) -> bool:
 
 
 def adapter_only_result(source: Source) -> Assembled:
-    """The result of `--adapter-only`: a PEFT adapter, by the names in PEFT's files.
+    """The result of `--adapter-only`: a PEFT adapter, by the names in PEFT's files for the class
+    that the base's config.json names, which servers load.
 
     Raises UserError if the source contains no adapter, or several.
     """
@@ -122,7 +129,14 @@ def adapter_only_result(source: Source) -> Assembled:
         tensors = adapter.tensors
     else:
         raise UserError(f"--adapter-only: SOURCE {source.path} contains no adapter")
-    return Assembled(tensors, dict.fromkeys(tensors, action), adapter.config)
+    adapter = in_composite(replace(adapter, tensors=tensors), _places(source))
+    return Assembled(adapter.tensors, dict.fromkeys(adapter.tensors, action), adapter.config)
+
+
+def _places(source: Source) -> Places | None:
+    if source.base_config is None:
+        return None
+    return names.places_in(read_model_config(source.base_config), source.trained_class)
 
 
 def _with_trained(

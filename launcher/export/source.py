@@ -14,6 +14,7 @@ from launcher.folders.checkpoint import (
     END_TOKENS,
     MANIFEST,
     SCHEME,
+    TRAINED_CLASS,
     Checkpoint,
     damage_and_way_out,
     describe_skipped,
@@ -41,10 +42,13 @@ class Source:
     base: Path | None = None  # model folder with the weights that training started with
     read: Callable[[bool], FoundModel] | None = None
     adapters: tuple[Path, ...] = ()  # PEFT adapter folders
+    # The config.json of the base, for an adapter alone; None: it is not on this machine.
+    base_config: Path | None = None
     adapter_config: Path | None = None  # of the adapter in a sharded checkpoint
     extra_file_folders: tuple[Path, ...] = ()  # with config and tokenizer, in order of preference
     scheme: dict[str, Any] | None = None  # how training quantized the base, if SOURCE contains it
     partial: bool = False  # `read` returns only trained tensors; the others are those of `base`
+    trained_class: str | None = None  # of transformers; None: SOURCE does not say it
     end_tokens: tuple[int, ...] | None = None  # that end an answer; None: not stated
     # Folder with the chat template and the EOS token of a tokenizer whose other files are the
     # base's: checkpoints of old versions have them in the form of one version of transformers.
@@ -135,8 +139,14 @@ def _checkpoint_source(path: Path, base: str | None, adapter_only: bool) -> Sour
         raise UserError(damage_and_way_out(checkpoint, str(error))) from error
     recorded = saved["base"]
     if adapter_only and checkpoint.adapter is not None:
-        adapters = (checkpoint.adapter,)
-        return Source(Kind.CHECKPOINT, path, adapters=adapters, extra_file_folders=(path,))
+        return Source(
+            Kind.CHECKPOINT,
+            path,
+            adapters=(checkpoint.adapter,),
+            base_config=_base_config(base, recorded.get("name_or_path")),
+            extra_file_folders=(path,),
+            trained_class=saved.get(TRAINED_CLASS),
+        )
     folder = _find_base(base, recorded.get("name_or_path"), recorded.get("revision"))
     if tokens := recorded.get("add_tokens"):
         folder = extend(folder, tokens)
@@ -147,6 +157,7 @@ def _checkpoint_source(path: Path, base: str | None, adapter_only: bool) -> Sour
         path,
         folder,
         extra_file_folders=(folder,) if is_old else (path, folder),
+        trained_class=saved.get(TRAINED_CLASS),
         end_tokens=None if saved.get(END_TOKENS) is None else tuple(saved[END_TOKENS]),
         old_tokenizer=path if is_old else None,
     )
@@ -161,7 +172,11 @@ def _checkpoint_source(path: Path, base: str | None, adapter_only: bool) -> Sour
 
 def _adapter_source(path: Path, base: str | None, adapter_only: bool) -> Source:
     if adapter_only:
-        return Source(Kind.ADAPTER, path, adapters=(path,), extra_file_folders=(path,))
+        recorded = read_settings(path / SETTINGS).get("base_model_name_or_path")
+        config = _base_config(base, recorded)
+        return Source(
+            Kind.ADAPTER, path, adapters=(path,), base_config=config, extra_file_folders=(path,)
+        )
     folder = _base_of_adapter(path / SETTINGS, base)
     folders = (path, folder)
     return Source(Kind.ADAPTER, path, folder, adapters=(path,), extra_file_folders=folders)
@@ -198,7 +213,19 @@ def _sharded_source(path: Path, base: str | None, tag: str | None, adapter_only:
             f"SOURCE {path} ({kind.value}) has no config.json beside it; name its model with "
             "--base FOLDER"
         )
-    return Source(kind, path, folder, read, (), settings, tuple(folders))
+    config = None
+    if adapter_only:
+        recorded = read_settings(settings).get("base_model_name_or_path") if settings else None
+        config = _base_config(base, recorded)
+    return Source(
+        kind,
+        path,
+        folder,
+        read,
+        base_config=config,
+        adapter_config=settings,
+        extra_file_folders=tuple(folders),
+    )
 
 
 def _reader(path: Path, tag: str | None) -> tuple[Kind, Callable[[bool], FoundModel]]:
@@ -215,6 +242,13 @@ def _reader(path: Path, tag: str | None) -> tuple[Kind, Callable[[bool], FoundMo
         Kind.DCP: lambda _: dcp.read_model(path),
     }
     return kind, readers[kind]
+
+
+def _base_config(base: str | None, recorded: Any) -> Path | None:
+    """The config.json of the base that an adapter is for, if it is on this machine."""
+    name = base or recorded
+    file = Path(name) / CONFIG if isinstance(name, str) and name else None
+    return file if file is not None and file.is_file() else None
 
 
 def _base_of_adapter(settings: Path, base: str | None) -> Path:

@@ -31,6 +31,9 @@ SCHEME = "quantisation"
 # The manifest key for the ids of the tokens that end an answer; null: the rows have no answers.
 # Checkpoints of versions that did not save the key have a tokenizer in transformers' own form.
 END_TOKENS = "end_tokens"
+# The manifest key for the class of transformers that was trained. Checkpoints of versions that did
+# not save it were trained with the class that AutoModelForCausalLM picks.
+TRAINED_CLASS = "class"
 NAME = re.compile(r"step-[0-9]{6,}")  # of a checkpoint's folder; no other name is looked at
 CONTENTS = ("all", "weights")
 REQUIRED = ("step", "content", "base")  # other keys of the manifest came with later versions

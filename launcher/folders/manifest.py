@@ -33,6 +33,7 @@ FIELDS: dict[str, Field] = {
     "step": COUNT,
     "content": TEXT,
     "eval_loss": NUMBER,
+    "class": TEXT,
     "partial": FLAG,
     "quantisation": OBJECT,
     "end_tokens": COUNTS,

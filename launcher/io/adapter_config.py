@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from launcher.errors import UserError
@@ -88,8 +89,8 @@ def rank_and_scale(config: dict[str, Any], module: str) -> tuple[int, float]:
     The scale is alpha / r, or alpha / sqrt(r) (rsLoRA, https://arxiv.org/abs/2312.03732). Raises
     UserError if the rank is not at least 1.
     """
-    rank = _module_value(config, "rank_pattern", module, config["r"])
-    alpha = _module_value(config, "alpha_pattern", module, config["lora_alpha"])
+    rank = module_value(config, "rank_pattern", module, config["r"])
+    alpha = module_value(config, "alpha_pattern", module, config["lora_alpha"])
     if not isinstance(rank, int) or rank < 1:
         raise UserError(f"adapter_config.json gives {module} rank {rank!r}; it must be at least 1")
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -100,7 +101,7 @@ def is_saved(config: dict[str, Any], module: str) -> bool:
     return any(module.endswith(name) for name in config.get("modules_to_save") or ())
 
 
-def _module_value(config: dict[str, Any], key: str, module: str, default: Any) -> Any:
+def module_value(config: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of the path, as in PEFT
     (utils/other.py, get_pattern_key)."""
     for pattern, value in (config.get(key) or {}).items():

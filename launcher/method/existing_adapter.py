@@ -12,8 +12,11 @@ from launcher.folders import links
 from launcher.folders.adapter import WEIGHTS, adapter_folder, adapter_settings
 from launcher.io.adapter import PREFIX, read_adapter
 from launcher.io.adapter_config import check_mergeable, rank_and_scale
+from launcher.io.adapter_places import CHANGED_SETTINGS, inner_settings
+from launcher.io.model_class import places_of
 from launcher.io.readers.safetensors_file import read_tensors
 from launcher.method.initial_delta import BaseWeights, LowRankDelta
+from launcher.model.peft import PeftConfig
 
 MERGE_HINT = (
     "merge it with `shardway consolidate MODEL --adapter {adapter} --output DIR` and train on DIR"
@@ -38,6 +41,17 @@ def find_adapter(path: str, key: str) -> Path:
         links.check_tree(folder)
     check_mergeable(read_adapter(folder))
     return folder
+
+
+def for_model(settings: PeftConfig, model: nn.Module, path: str) -> PeftConfig:
+    """`settings` of the adapter at `path`, for `model`. They may be those for the composite that it
+    is a part of."""
+    if (places := places_of(model)) is None:
+        return settings
+    changed = inner_settings(settings.to_dict(), read_adapter_tensors(path), places)
+    for key in CHANGED_SETTINGS:
+        setattr(settings, key, changed[key])
+    return settings
 
 
 def read_deltas(path: str) -> dict[str, LowRankDelta]:
@@ -69,8 +83,10 @@ def merge_adapters(
     """Add the adapters at `paths` to the base, in order. Returns the sum of their deltas by module
     of `model`. Raises UserError for an adapter that does not fit."""
     total: dict[str, LowRankDelta] = {}
+    places = places_of(model)
     for path in paths:
-        for module, delta in read_deltas(path).items():
+        for name, delta in read_deltas(path).items():
+            module = places.inner(name) if places else name
             total[module] = total[module].plus(delta) if module in total else delta
     for module, delta in total.items():
         base.add(_get_module(model, module, delta), delta)

@@ -29,6 +29,8 @@ from launcher.method.initial_delta import (
 )
 from launcher.method.peft_tensors import (
     ADAPTER_NAME,
+    in_composite,
+    in_model,
     lora_layers,
     tied_names,
     to_model_names,
@@ -129,13 +131,14 @@ class Lora:
             config.target_modules = set(total)
         folder.mkdir(parents=True)
         config.save_pretrained(folder)
+        tensors = in_composite(model, tensors, folder)
         # Not save_file: it creates files that only their owner can read, whatever the umask.
         content = save(_without_shared_memory(tensors), {"format": "pt"})
         (folder / WEIGHTS).write_bytes(content)
 
     def read(self, model: PeftModel, folder: Path) -> dict[str, torch.Tensor]:
         """Raises UserError if the folder's adapter is not one of this run."""
-        saved = read_tensors(folder / WEIGHTS)
+        saved = in_model(model, read_tensors(folder / WEIGHTS))
         self._remove_initial_deltas(model, saved)
         return to_model_names(model, saved, folder, self._tied)
 
@@ -150,7 +153,7 @@ class Lora:
             with warnings.catch_warnings():  # export unties tied weights if they differ
                 warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
                 wrapped = get_peft_model(
-                    model, self._peft_config(keep_tie), autocast_adapter_dtype=False
+                    model, self._peft_config(model, keep_tie), autocast_adapter_dtype=False
                 )
         except ValueError as error:
             raise UserError(f"method.target_modules={targets}: {error}") from error
@@ -160,7 +163,7 @@ class Lora:
         self._check_modules_to_save(wrapped)
         return wrapped
 
-    def _peft_config(self, keep_tie: bool) -> PeftConfig:
+    def _peft_config(self, model: nn.Module, keep_tie: bool) -> PeftConfig:
         config = self.config
         if config.adapter is not None:
             folder = existing_adapter.find_adapter(config.adapter, "method.adapter")
@@ -168,7 +171,7 @@ class Lora:
             peft_config.inference_mode, peft_config.lora_dropout = False, config.dropout
             peft_config.base_model_name_or_path = None  # PEFT sets it to the base of this run
             peft_config.init_lora_weights = True
-            return peft_config
+            return existing_adapter.for_model(peft_config, model, config.adapter)
         targets = config.target_modules
         return PeftConfig(
             r=config.rank,
@@ -231,7 +234,7 @@ class Lora:
 
     def _load_adapter(self, model: PeftModel, path: str) -> None:
         folder = existing_adapter.find_adapter(path, "method.adapter")
-        saved = existing_adapter.read_adapter_tensors(path)
+        saved = in_model(model, existing_adapter.read_adapter_tensors(path))
         values = to_model_names(model, saved, folder, self._tied)
         parameters = dict(model.named_parameters())
         for name, value in values.items():

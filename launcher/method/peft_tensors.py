@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 
 from launcher.errors import UserError
+from launcher.folders.adapter import SETTINGS, read_settings
 from launcher.io.adapter import PREFIX
+from launcher.io.adapter_places import inner_tensors, outer_settings, outer_tensors
+from launcher.io.model_class import places_of
 from launcher.method.initial_delta import LowRankDelta, ScaledDeltas
 from launcher.model.peft import LoraLayer, PeftModel, get_peft_model_state_dict
 
@@ -75,3 +79,24 @@ def to_model_names(
             f"unexpected, such as {differing[0]}"
         )
     return {name: saved[peft_name] for name, peft_name in peft_name_of.items()}
+
+
+def in_composite(
+    model: PeftModel, tensors: dict[str, torch.Tensor], folder: Path
+) -> dict[str, torch.Tensor]:
+    """`tensors`, under their names in PEFT's files, by the names of the composite that the base is
+    a part of; the adapter_config.json in `folder` becomes that for the composite."""
+    places = places_of(model.get_base_model())
+    if places is None:
+        return tensors
+    file = folder / SETTINGS
+    settings = outer_settings(read_settings(file), tensors, places)
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True))  # as PEFT does
+    return outer_tensors(tensors, places)
+
+
+def in_model(model: PeftModel, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The reverse of `in_composite`, for the tensors of a folder. They may have the names of the
+    model already, as those that earlier versions wrote."""
+    places = places_of(model.get_base_model())
+    return saved if places is None else inner_tensors(saved, places)

@@ -23,6 +23,7 @@ from launcher.folders.model import CONFIG
 from launcher.folders.model_config import read_model_config
 from launcher.io.completeness import missing_buffers, missing_parameters, tied_names
 from launcher.io.conversion import Conversion, find_sources
+from launcher.io.model_class import Places, places_of, remember_places, trained_places
 from launcher.io.weight_views import LazyWeight, read_full
 from launcher.model.attention import choose_attention
 from launcher.model.completeness import (
@@ -172,6 +173,7 @@ def _load_whole(
         output_loading_info=True,
     )
     check_loaded(ties, loaded, info, folder)
+    remember_places(loaded, places_of(model))
     return loaded
 
 
@@ -205,6 +207,7 @@ def model_on_meta(
         architecture = AutoConfig.from_pretrained(folder, trust_remote_code=code)
     except Exception as error:  # each class checks its values in its own way
         raise _unreadable(folder, error) from error
+    places = _places(config, folder, architecture)
     attention = choose_attention(config.attention, architecture, packed)
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
@@ -218,7 +221,19 @@ def model_on_meta(
             f"{folder} with model.attention={config.attention} cannot be built: {error}"
         ) from error
     model.tie_weights()  # building on the meta device loses the tie
+    remember_places(model, places)
     return model
+
+
+def _places(config: ModelConfig, folder: Path, architecture: Any) -> Places | None:
+    """Where the class that is trained is in that of the folder. Raises UserError for a class that
+    cannot be trained, or whose training could not be exported."""
+    if config.trust_remote_code and hasattr(architecture, "auto_map"):
+        return None
+    try:
+        return trained_places(architecture)
+    except UserError as error:
+        raise UserError(f"model.name_or_path={folder}: {error}") from error
 
 
 def _unreadable(folder: Path, error: Exception) -> UserError:

@@ -13,6 +13,7 @@ from torch import nn
 from launcher.config import Config
 from launcher.distributed.collectives import in_parts
 from launcher.distributed.process_group import RankInfo
+from launcher.folders.checkpoint import TRAINED_CLASS
 from launcher.method import build_method
 from launcher.method.base import Method
 from launcher.method.fused_lora import fuse_adapters
@@ -58,6 +59,7 @@ def build_train_state(
     model, weights = build_model(
         base, folder, training.seed, compute, config.data.packing, in_parts
     )
+    model_class = type(model).__name__  # FSDP2 makes another one of it
     if base.add_tokens:
         config = replace(config, method=train_vocabulary(config.method, model))
     strategy_factory = partial(new_strategy, config, rank_info)
@@ -66,6 +68,7 @@ def build_train_state(
     torch.manual_seed(training.seed + rank_info.rank)  # every rank has its own dropout
     origin = {
         "base": base.origin(),
+        TRAINED_CLASS: model_class,
         "data": data,
         "ranks": rank_info.world_size,
         "strategy": config.strategy.name,

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from launcher.export.assembled import SAME_NAMES
 from launcher.export.names import find_naming
+from launcher.export.trainable import check_exportable
 from launcher.io.readers.safetensors_file import read_header
 from tests.helpers.architectures import MODELS
 from tests.helpers.exports import consolidate, stored
@@ -123,6 +124,30 @@ def test_tensors_that_no_model_class_builds_are_copied(base: Path, tmp_path: Pat
     assert found.keys() == tensors.keys()
     for name in ("model.mtp.proj.weight", "model.mtp.steps"):
         assert torch.equal(found[name], tensors[name])
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_a_base_without_the_prefix_of_the_class_keeps_its_names(kind: str, tmp_path: Path) -> None:
+    """As the files of GPT-2 and BLOOM on the hub: `h.0…` is `transformer.h.0…` in memory."""
+    model, base = random_model("gpt2"), tmp_path / "base"
+    model.save_pretrained(base)
+    plain = {n.removeprefix("transformer."): t for n, t in stored(base).items()}
+    save_file(plain, base / "model.safetensors", {"format": "pt"})
+    check_exportable(base)
+    if kind == "adapter":
+        model = get_peft_model(model, LoraConfig(r=2, **ADAPTERS["gpt2"]))
+        for parameter in model.parameters():
+            parameter.data += 0.1 * parameter.requires_grad
+        model.save_pretrained(tmp_path / "source")
+        model = model.merge_and_unload()
+    else:
+        for parameter in model.parameters():
+            parameter.data += 0.5
+        dcp.save({"model": dict(model.named_parameters())}, checkpoint_id=tmp_path / "source")
+    consolidate(tmp_path / "source", "--base", base, "--output", tmp_path / "out")
+    found = stored(tmp_path / "out")
+    assert found.keys() == plain.keys()
+    assert torch.equal(answer(load("gpt2", tmp_path / "out")), answer(model))
 
 
 @pytest.mark.parametrize("model_type", SAME_NAMES)

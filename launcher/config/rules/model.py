@@ -35,6 +35,16 @@ def _quantization(config: Config) -> str | None:
     return str(scheme["quant_method"]) if "quant_method" in scheme else "an unknown method"
 
 
+def _dequantization(config: Config) -> str:
+    """How to make the original of a model that was released in MXFP4 only (gpt-oss)."""
+    if _quantization(config) != "mxfp4":
+        return ""
+    return (
+        ", which transformers makes once: AutoModelForCausalLM.from_pretrained(FOLDER, "
+        'dtype="bfloat16", quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(NEW)'
+    )
+
+
 def _has_no_chat_template(config: Config, world: World) -> bool:
     """Whether rows are conversations and the tokenizer has no chat template.
 
@@ -152,7 +162,7 @@ MODEL_RULES: tuple[Rule, ...] = (
             f"model.name_or_path={c.model.name_or_path} is quantized ({_quantization(c)}): its "
             "weights cannot be trained or merged"
         ),
-        lambda c, w: "model.name_or_path=FOLDER of the 16-bit original",
+        lambda c, w: f"model.name_or_path=FOLDER of the 16-bit original{_dequantization(c)}",
         Example(
             "model.name_or_path=./model",
             files={

@@ -143,7 +143,8 @@ def _config_changes(
     notes = []
     rows = merged[pair.embedding].shape[0]
     head = merged.get(pair.head)
-    if head is not None and head.shape[0] != rows:
+    resized = any(merged[name].shape != tensor.shape for name, tensor in base.items())
+    if head is not None and head.shape[0] != rows and resized:
         raise UserError(
             f"after merging, {pair.embedding} has {rows} rows and {pair.head} {head.shape[0]}; "
             "save the adapter with save_embedding_layers=True, so that it contains both"

@@ -12,7 +12,7 @@ from launcher.folders.vocabulary import EMBEDDING_MODULES, config_value
 from launcher.folders.vocabulary import config_changes as config_changes
 from launcher.io.tensor import Tensor
 
-HEAD = "lm_head.weight"  # transformers' name in memory, for every name on disk
+HEAD = "lm_head.weight"  # the end of transformers' name in memory, for every name on disk
 CLASSES_WITH_HEAD = (
     "ForCausalLM",
     "LMHeadModel",
@@ -53,7 +53,8 @@ def find_embedding_pair(base: dict[str, Tensor], config: dict[str, Any]) -> Embe
     names = of_size or names
     if len(names) != 1:
         return None
-    return EmbeddingPair(names[0], HEAD, is_tied(config, HEAD in base))
+    head = next((name for name in base if name.endswith(f".{HEAD}")), HEAD)
+    return EmbeddingPair(names[0], head, is_tied(config, head in base))
 
 
 def tied_edits(

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Naming:
     shapes: dict[str, tuple[int, ...]]  # in memory
     resizable: frozenset[str]  # parameters with one row for each token
     optional: frozenset[str]  # never saved, or created on loading
+    stored: dict[str, str] = field(default_factory=dict)  # in memory → the base's name on disk
 
     def to_memory(self, disk: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors by their names on disk → tensors by their names in `model.state_dict()`.
@@ -45,7 +46,7 @@ class Naming:
         """
         memory: dict[str, Tensor] = {}
         groups: dict[str, Any] = {}
-        for name, renamed, pattern, converter in self._renamed(disk):
+        for name, renamed, pattern, converter in self.renamed(disk):
             if pattern is None:
                 _add_unique(memory, renamed, disk[name])
             else:
@@ -64,15 +65,21 @@ class Naming:
                     )
         return memory
 
+    def unbuilt(self, disk: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors on disk that make up none of the model's: no training changes them."""
+        renamed = self.renamed(disk)
+        return {name: disk[name] for name, memory, *_ in renamed if memory not in self.shapes}
+
     def to_disk(self, memory: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors by their names in memory → tensors by the names that `save_pretrained` writes.
+        """Tensors by their names in memory → tensors by the base's names, or `save_pretrained`'s.
 
         Raises UserError if a tensor is missing, or has a shape that the model does not give it.
         """
         from transformers.core_model_loading import revert_weight_conversion
 
         self._check_memory(memory)
-        known = {name: trace(memory[name]) for name in memory if name in self.shapes}
+        apart = self.shapes.keys() - self.stored.keys()
+        known = {name: trace(memory[name]) for name in memory if name in apart}
         disk: dict[str, Tensor] = {}
         with self._convert_errors("the tensors of the checkpoint"):
             converted = revert_weight_conversion(self.model, known)
@@ -80,10 +87,10 @@ class Naming:
             _add_unique(disk, name, tensor)
         for name, tensor in memory.items():
             if name not in known:
-                _add_unique(disk, name, tensor)
+                _add_unique(disk, self.stored.get(name, name), tensor)
         return disk
 
-    def _renamed(self, disk: Iterable[str]) -> Iterator[tuple[str, str, str | None, Any]]:
+    def renamed(self, disk: Iterable[str]) -> Iterator[tuple[str, str, str | None, Any]]:
         """(name on disk, name in memory, pattern, converter) for each tensor. Pattern and converter
         are None if the tensor is only renamed.
 
@@ -156,9 +163,12 @@ def find_naming(
     UserError if transformers does not have the class.
     """
     naming = _naming(config_folder, _build_from_folder(config_folder, trust_remote_code))
-    if names:
-        naming.model._weight_conversions = _used_conversions(naming.conversions, names)
-    return naming
+    if not names:
+        return naming
+    naming.model._weight_conversions = _used_conversions(naming.conversions, names)
+    renamed = naming.renamed(names)
+    stored = {memory: disk for disk, memory, converter, _ in renamed if converter is None}
+    return replace(naming, stored=stored)
 
 
 def naming_of_config(folder: Path, config: dict[str, Any]) -> Naming:

@@ -18,7 +18,7 @@ from launcher.folders.model import CONFIG, INDEX
 def write_extra_files(plan: Plan, folder: Path) -> None:
     """Write the extra files to `folder`. Existing files are overwritten: a resumed export writes
     them again."""
-    for name, origin in sorted(find_copied_files(plan.source, plan.options.adapter_only).items()):
+    for name, origin in sorted(find_copied_files(plan.source, plan.options).items()):
         shutil.copyfile(origin, folder / name)
     if plan.options.adapter_only:
         _write_json(folder / SETTINGS, plan.config, sort=False)

@@ -13,3 +13,4 @@ class FoundModel:
     aliases: dict[str, str] = field(default_factory=dict)  # tied name → the name in `tensors`
     notes: tuple[str, ...] = ()  # messages for the user: what was left out or assumed
     trained: frozenset[str] | None = None  # names that the optimizer updates; None: unknown
+    partial: bool = False  # the other tensors of the model are those of the base

@@ -1,0 +1,209 @@
+"""Which class of transformers is trained for a config.json, and where its parts are in the class
+that the folder's files belong to.
+
+A composite (`Qwen3_5ForConditionalGeneration`: a vision tower and a text model) is trained as its
+text model alone (`Qwen3_5ForCausalLM`), the class that AutoModelForCausalLM picks. The parameters
+of that class have other paths than in the composite: `model.layers.0` is
+`model.language_model.layers.0` there. Training, checkpoints, export, chat and plan ask here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+
+from launcher.errors import UserError
+
+T = TypeVar("T")
+ATTRIBUTE = "shardway_places"  # of a model that is trained alone: its `Places`
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the parts of a model are in the composite that contains it."""
+
+    inner_class: str  # of the part that is trained alone
+    outer_class: str  # of the composite
+    prefixes: tuple[tuple[str, str], ...]  # (path in the inner class, path in the outer one)
+    others: frozenset[str]  # modules of the outer class that the inner class does not have
+
+    def outer(self, name: str) -> str:
+        """The composite's name of a parameter or module of the inner class. A name that is the
+        composite's already is returned as it is."""
+        if self.is_outer(name):
+            return name
+        return _renamed(name, self.prefixes)
+
+    def inner(self, name: str) -> str:
+        """The reverse. A name that is the inner class's already is returned as it is."""
+        return _renamed(name, tuple((outer, inner) for inner, outer in self.prefixes))
+
+    def is_outer(self, name: str) -> bool:
+        """Whether only the composite has the name."""
+        moved = [outer for inner, outer in self.prefixes if inner != outer]
+        return any(_begins(name, path) for path in (*moved, *self.roots))
+
+    @cached_property
+    def roots(self) -> tuple[str, ...]:
+        """The modules of the composite that the inner class does not have, without those inside
+        one of them: a vision tower, a projector."""
+        parts = [outer for _, outer in self.prefixes]
+        apart = {name for name in self.others if not any(_begins(part, name) for part in parts)}
+        return tuple(sorted(name for name in apart if name.rpartition(".")[0] not in apart))
+
+    def outer_names(self, tensors: Mapping[str, T]) -> dict[str, T]:
+        """`tensors` by the composite's names. They are left as they are if some have these."""
+        if any(self.is_outer(name) for name in tensors):
+            return dict(tensors)
+        return {self.outer(name): tensor for name, tensor in tensors.items()}
+
+    def contains(self, name: str) -> bool:
+        """Whether a name of the composite is one of a part that the inner class has."""
+        return any(_begins(name, outer) for _, outer in self.prefixes)
+
+
+def _begins(name: str, path: str) -> bool:
+    return not path or name == path or name.startswith(f"{path}.")
+
+
+def _renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
+    """`name` with the first path of `pairs` that it begins with replaced."""
+    for old, new in pairs:
+        if _begins(name, old):
+            rest = name.removeprefix(old).removeprefix(".")
+            return ".".join(filter(None, (new, rest)))
+    return name
+
+
+def causal_class(config: Any) -> Any:
+    """The class that AutoModelForCausalLM picks for a configuration; None: it has none."""
+    import transformers
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    mapping = transformers.AutoModelForCausalLM._model_mapping
+    return _get_model_class(config, mapping) if type(config) in mapping else None
+
+
+def text_class(config: Any) -> Any:
+    """The class that AutoModelForCausalLM picks for the text model of a composite; None: it has
+    none, or `config` is not that of a composite."""
+    text = config.get_text_config(decoder=True)
+    found = None if text is config else causal_class(text)
+    return found if found is not None and found.config_class is type(text) else None
+
+
+def trained_class(config: Any) -> Any:
+    """The class that is trained for the configuration of a folder.
+
+    Raises UserError for an encoder-decoder, and for a model that is no causal language model.
+    """
+    named = named_class(config)
+    name = named.__name__ if named else f"a model of type {config.model_type}"
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"{name} is an encoder-decoder: its encoder reads the prompt, and rows are trained "
+            "here as one text → a decoder-only model (…ForCausalLM)"
+        )
+    found = causal_class(config)
+    if found is None:
+        raise UserError(f"{name} is no causal language model → {_way_out(config)}")
+    return found
+
+
+def _way_out(config: Any) -> str:
+    """What to do about a model that AutoModelForCausalLM does not have."""
+    if text_class(config) is None:
+        return "a model that AutoModelForCausalLM has (…ForCausalLM)"
+    return (
+        "its text model alone: shardway consolidate FOLDER --text-only --output TEXT, then "
+        "model.name_or_path=TEXT"
+    )
+
+
+def named_class(config: Any) -> Any:
+    """The class that `architectures` of a config.json names; None: it names none, or transformers
+    does not have it."""
+    import transformers
+
+    name = (getattr(config, "architectures", None) or [None])[0]
+    return getattr(transformers, name, None) if isinstance(name, str) else None
+
+
+def trained_places(config: Any) -> Places | None:
+    """Where the class that is trained is in the class that `config` names; None if they are the
+    same, or if `config` names no class.
+
+    `config`: of transformers. Raises UserError if the class is no part of the other one: its
+    training could not be exported.
+    """
+    outer, inner = named_class(config), trained_class(config)
+    if outer in (None, inner):
+        return None
+    places = find_places(inner, outer, config)
+    if places is None:
+        raise UserError(
+            f"config.json names {outer.__name__}, and {inner.__name__}, which would be trained, is "
+            f"no part of it: the result could not be exported → convert it once: transformers."
+            f"{inner.__name__}.from_pretrained(FOLDER).save_pretrained(NEW)"
+        )
+    return places
+
+
+def find_places(inner_class: Any, outer_class: Any, config: Any) -> Places | None:
+    """Where the parts of `inner_class` are in `outer_class`, which `config` describes; None if
+    these are not exactly one place with the same parameters for each part."""
+    outer = meta_model(outer_class, config)
+    is_text = inner_class.config_class is not type(config)
+    inner = meta_model(inner_class, config.get_text_config(decoder=True) if is_text else config)
+    prefixes = _prefixes(inner, outer)
+    if prefixes is None:
+        return None
+    paths = {_renamed(name, prefixes) for name, _ in inner.named_modules() if name}
+    others = {name for name, _ in outer.named_modules() if name} - paths
+    places = Places(inner_class.__name__, outer_class.__name__, prefixes, frozenset(others))
+    shapes = {name: value.shape for name, value in outer.state_dict().items()}
+    same = all(
+        shapes.get(places.outer(name)) == value.shape for name, value in inner.state_dict().items()
+    )
+    return places if same else None
+
+
+def _prefixes(inner: Any, outer: Any) -> tuple[tuple[str, str], ...] | None:
+    """(path in `inner`, path in `outer`) of each part. Parts are equal if their classes are, and
+    the heads are equal."""
+    whole = [path for path, module in outer.named_modules() if type(module) is type(inner)]
+    if len(whole) == 1:
+        return (("", whole[0]),)
+    head, outer_head = inner.get_output_embeddings(), outer.get_output_embeddings()
+    prefixes = []
+    for path, part in inner.named_children():
+        found = [
+            each
+            for each, module in outer.named_modules()
+            if (module is outer_head if part is head else type(module) is type(part))
+        ]
+        if len(found) != 1:
+            return None
+        prefixes.append((path, found[0]))
+    return tuple(prefixes)
+
+
+def meta_model(model_class: Any, config: Any) -> Any:
+    """A model of transformers' class, without data."""
+    with torch.device("meta"):  # eager attention needs no other library
+        return model_class._from_config(config, attn_implementation="eager")
+
+
+def remember_places(model: Any, places: Places | None) -> None:
+    """Attach `places` to a model that is trained alone, for `places_of`."""
+    setattr(model, ATTRIBUTE, places)
+
+
+def places_of(model: Any) -> Places | None:
+    """Where the model is in the composite of its folder; None: it is no part of one."""
+    found: Places | None = getattr(model, ATTRIBUTE, None)
+    return found

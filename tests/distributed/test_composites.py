@@ -1,0 +1,121 @@
+"""A composite is trained as its text model, and exported as the composite again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from launcher.folders import manifest
+from launcher.folders.adapter import WEIGHTS
+from tests.helpers.checkpoints import END, QUESTION, STOP, run_steps, save_and_answer, six_steps
+from tests.helpers.composites import COMPOSITES, load_composite, make_composite
+from tests.helpers.exports import consolidate, stored
+from tests.helpers.parts import Case
+
+TRAINED = {
+    "qwen3_5": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe": "Qwen3_5MoeForCausalLM",
+    "llama4": "Llama4ForCausalLM",
+    "mllama": "MllamaForCausalLM",
+    "gemma3": "Gemma3ForConditionalGeneration",
+}
+PARTS = ("visual", "vision_model", "vision_tower", "projector", "mtp")  # that are not trained
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("composites")
+    return {name: make_composite(name, folder / name) for name in TRAINED}
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=QUESTION).logits
+    return found
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_trained_composite_is_exported_whole(
+    ranks: Any, bases: dict[str, Path], rows_file: Path, tmp_path: Path, name: str, method: str
+) -> None:
+    base, linear = bases[name], name.startswith("qwen")
+    # Endings that modules of the vision tower have, too.
+    targets = {"target_modules": ["q_proj", "o_proj", "gate_proj", "in_proj_qkv"][: 3 + linear]}
+    case = Case(
+        base, rows_file, method=method, steps=2, learning_rate=5e-2, global_batch_size=4,
+        method_options=targets if method == "lora" else {},
+    )  # fmt: skip
+    answer, _ = ranks.run(2, save_and_answer, case, tmp_path / "run")
+    checkpoint = tmp_path / "run/checkpoints/step-000002"
+    assert manifest.read(checkpoint / "manifest.json")["class"] == TRAINED[name]
+
+    consolidate(checkpoint, "--output", tmp_path / "out", "--max-shard-size", "100KB")
+    before, after = stored(base), stored(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        if any(part in key for part in PARTS):
+            assert torch.equal(after[key], tensor), key
+    assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == [
+        COMPOSITES[name][0]
+    ]
+    exported = load_composite(name, tmp_path / "out")
+    assert not torch.allclose(answer, logits(load_composite(name, base)), atol=1e-4)
+    assert torch.allclose(answer, logits(exported), atol=1e-5)
+    if method == "lora":
+        adapted = PeftModel.from_pretrained(load_composite(name, base), checkpoint / "adapter")
+        names = {key.replace(".default", "") for key in adapted.state_dict() if "lora_" in key}
+        assert names == load_file(checkpoint / "adapter/adapter_model.safetensors").keys()
+        assert torch.allclose(answer, logits(adapted), atol=1e-5)
+
+
+def test_a_run_resumes_from_an_adapter_of_the_composite(
+    ranks: Any, bases: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    case = six_steps(bases["qwen3_5"], rows_file, "lora", "fsdp")
+    straight = ranks.run(2, run_steps, case, tmp_path / "straight", 0, END)[0]
+    ranks.run(2, run_steps, case, tmp_path / "parts", 0, STOP)
+    adapter = tmp_path / f"parts/checkpoints/step-{STOP:06d}/adapter"
+    assert any(".language_model." in name for name in load_file(adapter / WEIGHTS))
+    resumed = ranks.run(2, run_steps, case, tmp_path / "parts", STOP, END)[0]
+    assert resumed == straight[STOP:]
+    with_names_of_earlier_versions(adapter)
+    (tmp_path / "old/checkpoints").mkdir(parents=True)
+    adapter.parent.rename(tmp_path / f"old/checkpoints/step-{STOP:06d}")
+    assert ranks.run(2, run_steps, case, tmp_path / "old", STOP, END)[0] == straight[STOP:]
+
+
+@pytest.mark.parametrize("key", ["adapter", "merge_first"])
+def test_a_run_goes_on_with_an_adapter_of_the_composite(
+    ranks: Any, bases: dict[str, Path], rows_file: Path, tmp_path: Path, key: str
+) -> None:
+    """`method.adapter` trains it on, `method.merge_first` trains another one on top of it."""
+    base = bases["qwen3_5"]
+    first = Case(
+        base, rows_file, steps=2, learning_rate=5e-2, global_batch_size=4,
+        method_options={"rank_pattern": {"layers.1.self_attn.q_proj": 2}},
+    )  # fmt: skip
+    ranks.run(2, save_and_answer, first, tmp_path / "first")
+    adapter = tmp_path / "first/checkpoints/step-000002/adapter"
+    given = {"adapter": str(adapter)} if key == "adapter" else {"merge_first": [str(adapter)]}
+    second = replace(first, method_options=given)
+    answer, _ = ranks.run(2, save_and_answer, second, tmp_path / "second")
+    checkpoint = tmp_path / "second/checkpoints/step-000002"
+    adapted = PeftModel.from_pretrained(load_composite("qwen3_5", base), checkpoint / "adapter")
+    assert torch.allclose(answer, logits(adapted), atol=1e-5)
+    consolidate(checkpoint, "--output", tmp_path / "out")
+    assert torch.allclose(answer, logits(load_composite("qwen3_5", tmp_path / "out")), atol=1e-5)
+
+
+def with_names_of_earlier_versions(adapter: Path) -> None:
+    """Give the tensors the names of the text model."""
+    tensors = load_file(adapter / WEIGHTS)
+    renamed = {name.replace(".language_model.", "."): each for name, each in tensors.items()}
+    save_file(renamed, adapter / WEIGHTS, {"format": "pt"})
