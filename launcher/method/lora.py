@@ -35,6 +35,7 @@ from launcher.method.peft_tensors import (
     to_peft_names,
     trained_deltas,
 )
+from launcher.model.adaptable import unadaptable_linears
 from launcher.model.load import Weights
 from launcher.model.peft import (
     LoraLayer,
@@ -150,7 +151,7 @@ class Lora:
             with warnings.catch_warnings():  # export unties tied weights if they differ
                 warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
                 wrapped = get_peft_model(
-                    model, self._peft_config(keep_tie), autocast_adapter_dtype=False
+                    model, self._peft_config(model, keep_tie), autocast_adapter_dtype=False
                 )
         except ValueError as error:
             raise UserError(f"method.target_modules={targets}: {error}") from error
@@ -160,7 +161,7 @@ class Lora:
         self._check_modules_to_save(wrapped)
         return wrapped
 
-    def _peft_config(self, keep_tie: bool) -> PeftConfig:
+    def _peft_config(self, model: nn.Module, keep_tie: bool) -> PeftConfig:
         config = self.config
         if config.adapter is not None:
             folder = existing_adapter.find_adapter(config.adapter, "method.adapter")
@@ -169,12 +170,13 @@ class Lora:
             peft_config.base_model_name_or_path = None  # PEFT sets it to the base of this run
             peft_config.init_lora_weights = True
             return peft_config
-        targets = config.target_modules
+        targets, is_all = config.target_modules, config.target_modules == ["all-linear"]
         return PeftConfig(
             r=config.rank,
             lora_alpha=config.resolved_alpha(),
             lora_dropout=config.dropout,
-            target_modules="all-linear" if targets == ["all-linear"] else targets,
+            target_modules="all-linear" if is_all else targets,
+            exclude_modules=(unadaptable_linears(model) if is_all else None) or None,
             use_rslora=config.rslora,
             use_dora=config.dora,
             rank_pattern=dict(config.rank_pattern),

@@ -26,6 +26,7 @@ from launcher.io.completeness import tied_names
 from launcher.model.attention import choose_attention
 from launcher.model.completeness import check_loaded, check_names, check_ties
 from launcher.model.lazy_weight import FileWeight, InParts, LazyWeight, alone
+from launcher.model.trainable import refuse_untrainable
 
 MB = 1e6
 
@@ -191,6 +192,7 @@ def model_on_meta(
         architecture = AutoConfig.from_pretrained(folder, trust_remote_code=code)
     except Exception as error:  # each class checks its values in its own way
         raise _unreadable(folder, error) from error
+    refuse_untrainable(architecture, folder)
     attention = choose_attention(config.attention, architecture, packed)
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
