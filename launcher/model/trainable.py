@@ -16,6 +16,11 @@ def refuse_untrainable(architecture: Any, folder: Path) -> None:
             f"{where}: {architecture.model_type} is an encoder-decoder, whose targets are not the "
             "tokens of its input → a causal language model"
         )
+    if any(name.startswith("audio_encoder") for name in architecture.sub_configs):
+        raise UserError(
+            f"{where}: {architecture.model_type} generates audio, whose targets are not tokens of "
+            "text → a causal language model"
+        )
     if vars(architecture).get("is_decoder") is False:
         raise UserError(
             f"{where}: {architecture.model_type} with is_decoder=false reads both sides of a token,"

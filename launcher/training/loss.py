@@ -21,7 +21,8 @@ def token_loss(model: nn.Module, batch: MicroBatch, label_smoothing: float = 0.0
     with loss_targets(targets):
         logits = model(**batch.inputs()).logits
     if targets.passed_by:  # the model has changed the sum, as it changes logits
-        return PassBy.apply(logits, targets.passed_by.pop())
+        loss: torch.Tensor = PassBy.apply(logits, targets.passed_by.pop())
+        return loss
     if logits.ndim == 0:  # launcher.model.chunked_loss has computed the sum
         return logits  # type: ignore[no-any-return]
     return cross_entropy(

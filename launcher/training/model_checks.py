@@ -26,15 +26,30 @@ HALF_TOLERANCE, HALF_SHAPE_TOLERANCE = 0.01, 0.05
 
 
 def check_model(state: TrainState, packed: bool, dtype: torch.dtype) -> None:
-    """Both checks of a model that is ready to train, where they are needed. Collective.
+    """All checks of a model that is ready to train, where they are needed. Collective.
 
     Attention by a function of launcher.model.attention is causal. `dtype`: of the computation.
     """
+    _check_vocabulary(state.model)
     model, device = state.strategy.model, state.rank_info.device
     if not is_ours(state.model):
         check_causality(model, device, state.vocabulary_size, dtype)
     if packed:
         check_document_masking(model, device, state.vocabulary_size, dtype)
+
+
+def _check_vocabulary(model: Any) -> None:
+    """Raises UserError if the embedding and the head have different numbers of rows: an export
+    would take one of them for resized."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if not isinstance(head, nn.Linear) or not isinstance(embedding, nn.Embedding):
+        return
+    if head.out_features != embedding.num_embeddings:
+        raise UserError(
+            f"{_name_of(model)} reads {embedding.num_embeddings:,} tokens and predicts "
+            f"{head.out_features:,}: it is not a model of text alone, and its export would be "
+            "refused → a causal language model"
+        )
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ def test_a_causal_model_passes(model_type: str) -> None:
 
 @pytest.mark.parametrize(
     ("model_type", "attention"),
-    [("gpt_oss", "eager"), ("mamba2", "eager"), ("gemma2", "sdpa"), ("llama", "shardway_causal")],
+    [("gpt_oss", "eager"), ("mamba2", "eager"), ("olmo2", "sdpa"), ("llama", "shardway_causal")],
 )
 def test_attention_is_what_the_class_has(model_type: str, attention: str, tmp_path: Path) -> None:
     release(model_type, tmp_path)
