@@ -32,10 +32,11 @@ def check_model(state: TrainState, packed: bool, dtype: torch.dtype) -> None:
     """
     _check_vocabulary(state.model)
     model, device = state.strategy.model, state.rank_info.device
-    if not is_ours(state.model):
-        check_causality(model, device, state.vocabulary_size, dtype)
-    if packed:
-        check_document_masking(model, device, state.vocabulary_size, dtype)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if not is_ours(state.model):
+            check_causality(model, device, state.vocabulary_size, dtype)
+        if packed:
+            check_document_masking(model, device, state.vocabulary_size, dtype)
 
 
 def _check_vocabulary(model: Any) -> None:
@@ -70,14 +71,13 @@ def check_causality(
             _logits(model, device, [[*first, *second]], packed=False)[:DOCUMENT_LENGTH]
             for second in (first, other)
         )
-    except UserError:
-        raise
+        model.train()
+        _logits(model, device, [[*first, *other]], packed=False)  # some take one length only
     except Exception as error:  # each class refuses in its own way
         raise UserError(
-            f"{name} cannot be trained on text: it does not compute logits from token ids alone "
+            f"{name} cannot be trained on text: it does not compute logits from any token ids "
             f"({type(error).__name__}: {error}) → a causal language model"
         ) from error
-    model.train()
     if _differ(before, after, TOLERANCES.get(dtype, HALF_TOLERANCE)):
         raise UserError(
             f"{name} is not causal: its logits depend on the tokens that they should predict → a "
