@@ -198,9 +198,10 @@ def _train(
     from launcher.checkpoint.save import Saver
     from launcher.io.answer_end import end_tokens
     from launcher.model.open import files_to_save
+    from launcher.strategy.precision import precision_of
     from launcher.training.build import build_train_state
     from launcher.training.compile_auto import choose_compile
-    from launcher.training.packing_check import check_document_masking
+    from launcher.training.model_checks import check_model
     from launcher.training.plan import Plan
     from launcher.training.state import Progress
 
@@ -215,8 +216,7 @@ def _train(
     state.tokenizer_files = files_to_save(config, model_folder, tokenizer)
     if config.data.format != "text":
         state.end_tokens = end_tokens(tokenizer)
-    if config.data.packing:
-        check_document_masking(state.strategy.model, device, state.vocabulary_size)
+    check_model(state, config.data.packing, precision_of(config.precision).compute)
     saver = Saver(state, run.folder, config.checkpoint, config.launch)
     saver.check_space()
     done = Progress()

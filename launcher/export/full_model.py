@@ -91,9 +91,7 @@ def _in_base_dtypes(source: Source, base: Tensors, tensors: Tensors, config: Con
     result = {}
     for name, tensor in tensors.items():
         like = base.get(name, tensor)
-        rows_may_differ = tensor.shape[1:] == like.shape[1:] and tensor.shape[0] == config.get(
-            "vocab_size"
-        )
+        rows_may_differ = tensor.shape == (config.get("vocab_size"), *like.shape[1:])
         if tensor.shape != like.shape and not rows_may_differ:
             raise UserError(
                 f"{name} has shape {list(tensor.shape)}, but in the base model {list(like.shape)}"

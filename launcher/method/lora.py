@@ -37,6 +37,7 @@ from launcher.method.peft_tensors import (
     to_peft_names,
     trained_deltas,
 )
+from launcher.model.adaptable import unadaptable_linears
 from launcher.model.load import Weights
 from launcher.model.peft import (
     LoraLayer,
@@ -172,12 +173,13 @@ class Lora:
             peft_config.base_model_name_or_path = None  # PEFT sets it to the base of this run
             peft_config.init_lora_weights = True
             return existing_adapter.for_model(peft_config, model, config.adapter)
-        targets = config.target_modules
+        targets, is_all = config.target_modules, config.target_modules == ["all-linear"]
         return PeftConfig(
             r=config.rank,
             lora_alpha=config.resolved_alpha(),
             lora_dropout=config.dropout,
-            target_modules="all-linear" if targets == ["all-linear"] else targets,
+            target_modules="all-linear" if is_all else targets,
+            exclude_modules=(unadaptable_linears(model) if is_all else None) or None,
             use_rslora=config.rslora,
             use_dora=config.dora,
             rank_pattern=dict(config.rank_pattern),

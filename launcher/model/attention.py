@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+EAGER = "eager"
 CAUSAL = "shardway_causal"
 PACKED = "shardway_packed"
 
@@ -30,13 +31,19 @@ PACKABLE_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def choose_attention(choice: str, architecture: PreTrainedConfig, packed: bool = False) -> str:
-    """`choice`, or the variant of "sdpa" without a mask if the model supports it.
+    """What computes attention in a model of `architecture`, for `model.attention`.
 
-    A sliding window needs a mask, so models with one keep transformers' own attention, unless rows
-    are packed.
+    "sdpa" becomes its variant without a mask if the model supports that, and transformers' "eager"
+    if its class has no "sdpa": attention with sinks or biases, or no attention at all. A sliding
+    window needs a mask, so models with one keep transformers' own attention, unless rows are
+    packed.
     """
+    if choice != "sdpa":
+        return choice
+    if not has_sdpa(architecture):
+        return EAGER
     config = architecture.get_text_config()
-    if choice != "sdpa" or config.model_type not in MASKLESS_MODEL_TYPES:
+    if config.model_type not in MASKLESS_MODEL_TYPES:
         return choice
     layer_types = set(getattr(config, "layer_types", None) or ())
     if packed:
@@ -46,6 +53,30 @@ def choose_attention(choice: str, architecture: PreTrainedConfig, packed: bool =
     else:
         is_full = not getattr(config, "sliding_window", None)
     return CAUSAL if is_full else choice
+
+
+def has_sdpa(architecture: PreTrainedConfig) -> bool:
+    """Whether the causal class of `architecture` computes attention by torch's
+    scaled_dot_product_attention. A class with its own Python code is not known: True."""
+    if type(architecture) not in AutoModelForCausalLM._model_mapping:
+        return True
+    return bool(AutoModelForCausalLM._model_mapping[type(architecture)]._supports_sdpa)
+
+
+def is_ours(model: Any) -> bool:
+    """Whether attention in a built model is computed by a function of this module."""
+    return model.config.get_text_config()._attn_implementation in (CAUSAL, PACKED)
+
+
+def describe_attention(choice: str, model: Any) -> str:
+    """What `model.attention` has become in a built model, for the log."""
+    used = model.config.get_text_config()._attn_implementation
+    if used == choice:
+        return str(used)
+    if used == EAGER:
+        return f"eager, because {type(model).__name__} has no {choice}"
+    what = {CAUSAL: "without a mask", PACKED: "document by document"}
+    return f"{choice} {what[used]}" if used in what else f"{used}, not {choice}"
 
 
 def packed_attention(

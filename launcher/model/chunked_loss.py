@@ -12,17 +12,18 @@ logits, and the model passes it on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
 import torch
 from torch import nn
 
-from launcher.model.peft import PeftModel
+from launcher.model.head_probe import reason_for_whole_logits, transform_behind
+from launcher.model.logit_transform import LogitTransform
 
 CHUNK_ELEMENTS = 2**25  # logits of a chunk: 128 MiB in fp32
 LIGER_IGNORE_INDEX = -1
@@ -39,6 +40,16 @@ class Targets:
     ids: torch.Tensor  # [n] int64: the token to predict there; negative: none
     shape: torch.Size  # [rows, length]
     smoothing: float
+    # The loss, if the model will change what the head returns; token_loss takes it from here.
+    passed_by: list[torch.Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How logits are computed."""
+
+    rows: int  # positions of a chunk
+    transform: LogitTransform | None = None
 
 
 _targets: ContextVar[Targets | None] = ContextVar("targets", default=None)
@@ -55,6 +66,8 @@ def loss_targets(targets: Targets) -> Iterator[None]:
 
 
 class ChunkedCrossEntropyHead(nn.Linear):
+    transform: LogitTransform | None = None  # what the model does with the logits
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [rows, length, vocabulary]; inside `loss_targets` the summed loss, 0-d fp32."""
         targets = _targets.get()
@@ -65,15 +78,21 @@ class ChunkedCrossEntropyHead(nn.Linear):
                 f"the head got hidden states of shape {list(hidden.shape)}, and not one for each "
                 f"position of {list(targets.shape)}; training.loss=whole"
             )
-        return self._sum_loss(hidden.flatten(0, 1).index_select(0, targets.positions), targets)
+        loss = self._sum_loss(hidden.flatten(0, 1).index_select(0, targets.positions), targets)
+        if self.transform is not None:
+            targets.passed_by.append(loss)
+        return loss
 
     def _sum_loss(self, hidden: torch.Tensor, targets: Targets) -> torch.Tensor:
         """The loss of hidden [n, width], the hidden states at `targets.positions`."""
         is_grad_enabled = torch.is_grad_enabled()  # always False inside a Function
         loss: torch.Tensor = _SummedLoss.apply(
-            hidden, self.weight, self.bias, targets, chunk_rows(self.weight), is_grad_enabled
+            hidden, self.weight, self.bias, targets, self._chunks(), is_grad_enabled
         )
         return loss
+
+    def _chunks(self) -> Chunks:
+        return Chunks(chunk_rows(self.weight), self.transform)
 
 
 class LigerHead(ChunkedCrossEntropyHead):
@@ -111,78 +130,26 @@ def use_chunked_loss(model: nn.Module, choice: str) -> str:
     """Make the head of `model` sum the loss, by `training.loss`; returns a description for the log.
 
     The logits stay whole if the head is not a plain linear layer, or if the model changes logits
-    after the head. Call it after the method, which may wrap the head, and before the strategy.
+    behind the head by more than a factor and a soft cap. Call it after the method, which may wrap
+    the head, and before the strategy.
     """
     if choice == "whole":
         return "whole logits, because training.loss=whole"
     head = model.get_output_embeddings()  # type: ignore[operator]
-    if reason := _reason_for_whole_logits(model, head):
-        return f"whole logits, because {reason}"
+    transform = None
+    if reason := reason_for_whole_logits(model, head):
+        transform = None if choice == "liger" else transform_behind(model, head)
+        if transform is None:
+            return f"whole logits, because {reason}"
     if choice == "liger":
         head.__class__ = LigerHead
         return f"by Liger {metadata.version('liger-kernel')}, in its own chunks"
     head.__class__ = ChunkedCrossEntropyHead
-    return f"in chunks of {chunk_rows(head.weight)} positions"
-
-
-def _reason_for_whole_logits(model: nn.Module, head: nn.Module) -> str | None:
-    """Why the head cannot sum the loss, or None.
-
-    Runs a forward without the layers: the output of the head must be the output of the model,
-    unchanged.
-    """
-    if type(head) is not nn.Linear:
-        return f"the head is a {type(head).__name__}"
-    bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    name = type(bare).__name__
-    if bare.base_model is bare:
-        return f"{name} does not declare which of its modules computes the hidden states"
-    hidden, output = torch.zeros(1, 2, head.in_features), torch.zeros(())
-    input_shapes: list[torch.Size] = []
-
-    def stand_in(head_input: torch.Tensor) -> torch.Tensor:
-        input_shapes.append(head_input.shape)
-        return output
-
-    with (
-        torch.no_grad(),
-        _replaced_forward(bare.base_model, lambda *_, **__: _HiddenStates(hidden)),
-        _replaced_forward(head, stand_in),
-    ):
-        try:
-            logits = model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits
-        except Exception as error:  # slicing or splitting a 0-d output raises various errors
-            return f"{name} computes with the logits ({type(error).__name__}: {error})"
-    if input_shapes != [hidden.shape]:
-        return f"{name} calls its head {len(input_shapes)} times, with {input_shapes}"
-    if logits is not output or output._version:
-        return f"{name} changes what its head returns"
-    return None
-
-
-class _HiddenStates:
-    """A stand-in for the output of the layers, with hidden states and nothing else."""
-
-    def __init__(self, hidden: torch.Tensor) -> None:
-        self.last_hidden_state = hidden
-
-    def __getitem__(self, index: Any) -> Any:
-        return (self.last_hidden_state,)[index]
-
-    def __getattr__(self, name: str) -> None:
-        return None
-
-
-@contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    original = vars(module).get("forward")  # set on the instance, if at all
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if original is not None:
-            module.forward = original
+    said = f"in chunks of {chunk_rows(head.weight)} positions"
+    if transform is None:
+        return said
+    head.transform = transform
+    return f"{said}, {transform}"
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -197,7 +164,7 @@ class _SummedLoss(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: Targets,
-        rows: int,
+        how: Chunks,
         is_grad_enabled: bool,
     ) -> torch.Tensor:
         ctx.needs = tuple(needed and is_grad_enabled for needed in ctx.needs_input_grad[:3])
@@ -205,9 +172,9 @@ class _SummedLoss(torch.autograd.Function):
         if ctx.recomputes:
             # Saves the parameter itself, which strategies free and gather again.
             ctx.save_for_backward(hidden, weight, bias)
-            ctx.arguments = (targets, rows)
-            return _sum_chunks(hidden, weight, bias, targets, rows, (False, False, False))[0]
-        loss, gradients = _sum_chunks(hidden, weight, bias, targets, rows, ctx.needs)
+            ctx.arguments = (targets, how)
+            return _sum_chunks(hidden, weight, bias, targets, how, (False, False, False))[0]
+        loss, gradients = _sum_chunks(hidden, weight, bias, targets, how, ctx.needs)
         ctx.save_for_backward(*gradients)
         return loss
 
@@ -215,8 +182,8 @@ class _SummedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.recomputes:
-            (hidden, weight, bias), (targets, rows) = ctx.saved_tensors, ctx.arguments
-            _, gradients = _sum_chunks(hidden, weight, bias, targets, rows, ctx.needs, scale)
+            (hidden, weight, bias), (targets, how) = ctx.saved_tensors, ctx.arguments
+            _, gradients = _sum_chunks(hidden, weight, bias, targets, how, ctx.needs, scale)
             return (*gradients, None, None, None)
         # 1-d: a 0-d factor would be rounded to the gradient's dtype first.
         scaled = [g if g is None else g.mul_(scale.view(1)) for g in ctx.saved_tensors]
@@ -228,17 +195,17 @@ def _sum_chunks(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: Targets,
-    rows: int,
+    how: Chunks,
     needs: NeedsGrad,
     scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Gradients]:
-    """The loss of hidden [n, width] (0-d fp32) in chunks of `rows`, and the gradients that `needs`
+    """The loss of hidden [n, width] (0-d fp32), chunk by chunk, and the gradients that `needs`
     selects.
 
     Gradients have the dtypes of their tensors; they are multiplied by `scale` before they are
     rounded.
     """
-    chunks = range(0, len(hidden), rows)
+    chunks = range(0, len(hidden), how.rows)
     hidden_grad = torch.empty_like(hidden) if needs[0] else None
     # The multiplication rounds a single chunk; several chunks are summed in fp32 first.
     dtype = torch.float32 if len(chunks) > 1 else weight.dtype
@@ -248,13 +215,15 @@ def _sum_chunks(
         bias_grad = torch.zeros_like(bias, dtype=torch.float32)
     losses = []
     for begin in chunks:
-        part = slice(begin, begin + rows)
+        part = slice(begin, begin + how.rows)
         ids = targets.ids[part]
-        log_probs = _log_probs(hidden[part], weight, bias)
+        log_probs, slope = _log_probs(hidden[part], weight, bias, how.transform)
         losses.append(_cross_entropy(log_probs, ids, targets.smoothing))
         if not any(needs):
             continue
         logits_grad = _logits_grad(log_probs, ids, targets.smoothing, scale)
+        if slope is not None:
+            logits_grad *= slope
         rounded, has_target = logits_grad.to(weight.dtype), (ids >= 0).unsqueeze(1)
         if hidden_grad is not None:
             hidden_grad[part] = torch.where(has_target, rounded @ weight, 0)
@@ -272,11 +241,19 @@ def _sum_chunks(
 
 
 def _log_probs(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """[n, vocabulary] fp32. The logits are freed on return."""
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    transform: LogitTransform | None,
+) -> tuple[torch.Tensor, torch.Tensor | float | None]:
+    """[n, vocabulary] fp32, and the derivative of the transform at each logit, which is one number
+    if it has no cap. The logits are freed on return."""
     logits = hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)
-    return torch.log_softmax(logits, dim=1, dtype=torch.float32)
+    if transform is None:
+        return torch.log_softmax(logits, dim=1, dtype=torch.float32), None
+    logits = logits.float()
+    slope = transform.apply_(logits)
+    return torch.log_softmax(logits, dim=1), transform.scale if slope is None else slope
 
 
 def _cross_entropy(log_probs: torch.Tensor, ids: torch.Tensor, smoothing: float) -> torch.Tensor:

@@ -34,6 +34,7 @@ from launcher.model.completeness import (
 )
 from launcher.model.folder import MB, ModelTensors, SafetensorsFolder, describe_unused
 from launcher.model.lazy_weight import InParts, alone
+from launcher.model.trainable import refuse_untrainable
 
 
 @dataclass
@@ -207,6 +208,7 @@ def model_on_meta(
         architecture = AutoConfig.from_pretrained(folder, trust_remote_code=code)
     except Exception as error:  # each class checks its values in its own way
         raise _unreadable(folder, error) from error
+    refuse_untrainable(architecture, folder)
     places = _places(config, folder, architecture)
     attention = choose_attention(config.attention, architecture, packed)
     try:

@@ -106,7 +106,9 @@ def _ends(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     except NotImplementedError:  # transformers does not know where this class has it
         return None, None
     head: nn.Module | None = transformer.get_output_embeddings()
-    is_tied = head is not None and not {*embedding.parameters()}.isdisjoint(head.parameters())
+    inside = {*embedding.modules()}
+    others = {p for m in model.modules() if m not in inside for p in m.parameters(recurse=False)}
+    is_tied = not {*embedding.parameters()}.isdisjoint(others)
     return (None, None) if is_tied else (embedding, head)
 
 

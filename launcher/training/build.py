@@ -20,11 +20,13 @@ from launcher.method.fused_lora import fuse_adapters
 from launcher.method.summary import describe_parameters
 from launcher.method.vocabulary import describe_vocabulary, train_vocabulary
 from launcher.model.activation_checkpointing import checkpoint_activations
+from launcher.model.attention import describe_attention
 from launcher.model.chunked_loss import use_chunked_loss
 from launcher.model.compile import compile_layers
 from launcher.model.liger import use_kernels
 from launcher.model.load import Weights, build_model
 from launcher.model.neftune import add_noise
+from launcher.model.recurrent import describe_kernels, separate_documents
 from launcher.strategy import Strategy, build_strategy
 from launcher.strategy.precision import precision_of
 from launcher.training.early_stopping import EarlyStopping
@@ -60,6 +62,11 @@ def build_train_state(
         base, folder, training.seed, compute, config.data.packing, in_parts
     )
     model_class = type(model).__name__  # FSDP2 makes another one of it
+    log(f"attention: {describe_attention(base.attention, model)}")
+    if recurrent := describe_kernels(model):
+        log(f"recurrent layers: {recurrent}")
+    if config.data.packing and (separated := separate_documents(model)):
+        log(f"packing: {separated}")
     if base.add_tokens:
         config = replace(config, method=train_vocabulary(config.method, model))
     strategy_factory = partial(new_strategy, config, rank_info)

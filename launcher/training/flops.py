@@ -71,7 +71,7 @@ def try_count_flops(model: nn.Module, log: Callable[[str], None]) -> Flops | Non
     """`count_flops`, or None after reporting why it does not apply."""
     try:
         return count_flops(model)
-    except UserError as error:
+    except (UserError, AttributeError) as error:  # a config of other attributes
         log(f"mfu: not available for {type(model).__name__}: {error}")
         return None
 

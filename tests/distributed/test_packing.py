@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from launcher.distributed.process_group import RankInfo
-from launcher.training.packing_check import check_document_masking
+from launcher.training.model_checks import check_document_masking
 from tests.helpers import parts
 from tests.helpers.parts import Case
 
@@ -60,7 +61,7 @@ def test_the_packing_check_of_a_sharded_model_does_not_change_training(
 
 def losses_after_trial(rank_info: RankInfo, case: Case) -> list[float]:
     train_state, loader = parts.set_up(rank_info, case)
-    check_document_masking(train_state.strategy.model, rank_info.device, 259)
+    check_document_masking(train_state.strategy.model, rank_info.device, 259, torch.float32)
     recorder = parts.Recorder()
     parts.fit(train_state, loader, parts.plan(case.steps), recorder)
     return recorder.column("loss")

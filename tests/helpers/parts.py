@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -141,14 +141,14 @@ def _loader(config: Config, rank: int, world_size: int) -> tuple[Loader, str]:
     return loaders.training, loaders.fingerprint
 
 
-def build(rank_info: RankInfo, config: Config) -> tuple[TrainState, Loader]:
+def build(
+    rank_info: RankInfo, config: Config, log: Callable[[str], None] = lambda line: None
+) -> tuple[TrainState, Loader]:
     """What the worker builds on a rank: the train state and its batches."""
     steps, folder = config.training.max_steps, Path(config.model.name_or_path)
     assert steps is not None
     loader, fingerprint = _loader(config, rank_info.rank, rank_info.world_size)
-    train_state = build_train_state(
-        config, folder, rank_info, fingerprint, steps, log=lambda line: None
-    )
+    train_state = build_train_state(config, folder, rank_info, fingerprint, steps, log)
     return train_state, loader
 
 

@@ -22,7 +22,15 @@ IN_CHUNKS = (
     "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "phi", "phi3", "gpt2", "gpt_neox", "opt",
     "olmo2", "gemma", "gemma3_text", "glm4", "stablelm", "starcoder2", "smollm3", "bloom",
 )  # fmt: skip
-WHOLE = ("gemma2", "cohere", "cohere2", "granite")
+TRANSFORMED = {
+    "gemma2": {"final_logit_softcapping": 3.0},
+    "cohere": {"logit_scale": 0.7},
+    "cohere2": {"logit_scale": 0.5},
+    "granite": {"logits_scaling": 3.0},
+    "recurrent_gemma": {"logits_soft_cap": 2.0, "block_types": ["recurrent", "attention"]},
+    "falcon_h1": {"lm_head_multiplier": 1.5, "mamba_d_ssm": 64, "mamba_n_heads": 8,
+                  "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -31,16 +39,20 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_module, "chunk_rows", lambda weight: 16)
 
 
-@pytest.mark.parametrize("kind", [*IN_CHUNKS, *WHOLE])
+@pytest.mark.parametrize("kind", [*IN_CHUNKS, *TRANSFORMED])
 @pytest.mark.usefixtures("small_chunks")
 def test_loss_and_gradients_equal_those_of_full_logits(kind: str) -> None:
-    model, batch = model_of(kind).eval(), batch_of()
+    model, batch = model_of(kind, **TRANSFORMED.get(kind, {})).eval(), batch_of()
+    if kind in TRANSFORMED:
+        model.get_output_embeddings().weight.data.mul_(5)  # so that caps bend the logits
     whole = gradients(model, batch, smoothing=0.1)
     said = use_chunked_loss(model, "chunked")
-    assert said.startswith("whole logits, because" if kind in WHOLE else "in chunks of 16"), said
+    assert said.startswith("in chunks of 16"), said
+    assert ("logits times" in said) == (kind in TRANSFORMED), said
     chunked = gradients(model, batch, smoothing=0.1)
     assert whole.keys() == chunked.keys()
-    torch.testing.assert_close(chunked, whole, rtol=2e-5, atol=2e-6)
+    size = 5 if kind in TRANSFORMED else 1
+    torch.testing.assert_close(chunked, whole, rtol=2e-5, atol=2e-6 * size)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -164,11 +176,11 @@ def test_evaluation_computes_no_gradient() -> None:
 
 
 def test_the_reason_for_full_logits_is_reported(tiny: Path, rows_file: Path) -> None:
-    said = {kind: use_chunked_loss(model_of(kind), "chunked") for kind in WHOLE}
-    assert said["gemma2"] == (
+    assert use_chunked_loss(model_of("gemma2"), "liger") == (
         "whole logits, because Gemma2ForCausalLM changes what its head returns"
     )
-    assert use_chunked_loss(model_of("gemma2"), "liger") == said["gemma2"]
+    said = use_chunked_loss(model_of("gemma2", final_logit_softcapping=3.0), "chunked")
+    assert said == "in chunks of 4096 positions, logits times 1, capped at 3"
     assert use_chunked_loss(model_of("llama"), "whole").endswith("because training.loss=whole")
     for settings, kind in (
         ({"target_modules": ["lm_head"]}, "Linear"),

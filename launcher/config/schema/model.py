@@ -20,7 +20,8 @@ class ModelConfig:
     )
     attention: str = setting(
         "sdpa",
-        "attention implementation of transformers; flash_attention_2 needs a GPU and flash-attn",
+        "attention implementation of transformers; flash_attention_2 needs a GPU and flash-attn. "
+        "sdpa becomes eager where a class has no sdpa; the log says so",
         choices=("sdpa", "eager", "flash_attention_2"),
     )
     trust_remote_code: bool = setting(False, "run Python code from the model folder")

@@ -206,7 +206,9 @@ def build_on_meta(config: dict[str, Any]) -> Any:
             f"{transformers.__version__} does not have; trust the folder's own code if it has any"
         )
     try:
-        return _build(transformers.CONFIG_MAPPING[model_type].from_dict(config))
+        # As AutoConfig reads a file: infinity is an object there.
+        values = transformers.PreTrainedConfig._decode_special_floats(config)
+        return _build(transformers.CONFIG_MAPPING[model_type].from_dict(values))
     except UserError:
         raise
     except Exception as error:  # each class checks its values in its own way

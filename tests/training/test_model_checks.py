@@ -18,7 +18,7 @@ from launcher.errors import UserError
 from launcher.model.attention import PACKED, choose_attention
 from launcher.model.load import build_model
 from launcher.training.loss import token_loss
-from launcher.training.packing_check import check_document_masking
+from launcher.training.model_checks import check_document_masking
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -92,7 +92,7 @@ def test_no_token_sees_another_document(name: str) -> None:
         from_others = reached.flatten(0, 1).abs().sum(1)
         from_others[begin:end] = 0
         assert from_others.max() == 0, f"tokens {begin} to {end} of {begins}"
-    check_document_masking(model, CPU, 64)
+    check_document_masking(model, CPU, 64, torch.float32)
 
 
 @pytest.mark.parametrize("name", RECURRENT)
@@ -110,7 +110,7 @@ def test_a_model_that_cannot_separate_documents_is_refused(name: str) -> None:
     config = AutoConfig.for_model(name, **sizes, **options)
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(UserError, match=r"data\.packing=true: .*→ data\.packing=false"):
-        check_document_masking(model, CPU, 64)
+        check_document_masking(model, CPU, 64, torch.float32)
 
 
 def test_the_builder_selects_the_packed_attention(tiny: Path) -> None:

@@ -1,0 +1,38 @@
+"""Linear layers to which `all-linear` can give no adapter, by what their model does with them."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+
+
+def unadaptable_linears(model: nn.Module) -> list[str]:
+    """The names of linear layers that an adapter would break, or that would pass it by.
+
+    Some classes of transformers compute something else with the weight of a linear layer; others
+    give the weight to a fused kernel of the layer around it (Mamba), which never calls the layer.
+    """
+    found = []
+    for name, module in model.named_modules():
+        for child_name, child in module.named_children():
+            full_name = f"{name}.{child_name}".removeprefix(".")
+            if isinstance(child, nn.Linear) and (
+                _computes_otherwise(child) or _is_passed_by(module, child_name)
+            ):
+                found.append(full_name)
+    return found
+
+
+def _computes_otherwise(linear: nn.Linear) -> bool:
+    kind = type(linear)
+    return kind.forward is not nn.Linear.forward and kind.__module__.startswith("transformers.")
+
+
+def _is_passed_by(module: nn.Module, child_name: str) -> bool:
+    """Whether the code of `module` uses the weight of its child without calling the child."""
+    return any(
+        f"self.{child_name}.weight" in inspect.getsource(method)
+        for name, method in inspect.getmembers(type(module), inspect.isfunction)
+        if method.__module__.startswith("transformers.") and "init" not in name
+    )

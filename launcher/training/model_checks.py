@@ -1,0 +1,147 @@
+"""Test what training takes for granted about a model: causality, and separate packed documents.
+
+Both compare logits of the real model, so no architecture needs to be known by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from launcher.data.collate import MicroBatch, collate
+from launcher.errors import UserError
+from launcher.model.attention import is_ours
+from launcher.model.peft import PeftModel
+from launcher.training.state import TrainState
+
+DOCUMENT_LENGTH = 8  # tokens
+# Of the largest logit. The last bits of a row's result may depend on the other rows, because of
+# the kernel, and in 16 bits also on the shape.
+TOLERANCES = {torch.float32: 1e-4}
+HALF_TOLERANCE, HALF_SHAPE_TOLERANCE = 0.01, 0.05
+
+
+def check_model(state: TrainState, packed: bool, dtype: torch.dtype) -> None:
+    """All checks of a model that is ready to train, where they are needed. Collective.
+
+    Attention by a function of launcher.model.attention is causal. `dtype`: of the computation.
+    """
+    _check_vocabulary(state.model)
+    model, device = state.strategy.model, state.rank_info.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if not is_ours(state.model):
+            check_causality(model, device, state.vocabulary_size, dtype)
+        if packed:
+            check_document_masking(model, device, state.vocabulary_size, dtype)
+
+
+def _check_vocabulary(model: Any) -> None:
+    """Raises UserError if the embedding and the head have different numbers of rows: an export
+    would take one of them for resized."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if not isinstance(head, nn.Linear) or not isinstance(embedding, nn.Embedding):
+        return
+    if head.out_features != embedding.num_embeddings:
+        raise UserError(
+            f"{_name_of(model)} reads {embedding.num_embeddings:,} tokens and predicts "
+            f"{head.out_features:,}: it is not a model of text alone, and its export would be "
+            "refused → a causal language model"
+        )
+
+
+@torch.no_grad()
+def check_causality(
+    model: nn.Module, device: torch.device, vocabulary: int, dtype: torch.dtype
+) -> None:
+    """Change the second half of a row, and compare the logits of the first. `dtype`: of the
+    computation.
+
+    Every rank does the same. Raises UserError if the logits change (the model reads both sides, so
+    it would copy its targets), and if it does not compute logits from token ids alone.
+    """
+    first, other = _documents(vocabulary)[:2]
+    name = _name_of(model)
+    model.eval()
+    try:
+        before, after = (
+            _logits(model, device, [[*first, *second]], packed=False)[:DOCUMENT_LENGTH]
+            for second in (first, other)
+        )
+        model.train()
+        _logits(model, device, [[*first, *other]], packed=False)  # some take one length only
+    except Exception as error:  # each class refuses in its own way
+        raise UserError(
+            f"{name} cannot be trained on text: it does not compute logits from any token ids "
+            f"({type(error).__name__}: {error}) → a causal language model"
+        ) from error
+    if _differ(before, after, TOLERANCES.get(dtype, HALF_TOLERANCE)):
+        raise UserError(
+            f"{name} is not causal: its logits depend on the tokens that they should predict → a "
+            "causal language model, or is_decoder=true in config.json if it has that key"
+        )
+
+
+@torch.no_grad()
+def check_document_masking(
+    model: nn.Module, device: torch.device, vocabulary: int, dtype: torch.dtype
+) -> None:
+    """Compare the logits of a packed document with those that it has behind another first document,
+    and alone. `dtype`: of the computation.
+
+    Every rank does the same. Raises UserError if they differ (with recurrent layers that carry
+    their state on, an attention that ignores document boundaries, or positions that go on), and if
+    transformers rejects packed documents.
+    """
+    first, other, second = _documents(vocabulary)
+    model.eval()
+    try:
+        before, after, alone = (
+            _logits(model, device, documents, packed=True)[-DOCUMENT_LENGTH:]
+            for documents in ([first, second], [other, second], [second])
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"data.packing=true: {error} → data.packing=false") from error
+    model.train()
+    same_shape = TOLERANCES.get(dtype, HALF_TOLERANCE)
+    other_shape = TOLERANCES.get(dtype, HALF_SHAPE_TOLERANCE)
+    if _differ(before, after, same_shape) or _differ(before, alone, other_shape):
+        raise UserError(
+            f"data.packing=true: {_name_of(model)} does not keep the documents of a packed "
+            "sequence separate → data.packing=false"
+        )
+
+
+def _name_of(model: Any) -> str:
+    """The class of the model, without those of the strategy and of PEFT."""
+    bare = getattr(model, "module", model)
+    kind = type(bare.get_base_model() if isinstance(bare, PeftModel) else bare)
+    if issubclass(kind, FSDPModule):
+        kind = kind.__bases__[-1]
+    return kind.__name__
+
+
+def _documents(vocabulary: int) -> list[list[int]]:
+    """Three documents without a common token, if the vocabulary is large enough."""
+    middle = vocabulary // 2
+    return [
+        list(range(DOCUMENT_LENGTH)),
+        list(range(DOCUMENT_LENGTH, 2 * DOCUMENT_LENGTH)),
+        list(range(middle, middle + DOCUMENT_LENGTH)),
+    ]
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
+    return bool((one - other).abs().max() > tolerance * one.abs().max())
+
+
+def _logits(
+    model: nn.Module, device: torch.device, documents: list[list[int]], packed: bool
+) -> torch.Tensor:
+    rows = [(np.asarray(ids, np.int32), np.ones(len(ids), np.bool_)) for ids in documents]
+    batch: MicroBatch = collate([rows], 1, 0, packed).to(device)
+    logits: torch.Tensor = model(**batch.inputs()).logits[0]
+    return logits.float()

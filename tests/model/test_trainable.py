@@ -1,0 +1,63 @@
+"""Models that are no causal language models are refused before training, with the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BertConfig, T5Config, WhisperConfig
+
+from launcher.config.schema.model import ModelConfig
+from launcher.errors import UserError
+from launcher.model.load import build_model
+from launcher.training.model_checks import check_causality
+from tests.helpers.tiny_models import release, tiny_config
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (T5Config(), "t5 is an encoder-decoder, .* → a causal language model"),
+        (WhisperConfig(), "whisper is an encoder-decoder"),
+        (BertConfig(), "bert with is_decoder=false .* → is_decoder=true in .*config.json"),
+    ],
+    ids=["t5", "whisper", "bert"],
+)
+def test_the_config_is_enough_to_refuse(config: Any, message: str, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        build_model(ModelConfig(name_or_path=str(tmp_path)), tmp_path, 0, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [("cpmant", "CpmAntForCausalLM is not causal: its logits depend on the tokens that")],
+)
+def test_a_model_that_reads_both_sides_is_refused(model_type: str, message: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32)
+    with pytest.raises(UserError, match=message):
+        check_causality(model, CPU, 259, torch.float32)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "bloom", "mamba2", "bert"])
+def test_a_causal_model_passes(model_type: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32)
+    check_causality(model, CPU, 259, torch.float32)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("model_type", "attention"),
+    [("gpt_oss", "eager"), ("mamba2", "eager"), ("olmo2", "sdpa"), ("llama", "shardway_causal")],
+)
+def test_attention_is_what_the_class_has(model_type: str, attention: str, tmp_path: Path) -> None:
+    release(model_type, tmp_path)
+    model, _ = build_model(ModelConfig(name_or_path=str(tmp_path)), tmp_path, 0, torch.float32)
+    used: Any = model.config
+    assert used._attn_implementation == attention
