@@ -21,7 +21,7 @@ from launcher.distributed.collectives import in_parts
 from launcher.distributed.process_group import RankInfo
 from launcher.errors import UserError
 from launcher.io.weight_views import read_flat_range, read_full, read_into
-from launcher.memory import host_memory
+from launcher.memory import load_and_save
 from launcher.model import lazy_weight
 from launcher.model.folder import SafetensorsFolder
 from launcher.model.load import Weights, build_model, find_weights, model_on_meta
@@ -289,12 +289,12 @@ def test_what_computes_values_is_said_with_its_cost_and_counted(
 ) -> None:
     folder = publish("gpt2", tmp_path)
     asked = Case(folder, tmp_path, method="full").config()
-    assert not host_memory.reads_whole_model(asked, load(folder)[0])
+    assert not load_and_save.reads_whole_model(asked, load(folder)[0])
     conversions = [WeightConverter(r"ln_f\.bias", "ln_f.bias", [Negate()])]
     monkeypatch.setitem(
         conversion_mapping._checkpoint_conversion_mapping_cache, "gpt2", conversions
     )
-    assert host_memory.reads_whole_model(asked, model_on_meta(asked.model, folder, torch.float32))
+    assert load_and_save.reads_whole_model(asked, model_on_meta(asked.model, folder, torch.float32))
     model, weights = build_model(asked.model, folder, 0, torch.float32)
     assert weights is None
     assert not any(parameter.is_meta for parameter in model.parameters())
