@@ -82,10 +82,23 @@ def _renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
 def causal_class(config: Any) -> Any:
     """The class that AutoModelForCausalLM picks for a configuration; None: it has none."""
     import transformers
+
+    return _auto_class(transformers.AutoModelForCausalLM, config)
+
+
+def _auto_class(auto: Any, config: Any) -> Any:
     from transformers.models.auto.auto_factory import _get_model_class
 
-    mapping = transformers.AutoModelForCausalLM._model_mapping
+    mapping = auto._model_mapping
     return _get_model_class(config, mapping) if type(config) in mapping else None
+
+
+def _is_body(named: Any, trained: Any, config: Any) -> bool:
+    """Whether `named` is `trained` without its head: the head is tied, or missing in the files."""
+    import transformers
+
+    is_text = trained.config_class is type(config)
+    return is_text and named is _auto_class(transformers.AutoModel, config)
 
 
 def text_class(config: Any) -> Any:
@@ -133,15 +146,22 @@ def named_class(config: Any) -> Any:
     return getattr(transformers, name, None) if isinstance(name, str) else None
 
 
+def class_of_files(config: Any) -> Any:
+    """The class by which the files of a folder are converted: the one that its config names, with
+    its head if it has none. None as for `named_class`."""
+    named, trained = named_class(config), causal_class(config)
+    return trained if trained is not None and _is_body(named, trained, config) else named
+
+
 def trained_places(config: Any) -> Places | None:
     """Where the class that is trained is in the class that `config` names; None if they are the
-    same, or if `config` names no class.
+    same but for a head, or if `config` names no class.
 
     `config`: of transformers. Raises UserError if the class is no part of the other one: its
     training could not be exported.
     """
     outer, inner = named_class(config), trained_class(config)
-    if outer in (None, inner):
+    if outer in (None, inner) or _is_body(outer, inner, config):
         return None
     places = find_places(inner, outer, config)
     if places is None:

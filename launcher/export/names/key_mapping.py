@@ -20,6 +20,7 @@ import torch
 from launcher.errors import UserError
 from launcher.export.names.trace import trace
 from launcher.folders.model_config import check_model_config, read_model_config
+from launcher.io.model_class import class_of_files, meta_model
 from launcher.io.tensor import Tensor
 
 
@@ -235,17 +236,15 @@ def _build_from_folder(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def _build(config: Any) -> Any:
-    import transformers
+    if (model_class := class_of_files(config)) is None:
+        import transformers
 
-    architecture = (config.architectures or ["null"])[0]
-    if not hasattr(transformers, architecture):
         raise UserError(
-            f"config.json: architectures names {architecture}, which transformers "
-            f"{transformers.__version__} does not have; trust the folder's own code if it has any"
+            f"config.json: architectures names {(config.architectures or ['null'])[0]}, which "
+            f"transformers {transformers.__version__} does not have; trust the folder's own code "
+            "if it has any"
         )
-    with torch.device("meta"):
-        build = getattr(transformers, architecture)._from_config
-        return build(config, attn_implementation="eager")  # needs no other library
+    return meta_model(model_class, config)
 
 
 def _used_conversions(conversions: tuple[Any, ...], names: Iterable[str]) -> list[Any]:
