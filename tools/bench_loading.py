@@ -7,8 +7,8 @@
 
 Compared with `from_pretrained` on every rank. Each cell is measured once, in new processes: bytes
 read from the files by the rank that reads most, the peak growth of its own memory, and seconds.
-With --precision bf16, the dtype of the files, weights on CPU are mapped pages of the files, which
-do not count as memory of a process.
+With --precision bf16, the dtype of the files, `from_pretrained` on CPU keeps mapped pages of the
+files, which do not count as memory of a process.
 """
 
 from __future__ import annotations
