@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from launcher.data.collate import MicroBatch, collate
 from launcher.errors import UserError
 from launcher.model.attention import is_ours
+from launcher.model.packed_masks import give_masks
 from launcher.model.peft import PeftModel
 from launcher.training.state import TrainState
 
@@ -36,7 +37,27 @@ def check_model(state: TrainState, packed: bool, dtype: torch.dtype) -> None:
         if not is_ours(state.model):
             check_causality(model, device, state.vocabulary_size, dtype)
         if packed:
-            check_document_masking(model, device, state.vocabulary_size, dtype)
+            bare = state.model
+            bare = bare.get_base_model() if isinstance(bare, PeftModel) else bare
+            separate_attention(model, bare, device, state.vocabulary_size, dtype)
+
+
+def separate_attention(
+    model: nn.Module, bare: nn.Module, device: torch.device, vocabulary: int, dtype: torch.dtype
+) -> None:
+    """`check_document_masking` of `model`; if it fails, give the model masks, and check again.
+
+    `bare`: the model inside, without the wrappers of strategy and method.
+    """
+    try:
+        check_document_masking(model, device, vocabulary, dtype)
+    except UserError as error:
+        take_back = give_masks(bare, dtype)
+        try:
+            check_document_masking(model, device, vocabulary, dtype)
+        except UserError:
+            take_back()
+            raise error from None
 
 
 def _check_vocabulary(model: Any) -> None:
@@ -103,7 +124,7 @@ def check_document_masking(
             _logits(model, device, documents, packed=True)[-DOCUMENT_LENGTH:]
             for documents in ([first, second], [other, second], [second])
         )
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # each class refuses in its own way
         raise UserError(f"data.packing=true: {error} → data.packing=false") from error
     model.train()
     same_shape = TOLERANCES.get(dtype, HALF_TOLERANCE)

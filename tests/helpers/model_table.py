@@ -26,7 +26,7 @@ from launcher.distributed.process_group import RankInfo
 from launcher.errors import UserError
 from launcher.model.load import build_model
 from launcher.model.recurrent import separate_documents
-from launcher.training.model_checks import check_document_masking, check_model
+from launcher.training.model_checks import check_model, separate_attention
 from tests.helpers import checkpoints, parts
 from tests.helpers.exports import stored
 from tests.helpers.parts import Case
@@ -221,7 +221,7 @@ def packing_of(base: Path) -> str:
     config = ModelConfig(name_or_path=str(base))
     try:
         packed = load(config, base, packed=True)
-        check_document_masking(packed, CPU, VOCABULARY, torch.float32)
+        separate_attention(packed, packed, CPU, VOCABULARY, torch.float32)
     except UserError as error:
         return f"refused: {error}"
     except Exception as error:
