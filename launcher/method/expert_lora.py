@@ -1,14 +1,15 @@
 """LoRA of experts without their dense delta: y = Wₑx + s·Bₑ(Aₑx), by grouped matrix products.
 
-PEFT adds s·BₑAₑ to the weights of all experts in every forward (tuners/lora/layer.py, ParamWrapper),
-a copy of a whole stack in each layer. Here the tokens, sorted by expert, are multiplied with A and B
-as transformers multiplies them with W (integrations/moe.py, grouped_mm_experts_forward). PEFT's
-layers remain, of other classes, so saving, merging and loading work as before. Each weight is used
-by its own module, once in a forward whatever the router chooses, so the hooks that gather weights
-run in the same order on every rank; an expert without tokens gets a gradient of zeros.
+PEFT adds s·BₑAₑ to the weights of all experts in every forward (tuners/lora/layer.py,
+ParamWrapper): a copy of a whole stack in each layer. Here the tokens, sorted by expert, are
+multiplied with A and B as transformers multiplies them with W (integrations/moe.py,
+grouped_mm_experts_forward). PEFT's layers remain, of other classes, so saving, merging and loading
+work as before. Each weight is used by its own module, once in a forward whatever the router
+chooses, so the hooks that gather weights run in the same order on every rank; an expert without
+tokens gets a gradient of zeros.
 
-The inputs of A, one row for each pair of a token and an expert, are made again in backward from what
-is stored anyway.
+The inputs of A, one row for each pair of a token and an expert, are made again in backward from
+what is stored anyway.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers.integrations.moe import _grouped_mm
 
 from launcher.method.peft_tensors import ADAPTER_NAME
 from launcher.model.peft import ParamWrapper
+from launcher.model.sparse import is_grouped
 
 MULTIPLE = 8  # grouped products need ranks of 16 bytes: 8 elements of 16 bits
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
@@ -40,11 +42,11 @@ def fuse_experts(model: nn.Module) -> str | None:
         experts: Any = wrapper.get_base_layer()
         if wrapper.num_experts == 1:  # a router
             continue
-        if not _is_standard(experts) or wrapper.parameter_name not in STACKS:
+        if not is_grouped(experts) or wrapper.parameter_name not in STACKS:
             left[type(experts).__name__] = None
             continue
         if not isinstance(experts, AdaptedExperts):
-            experts.__class__ = _adapted(type(experts))
+            experts.__class__ = _adapted(experts.__class__)
         wrapper.__class__ = FusedExpertLora
         for side, kind in (("lora_A", ExpertsA), ("lora_B", ExpertsB)):
             module = getattr(wrapper, side)[ADAPTER_NAME]
@@ -52,14 +54,9 @@ def fuse_experts(model: nn.Module) -> str | None:
     if not left:
         return None
     return (
-        f"{', '.join(left)} compute in their own way, so the adapters of these experts are added to "
-        "a copy of all their weights in each forward"
+        f"{', '.join(left)} compute in their own way, so the adapters of these experts are added "
+        "to a copy of all their weights in each forward"
     )
-
-
-def _is_standard(experts: nn.Module) -> bool:
-    """Whether transformers can compute `experts` by grouped products."""
-    return all(hasattr(experts, name) for name in ("has_gate", "has_bias", "is_transposed"))
 
 
 class ExpertsA(nn.Linear):
@@ -158,7 +155,7 @@ class AdaptedExperts:
         if adapters is None:
             y: torch.Tensor = super().forward(hidden_states, top_k_index, top_k_weights)  # type: ignore[misc]
             return y
-        tokens, width = hidden_states.shape
+        tokens = len(hidden_states)
         k = top_k_index.shape[-1]
         expert_of, order = torch.sort(top_k_index.reshape(-1))
         offsets = _offsets(expert_of, self.num_experts)

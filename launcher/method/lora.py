@@ -34,8 +34,8 @@ from launcher.method.peft_tensors import (
     to_peft_names,
     trained_deltas,
 )
-from launcher.model.load import Weights
 from launcher.method.targets import portable
+from launcher.model.load import Weights
 from launcher.model.peft import LoraLayer, ModulesToSaveWrapper, PeftModel
 
 

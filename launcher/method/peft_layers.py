@@ -15,12 +15,13 @@ from launcher.method.peft_tensors import ADAPTER_NAME
 from launcher.method.targets import Targets, check_experts, find_targets, from_portable, shorten
 from launcher.model.peft import (
     LoraLayer,
+    ParamWrapper,
     PeftConfig,
     PeftModel,
     get_peft_model,
     keep_target_names,
 )
-from launcher.model.sparse import sparse_blocks
+from launcher.model.sparse import is_grouped, sparse_blocks
 
 
 def wrap_new(model: nn.Module, config: LoraConfig, keep_tie: bool) -> PeftModel:
@@ -86,10 +87,26 @@ def _wrap(
     except ValueError as error:
         raise UserError(f"method.target_modules={config.target_modules}: {error}") from error
     if dropout:
-        for layer in wrapped.modules():
-            if isinstance(layer, LoraLayer):
-                layer.lora_dropout[ADAPTER_NAME] = nn.Dropout(dropout)
+        _add_dropout(wrapped, dropout)
     return wrapped
+
+
+def _add_dropout(model: PeftModel, dropout: float) -> None:
+    """Raises UserError for experts that cannot have it. Adapters of routers get none."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        if isinstance(layer, ParamWrapper):
+            if layer.num_experts == 1:
+                continue
+            experts = layer.get_base_layer()
+            if not is_grouped(experts):
+                raise UserError(
+                    f"method.dropout={dropout} with adapters of experts ({name}): "
+                    f"{type(experts).__name__} compute in their own way → method.dropout=0, or "
+                    "method.target_modules=[q_proj,k_proj,v_proj,o_proj]"
+                )
+        layer.lora_dropout[ADAPTER_NAME] = nn.Dropout(dropout)
 
 
 def _check_stacks(model: nn.Module, config: LoraConfig, targets: Targets) -> None:

@@ -1,10 +1,10 @@
 """Which parts of a mixture of experts get an adapter, and how adapter_config.json names them.
 
-transformers keeps the experts of a layer in stacks, parameters of three dims, and routers in classes
-of their own; PEFT adapts both by `target_parameters`. PEFT also renames the targets of adapters that
-were made with transformers 4, where every expert and router was a linear layer. For some model types
-it therefore mistakes a linear layer of a shared expert for the experts; such a layer is written as a
-target parameter too, which gives the same tensors.
+transformers keeps the experts of a layer in stacks, parameters of three dims, and routers in
+classes of their own; PEFT adapts both by `target_parameters`. PEFT also renames the targets of
+adapters that were made with transformers 4, where every expert and router was a linear layer. For
+some model types it therefore mistakes a linear layer of a shared expert for the experts; such a
+layer is written as a target parameter too, which gives the same tensors.
 """
 
 from __future__ import annotations
@@ -127,8 +127,10 @@ def shorten(model: nn.Module, parameters: list[str]) -> list[str]:
 
 
 def portable(config: PeftConfig, model: nn.Module, adapted: Collection[str]) -> PeftConfig:
-    """Change `config`, to be written, so that PEFT finds the same modules when it loads it. `adapted`:
-    the paths of adapted modules."""
+    """Change `config`, to be written, so that PEFT finds the same modules when it loads it.
+
+    `adapted`: the paths of adapted modules.
+    """
     if not config.target_parameters:
         return config
     config.lora_dropout = 0.0  # PEFT refuses another value, and does not use it to load
@@ -144,9 +146,7 @@ def portable(config: PeftConfig, model: nn.Module, adapted: Collection[str]) -> 
 
 def from_portable(config: PeftConfig, model: nn.Module) -> None:
     """Undo `portable` in a configuration that was read: linear layers get their usual adapters."""
-    linear = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    ]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     parameters = []
     modules = set(config.target_modules or ())
     for target in config.target_parameters or ():

@@ -53,8 +53,8 @@ def linear_layers(model: Any) -> list[str]:
 def renamed_targets(model: nn.Module) -> set[str]:
     """The names of modules that PEFT takes for those of transformers 4, and renames."""
     model_type = getattr(model.config, "model_type", None)
-    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type)  # type: ignore[arg-type]
-    return set(conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, ()))  # type: ignore[arg-type]
+    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type)
+    return set(conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, ()))
 
 
 @contextmanager

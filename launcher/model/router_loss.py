@@ -1,4 +1,4 @@
-"""The auxiliary loss of a router, which keeps experts evenly used, as the model's family defines it.
+"""The auxiliary loss of routers, by which experts are used evenly, as the family defines it.
 
 transformers computes it in the model's forward, from the logits of all routers, with the function
 `load_balancing_loss_func` of the model's module. Of padding it would know from an attention mask,
@@ -64,8 +64,8 @@ def find_router_loss(model: nn.Module, choice: str) -> RouterLoss | None:
     computes = FUNCTION in vars(module) and "output_router_logits" in inspect.getsource(type(bare))
     if not computes:
         raise UserError(
-            f"training.router_aux_loss={choice}: {type(bare).__name__} defines no auxiliary loss of "
-            "a router → training.router_aux_loss=off"
+            f"training.router_aux_loss={choice}: {type(bare).__name__} defines no auxiliary loss "
+            "of routers → training.router_aux_loss=off"
         )
     if choice != "model":
         return RouterLoss(float(choice), module)

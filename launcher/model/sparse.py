@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -38,6 +39,12 @@ def sparse_blocks(model: nn.Module) -> list[SparseBlock]:
     return blocks
 
 
+def is_grouped(experts: nn.Module) -> bool:
+    """Whether transformers can compute `experts` by grouped matrix products; other experts compute
+    in a way of their own."""
+    return all(hasattr(experts, name) for name in ("has_gate", "has_bias", "is_transposed"))
+
+
 def _has_experts(name: str, module: nn.Module) -> bool:
     is_list = isinstance(module, (nn.ModuleList, nn.ModuleDict))
     in_class = "Expert" in type(module).__name__
@@ -47,7 +54,8 @@ def _has_experts(name: str, module: nn.Module) -> bool:
 def _routers(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """The routers beside the experts at `path`."""
     parent, _, _ = path.rpartition(".")
-    for name, child in model.get_submodule(parent).named_children():
+    for name, outer in model.get_submodule(parent).named_children():
+        child: Any = outer
         while hasattr(child, "base_layer"):
             child = child.base_layer
         beside = f"{parent}.{name}" if parent else name

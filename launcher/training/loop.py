@@ -10,11 +10,10 @@ from typing import Protocol
 import torch
 
 from launcher.data.loader import StepBatch
-from launcher.model.router_loss import RouterLoss
 from launcher.strategy import Strategy
 from launcher.tracking.base import Observer, Record
 from launcher.training.agreement import AgreedSteps
-from launcher.training.loss import losses, token_loss
+from launcher.training.loss import RouterShare, token_loss, weighted_losses
 from launcher.training.metrics import MetricsBuffer, StepStats
 from launcher.training.nonfinite import first_bad_module
 from launcher.training.state import Progress, TrainState
@@ -142,7 +141,8 @@ def fit(
         learning_rate = float(scheduler.get_last_lr()[0])
         buffer.diagnose = partial(first_bad_module, strategy.model, step_batch, device)
         targets = max(1, work.targets)  # streamed rows may have none: a loss of 0, not 0 / 0
-        router = state.router_loss and (state.router_loss, max(1, work.tokens))
+        aux = state.router_loss
+        router = None if aux is None else RouterShare(aux, max(1, work.tokens))
         stats = train_step(
             strategy, step_batch, targets, plan.max_grad_norm, device, plan.label_smoothing, router
         )
@@ -172,29 +172,26 @@ def train_step(
     max_grad_norm: float,
     device: torch.device,
     label_smoothing: float = 0.0,
-    router: tuple[RouterLoss, int] | None = None,
+    router: RouterShare | None = None,
 ) -> StepStats:
     """One optimizer step. The loss is the sum over the target tokens of all ranks, divided by
-    their number `targets`. `router`: the auxiliary loss of routers, and the tokens of all ranks,
-    by whose number its sum is divided."""
-    loss = torch.zeros((), device=device)
-    aux_loss = None if router is None else torch.zeros((), device=device)
+    their number `targets`, plus the auxiliary loss of `router`."""
+    reported = torch.zeros(1 if router is None else 2, device=device)
     for index, micro_batch in enumerate(step_batch.micro_batches, start=1):
         strategy.set_last_micro_batch(last=index == len(step_batch.micro_batches))
-        batch = micro_batch.to(device)
-        if router is None:
-            micro_loss = token_loss(strategy.model, batch, label_smoothing) / targets
-            strategy.backward(micro_loss)
-        else:
-            router_loss, tokens = router
-            sums = losses(strategy.model, batch, label_smoothing, router_loss)
-            micro_loss, micro_aux = sums.target_tokens / targets, sums.router / tokens
-            strategy.backward(micro_loss + router_loss.coefficient * micro_aux)
-            aux_loss += micro_aux.detach()
-        loss += micro_loss.detach()
+        loss, micro = weighted_losses(
+            strategy.model, micro_batch.to(device), targets, label_smoothing, router
+        )
+        strategy.backward(loss)
+        reported += micro
     result = strategy.step(max_grad_norm)
     return StepStats(
-        loss, result.grad_norm, result.applied, result.skip_if_nonfinite, result.loss_scale, aux_loss
+        reported[0],
+        result.grad_norm,
+        result.applied,
+        result.skip_if_nonfinite,
+        result.loss_scale,
+        None if router is None else reported[1],
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -14,36 +15,43 @@ from launcher.model.chunked_loss import Targets, loss_targets
 from launcher.model.router_loss import RouterLoss
 
 
-class Losses(NamedTuple):
-    """The losses of a micro-batch, each 0-d and fp32."""
+class RouterShare(NamedTuple):
+    """The auxiliary loss of routers, and the tokens of all ranks in the step, which it averages."""
 
-    target_tokens: torch.Tensor  # the cross-entropy, summed over its target tokens
-    router: torch.Tensor  # the routers' auxiliary loss, summed over its tokens
+    loss: RouterLoss
+    tokens: int
 
 
-def losses(
-    model: nn.Module, batch: MicroBatch, label_smoothing: float, router_loss: RouterLoss
-) -> Losses:
-    """The cross-entropy and the auxiliary loss of routers, from one forward.
+def weighted_losses(
+    model: nn.Module,
+    batch: MicroBatch,
+    targets: int,
+    label_smoothing: float,
+    router: RouterShare | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what to minimize, 0-d; what to report: the share in the mean loss over the `targets` of a
+    step and, with `router`, that in the mean auxiliary loss). fp32.
 
-    The auxiliary loss is a mean over tokens, times a measure of how uneven the micro-batch uses the
-    experts. It is returned as a sum, so that micro-batches and ranks count by their tokens.
+    The auxiliary loss of a micro-batch is a mean over its tokens. It is weighted by their number,
+    so that micro-batches and ranks count by their tokens.
     """
+    if router is None:
+        loss = token_loss(model, batch, label_smoothing) / targets
+        return loss, loss.detach()[None]
     is_token = batch.is_token()
     count = is_token.sum()
-    # A micro-batch of padding counts nothing; without any token the mean would not be finite.
-    seen = is_token.index_fill(1, torch.zeros(1, dtype=torch.int64, device=is_token.device), True)
-    targets = Targets(
-        batch.target_positions, batch.target_ids, batch.input_ids.shape, label_smoothing
-    )
-    with loss_targets(targets), router_loss.of_tokens(seen):
+    is_token[:, 0] = True  # a micro-batch of padding has weight 0, and its mean must be finite
+    with _targets_of(batch, label_smoothing), router.loss.of_tokens(is_token):
         output = model(**batch.inputs(), output_router_logits=True)
     if not torch.is_tensor(output.aux_loss):
         raise UserError(
-            "training.router_aux_loss: the model has not computed an auxiliary loss, because no "
-            "layer of it has a router → training.router_aux_loss=off"
+            "training.router_aux_loss: the model has not computed an auxiliary loss, because none "
+            "of its layers has a router → training.router_aux_loss=off"
         )
-    return Losses(_sum_loss(output.logits, batch, label_smoothing), output.aux_loss.float() * count)
+    loss = _sum_loss(output.logits, batch, label_smoothing) / targets
+    aux_loss = output.aux_loss.float() * count / router.tokens
+    reported = torch.stack([loss.detach(), aux_loss.detach()])
+    return loss + router.loss.coefficient * aux_loss, reported
 
 
 def token_loss(model: nn.Module, batch: MicroBatch, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -51,10 +59,14 @@ def token_loss(model: nn.Module, batch: MicroBatch, label_smoothing: float = 0.0
 
     Attention is causal, without an attention mask.
     """
-    shape = batch.input_ids.shape
-    with loss_targets(Targets(batch.target_positions, batch.target_ids, shape, label_smoothing)):
+    with _targets_of(batch, label_smoothing):
         logits = model(**batch.inputs()).logits
     return _sum_loss(logits, batch, label_smoothing)
+
+
+def _targets_of(batch: MicroBatch, label_smoothing: float) -> AbstractContextManager[None]:
+    shape = batch.input_ids.shape
+    return loss_targets(Targets(batch.target_positions, batch.target_ids, shape, label_smoothing))
 
 
 def _sum_loss(logits: torch.Tensor, batch: MicroBatch, label_smoothing: float) -> torch.Tensor:
