@@ -16,6 +16,7 @@ from launcher.distributed.process_group import RankInfo
 from launcher.folders.checkpoint import TRAINED_CLASS
 from launcher.method import build_method
 from launcher.method.base import Method
+from launcher.method.expert_lora import fuse_experts
 from launcher.method.fused_lora import fuse_adapters
 from launcher.method.summary import describe_parameters
 from launcher.method.vocabulary import describe_vocabulary, train_vocabulary
@@ -27,6 +28,7 @@ from launcher.model.liger import use_kernels
 from launcher.model.load import Weights, build_model
 from launcher.model.neftune import add_noise
 from launcher.model.recurrent import describe_kernels, separate_documents
+from launcher.model.router_loss import RouterLoss, find_router_loss
 from launcher.strategy import Strategy, build_strategy
 from launcher.strategy.precision import precision_of
 from launcher.training.early_stopping import EarlyStopping
@@ -46,6 +48,7 @@ class AssembledModel:
     model: nn.Module  # as the method prepared it, without the strategy's wrapper
     strategy: Strategy  # after `setup`, with its optimizer
     flops: Flops | None  # of the model; None: not known
+    router_loss: RouterLoss | None  # that is trained on; None: off
 
 
 def build_train_state(
@@ -91,6 +94,7 @@ def build_train_state(
             training.early_stopping_patience, training.early_stopping_threshold
         ),
         flops=assembled.flops,
+        router_loss=assembled.router_loss,
     )
 
 
@@ -121,6 +125,8 @@ def assemble(
         log(f"new tokens: {describe_vocabulary(model, precision.master)}")
     model = method.prepare(model, training.seed, weights, device)
     fuse_adapters(model)
+    if unfused := fuse_experts(model):
+        log(f"experts: {unfused}")
     if base_changes := method.describe():
         log(f"base: {base_changes}")
     parameters = describe_parameters(model, precision.master, precision.compute)
@@ -131,6 +137,9 @@ def assemble(
     if training.compile != "off":
         compile_layers(model)
     log(f"loss: {use_chunked_loss(model, training.loss)}")
+    router_loss = find_router_loss(model, training.router_aux_loss)
+    if router_loss is not None:
+        log(f"routers: their auxiliary loss is added, times {router_loss.coefficient:g}")
     strategy = new_strategy()
     strategy.setup(
         model,
@@ -142,4 +151,4 @@ def assemble(
     if warning := strategy.warning():
         log(warning)
     log(f"precision: {precision.describe(state_dtype(config.optimizer))}")
-    return AssembledModel(method, model, strategy, flops)
+    return AssembledModel(method, model, strategy, flops, router_loss)
