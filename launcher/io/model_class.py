@@ -94,11 +94,11 @@ def _auto_class(auto: Any, config: Any) -> Any:
 
 
 def _is_body(named: Any, trained: Any, config: Any) -> bool:
-    """Whether `named` is `trained` without its head: the head is tied, or missing in the files."""
+    """Whether `named` is `trained` without its head, which is the embedding."""
     import transformers
 
-    is_text = trained.config_class is type(config)
-    return is_text and named is _auto_class(transformers.AutoModel, config)
+    is_tied = trained.config_class is type(config) and config.tie_word_embeddings
+    return is_tied and named is _auto_class(transformers.AutoModel, config)
 
 
 def text_class(config: Any) -> Any:

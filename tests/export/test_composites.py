@@ -161,6 +161,18 @@ def test_what_could_not_be_exported_is_refused_before_training(
             check_exportable(folder)
 
 
+def test_a_folder_without_its_tied_head_is_exported_by_its_own_names(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    transformers.GPT2Model(config).save_pretrained(tmp_path / "base")
+    check_exportable(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    trained = make_adapter(model, tmp_path / "adapter", target_modules=["c_attn"])
+    consolidate(tmp_path / "adapter", tmp_path / "out", base=str(tmp_path / "base"))
+    assert stored(tmp_path / "out").keys() == stored(tmp_path / "base").keys()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.allclose(logits(merged), logits(trained), atol=1e-5)
+
+
 def test_files_of_other_names_than_transformers_writes_are_refused(
     bases: dict[str, Path], tmp_path: Path
 ) -> None:
