@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from launcher.method.initial_delta import (
     principal_delta,
     rank_settings,
 )
+from launcher.method.peft_layers import wrap_existing, wrap_new
 from launcher.method.peft_tensors import (
     ADAPTER_NAME,
     lora_layers,
@@ -35,14 +34,9 @@ from launcher.method.peft_tensors import (
     to_peft_names,
     trained_deltas,
 )
+from launcher.method.targets import portable
 from launcher.model.load import Weights
-from launcher.model.peft import (
-    LoraLayer,
-    ModulesToSaveWrapper,
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-)
+from launcher.model.peft import LoraLayer, ModulesToSaveWrapper, PeftModel
 
 
 class Lora:
@@ -127,6 +121,7 @@ class Lora:
             for key, value in rank_settings(total).items():
                 setattr(config, key, value)
             config.target_modules = set(total)
+        config = portable(config, model, model.base_model.targeted_module_names)
         folder.mkdir(parents=True)
         config.save_pretrained(folder)
         # Not save_file: it creates files that only their owner can read, whatever the umask.
@@ -140,57 +135,15 @@ class Lora:
         return to_model_names(model, saved, folder, self._tied)
 
     def _wrap(self, model: nn.Module) -> PeftModel:
-        targets = self.config.target_modules
-        if "all-linear" in targets and len(targets) > 1:
-            raise UserError(
-                f"method.target_modules={targets}: all-linear cannot be combined with other names"
-            )
-        keep_tie = self.keep_tie and _is_tied(model)
-        try:
-            with warnings.catch_warnings():  # export unties tied weights if they differ
-                warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
-                wrapped = get_peft_model(
-                    model, self._peft_config(keep_tie), autocast_adapter_dtype=False
-                )
-        except ValueError as error:
-            raise UserError(f"method.target_modules={targets}: {error}") from error
-        if self.config.adapter is None:
-            _check_targets(wrapped, targets)
-            self._check_patterns(wrapped)
-        self._check_modules_to_save(wrapped)
-        return wrapped
-
-    def _peft_config(self, keep_tie: bool) -> PeftConfig:
         config = self.config
+        keep_tie = self.keep_tie and _is_tied(model)
         if config.adapter is not None:
             folder = existing_adapter.find_adapter(config.adapter, "method.adapter")
-            peft_config = PeftConfig.from_pretrained(folder)
-            peft_config.inference_mode, peft_config.lora_dropout = False, config.dropout
-            peft_config.base_model_name_or_path = None  # PEFT sets it to the base of this run
-            peft_config.init_lora_weights = True
-            return peft_config
-        targets = config.target_modules
-        return PeftConfig(
-            r=config.rank,
-            lora_alpha=config.resolved_alpha(),
-            lora_dropout=config.dropout,
-            target_modules="all-linear" if targets == ["all-linear"] else targets,
-            use_rslora=config.rslora,
-            use_dora=config.dora,
-            rank_pattern=dict(config.rank_pattern),
-            alpha_pattern=config.resolved_alpha_pattern(),
-            modules_to_save=list(config.modules_to_save) or None,
-            ensure_weight_tying=keep_tie,
-            task_type="CAUSAL_LM",
-        )
-
-    def _check_patterns(self, model: PeftModel) -> None:
-        """Every pattern must match a module with an adapter."""
-        adapted = model.base_model.targeted_module_names
-        for key in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self.config, key):
-                if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
-                    raise UserError(f"method.{key}: no adapted module is named {pattern}")
+            wrapped = wrap_existing(model, config, folder)
+        else:
+            wrapped = wrap_new(model, config, keep_tie)
+        self._check_modules_to_save(wrapped)
+        return wrapped
 
     def _check_modules_to_save(self, model: PeftModel) -> None:
         """Every name must match a module, and none that is also merged first."""
@@ -277,24 +230,6 @@ def _without_shared_memory(tensors: dict[str, torch.Tensor]) -> dict[str, torch.
 def _is_tied(model: Any) -> bool:
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
-
-
-def _check_targets(model: PeftModel, targets: list[str]) -> None:
-    """Every entry must match a module, and export must be able to merge every match."""
-    adapted = model.base_model.targeted_module_names
-    for target in targets:
-        matches = [name for name in adapted if name == target or name.endswith(f".{target}")]
-        if target != "all-linear" and not matches:
-            raise UserError(f"method.target_modules: no module is named {target}")
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), nn.Embedding):
-            raise UserError(f"method.target_modules={targets}: embeddings cannot be adapted yet")
-    tied = getattr(model.config, "tie_word_embeddings", False)
-    if tied and any(name.endswith("lm_head") for name in adapted):
-        raise UserError(
-            f"method.target_modules={targets}: lm_head is tied to the embedding, which an adapter "
-            "would change too; leave it out"
-        )
 
 
 def _materialize(layer: LoraLayer) -> None:

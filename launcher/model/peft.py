@@ -11,6 +11,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
 
 
 @contextmanager
@@ -33,9 +36,37 @@ with hide_package("bitsandbytes"):
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import Linear as PeftLinear
     from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+    from peft.utils import transformers_weight_conversion as conversion
     from peft.utils.other import ModulesToSaveWrapper
 
     is_bnb_available()  # PEFT caches the result and does not check again when it makes layers
+
+
+def linear_layers(model: Any) -> list[str]:
+    """The linear layers of `model` that PEFT's all-linear selects: all but the head."""
+    config = PeftConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    found = set(_maybe_include_all_linear_layers(config, model).target_modules or ())
+    return [name for name, _ in model.named_modules() if name in found]
+
+
+def renamed_targets(model: nn.Module) -> set[str]:
+    """The names of modules that PEFT takes for those of transformers 4, and renames."""
+    model_type = getattr(model.config, "model_type", None)
+    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type)
+    return set(conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, ()))
+
+
+@contextmanager
+def keep_target_names() -> Iterator[None]:
+    """Inside the context, PEFT takes target names as they are: they are of transformers 5."""
+    convert = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = convert
+
 
 __all__ = [
     "LoraLayer",
@@ -46,4 +77,7 @@ __all__ = [
     "PeftModel",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "keep_target_names",
+    "linear_layers",
+    "renamed_targets",
 ]

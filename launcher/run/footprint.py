@@ -168,13 +168,19 @@ def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and LAYER.search(name) is not None and ".experts." not in name
 
 
+def _is_expert(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor has the weights of one expert, or [experts, …] those of all."""
+    is_weight = len(shape) >= 2 and not name.endswith("bias")
+    return is_weight and LAYER.search(name) is not None and ".experts." in name
+
+
 def _adapter_parameters(method: LoraConfig, name: str, shape: tuple[int, ...]) -> int:
     module = name.removesuffix(".weight").rpartition(".")[2]
     is_target = method.target_modules == ["all-linear"] or module in method.target_modules
-    if not (is_target and _is_linear(name, shape)):
+    if not (is_target and (_is_linear(name, shape) or _is_expert(name, shape))):
         return 0
     rank = method.rank_pattern[module] if module in method.rank_pattern else method.rank
-    return rank * sum(shape)
+    return rank * math.prod(shape[:-2]) * sum(shape[-2:])
 
 
 def _parameters_in(shapes: Shapes, modules: Collection[str]) -> int:

@@ -65,6 +65,7 @@ TENSOR_SETTINGS = (
     "method.rank",
     "method.rank_pattern",
     "method.target_modules",
+    "method.target_router",
     "method.modules_to_save",
     "method.dora",
     "method.layers",

@@ -15,6 +15,7 @@ from launcher.distributed.collectives import in_parts
 from launcher.distributed.process_group import RankInfo
 from launcher.method import build_method
 from launcher.method.base import Method
+from launcher.method.expert_lora import fuse_experts
 from launcher.method.fused_lora import fuse_adapters
 from launcher.method.summary import describe_parameters
 from launcher.method.vocabulary import describe_vocabulary, train_vocabulary
@@ -111,6 +112,8 @@ def assemble(
         log(f"new tokens: {describe_vocabulary(model, precision.master)}")
     model = method.prepare(model, training.seed, weights, device)
     fuse_adapters(model)
+    if unfused := fuse_experts(model):
+        log(f"experts: {unfused}")
     if base_changes := method.describe():
         log(f"base: {base_changes}")
     parameters = describe_parameters(model, precision.master, precision.compute)

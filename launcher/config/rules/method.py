@@ -23,6 +23,7 @@ ADAPTER_KEYS: dict[str, tuple[str, Any]] = {
 # Settings that would have no effect on method.adapter, and therefore keep their defaults.
 FIXED_DEFAULTS: dict[str, Any] = {
     "target_modules": ["all-linear"],
+    "target_router": False,
     "modules_to_save": [],
     "rank_pattern": {},
     "alpha_pattern": {},

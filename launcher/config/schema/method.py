@@ -42,7 +42,11 @@ class LoraConfig(MethodConfig):
     dropout: float = setting(0.0, "dropout before the adapters", minimum=0, maximum=1)
     target_modules: list[str] = setting(
         ["all-linear"],
-        "names of modules that get an adapter; all-linear: every linear layer except the head",
+        "names of modules that get an adapter; all-linear: every linear layer and all experts, but "
+        "not the head and no router",
+    )
+    target_router: bool = setting(
+        False, "also adapt the routers of a mixture of experts, which are frozen otherwise"
     )
     rslora: bool = setting(False, "scale by alpha / √rank instead of alpha / rank")
     modules_to_save: list[str] = setting(
