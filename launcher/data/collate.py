@@ -49,11 +49,19 @@ class MicroBatch:
     target_positions: torch.Tensor  # [n] int64: positions in the flattened ids that have a target
     target_ids: torch.Tensor  # [n] int64: the token to predict there; IGNORED where n is padded
     documents: Documents | None = None  # of packed sequences
+    lengths: torch.Tensor | None = None  # [sequences] int64: without padding; None: no padding
 
     def inputs(self) -> dict[str, Any]:
         """The arguments of the model's forward."""
         documents = self.documents.forward_arguments() if self.documents else {}
         return {"input_ids": self.input_ids, "use_cache": False, **documents}
+
+    def is_token(self) -> torch.Tensor:
+        """[sequences, length]: False at padding."""
+        if self.lengths is None:
+            return torch.ones_like(self.input_ids, dtype=torch.bool)
+        positions = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        return positions < self.lengths[:, None]
 
     def to(self, device: torch.device) -> MicroBatch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -73,6 +81,7 @@ class MicroBatch:
             change(self.target_positions),
             change(self.target_ids),
             documents,
+            None if self.lengths is None else change(self.lengths),
         )
 
 
@@ -89,6 +98,7 @@ def collate(
     shape = (max(1, len(sequences)), length)
     input_ids = np.full(shape, pad_token_id, np.int64)
     targets = np.full(shape, IGNORED, np.int64)
+    lengths = np.zeros(len(input_ids), np.int64)
     for number, rows in enumerate(sequences):
         begin = 0
         for ids, loss_mask in rows:
@@ -97,9 +107,12 @@ def collate(
             # Position t predicts token t + 1. Targets are shifted here, so logits need not be.
             targets[number, begin : max(begin, end - 1)] = np.where(loss_mask[1:], ids[1:], IGNORED)
             begin = end
+        lengths[number] = begin
     documents = _build_documents(sequences or [[]], length) if packed else None
     positions, target_ids = _select_targets(targets.reshape(-1))
-    return MicroBatch(torch.from_numpy(input_ids), positions, target_ids, documents)
+    return MicroBatch(
+        torch.from_numpy(input_ids), positions, target_ids, documents, torch.from_numpy(lengths)
+    )
 
 
 def _select_targets(targets: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,6 +25,7 @@ from launcher.model.compile import compile_layers
 from launcher.model.liger import use_kernels
 from launcher.model.load import Weights, build_model
 from launcher.model.neftune import add_noise
+from launcher.model.router_loss import RouterLoss, find_router_loss
 from launcher.strategy import Strategy, build_strategy
 from launcher.strategy.precision import precision_of
 from launcher.training.early_stopping import EarlyStopping
@@ -44,6 +45,7 @@ class AssembledModel:
     model: nn.Module  # as the method prepared it, without the strategy's wrapper
     strategy: Strategy  # after `setup`, with its optimizer
     flops: Flops | None  # of the model; None: not known
+    router_loss: RouterLoss | None  # that is trained on; None: off
 
 
 def build_train_state(
@@ -82,6 +84,7 @@ def build_train_state(
             training.early_stopping_patience, training.early_stopping_threshold
         ),
         flops=assembled.flops,
+        router_loss=assembled.router_loss,
     )
 
 
@@ -124,6 +127,9 @@ def assemble(
     if training.compile != "off":
         compile_layers(model)
     log(f"loss: {use_chunked_loss(model, training.loss)}")
+    router_loss = find_router_loss(model, training.router_aux_loss)
+    if router_loss is not None:
+        log(f"routers: their auxiliary loss is added, times {router_loss.coefficient:g}")
     strategy = new_strategy()
     strategy.setup(
         model,
@@ -133,4 +139,4 @@ def assemble(
     log(f"loading: {weights.describe() if weights else 'this rank has read the full model'}")
     log(f"strategy: {strategy.describe()}")
     log(f"precision: {precision.describe(state_dtype(config.optimizer))}")
-    return AssembledModel(method, model, strategy, flops)
+    return AssembledModel(method, model, strategy, flops, router_loss)

@@ -13,7 +13,7 @@ from launcher.data.loader import StepBatch
 from launcher.strategy import Strategy
 from launcher.tracking.base import Observer, Record
 from launcher.training.agreement import AgreedSteps
-from launcher.training.loss import token_loss
+from launcher.training.loss import RouterShare, token_loss, weighted_losses
 from launcher.training.metrics import MetricsBuffer, StepStats
 from launcher.training.nonfinite import first_bad_module
 from launcher.training.state import Progress, TrainState
@@ -141,8 +141,10 @@ def fit(
         learning_rate = float(scheduler.get_last_lr()[0])
         buffer.diagnose = partial(first_bad_module, strategy.model, step_batch, device)
         targets = max(1, work.targets)  # streamed rows may have none: a loss of 0, not 0 / 0
+        aux = state.router_loss
+        router = None if aux is None else RouterShare(aux, max(1, work.tokens))
         stats = train_step(
-            strategy, step_batch, targets, plan.max_grad_norm, device, plan.label_smoothing
+            strategy, step_batch, targets, plan.max_grad_norm, device, plan.label_smoothing, router
         )
         if stats.applied:
             scheduler.step()
@@ -170,19 +172,26 @@ def train_step(
     max_grad_norm: float,
     device: torch.device,
     label_smoothing: float = 0.0,
+    router: RouterShare | None = None,
 ) -> StepStats:
     """One optimizer step. The loss is the sum over the target tokens of all ranks, divided by
-    their number `targets`."""
-    loss = torch.zeros((), device=device)
+    their number `targets`, plus the auxiliary loss of `router`."""
+    reported = torch.zeros(1 if router is None else 2, device=device)
     for index, micro_batch in enumerate(step_batch.micro_batches, start=1):
         strategy.set_last_micro_batch(last=index == len(step_batch.micro_batches))
-        loss_sum = token_loss(strategy.model, micro_batch.to(device), label_smoothing)
-        micro_loss = loss_sum / targets
-        strategy.backward(micro_loss)
-        loss += micro_loss.detach()
+        loss, micro = weighted_losses(
+            strategy.model, micro_batch.to(device), targets, label_smoothing, router
+        )
+        strategy.backward(loss)
+        reported += micro
     result = strategy.step(max_grad_norm)
     return StepStats(
-        loss, result.grad_norm, result.applied, result.skip_if_nonfinite, result.loss_scale
+        reported[0],
+        result.grad_norm,
+        result.applied,
+        result.skip_if_nonfinite,
+        result.loss_scale,
+        None if router is None else reported[1],
     )
 
 

@@ -25,6 +25,8 @@ class StepStats:
     # The optimizer skipped the step on the device if the gradient was not finite.
     skip_if_nonfinite: bool = False
     loss_scale: float | None = None  # with fp16
+    # 0-d fp32 on the device: this rank's part of the routers' auxiliary loss, if it is trained on.
+    aux_loss: torch.Tensor | None = None
 
 
 class PendingStep(NamedTuple):
@@ -64,12 +66,18 @@ class MetricsBuffer:
         """
         if not self._pending:
             return []
-        losses = self.sum(torch.stack([pending.stats.loss for pending in self._pending]))
-        norms = [each.stats.grad_norm.to(losses, non_blocking=True) for each in self._pending]
-        values = torch.stack([losses, torch.stack(norms)]).tolist()
+        stats = [pending.stats for pending in self._pending]
+        summed = [torch.stack([each.loss for each in stats])]
+        if aux_losses := [each.aux_loss for each in stats if each.aux_loss is not None]:
+            summed.append(torch.stack(aux_losses))
+        sums = self.sum(torch.stack(summed))
+        norms = torch.stack([each.grad_norm.to(sums, non_blocking=True) for each in stats])
+        losses, *aux, norms_read = torch.cat([sums, norms[None]]).tolist()
         throughput = self.meter.read()
         records = []
-        for pending, loss, norm in zip(self._pending, *values, strict=True):
+        for index, (pending, loss, norm) in enumerate(
+            zip(self._pending, losses, norms_read, strict=True)
+        ):
             self._check_finite(pending, loss, norm)
             self.tokens += pending.tokens
             record = {
@@ -77,6 +85,7 @@ class MetricsBuffer:
                 "loss": loss,
                 "learning_rate": pending.learning_rate,
                 "grad_norm": norm,
+                **({"aux_loss": aux[0][index]} if aux else {}),
                 "tokens": self.tokens,
                 **throughput,
                 "time": round(time.time(), 3),

@@ -9,6 +9,7 @@ from torch import nn
 
 from launcher.distributed.process_group import RankInfo
 from launcher.method.base import Method
+from launcher.model.router_loss import RouterLoss
 from launcher.strategy import Strategy
 from launcher.training.early_stopping import EarlyStopping
 from launcher.training.flops import Flops
@@ -35,6 +36,7 @@ class TrainState:
     origin: dict[str, Any]  # base model, data, ranks, strategy; goes into every trainer.json
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     flops: Flops | None = None  # of the model; None: not known
+    router_loss: RouterLoss | None = None  # that is trained on; None: off
     tokenizer_files: dict[str, bytes] = field(default_factory=dict)  # {}: as in the base
     end_tokens: tuple[int, ...] | None = None  # that end an answer; None: the rows have no answers
 

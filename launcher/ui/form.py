@@ -44,7 +44,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("method", "method.rank", "method.alpha", "method.dropout", "method.target_modules"),
         *("method.bits", "method.quant_type", "method.rslora", "method.dora", "method.pissa"),
         *("method.plus_ratio", "method.adapter", "method.layers", "method.modules"),
-        "method.extra_modules",
+        *("method.extra_modules", "method.target_router", "training.router_aux_loss"),
     ),
     "Strategy and precision": (
         *("strategy", "precision", "strategy.shard_size", "strategy.reshard_after_forward"),

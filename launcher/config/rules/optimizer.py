@@ -31,6 +31,10 @@ def _unknown_activation_checkpointing(config: Config, world: World) -> bool:
     return not re.fullmatch(r"off|full|[1-9]\d*", config.training.activation_checkpointing)
 
 
+def _unknown_router_aux_loss(config: Config, world: World) -> bool:
+    return not re.fullmatch(r"off|model|\d+(\.\d*)?(e-?\d+)?", config.training.router_aux_loss)
+
+
 OPTIMIZER_RULES: tuple[Rule, ...] = (
     Rule(
         "two-betas",
@@ -91,5 +95,16 @@ OPTIMIZER_RULES: tuple[Rule, ...] = (
         ),
         lambda c, w: "training.activation_checkpointing=full",
         Example("training.activation_checkpointing=some"),
+    ),
+    Rule(
+        "router-aux-loss-is-known",
+        "training.router_aux_loss is off, model or a coefficient",
+        _unknown_router_aux_loss,
+        lambda c, w: (
+            f"training.router_aux_loss={c.training.router_aux_loss} must be off, model (the "
+            "coefficient of the model's config.json) or a number, such as 0.001"
+        ),
+        lambda c, w: "training.router_aux_loss=model",
+        Example("training.router_aux_loss=on"),
     ),
 )

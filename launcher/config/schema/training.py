@@ -77,6 +77,11 @@ class TrainingConfig:
         minimum=0,
         maximum=1,
     )
+    router_aux_loss: str = setting(
+        "off",
+        "add the auxiliary loss by which a mixture of experts learns to use all of them: off, "
+        "model (times router_aux_loss_coef of its config.json) or the coefficient, such as 0.001",
+    )
     skipped_steps: int = setting(
         20, "consecutive steps without a finite gradient after which the run ends", minimum=1
     )
