@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 from launcher.config.schema.method import LoraConfig
 from launcher.errors import UserError
@@ -18,6 +19,7 @@ from launcher.method.expert_lora import FusedExpertLora, fuse_experts
 from launcher.method.lora import Lora
 from launcher.method.summary import describe_parameters
 from launcher.model.peft import ParamWrapper
+from tests.helpers import exports
 from tests.helpers.sparse_models import FAMILIES, make_sparse
 
 IDS = torch.arange(3, 3 + 48).view(2, 24)
@@ -242,8 +244,23 @@ def test_what_does_not_apply_is_refused(family: str, options: dict[str, Any], me
 
 
 def test_a_model_without_router_has_none_to_adapt(tiny: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(tiny)
     with pytest.raises(UserError, match="has no router of experts"):
         Lora(LoraConfig(name="lora", target_router=True)).prepare(model, 3)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "phimoe"])
+def test_consolidating_gives_the_trained_model(family: str, tmp_path: Path) -> None:
+    method, model = adapted(family, target_router=family != "phimoe")
+    fuse_experts(model.eval())
+    method.write(model, trained(model), tmp_path / "adapter")
+    make_sparse(family).save_pretrained(tmp_path / "base")
+    exports.consolidate(
+        tmp_path / "base", "--adapter", tmp_path / "adapter", "--output", tmp_path / "export"
+    )
+    merged = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "export", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    torch.testing.assert_close(
+        merged(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5
+    )
