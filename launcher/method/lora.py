@@ -159,6 +159,7 @@ class Lora:
             _check_targets(wrapped, targets)
             self._check_patterns(wrapped)
         self._check_modules_to_save(wrapped)
+        _check_shared_weights(wrapped)
         return wrapped
 
     def _peft_config(self, model: nn.Module, keep_tie: bool) -> PeftConfig:
@@ -279,6 +280,18 @@ def _without_shared_memory(tensors: dict[str, torch.Tensor]) -> dict[str, torch.
 def _is_tied(model: Any) -> bool:
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _check_shared_weights(model: PeftModel) -> None:
+    """Raises UserError if two adapters change one weight: the base has it under one name only."""
+    first: dict[int, str] = {}
+    for name, layer in lora_layers(model).items():
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if weight is not None and first.setdefault(id(weight), name) != name:
+            raise UserError(
+                f"{name} and {first[id(weight)]} share a weight, to which two adapters cannot be "
+                "merged → method.target_modules without it, or method=full"
+            )
 
 
 def _check_targets(model: PeftModel, targets: list[str]) -> None:
