@@ -111,7 +111,7 @@ def check_document_masking(
     model: nn.Module, device: torch.device, vocabulary: int, dtype: torch.dtype
 ) -> None:
     """Compare the logits of a packed document with those that it has behind another first document,
-    and alone. `dtype`: of the computation.
+    and alone without packing. `dtype`: of the computation.
 
     Every rank does the same. Raises UserError if they differ (with recurrent layers that carry
     their state on, an attention that ignores document boundaries, or positions that go on), and if
@@ -121,8 +121,12 @@ def check_document_masking(
     model.eval()
     try:
         before, after, alone = (
-            _logits(model, device, documents, packed=True)[-DOCUMENT_LENGTH:]
-            for documents in ([first, second], [other, second], [second])
+            _logits(model, device, documents, packed)[-DOCUMENT_LENGTH:]
+            for documents, packed in (
+                ([first, second], True),
+                ([other, second], True),
+                ([second], False),
+            )
         )
     except Exception as error:  # each class refuses in its own way
         raise UserError(f"data.packing=true: {error} → data.packing=false") from error

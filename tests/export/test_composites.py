@@ -167,7 +167,7 @@ def test_a_folder_without_its_tied_head_is_exported_by_its_own_names(tmp_path: P
     check_exportable(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     trained = make_adapter(model, tmp_path / "adapter", target_modules=["c_attn"])
-    consolidate(tmp_path / "adapter", tmp_path / "out", base=str(tmp_path / "base"))
+    consolidate(tmp_path / "adapter", "--base", tmp_path / "base", "--output", tmp_path / "out")
     assert stored(tmp_path / "out").keys() == stored(tmp_path / "base").keys()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.allclose(logits(merged), logits(trained), atol=1e-5)

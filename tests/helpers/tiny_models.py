@@ -92,6 +92,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": MLA
     | {"num_expert_group": 1, "num_experts_per_token": 2, "layer_group_size": 2, "head_dim": 8},
     "blt": {
+        "encoder_hash_byte_group_vocab": 64,
         "encoder_config": {"hidden_size_global": WIDTH},
         "decoder_config": {"hidden_size_global": WIDTH},
     },

@@ -12,10 +12,10 @@ from tests.helpers.model_table import in_page, row_of
 from tests.helpers.tiny_models import model_types
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
-# One of each kind: sinks, soft caps, experts, latent attention, gated delta rule, Mamba, both in
+# One of each kind: sinks, soft caps, experts, latent attention, a shared block, Mamba, both in
 # parallel, short convolutions, alibi, a composite, an encoder-decoder.
 DOZEN = (
-    "gpt_oss", "gemma2", "qwen3_moe", "deepseek_v3", "qwen3_next", "mamba2", "falcon_h1", "lfm2",
+    "gpt_oss", "gemma2", "qwen3_moe", "deepseek_v3", "zamba2", "mamba2", "falcon_h1", "lfm2",
     "bloom", "gemma3", "gpt2", "bart",
 )  # fmt: skip
 ALL = [
