@@ -246,6 +246,7 @@ def release(model_type: str, folder: Path, seed: int = 1) -> str:
     """
     config = tiny_config(model_type)
     kind = _released_class(config)
+    byte_tokenizer().save_pretrained(folder)
     torch.manual_seed(seed)
     try:
         model = kind(config)
@@ -258,7 +259,6 @@ def release(model_type: str, folder: Path, seed: int = 1) -> str:
             if parameter.is_floating_point() and not parameter.any():  # biases that start at zero
                 parameter.normal_(std=0.02)
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
     return kind.__name__
 
 
