@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 
+import torch
 from torch import nn
+from torch.nn.functional import linear as linear_product
 
 
 def unadaptable_linears(model: nn.Module) -> list[str]:
@@ -25,8 +27,16 @@ def unadaptable_linears(model: nn.Module) -> list[str]:
 
 
 def _computes_otherwise(linear: nn.Linear) -> bool:
+    """Whether a class of transformers computes something else than a linear layer: some only write
+    the same product in another way (Falcon)."""
     kind = type(linear)
-    return kind.forward is not nn.Linear.forward and kind.__module__.startswith("transformers.")
+    if kind.forward is nn.Linear.forward or not kind.__module__.startswith("transformers."):
+        return False
+    if kind.__init__ is not nn.Linear.__init__:
+        return True
+    with torch.random.fork_rng(devices=[]):
+        small, values = kind(3, 2), torch.rand(1, 4, 3)
+    return not torch.allclose(small(values), linear_product(values, small.weight, small.bias))
 
 
 def _is_passed_by(module: nn.Module, child_name: str) -> bool:
