@@ -31,7 +31,8 @@ def print_dry_run(choices: list[Choice], worlds: list[World]) -> None:
         print(store.dump(config))
         for line in choice.lines:
             print(f"# {line}")
-        print(f"# {world.size} ranks on {world.nodes} machine(s), {world.gpus} GPU(s) visible")
+        ranks, machines = _counted(world.size, "rank"), _counted(world.nodes, "machine")
+        print(f"# {ranks} on {machines}, {_counted(world.gpus, 'GPU')} visible")
         if isinstance(config.strategy, ZeroConfig):
             engine = deepspeed.engine_config(
                 config.strategy, config.training, config.precision, world.size
@@ -46,6 +47,10 @@ def print_dry_run(choices: list[Choice], worlds: list[World]) -> None:
     if isinstance(config.cluster, SlurmConfig):
         folder = run_dir if len(choices) == 1 else run_dir.parent
         slurm.print_dry_run(config.cluster, folder, len(choices))
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def launch(choice: Choice, world: World) -> int:
@@ -74,7 +79,7 @@ def launch(choice: Choice, world: World) -> int:
         say(run, "\n  ".join([f"resume: from {name}, if its files are whole", *lines]))
     if config.strategy.on_disk:
         build_ops.build_async_io(run)
-    say(run, f"starting {world.size} rank(s); they import torch first")
+    say(run, f"starting {_counted(world.size, 'rank')}; importing torch comes first")
     return local.launch(run, world.nproc_per_node, world.gpus, numa_mode)
 
 

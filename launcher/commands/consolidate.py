@@ -67,6 +67,7 @@ def consolidate(arguments: argparse.Namespace) -> None:
     """
     Progress.every_seconds = arguments.progress_seconds
     arguments.output = arguments.output.resolve()  # the folder itself, not a link to it
+    options = _options(arguments)
     source = find_source(
         arguments.source,
         arguments.base,
@@ -74,7 +75,7 @@ def consolidate(arguments: argparse.Namespace) -> None:
         arguments.tag,
         arguments.adapter_only,
     )
-    plan = make_plan(source, _options(arguments))
+    plan = make_plan(source, options)
     write_options = _write_options(arguments)
     check_target(plan, arguments.output, write_options)
     stream = sys.stderr if arguments.json else sys.stdout

@@ -45,8 +45,12 @@ def main() -> None:
     else:
         with _open(find(run)) as log:
             texts = iter([log.read()])
+    is_empty = True
     for text in texts:
         print(text, end="", flush=True)
+        is_empty = is_empty and not text
+    if is_empty:
+        print(f"{find(run.newest_attempt() if newest else run)} is empty", file=sys.stderr)
 
 
 def _open(log: Path) -> TextIO:

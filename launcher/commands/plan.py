@@ -142,7 +142,7 @@ def format_plan(planned: PlannedRun) -> str:
     if planned.host:
         rows.append(("in host memory", planned.host))
     unit, scale = _choose_unit([planned]), max(planned.peak, planned.memory or 0, planned.host)
-    head = f"the fullest of {planned.ranks} rank(s)"
+    head = f"the fullest of {_ranks(planned.ranks)}" if planned.ranks > 1 else "the only rank"
     lines = [f"planned for {planned.target}", f"{head:<38}{unit}"]
     for name, size in rows:
         bar = "#" * round(BAR_WIDTH * size / scale)
@@ -152,7 +152,7 @@ def format_plan(planned: PlannedRun) -> str:
 
 def beside_the_gpu(planned: PlannedRun, unit: str) -> Iterator[str]:
     """Lines about host memory, disk and open files, where they are needed."""
-    each = f"{planned.ranks_per_machine} rank(s)"
+    each = _ranks(planned.ranks_per_machine)
     rows = [
         (f"to load, {each}", planned.ranks_per_machine * planned.loading),
         (f"offloaded, {each}", planned.ranks_per_machine * planned.host),
@@ -173,6 +173,10 @@ def beside_the_gpu(planned: PlannedRun, unit: str) -> Iterator[str]:
         yield f"{'open files of a rank (ulimit -n)':<32} {planned.open_files:7,}"
     if planned.loading:
         yield "the files of this model differ from it in memory: every rank reads the whole model"
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' * (count > 1)}"
 
 
 def _choose_unit(plans: list[PlannedRun]) -> str:

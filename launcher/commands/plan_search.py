@@ -13,7 +13,7 @@ from launcher.commands.arguments import UNITS
 from launcher.config import Config
 from launcher.config.overrides import key_of
 from launcher.errors import UserError
-from launcher.memory.planning import Memory, make_plannable, plannable_world
+from launcher.memory.planning import Memory, batch_notes, make_plannable, plannable_world
 from launcher.memory.search import FoundRun, Search
 from launcher.memory.target import Target
 from launcher.memory.tracers import Tracers
@@ -36,7 +36,8 @@ def main(config: Config, overrides: list[str], target: Target, options: argparse
     with Tracers(world) as tracers:
         search = Search(plannable, typed, world, memory, tracers)
         found = search.run(gpu)
-    notes = [*changes, *notes, *search.notes]
+    searched = {"training.micro_batch_size"} - set(typed)
+    notes = [*batch_notes(config, searched), *changes, *notes, *search.notes]
     if options.json:
         print(json.dumps([dataclasses.asdict(each) for each in found], indent=2))
         for note in notes:

@@ -37,6 +37,13 @@ class Options:
     modelfile: bool = False
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises UserError for options that ask for two results."""
+        if self.adapter_only and self.text_only:
+            raise UserError(
+                "--adapter-only writes an adapter and --text-only a model → choose one of them"
+            )
+
 
 @dataclass(frozen=True)
 class Assembled:

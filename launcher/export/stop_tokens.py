@@ -57,8 +57,9 @@ def with_stops(source: Source, config: Config, trust_remote_code: bool) -> Stops
     generation = {**(original or _inherited(config)), EOS: _union(ends, config, original or {})}
     text = path.read_text(encoding="utf-8") if original is not None else ""
     files[GENERATION_CONFIG] = dump_like(generation, text).encode()
-    listed = ", ".join(map(str, generation[EOS]))
-    return Stops(changed, files, (*notes, f"generation stops at the tokens {listed}"))
+    stops = generation[EOS]
+    listed = f"token{'s' * (len(stops) > 1)} {', '.join(map(str, stops))}"
+    return Stops(changed, files, (*notes, f"generation stops at the {listed}"))
 
 
 def _trained_tokenizer(source: Source, trust_remote_code: bool) -> tuple[Any, tuple[str, ...]]:

@@ -20,10 +20,16 @@ SHARED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id"
 def text_model(source: Source, result: Assembled, options: Options) -> Assembled:
     """The text model in `result`, by the names and with the config.json of its own class.
 
-    Raises UserError if the model is no composite, or if AutoModelForCausalLM has no class for its
-    text model.
+    Raises UserError if the model is a text model already, or if AutoModelForCausalLM has no class
+    for its text model.
     """
     places = names.text_places(result.config)
+    if places is None and NESTED not in result.config:
+        model_class = ", ".join(result.config.get("architectures") or [result.config["model_type"]])
+        raise UserError(
+            f"--text-only: {source.path} is a text model already ({model_class}) → without "
+            "--text-only"
+        )
     if places is None:
         raise UserError(
             f"--text-only: {source.path} is no composite whose text model AutoModelForCausalLM can "

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,7 @@ def plan_run(config: Config, label: str = "", target: Target = ANY_GPU) -> Plann
             f"{done.stderr}\nplanning failed with status {done.returncode} because of the error "
             "above: fake tensors do not support every operation"
         )
+    sizes = batch_notes(config, [setting.partition("=")[0] for setting in label.split()])
     result = json.loads(done.stdout.splitlines()[-1])
     if "refused" in result:
         raise UserError(result["refused"])
@@ -138,12 +140,25 @@ def plan_run(config: Config, label: str = "", target: Target = ANY_GPU) -> Plann
         ranks_per_machine=world.nproc_per_node,
         open_files=open_files.needed(world.size, groups=2 if config.checkpoint.async_save else 1),
         target=target.describe(world),
-        notes=[*choice.lines, *changes, *notes, *filter(None, [result["warning"]])],
+        notes=[*sizes, *choice.lines, *changes, *notes, *filter(None, [result["warning"]])],
         memory=device.memory,
         on_cpu=not device.is_gpu,
         host_memory=target.host,
         **result,
     )
+
+
+def batch_notes(config: Config, left_out: Collection[str]) -> list[str]:
+    """A note about the length of the rows and the batch that a plan is for, without the settings
+    `left_out`, which the plan shows elsewhere."""
+    training = config.training
+    sizes = {
+        "data.max_length": config.data.max_length,
+        "training.micro_batch_size": training.micro_batch_size,
+        "training.global_batch_size": training.global_batch_size,
+    }
+    said = [f"{key}={size}" for key, size in sizes.items() if key not in left_out]
+    return [f"planned with {' '.join(said)}"] if said else []
 
 
 def _choose(config: Config, world: World, device: Device) -> Choice:

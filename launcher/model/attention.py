@@ -75,8 +75,8 @@ def describe_attention(choice: str, model: Any) -> str:
         return str(used)
     if used == EAGER:
         return f"eager, because {type(model).__name__} has no {choice}"
-    what = {CAUSAL: "without a mask", PACKED: "document by document"}
-    return f"{choice} {what[used]}" if used in what else f"{used}, not {choice}"
+    what = {CAUSAL: "causal, without a mask tensor", PACKED: "causal, document by document"}
+    return f"{choice}, {what[used]}" if used in what else f"{used}, not {choice}"
 
 
 def packed_attention(

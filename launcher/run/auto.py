@@ -113,21 +113,28 @@ def _choose_strategy(
             return resumed.strategy, "the checkpoint was trained with it"
     footprint = None if model is None else estimate(config, model)
     memory = min((device.memory or 0 for device in devices), default=0)
-    replicated, whose = ("single", "the only rank") if world.size == 1 else ("ddp", "every rank")
+    if world.size == 1:
+        return _strategy("single"), f"there is one rank{_excess(footprint, memory)}"
     if config.optimizer.name == "adafactor":
-        return _strategy(replicated), "optimizer=adafactor needs complete tensors"
+        return _strategy("ddp"), "optimizer=adafactor needs complete tensors"
     if footprint is None or not memory:
         unknown = "the memory of a rank" if footprint else "the size of the model"
-        return _strategy("single" if world.size == 1 else "fsdp"), f"{unknown} is not known"
-    text = f"{_size(footprint.complete())} of {whose}'s {_size(memory)}"
+        return _strategy("fsdp"), f"{unknown} is not known"
+    text = f"{_size(footprint.complete())} of every rank's {_size(memory)}"
     if footprint.complete() <= USABLE * memory:
-        return _strategy(replicated), f"a complete train state needs about {text}"
-    if world.size == 1:
-        return _strategy("single"), (
-            f"there is one rank, although the train state needs about {text} "
-            "→ strategy=fsdp_offload, method=qlora or more ranks"
-        )
+        return _strategy("ddp"), f"a complete train state needs about {text}"
     return _choose_sharded(footprint, memory, world, text)
+
+
+def _excess(footprint: Footprint | None, memory: int) -> str:
+    """What to add if the only rank cannot hold the train state; empty if it can, or if that is not
+    known. `memory`: in bytes, 0 if unknown."""
+    if footprint is None or not memory or footprint.complete() <= USABLE * memory:
+        return ""
+    return (
+        f", although the train state needs about {_size(footprint.complete())} of its "
+        f"{_size(memory)} → strategy=fsdp_offload, method=qlora or more ranks"
+    )
 
 
 def _choose_sharded(

@@ -27,8 +27,6 @@ from launcher.folders.run import RunDir
 # same sums.
 ALLOWED_SETTINGS = (
     "run_dir",
-    "resume",
-    "resume_force",
     "strategy",
     "cluster",
     "checkpoint",
@@ -58,6 +56,8 @@ ALLOWED_SETTINGS = (
 )
 # ... except these, if the learning rate depends on the evaluations.
 EVALUATION_SETTINGS = ("training.eval_steps", "data.eval_path")
+# Settings that ask for the resumption itself: no difference between the trainings.
+REQUEST_SETTINGS = ("resume", "resume_force")
 # Settings that determine which tensors a checkpoint contains, and their shapes.
 TENSOR_SETTINGS = (
     "model.add_tokens",
@@ -131,7 +131,7 @@ def compare_configs(frozen: Path, config: Config) -> Differences:
     differences = Differences([], [], [], [])
     for key in dict.fromkeys([*before, *now]):
         old, new = (side[key] if key in side else None for side in (before, now))
-        if old == new:
+        if old == new or key in REQUEST_SETTINGS:
             continue
         schedule_depends_on_it = key in EVALUATION_SETTINGS and isinstance(
             config.scheduler, PlateauConfig

@@ -67,6 +67,7 @@ class Strategy(Protocol):
     model: nn.Module  # to call for a forward pass
     optimizer: torch.optim.Optimizer
     loss_scale: LossScale | None  # with fp16
+    rank_info: RankInfo
 
     def __init__(
         self,

@@ -232,10 +232,9 @@ class DeepSpeed:
             for section, tensors in OFFLOADED.items()
             if section in zero and zero[section]["device"] != "none"
         )
-        return (
-            f"{self.config.name}: DeepSpeed, {', '.join(sharded)} sharded over "
-            f"{self.rank_info.world_size} rank(s) on {self.rank_info.device.type}{offload}"
-        )
+        ranks, device = self.rank_info.world_size, self.rank_info.device.type
+        split = f"{', '.join(sharded)} sharded over {ranks} ranks" if ranks > 1 else "one rank"
+        return f"{self.config.name}: DeepSpeed, {split} on {device}{offload}"
 
     def warning(self) -> str | None:
         return None

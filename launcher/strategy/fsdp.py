@@ -145,14 +145,15 @@ class Fsdp:
 
     def describe(self) -> str:
         replicas, shards = self.mesh.shape
+        offload = ", kept and stepped in host memory" if self._is_offloaded else ""
+        where = f"on {self.rank_info.device.type}{offload}"
+        if replicas * shards == 1:
+            return f"{self.config.name}: one rank {where}"
         sync = "once a step" if self._defer_sync else "every micro-batch"
         if self._defers_all_reduce and not self._defer_sync:
             sync += ", between replicas once a step"
-        offload = ", kept and stepped in host memory" if self._is_offloaded else ""
-        return (
-            f"{self.config.name}: {replicas} replica(s) × {shards} shard(s) on "
-            f"{self.rank_info.device.type}{offload}, gradients reduced {sync}"
-        )
+        parts = f"{replicas} replica{'s' * (replicas > 1)} × {shards} shard{'s' * (shards > 1)}"
+        return f"{self.config.name}: {parts} {where}, gradients reduced {sync}"
 
     def warning(self) -> str | None:
         return describe_padding(self.model.parameters(), self.mesh.shape[1])

@@ -19,8 +19,14 @@ class Precision:
     reduce: torch.dtype  # sums of gradients over ranks
     scaling: Fp16Config | None = None  # of the loss
 
-    def describe(self, optimizer_state: str | None = None) -> str:
-        """The dtypes on one line. `optimizer_state`: if it differs from the master weights'."""
+    def describe(self, optimizer_state: str | None, has_frozen: bool, reduces: bool) -> str:
+        """The dtypes on one line, of what there is.
+
+        Args:
+            optimizer_state: If it differs from the master weights'.
+            has_frozen: Whether some weights are frozen.
+            reduces: Whether there are several ranks, over which gradients are summed.
+        """
         dtypes = {
             "frozen weights": self.compute,
             "trained weights": self.master,
@@ -31,6 +37,10 @@ class Precision:
         }
         names = {kind: str(dtype).removeprefix("torch.") for kind, dtype in dtypes.items()}
         names["optimizer state"] = optimizer_state or names["optimizer state"]
+        if not has_frozen:
+            del names["frozen weights"]
+        if not reduces:
+            del names["gradient reduction"]
         return "  ".join(f"{kind}: {name}" for kind, name in names.items())
 
 

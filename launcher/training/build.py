@@ -32,7 +32,7 @@ from launcher.model.router_loss import RouterLoss, find_router_loss
 from launcher.strategy import Strategy, build_strategy
 from launcher.strategy.precision import precision_of
 from launcher.training.early_stopping import EarlyStopping
-from launcher.training.flops import Flops, try_count_flops
+from launcher.training.flops import Flops, may_have_peak, try_count_flops
 from launcher.training.optimizer import build_optimizer, state_dtype
 from launcher.training.scheduler import build_scheduler
 from launcher.training.state import TrainState
@@ -47,7 +47,7 @@ class AssembledModel:
     method: Method
     model: nn.Module  # as the method prepared it, without the strategy's wrapper
     strategy: Strategy  # after `setup`, with its optimizer
-    flops: Flops | None  # of the model; None: not known
+    flops: Flops | None  # of the model; None: not known, or not needed
     router_loss: RouterLoss | None  # that is trained on; None: off
 
 
@@ -131,7 +131,8 @@ def assemble(
         log(f"base: {base_changes}")
     parameters = describe_parameters(model, precision.master, precision.compute)
     log(f"method: {config.method.name}: {parameters}")
-    flops = try_count_flops(model, log)
+    wants_mfu = may_have_peak(device, config.tracking.peak_tflops)
+    flops = try_count_flops(model, log) if wants_mfu else None
     add_noise(model, training.neftune_alpha)
     log(f"activations: {checkpoint_activations(model, training.activation_checkpointing)}")
     if training.compile != "off":
@@ -150,5 +151,10 @@ def assemble(
     log(f"strategy: {strategy.describe()}")
     if warning := strategy.warning():
         log(warning)
-    log(f"precision: {precision.describe(state_dtype(config.optimizer))}")
+    dtypes = precision.describe(
+        state_dtype(config.optimizer),
+        has_frozen=any(not parameter.requires_grad for parameter in model.parameters()),
+        reduces=strategy.rank_info.world_size > 1,
+    )
+    log(f"precision: {dtypes}")
     return AssembledModel(method, model, strategy, flops, router_loss)

@@ -71,9 +71,17 @@ def try_count_flops(model: nn.Module, log: Callable[[str], None]) -> Flops | Non
     """`count_flops`, or None after reporting why it does not apply."""
     try:
         return count_flops(model)
-    except (UserError, AttributeError) as error:  # a config of other attributes
-        log(f"mfu: not available for {type(model).__name__}: {error}")
-        return None
+    except UserError as error:
+        reason = str(error)
+    except AttributeError:
+        reason = "whose configuration has sizes of other names"
+    log(f"mfu is not reported: no formula for the operations of {type(model).__name__}, {reason}")
+    return None
+
+
+def may_have_peak(device: torch.device, peak_tflops: float | None) -> bool:
+    """Whether MFU is expected of `device`: a GPU, or a device whose peak is configured."""
+    return device.type == "cuda" or peak_tflops is not None
 
 
 def peak_flops(
@@ -120,12 +128,12 @@ def _check_architecture(model: nn.Module, config: PreTrainedConfig) -> None:
     """Raises UserError for a model to which the formula does not apply."""
     kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
     if kinds != {"full_attention"}:
-        raise UserError(f"its layers do not all have full attention ({', '.join(kinds)})")
+        raise UserError(f"whose layers do not all have full attention ({', '.join(sorted(kinds))})")
     if not hasattr(config, "layer_types") and getattr(config, "sliding_window", None):
-        raise UserError("its layers attend to a sliding window")
+        raise UserError("whose layers attend to a sliding window")
     for module_name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)) or "lora_" in module_name:
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim > 1 and "lora_" not in name:
-                raise UserError(f"{module_name}.{name} is a matrix outside a linear layer")
+                raise UserError("which has matrices outside linear layers, such as fused experts")

@@ -55,12 +55,13 @@ class ThroughputMeter:
         log: Callable[[str], None],
     ) -> ThroughputMeter:
         """A meter for `num_devices` devices like `device`; `peak_tflops` as configured. `log`
-        receives a log line if the peak of a GPU is unknown."""
+        receives a log line if nothing but the peak of a GPU is unknown."""
         peak = peak_flops(device, compute, peak_tflops)
-        if peak is None and device.type == "cuda":
+        if flops is not None and peak is None and device.type == "cuda":
+            name, dtype = torch.cuda.get_device_name(device), str(compute).removeprefix("torch.")
             log(
-                f"mfu: not available, the peak of {torch.cuda.get_device_name(device)} in "
-                f"{compute} is not known; set tracking.peak_tflops=N"
+                f"mfu is not reported: the peak of {name} in {dtype} is not known "
+                "→ tracking.peak_tflops=N"
             )
         return cls(device, flops, None if peak is None else peak * num_devices)
 

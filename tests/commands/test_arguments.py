@@ -97,3 +97,16 @@ def test_the_version_is_printed(
     assert capsys.readouterr().out == f"shardway {metadata.version('shardway')}\n"
     in_process(monkeypatch, "--help")
     assert "shardway --version" in capsys.readouterr().out
+
+
+def test_resume_names_the_command_that_changes_a_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert in_process(monkeypatch, "resume", "runs/x", "training.max_steps=500") == 2
+    assert capsys.readouterr().err.endswith(
+        f"→ shardway train --config-path {tmp_path}/runs/x --config-name config resume=auto "
+        "training.max_steps=500\n"
+    )
+    assert in_process(monkeypatch, "resume", "runs/x", "--force") == 2
+    assert "unrecognized arguments: --force" in capsys.readouterr().err

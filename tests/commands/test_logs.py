@@ -70,3 +70,16 @@ def test_a_run_that_vanishes_or_ends_without_a_word_is_named(
     write_status(attempt(run, 1), Outcome(4, None))
     assert in_process(monkeypatch, "logs", str(run.path), "--follow") == 2
     assert capsys.readouterr().err == f"{run.path} has printed nothing yet\n"
+
+
+def test_an_empty_log_is_named(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.rank_log(1).touch()
+    run.console.write_text("a line\n")
+    write_status(run, Outcome(4, None))
+    for words in ((), ("--follow",)):
+        assert in_process(monkeypatch, "logs", str(run.path), "--rank", "1", *words) == 0
+        assert capsys.readouterr() == ("", f"{run.rank_log(1)} is empty\n")
+        assert in_process(monkeypatch, "logs", str(run.path), *words) == 0
+        assert capsys.readouterr() == ("a line\n", "")

@@ -57,6 +57,8 @@ def test_multiple_runs_are_planned_without_weights(
     assert "[single-is-one-rank]" in err
     assert (ddp["label"], fsdp["label"]) == ("strategy=ddp", "strategy=fsdp")
     assert ddp["fits"] is fsdp["fits"] is False
+    sizes = "data.max_length=32 training.micro_batch_size=1 training.global_batch_size=8"
+    assert ddp["notes"] == fsdp["notes"] == [f"planned with {sizes}"]
     assert 1.8 < ddp["weights"] / fsdp["weights"] < 2
     assert 1.8 < ddp["optimizer"] / fsdp["optimizer"] < 2
     assert (ddp["ranks"], ddp["memory"], ddp["host"]) == (2, 1000, 0)
@@ -85,7 +87,7 @@ def test_host_memory_that_does_not_suffice_exits_with_status_one(
         monkeypatch.setattr(plan, "plan_each", planned)
         assert typed(monkeypatch, "--memory", "80GB", "--host-memory", "1TB") == status
         said = capsys.readouterr().out
-        assert f"to load, 8 rank(s) {8 * loading:19,.2f}" in said
+        assert f"to load, 8 ranks {8 * loading:21,.2f}" in said
         assert ("does not fit into 1,000.00 GB of host memory: 40.00 GB too much" in said) == status
 
 
@@ -170,7 +172,7 @@ def test_replaced_settings_are_listed_in_notes(tiny: Path, monkeypatch: pytest.M
             "an export                          16.00  in 4 files and small ones",
         ),
         ({"peak": 70 * GB, "on_cpu": True}, "10.00 GB of 80.00 GB are left for Python"),
-        ({"staging": 9 * GB, "ranks_per_machine": 2}, "for async_save, 2 rank(s)        18.00"),
+        ({"staging": 9 * GB, "ranks_per_machine": 2}, "for async_save, 2 ranks          18.00"),
         ({"gathering": GB}, "to save, on rank 0                1.00"),
         ({"open_files": 1278}, "open files of a rank (ulimit -n)   1,278"),
         ({"peak": 81 * 10**6, "memory": 80 * 10**6}, "does not fit into 80.00 MB: 1.00 MB too"),
@@ -186,7 +188,7 @@ def test_the_plan_reports_whether_it_fits(changes: dict[str, Any], said: str) ->
 def test_the_plan_is_printed_with_bars() -> None:
     assert plan.format_plan(FITTING).splitlines()[:6] == [
         "planned for 8 × H100, each with 80.00 GB",
-        "the fullest of 8 rank(s)              GB",
+        "the fullest of 8 ranks                GB",
         "  weights, masters, buffers         2.00  #",
         "  optimizer state                   1.00",
         "  kept for backward                20.00  ##########",
@@ -294,6 +296,7 @@ def test_a_search_prints_what_to_type(
         "  tokens/s  peak GB  host GB         to type",
         "    71,788    50.00     0.00  fits   strategy=fsdp training.micro_batch_size=2",
         "and 1 slower ones → --show 2",
+        "planned with data.max_length=2048 training.global_batch_size=8",
     ]
     assert searches[0].typed == {"model.name_or_path", "cluster.nproc_per_node", "strategy"}
     assert typed(monkeypatch, *words, "--json") == 0

@@ -45,6 +45,7 @@ def first_gradients(rank_info: RankInfo, case: Case) -> tuple[dict[str, torch.Te
     as the step reports it."""
     train_state, loader = parts.set_up(rank_info, case)
     strategy = train_state.strategy
+    assert ("one rank" in strategy.describe()) == (rank_info.world_size == 1)
     step_batch = loader.step_batch(0)
     targets = strategy.sum(step_batch.target_tokens)
     for index, batch in enumerate(step_batch.micro_batches, start=1):

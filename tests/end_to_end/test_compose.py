@@ -102,6 +102,7 @@ def test_a_dry_run_shows_the_command_and_writes_nothing(tiny: Path, tmp_path: Pa
         "train", "model=tiny", "cluster.nproc_per_node=2", "launch.dry_run=true", cwd=tmp_path
     )
     assert done.returncode == 0
+    assert "# 2 ranks on 1 machine, " in done.stdout
     assert "--nproc-per-node=2" in done.stdout
     assert "-m launcher.worker" in done.stdout
     assert written(tmp_path) == []

@@ -46,7 +46,7 @@ def test_a_terminal_gets_a_bar_and_the_file_plain_lines(tiny: Path, tmp_path: Pa
     assert "\r" not in text
     lines = text.splitlines()
     assert lines[0] == f"run folder: {run.path}"
-    assert "starting 2 rank(s); they import torch first" in lines
+    assert "starting 2 ranks; importing torch comes first" in lines
     assert any(line.startswith("data: ") for line in lines)
     assert [line for line in lines if line.startswith("step 2: eval_loss ")]
     assert lines[-1] == (

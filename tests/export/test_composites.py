@@ -77,9 +77,13 @@ def test_the_text_model_alone_computes_the_same(
 def test_a_folder_without_a_text_model_of_its_own_is_refused(
     bases: dict[str, Path], tiny: Path, tmp_path: Path
 ) -> None:
-    for folder in (bases["mllama"], tiny):
-        with pytest.raises(UserError, match=r"--text-only: .* is no composite whose text model"):
+    other = r"--text-only: .* is no composite whose text model"
+    text = r"is a text model already \(LlamaForCausalLM\) → without --text-only"
+    for folder, message in ((bases["mllama"], other), (tiny, text)):
+        with pytest.raises(UserError, match=message):
             consolidate(folder, "--text-only", "--output", tmp_path / "text")
+    with pytest.raises(UserError, match="--adapter-only writes an adapter and --text-only a model"):
+        consolidate(tiny, "--text-only", "--adapter-only", "--output", tmp_path / "text")
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "llama4"])

@@ -202,6 +202,16 @@ def test_the_tokenizer_that_another_trainer_saved_says_where_answers_end(
     assert f"generation stops at the tokens {END}, {EOS}" in capsys.readouterr().out
 
 
+def test_one_token_is_not_called_several(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = make_base(tmp_path / "base")
+    for name in ("config.json", "generation_config.json"):
+        edit(base / name, eos_token_id=None)
+    export_of(base, "chatml", tmp_path)
+    assert f"generation stops at the token {END}\n" in capsys.readouterr().out
+
+
 def test_what_is_not_known_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = make_base(tmp_path / "base")
     adapter = make_adapter(base, tmp_path / "adapter")

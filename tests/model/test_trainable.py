@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, BertConfig, T5Config, WhisperConf
 
 from launcher.config.schema.model import ModelConfig
 from launcher.errors import UserError
+from launcher.model.attention import describe_attention
 from launcher.model.load import build_model
 from launcher.training.model_checks import check_causality
 from tests.helpers.tiny_models import release, tiny_config
@@ -53,11 +54,19 @@ def test_a_causal_model_passes(model_type: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "attention"),
-    [("gpt_oss", "eager"), ("mamba2", "eager"), ("olmo2", "sdpa"), ("llama", "shardway_causal")],
+    ("model_type", "attention", "said"),
+    [
+        ("gpt_oss", "eager", "eager, because GptOssForCausalLM has no sdpa"),
+        ("mamba2", "eager", "eager, because Mamba2ForCausalLM has no sdpa"),
+        ("olmo2", "sdpa", "sdpa"),
+        ("llama", "shardway_causal", "sdpa, causal, without a mask tensor"),
+    ],
 )
-def test_attention_is_what_the_class_has(model_type: str, attention: str, tmp_path: Path) -> None:
+def test_attention_is_what_the_class_has(
+    model_type: str, attention: str, said: str, tmp_path: Path
+) -> None:
     release(model_type, tmp_path)
     model, _ = build_model(ModelConfig(name_or_path=str(tmp_path)), tmp_path, 0, torch.float32)
     used: Any = model.config
     assert used._attn_implementation == attention
+    assert describe_attention("sdpa", model) == said

@@ -79,13 +79,11 @@ RECOMPUTED = {**FULL, "training": {"activation_checkpointing": "full"}}
     ("sections", "device", "nodes", "ranks", "strategy"),
     [
         (LONG, H100, 1, 8, "ddp"),  # 16 GB of weights and 25 GB of activations
-        (LONG, H100, 1, 1, "single"),
         (LONG, V100, 1, 8, "fsdp"),  # 41 of 32 GB
         (RECOMPUTED, H100, 1, 8, "fsdp"),  # 145 GB, 18 of them a rank
         (RECOMPUTED, H100, 4, 8, "hsdp"),  # a node holds it
         (RECOMPUTED, V100, 4, 4, "fsdp"),  # 145 of 128 GB
         (RECOMPUTED, H100, 8, 1, "fsdp"),  # a node has one rank
-        (FULL, H100, 1, 1, "single"),  # nothing else is better, and nothing is refused
     ],
 )
 def test_the_strategy_is_the_first_that_fits(
@@ -97,11 +95,30 @@ def test_the_strategy_is_the_first_that_fits(
     assert " GB of " in lines[1]
 
 
+@pytest.mark.parametrize(
+    ("sections", "memory", "also"),
+    [
+        (LONG, 80 * GB, ""),
+        (LONG, None, ""),
+        ({**FULL, "optimizer": {"name": "adafactor"}}, None, ""),
+        (FULL, 80 * GB, ", although the train state needs about "),  # nothing else is better
+    ],
+)
+def test_one_rank_trains_alone(
+    llama: Path, sections: dict[str, Any], memory: int | None, also: str
+) -> None:
+    device = dataclasses.replace(H100, memory=memory)
+    _, chosen, lines = choose(config_of(**sections), device, llama, ranks=1)
+    assert chosen == "single"
+    said = "strategy=auto: single, because there is one rank"
+    assert lines[1].partition(" GB")[0].startswith(said + also)
+    assert (lines[1] == said) is (also == "")
+
+
 def test_what_is_not_known_is_not_replicated(llama: Path, tmp_path: Path) -> None:
     unknown = dataclasses.replace(H100, memory=None)
     assert choose(config_of(), unknown, llama)[1] == "fsdp"
     assert "the size of the model is not known" in choose(config_of(), H100, tmp_path)[2][1]
-    assert choose(config_of(), unknown, llama, ranks=1)[1] == "single"
 
 
 def test_an_optimizer_that_needs_complete_tensors_gets_them(llama: Path) -> None:

@@ -94,3 +94,9 @@ def test_new_tokens_are_part_of_the_tensors_and_older_runs_have_none(tmp_path: P
     assert (same.allowed, same.breaking, same.incompatible) == ([], [], [])
     other = replace(config, model=replace(config.model, add_tokens=["<a>"]))
     assert compare_configs(frozen, other).incompatible == ["model.add_tokens: [] → ['<a>']"]
+
+
+def test_to_ask_for_a_resumption_is_no_difference(tmp_path: Path) -> None:
+    found = checkpoint(tmp_path, "training.stop_after_steps=2")
+    now = compare_configs(found.config, compose(["resume=auto", "resume_force=true"]))
+    assert now.allowed == ["training.stop_after_steps: 2 → None"]

@@ -197,9 +197,14 @@ def test_flops_of_a_quantized_layer_depend_on_its_features(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "more", "reason"),
     [
-        ("mixtral", {"num_local_experts": 4}, "matrix outside a linear layer"),
+        ("mixtral", {"num_local_experts": 4}, "matrices outside linear layers"),
         ("mistral", {"sliding_window": 16}, "sliding"),
-        ("gemma3_text", {}, "do not all have full attention"),
+        (
+            "gemma3_text",
+            {},
+            "Gemma3ForCausalLM, whose layers do not all have full attention (full_attention, "
+            "sliding_attention)",
+        ),
     ],
 )
 def test_flops_are_missing_for_models_that_the_formula_does_not_cover(
