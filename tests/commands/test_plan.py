@@ -296,7 +296,7 @@ def test_a_search_prints_what_to_type(
         "  tokens/s  peak GB  host GB         to type",
         "    71,788    50.00     0.00  fits   strategy=fsdp training.micro_batch_size=2",
         "and 1 slower ones → --show 2",
-        "planned with data.max_length=2048 training.global_batch_size=8",
+        "planned with data.max_length=160 training.global_batch_size=8",
     ]
     assert searches[0].typed == {"model.name_or_path", "cluster.nproc_per_node", "strategy"}
     assert typed(monkeypatch, *words, "--json") == 0
