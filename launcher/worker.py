@@ -157,13 +157,12 @@ def prepare_and_train(run: Run, key_value_store: dist.Store | None = None) -> No
     process_group.init_process_group(rank_info, key_value_store, launch.collective_minutes)
     if any_rank(run.stop.requested()) or loaders is None:
         saved = finished_checkpoints(run.folder.checkpoints)
-        outcome = Outcome(saved[0].step if saved else 0, _stop_reason(run, rank_info))
+        outcome = Outcome(None if saved else 0, _stop_reason(run, rank_info))
     else:
         outcome = _train(run, folder, tokenizer, loaders, rank_info)
     if rank_info.is_main:
         write_status(run.folder, outcome)
-        if message := outcome.message(run.folder):
-            run.log(message)
+        run.log(outcome.message(run.folder))
     dist.destroy_process_group()
 
 

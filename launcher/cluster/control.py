@@ -9,9 +9,12 @@ from pathlib import Path
 from launcher.cluster import launch, liveness, preflight, settle, slurm
 from launcher.config import store
 from launcher.errors import UserError
+from launcher.folders import regular
 from launcher.folders.checkpoint import describe_skipped, finished_checkpoints
 from launcher.folders.json_file import DamagedFile
-from launcher.run import processes, status, sweep
+from launcher.folders.run import RunDir
+from launcher.run import processes, started_by, status, sweep
+from launcher.run.outcome import command_again
 
 
 def request_stop(path: Path) -> Iterator[str]:
@@ -25,7 +28,7 @@ def request_stop(path: Path) -> Iterator[str]:
     alive = {run_of_job[job] for job in queue}
     alive |= {run for run in runs if processes.living(run.newest_attempt())}
     for run in alive:  # a run that starts at this moment reads the file too
-        run.stop.write_text("shardway stop")
+        _write_request(run)
     waiting = [job for job, queued in queue.items() if queued.state == "PENDING"]
     for job in waiting:  # first: otherwise one of them starts when another run has ended
         slurm.cancel_waiting(job)
@@ -44,6 +47,16 @@ def request_stop(path: Path) -> Iterator[str]:
         raise UserError(f"{path} is not running: {reason}")
 
 
+def _write_request(run: RunDir) -> None:
+    try:
+        regular.write_text(run.stop, "shardway stop")
+    except OSError as error:
+        raise UserError(
+            f"{run.stop} cannot be written: {error.strerror} → remove it, or end the run with "
+            "Ctrl-C"
+        ) from error
+
+
 def resume_run(path: Path) -> int:
     """Resume the run at `path` from its newest checkpoint, on the cluster where it ran before.
     Returns its exit status.
@@ -51,10 +64,17 @@ def resume_run(path: Path) -> int:
     Raises UserError if it is running, waits in a queue, or has no checkpoint.
     """
     run = status.find_run(path)
+    if started_by.is_rank():
+        raise UserError(
+            "shardway resume starts the ranks itself → shardway resume without torchrun, or "
+            f"{command_again(run, 'torchrun … -m launcher.train')}"
+        )
     liveness.refuse_if_alive(run)
     finished = finished_checkpoints(run.checkpoints)
     if not finished:
-        reasons = "; ".join(describe_skipped(run.checkpoints)) or "start again with another run_dir"
+        reasons = "; ".join(describe_skipped(run.checkpoints)) or (
+            f"start it again: {command_again(run)}"
+        )
         raise UserError(f"{run.path} has no finished checkpoint; {reasons}")
     try:
         config = store.load(run.config)

@@ -15,6 +15,7 @@ from launcher.config.schema.cluster import SlurmConfig
 from launcher.config.schema.strategy import ZeroConfig
 from launcher.errors import STOPPED
 from launcher.folders import versions
+from launcher.folders.run import RunDir
 from launcher.run import create, ended, resume, sweep
 from launcher.run.auto import Choice
 from launcher.run.rank_log import say
@@ -42,7 +43,8 @@ def print_dry_run(choices: list[Choice], worlds: list[World]) -> None:
             print(f"# resume: from {checkpoint.path}, if its files are whole")
         if not isinstance(config.cluster, SlurmConfig):
             mode = numa.numa_mode(config.cluster, world.nproc_per_node, world.gpus)
-            torchrun = command.torchrun_command(run_dir, 1, world.nproc_per_node, mode)
+            attempt = RunDir(run_dir.absolute()).newest_attempt().attempt + 1
+            torchrun = command.torchrun_command(run_dir, attempt, world.nproc_per_node, mode)
             print(f"# {shlex.join(torchrun)}")
     if isinstance(config.cluster, SlurmConfig):
         folder = run_dir if len(choices) == 1 else run_dir.parent

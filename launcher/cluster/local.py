@@ -8,12 +8,13 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 from launcher.cluster import command
+from launcher.folders import regular
 from launcher.folders.json_file import COUNT, FINITE, FLAG, TEXT, read_fields
 from launcher.folders.run import RunDir
 from launcher.run import stop
@@ -86,7 +87,8 @@ class _Signals:
         received, now = signal.Signals(number), time.monotonic()
         if self.first is None:
             self.first, self.first_time = received, now
-            self.run.stop.write_text(received.name)
+            with suppress(OSError):  # a full disk: the agent passes the signal on
+                regular.write_text(self.run.stop, received.name)
             say(
                 self.run,
                 "\nstopping with a checkpoint at the next step; signal again to end at once",

@@ -110,7 +110,7 @@ def refuse_other_launchers(cluster: ClusterConfig) -> None:
     if variable in os.environ and cluster.name != "slurm":
         raise UserError(
             f"{variable} is set as if torchrun had started this process, but {reason}: it is left "
-            f"over from another launch → unset {variable}, or env -u {variable} shardway train …"
+            f"over from another launch → unset {variable}, or env -u {variable} shardway …"
         )
     task = os.environ.get("SLURM_PROCID", "0")
     if task != "0":

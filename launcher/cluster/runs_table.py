@@ -92,7 +92,8 @@ class _Look:
         max_steps = self.config["training"].get("max_steps") if self.config else None
         max_steps = max_steps if is_count(max_steps) else None
         total = self._read(lambda: total_steps(self.run, max_steps))
-        step = seen.newest["step"] if seen.newest else 0
+        is_unknown = any(each.startswith("metrics.jsonl") for each in self.damaged)
+        step = seen.newest["step"] if seen.newest else "?" if is_unknown else 0
         best = seen.best_eval_loss
         return {
             "state": state,

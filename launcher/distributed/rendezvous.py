@@ -78,7 +78,7 @@ def _no_store(host: str, port: int, reason: str) -> UserError:
         f"{socket.gethostname()} finds no store of the ranks at {host}:{port}: "
         f"{reason}; rank 0 or its torchrun has ended, or this machine cannot reach "
         "it. If torchrun has not started this command, its variables are left over → "
-        "env -u TORCHELASTIC_RUN_ID shardway train …"
+        "env -u TORCHELASTIC_RUN_ID shardway …"
     )
 
 

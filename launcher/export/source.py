@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
-from launcher.folders import manifest
+from launcher.folders import links, manifest
 from launcher.folders.adapter import SETTINGS, read_settings
 from launcher.folders.checkpoint import (
     END_TOKENS,
@@ -92,6 +92,7 @@ def find_source(
             f"--tag {tag} needs a DeepSpeed checkpoint as SOURCE, and {path} is of Shardway → "
             "leave --tag out; SOURCE may be one checkpoint of a run: RUN/checkpoints/step-…"
         )
+    links.check_part(path)
     skipped: list[str] = []
     if is_run(path):
         checkpoints = RunDir(path).checkpoints

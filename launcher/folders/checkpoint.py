@@ -13,7 +13,6 @@ checkpoints/step-000045/
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ END_TOKENS = "end_tokens"
 # The manifest key for the class of transformers that was trained. Checkpoints of versions that did
 # not save it were trained with the class that AutoModelForCausalLM picks.
 TRAINED_CLASS = "class"
-NAME = re.compile(r"step-[0-9]{6,}")  # of a checkpoint's folder; no other name is looked at
+NAME = links.CHECKPOINT  # no other name is looked at
 CONTENTS = ("all", "weights")
 REQUIRED = ("step", "content", "base")  # other keys of the manifest came with later versions
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from launcher.folders.json_file import DamagedFile
 
+CHECKPOINT = re.compile(r"step-[0-9]{6,}")  # a checkpoint's folder
 HUB_REPOSITORY = re.compile(r"(models|datasets|spaces)--.+")  # a folder in the hub's cache
 
 
@@ -51,6 +52,12 @@ def check_tree(folder: Path) -> None:
             path = Path(parent, name)
             if path.is_symlink():
                 inside(folder, str(path.relative_to(folder)))
+
+
+def check_part(path: Path) -> None:
+    """Raises LeadsOut if `path` is a part of a checkpoint (`step-000500/adapter`) and leads out."""
+    if CHECKPOINT.fullmatch(path.absolute().parent.name):
+        inside(path.absolute().parent, path.name)
 
 
 def _resolve(path: Path) -> str:

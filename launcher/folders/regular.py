@@ -1,4 +1,5 @@
-"""Open a file that somebody else wrote. A pipe of that name would make the reader wait for ever.
+"""Open a file that may be somebody else's. A pipe of that name would make whoever opens it wait for
+ever.
 
 Imports no torch.
 """
@@ -24,6 +25,12 @@ def open_descriptor(path: Path, flags: int) -> int:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return descriptor
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write the text of a regular file, which may not exist. Raises OSError."""
+    with os.fdopen(open_descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
+        file.write(text.encode())
 
 
 def read_text(path: Path) -> str:

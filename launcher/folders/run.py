@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from launcher.errors import UserError
-from launcher.folders import links
+from launcher.folders import links, regular
 
 CONSOLE = "console.log"
 ATTEMPT = re.compile(r"attempt-([1-9][0-9]*)")  # the folder with the logs of an attempt
@@ -126,15 +126,18 @@ class RunDir:
         Raises UserError if the file system does not support locks.
         """
         self.inside("logs").mkdir(exist_ok=True)
-        with self.inside("logs", ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:
-                raise UserError(
-                    f"{self.path} cannot be locked ({error.strerror}); choose a run_dir on a file "
-                    "system that supports locks"
-                ) from error
+        try:
+            file = regular.open_descriptor(self.inside("logs", ".lock"), os.O_RDWR | os.O_CREAT)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be locked: {error.filename or 'flock'}: {error.strerror} → a "
+                "run_dir on a file system that supports locks, without another logs/.lock in it"
+            ) from error
+        try:
             yield
+        finally:
+            os.close(file)
 
     def newest_attempt(self) -> RunDir:
         """The same run at its newest attempt; attempt 0 if there is none yet."""

@@ -37,6 +37,7 @@ def find_adapter(path: str, key: str) -> Path:
     folder = adapter_folder(path)
     if folder is None:
         raise UserError(f"{key}={path} contains no adapter (adapter_config.json and {WEIGHTS})")
+    links.check_part(Path(path))
     if folder != Path(path):  # it was found in a run or a checkpoint
         links.check_tree(folder)
     check_mergeable(read_adapter(folder))

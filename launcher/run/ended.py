@@ -10,7 +10,7 @@ from launcher.folders.checkpoint import Checkpoint, all_checkpoints
 from launcher.folders.json_file import COUNT, TEXT, DamagedFile, or_null, read_fields
 from launcher.folders.run import RunDir
 from launcher.run import resume
-from launcher.run.outcome import Outcome
+from launcher.run.outcome import Outcome, command_again
 
 
 def nothing_to_do(config: Config) -> str | None:
@@ -24,9 +24,18 @@ def nothing_to_do(config: Config) -> str | None:
     run = RunDir(Path(config.run_dir).absolute()).newest_attempt()
     outcome = _outcome(run)
     checkpoint = next(iter(all_checkpoints(run.checkpoints)), None)
-    if outcome is None or checkpoint is None or not _is_end(checkpoint, outcome, config):
+    if outcome is None or outcome.step is None or checkpoint is None:
         return None
-    said = outcome.message(run) or _finished(run, outcome.step, config)
+    end = config.training.max_steps
+    if end is not None and checkpoint.is_finished and checkpoint.step > end:
+        return (
+            f"nothing to do: {run.path} is at step {checkpoint.step}, behind "
+            f"training.max_steps={end}; to train more: a higher one"
+        )
+    if not _is_end(checkpoint, outcome, config):
+        return None
+    is_finished = outcome.reason is None
+    said = _finished(run, outcome.step, config) if is_finished else outcome.message(run)
     return f"nothing to do: {said}" if not manifest.problems(checkpoint.manifest) else None
 
 
@@ -65,6 +74,6 @@ def _is_end(checkpoint: Checkpoint, outcome: Outcome, config: Config) -> bool:
 def _finished(run: RunDir, step: int, config: Config) -> str:
     key = "max_steps" if config.training.max_steps else "epochs"
     return (
-        f"{run.path} has finished with step {step}; to train more: shardway train --config-path "
-        f"{run.path} --config-name config resume=auto resume_force=true training.{key}=…"
+        f"{run.path} has finished with step {step}; to train more: {command_again(run)} "
+        f"resume_force=true training.{key}=…"
     )

@@ -12,11 +12,16 @@ from launcher.folders import manifest
 from launcher.folders.run import RunDir
 
 
+def command_again(run: RunDir, launcher: str = "shardway train") -> str:
+    """What continues the run with its frozen configuration, which further overrides may change."""
+    return f"{launcher} --config-path {run.path} --config-name config resume=auto"
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How training ended."""
 
-    step: int  # the last step
+    step: int | None  # the last step; None: that of a checkpoint, whose files were not read yet
     reason: str | None  # why it ended before its schedule did; None: the last step is done
 
     @property
@@ -24,17 +29,20 @@ class Outcome:
         """Whether a setting ended it, or its schedule."""
         return self.reason is None or self.reason.startswith("training.")
 
-    def message(self, run: RunDir) -> str | None:
-        """What to tell the user: how to resume. None if it is finished."""
+    def message(self, run: RunDir) -> str:
+        """What to tell the user: how it ended, and what comes next."""
         if self.reason is None:
-            return None
+            return f"finished with step {self.step}; to export it: shardway consolidate {run.path}"
         command = f"shardway resume {run.path}"  # without training.stop_after_steps
         if self.reason.startswith("training.early_stopping"):
-            command = (
-                f"shardway train --config-path {run.path} --config-name config resume=auto "
-                f"{self.reason.partition('=')[0]}=null"
+            command = f"{command_again(run)} {self.reason.partition('=')[0]}=null"
+        if self.step == 0:
+            return (
+                f"stopped before the first step ({self.reason}), without a checkpoint; start it "
+                f"again: {command_again(run)}"
             )
-        return f"stopped after step {self.step} ({self.reason}); resume: {command}"
+        when = "before it trained" if self.step is None else f"after step {self.step}"
+        return f"stopped {when} ({self.reason}); resume: {command}"
 
 
 def write_status(run: RunDir, outcome: Outcome) -> None:

@@ -55,7 +55,9 @@ def find_run(path: Path) -> RunDir:
     """The newest attempt of the run in `path`. Raises UserError if it is not a run folder."""
     run = RunDir(path.absolute())
     if not run.has_config:
-        raise UserError(f"{path} is not a run folder (it has no config.yaml)")
+        copy = max(run.path.glob("checkpoints/step-*/config.yaml"), default=None)
+        way_out = f" → copy that of a checkpoint: {copy}" if copy else ""
+        raise UserError(f"{path} is not a run folder: it has no config.yaml{way_out}")
     return run.newest_attempt()
 
 

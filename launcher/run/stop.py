@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 
+from launcher.folders import regular
 from launcher.folders.run import RunDir
 from launcher.run import processes, rank_log
 from launcher.run.deadline import Deadline
@@ -105,7 +106,8 @@ class StopRequest:
             return "a newer attempt has started"
         file = self._run.stop
         try:
-            return file.read_text(encoding="utf-8", errors="replace").strip() or file.name
+            with regular.open_file(file) as opened:
+                return opened.read().decode(errors="replace").strip() or file.name
         except FileNotFoundError:
             return None
         except OSError:

@@ -14,6 +14,7 @@ from launcher.config import Config
 from launcher.distributed.collectives import in_parts
 from launcher.distributed.process_group import RankInfo
 from launcher.folders.checkpoint import TRAINED_CLASS
+from launcher.io.model_class import places_of
 from launcher.method import build_method
 from launcher.method.base import Method
 from launcher.method.expert_lora import fuse_experts
@@ -65,6 +66,11 @@ def build_train_state(
         base, folder, training.seed, compute, config.data.packing, in_parts
     )
     model_class = type(model).__name__  # FSDP2 makes another one of it
+    if places := places_of(model):
+        log(
+            f"model: {places.inner_class}, a part of {places.outer_class}; an export copies the "
+            f"rest from the base: {', '.join(places.roots)}"
+        )
     log(f"attention: {describe_attention(base.attention, model)}")
     if recurrent := describe_kernels(model):
         log(f"recurrent layers: {recurrent}")

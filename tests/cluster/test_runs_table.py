@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from launcher.config import store
 from launcher.errors import UserError
 from launcher.folders import manifest
 from launcher.folders.run import RunDir
-from launcher.run import sweep
+from launcher.run import processes, started_by, sweep
 from tests.helpers.compose import composed
 
 DAMAGES = {
@@ -106,6 +107,44 @@ def test_stopping_names_a_damaged_file_and_goes_on(
     with pytest.raises(UserError, match="a is not running: its state is finished"):
         list(control.request_stop(run.path))
     assert "slurm.json cannot be read" in capsys.readouterr().err
+
+
+def test_a_run_with_a_pipe_of_that_name_is_not_stopped_and_no_attempt_of_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "a")
+    monkeypatch.setattr(processes, "living", lambda run: [run])
+    os.mkfifo(run.stop)
+    with pytest.raises(UserError, match=r"a/stop cannot be written: .* → remove it"):
+        list(control.request_stop(run.path))
+    os.mkfifo(run.path / "logs/.lock")
+    with pytest.raises(UserError, match="a cannot be locked"), run.lock():
+        pass
+
+
+def test_a_run_folder_without_its_configuration_names_a_copy(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    (run.checkpoints / "step-000002").mkdir()
+    run.config.rename(run.checkpoints / "step-000002/config.yaml")
+    with pytest.raises(UserError, match=r"config\.yaml → copy that of a checkpoint: .*000002"):
+        control.resume_run(run.path)
+
+
+def test_under_torchrun_a_resume_names_what_every_rank_can_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "a")
+    monkeypatch.setattr(started_by, "is_rank", lambda: True)
+    with pytest.raises(UserError, match=r"-m launcher\.train --config-path .*/a --config-name"):
+        control.resume_run(run.path)
+
+
+def test_steps_are_unknown_where_metrics_cannot_be_read(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs/a")
+    run.metrics.unlink(missing_ok=True)
+    run.metrics.symlink_to("/etc/hostname")
+    (row,) = rows(runs_table.format_table(tmp_path / "runs"))
+    assert row["step"] == "?/9"
 
 
 def test_resuming_with_a_damaged_configuration_names_the_copy(tmp_path: Path) -> None:

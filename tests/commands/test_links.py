@@ -202,6 +202,10 @@ def test_a_checkpoint_that_leads_out_is_named_and_not_used(
     if name.startswith("adapter/"):
         with pytest.raises(LeadsOut):
             find_adapter(str(newest), "method.adapter")
+    if name == "adapter":
+        for look in (find_source, lambda path: find_adapter(str(path), "method.adapter")):
+            with pytest.raises(LeadsOut):
+                look(path)
 
 
 def test_links_that_users_make_are_followed(trained: RunDir, tmp_path: Path, tiny: Path) -> None:

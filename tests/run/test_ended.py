@@ -72,6 +72,22 @@ def test_how_the_run_ended_and_what_is_asked_for_decide(
     assert said is None or said in str(message)
 
 
+def test_a_run_that_is_behind_its_end_is_not_started(tmp_path: Path) -> None:
+    ended_run(tmp_path, 3, "SIGTERM")
+    said = nothing_to_do(composed(tmp_path, "training.max_steps=2", "resume_force=true"))
+    assert "is at step 3, behind training.max_steps=2" in str(said)
+
+
+def test_what_is_said_at_the_end_leads_on(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert Outcome(4, None).message(run).endswith(f"shardway consolidate {tmp_path}")
+    again = f"shardway train --config-path {tmp_path} --config-name config resume=auto"
+    said = Outcome(0, "SIGTERM").message(run)
+    assert said.endswith(f"without a checkpoint; start it again: {again}")
+    said = Outcome(None, "SIGTERM").message(run)
+    assert said == f"stopped before it trained (SIGTERM); resume: shardway resume {tmp_path}"
+
+
 def test_a_damaged_checkpoint_and_an_attempt_without_an_end_are_trained_again(
     tmp_path: Path,
 ) -> None:
