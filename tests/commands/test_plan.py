@@ -58,7 +58,7 @@ def test_multiple_runs_are_planned_without_weights(
     assert (ddp["label"], fsdp["label"]) == ("strategy=ddp", "strategy=fsdp")
     assert ddp["fits"] is fsdp["fits"] is False
     sizes = "data.max_length=32 training.micro_batch_size=1 training.global_batch_size=8"
-    assert ddp["notes"] == fsdp["notes"] == [f"planned with {sizes}"]
+    assert f"planned with {sizes}" in ddp["notes"] == fsdp["notes"]
     assert 1.8 < ddp["weights"] / fsdp["weights"] < 2
     assert 1.8 < ddp["optimizer"] / fsdp["optimizer"] < 2
     assert (ddp["ranks"], ddp["memory"], ddp["host"]) == (2, 1000, 0)
