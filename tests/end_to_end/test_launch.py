@@ -124,7 +124,8 @@ def test_torchrun_on_one_host_makes_one_run_folder(tiny: Path, tmp_path: Path) -
     assert console[2].startswith("strategy=auto: ddp, because a complete train state needs about")
     frozen = store.load(folder / "config.yaml")
     assert (frozen.precision.name, frozen.strategy.name) == ("fp32", "ddp")
-    assert console[-1].startswith("step 4/4  loss ")
+    assert console[-2].startswith("step 4/4  loss ")
+    assert console[-1] == f"finished with step 4; to export it: shardway consolidate {folder}"
 
 
 def agents(
