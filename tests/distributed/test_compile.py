@@ -58,7 +58,7 @@ CELLS = [
     pytest.param("full", "fsdp", 2, "off", "fp32", marks=WHOLE),
     pytest.param("lora", "fsdp", 2, "full", "fp32", marks=WHOLE),
     pytest.param("lora", "ddp", 2, "off", "bf16", marks=WHOLE),
-    ("qlora", "single", 1, "2", "fp32"),
+    pytest.param("qlora", "single", 1, "2", "fp32", marks=WHOLE),
     ("lora", "zero2", 2, "off", "fp32"),
 ]
 

@@ -7,6 +7,7 @@ computes the logits that the trained model had.
 
 from __future__ import annotations
 
+import re
 import shutil
 import traceback
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from tests.helpers.exports import stored
 from tests.helpers.parts import Case
 from tests.helpers.tiny_models import VOCABULARY, release
 
+FRAMES = re.compile(r" \([\w./]+\.py:\d+(, [\w./]+\.py:\d+)*\)")  # of an error
 WORLD = 2
 STEPS = 2
 LEARNING_RATE = 1e-2
@@ -74,6 +76,7 @@ def in_page(row: Row) -> str:
     short = [each.partition(":")[0] for each in outcomes]
     reasons = dict.fromkeys(each.partition(": ")[2] for each in outcomes if ": " in each)
     reason = " · ".join(reasons).replace("|", "\\|").replace("\n", " ")
+    reason = FRAMES.sub("", reason)
     cells = [row.model_type, row.model_class, *short, row.attention, reason]
     return f"| {' | '.join(cells)} |"
 
@@ -108,7 +111,8 @@ def row_of(model_type: str, ranks: Ranks, rows: Path, work: Path) -> Row:
         setattr(row, method, _land(row, method, base, ranks, rows, work / method))
     row.packing = packing_of(base)
     for name in ("lora", "full", "packing"):
-        setattr(row, name, getattr(row, name).replace(str(base), "MODEL"))
+        said = getattr(row, name).replace(str(base), "MODEL")
+        setattr(row, name, said.replace(str(work / name / "run"), "RUN"))
     shutil.rmtree(work, ignore_errors=True)
     return row
 
