@@ -22,7 +22,7 @@ $(VENV)/developer: $(VENV)/user
 demo: $(VENV)/user  ## fetch a model, fine-tune it, export it, ask it (under 5 minutes on 2 cores)
 	$(BIN)/python tools/demo.py
 
-test: $(VENV)/developer  ## the test suite (about 28 minutes on 2 cores)
+test: $(VENV)/developer  ## the test suite (about 30 minutes on 2 cores)
 	$(BIN)/shardway fetch smollm2_135m
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
