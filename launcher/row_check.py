@@ -19,7 +19,7 @@ from launcher.config.schema.data import HUB
 from launcher.data import source
 from launcher.data.tokenize import RowTokenizer
 from launcher.errors import REFUSED, UserError
-from launcher.export.trainable import check_exportable
+from launcher.export.exportable import check_exportable
 from launcher.folders.vocabulary import embedding_rows
 from launcher.model.tokenizer import load_tokenizer
 

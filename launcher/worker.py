@@ -136,7 +136,7 @@ def prepare_and_train(run: Run, key_value_store: dist.Store | None = None) -> No
 
     from launcher.distributed import process_group
     from launcher.distributed.collectives import any_rank
-    from launcher.export.trainable import check_exportable
+    from launcher.export.exportable import check_exportable
     from launcher.model.open import open_model
     from launcher.training import choices
 

@@ -27,8 +27,7 @@ def request_stop(path: Path) -> Iterator[str]:
     queue = slurm.query_queue(list(run_of_job))
     alive = {run_of_job[job] for job in queue}
     alive |= {run for run in runs if processes.living(run.newest_attempt())}
-    for run in alive:  # a run that starts at this moment reads the file too
-        _write_request(run)
+    failed = [why for run in alive if (why := _write_request(run))]
     waiting = [job for job, queued in queue.items() if queued.state == "PENDING"]
     for job in waiting:  # first: otherwise one of them starts when another run has ended
         slurm.cancel_waiting(job)
@@ -38,6 +37,8 @@ def request_stop(path: Path) -> Iterator[str]:
             f"{run.path} will stop with a checkpoint at its next step: "
             f"shardway logs {run.path} --follow"
         )
+    if failed:
+        raise UserError("\n".join(failed))
     if not alive:
         reason = (
             "none of its runs is"
@@ -47,14 +48,13 @@ def request_stop(path: Path) -> Iterator[str]:
         raise UserError(f"{path} is not running: {reason}")
 
 
-def _write_request(run: RunDir) -> None:
+def _write_request(run: RunDir) -> str | None:
+    """Why it cannot be written, None if it is. A run that starts at this moment reads it too."""
     try:
         regular.write_text(run.stop, "shardway stop")
     except OSError as error:
-        raise UserError(
-            f"{run.stop} cannot be written: {error.strerror} → remove it, or end the run with "
-            "Ctrl-C"
-        ) from error
+        return f"{run.stop} cannot be written: {error.strerror} → remove it, or press Ctrl-C"
+    return None
 
 
 def resume_run(path: Path) -> int:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -87,12 +87,13 @@ class _Signals:
         received, now = signal.Signals(number), time.monotonic()
         if self.first is None:
             self.first, self.first_time = received, now
-            with suppress(OSError):  # a full disk: the agent passes the signal on
+            said = "stopping with a checkpoint at the next step"
+            try:
                 regular.write_text(self.run.stop, received.name)
-            say(
-                self.run,
-                "\nstopping with a checkpoint at the next step; signal again to end at once",
-            )
+            except OSError as error:
+                if not self.run.stop.exists():  # a file without text is a request, too
+                    said = f"{self.run.stop} cannot be written: {error.strerror}"
+            say(self.run, f"\n{said}; signal again to end at once")
             return
         # Only a person sends SIGINT twice; a supervisor may send several signals for one request.
         is_ctrl_c = received == self.first == signal.SIGINT

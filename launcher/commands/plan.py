@@ -15,6 +15,7 @@ from launcher.config import Config
 from launcher.config.compose import compose_command_line
 from launcher.config.overrides import key_of
 from launcher.errors import UserError
+from launcher.folders.model import MAX_SHARD_BYTES
 from launcher.memory import target as target_module
 from launcher.memory.planning import Memory, PlannedRun, plan_run
 from launcher.memory.target import Target
@@ -41,7 +42,6 @@ does not fit into --memory and --host-memory (with --search: if none does), and 
 planned. What is counted, and how speed is estimated: docs/memory.md
 """
 BAR_WIDTH = 40
-MAX_SHARD_BYTES = 5 * 10**9  # of `shardway consolidate --max-shard-size`
 USUAL_OPEN_FILES = 1024  # what a process may usually have
 
 
@@ -188,7 +188,7 @@ def advice(planned: PlannedRun) -> Iterator[str]:
     """Lines about whether the run fits, by how much, and what reduces its memory."""
     if planned.memory is None:
         if not planned.on_cpu:
-            yield "there is no memory to compare with → --gpu H100, or --memory 80GB"
+            yield "the memory to compare with is not known → --gpu H100, or --memory 80GB"
         return
     unit = _choose_unit([planned])
     if planned.host_memory is not None and planned.host_peak > planned.host_memory:

@@ -9,6 +9,8 @@ from pathlib import Path
 from launcher.cluster.control import resume_run
 from launcher.commands.arguments import command_parser
 from launcher.errors import UserError
+from launcher.folders.run import RunDir
+from launcher.run.outcome import command_again
 
 
 def main() -> None:
@@ -19,8 +21,7 @@ def main() -> None:
     if any("=" in word for word in rest):
         raise UserError(
             f"shardway resume continues a run with the settings that it has, not {shlex.join(rest)}"
-            f" → shardway train --config-path {shlex.quote(str(arguments.run.absolute()))} "
-            f"--config-name config resume=auto {shlex.join(rest)}"
+            f" → {command_again(RunDir(arguments.run.absolute()))} {shlex.join(rest)}"
         )
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -14,6 +14,7 @@ from launcher.export.merge.edits import same_values
 from launcher.export.merge.ties import find_embedding_pair
 from launcher.export.source import Source, model_home
 from launcher.folders.kind import Kind
+from launcher.folders.model import MAX_SHARD_BYTES
 from launcher.folders.vocabulary import config_changes, config_value
 from launcher.io.tensor import Tensor
 
@@ -27,7 +28,7 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True)
 class Options:
-    max_shard_bytes: int = 5 * 10**9
+    max_shard_bytes: int = MAX_SHARD_BYTES
     dtype: torch.dtype | None = None  # None: the dtype of the base model
     tied: Literal["auto", "untie", "error"] = "auto"
     qlora_base: Literal["original", "dequantized"] = "original"

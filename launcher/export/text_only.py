@@ -32,8 +32,8 @@ def text_model(source: Source, result: Assembled, options: Options) -> Assembled
         )
     if places is None:
         raise UserError(
-            f"--text-only: {source.path} is no composite whose text model AutoModelForCausalLM can "
-            "load alone; leave it out"
+            f"--text-only: {source.path} is not a composite whose text model AutoModelForCausalLM "
+            "can load alone; leave it out"
         )
     naming = naming_of(source, options, result.tensors)
     memory = {

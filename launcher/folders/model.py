@@ -11,6 +11,7 @@ from launcher.folders.tensor_entries import INDEX, tensor_names
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
+MAX_SHARD_BYTES = 5 * 10**9  # of a file with weights, unless another size is asked for
 # The files of a tokenizer, of any class.
 TOKENIZER_FILES = (
     "tokenizer*",

@@ -112,7 +112,7 @@ def text_class(config: Any) -> Any:
 def trained_class(config: Any) -> Any:
     """The class that is trained for the configuration of a folder.
 
-    Raises UserError for an encoder-decoder, and for a model that is no causal language model.
+    Raises UserError for an encoder-decoder, and for a model that is not a causal language model.
     """
     named = named_class(config)
     name = named.__name__ if named else f"a model of type {config.model_type}"
@@ -123,7 +123,7 @@ def trained_class(config: Any) -> Any:
         )
     found = causal_class(config)
     if found is None:
-        raise UserError(f"{name} is no causal language model → {_way_out(config)}")
+        raise UserError(f"{name} is not a causal language model → {_way_out(config)}")
     return found
 
 
@@ -157,7 +157,7 @@ def trained_places(config: Any) -> Places | None:
     """Where the class that is trained is in the class that `config` names; None if they are the
     same but for a head, or if `config` names no class.
 
-    `config`: of transformers. Raises UserError if the class is no part of the other one: its
+    `config`: of transformers. Raises UserError if the class is not part of the other one: its
     training could not be exported.
     """
     outer, inner = named_class(config), trained_class(config)
@@ -167,7 +167,7 @@ def trained_places(config: Any) -> Places | None:
     if places is None:
         raise UserError(
             f"config.json names {outer.__name__}, and {inner.__name__}, which would be trained, is "
-            f"no part of it: the result could not be exported → convert it once: transformers."
+            f"not part of it: the result could not be exported → convert it once: transformers."
             f"{inner.__name__}.from_pretrained(FOLDER).save_pretrained(NEW)"
         )
     return places
@@ -224,6 +224,6 @@ def remember_places(model: Any, places: Places | None) -> None:
 
 
 def places_of(model: Any) -> Places | None:
-    """Where the model is in the composite of its folder; None: it is no part of one."""
+    """Where the model is in the composite of its folder; None: it is not part of one."""
     found: Places | None = getattr(model, ATTRIBUTE, None)
     return found

@@ -208,8 +208,8 @@ def model_on_meta(
         architecture = AutoConfig.from_pretrained(folder, trust_remote_code=code)
     except Exception as error:  # each class checks its values in its own way
         raise _unreadable(folder, error) from error
-    refuse_untrainable(architecture, folder)
     places = _places(config, folder, architecture)
+    refuse_untrainable(architecture, folder)
     attention = choose_attention(config.attention, architecture, packed)
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -37,7 +38,7 @@ class RouterLoss:
         """Inside the context, the model's forward with `output_router_logits` computes `aux_loss`
         over the positions where `is_token` [rows, length] is True."""
         original = getattr(self.module, FUNCTION)
-        signature = inspect.signature(original)
+        signature = _signature(original)
 
         def masked(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs)
@@ -49,6 +50,9 @@ class RouterLoss:
             yield
         finally:
             setattr(self.module, FUNCTION, original)
+
+
+_signature = cache(inspect.signature)  # it would be read again in each micro-batch
 
 
 def find_router_loss(model: nn.Module, choice: str) -> RouterLoss | None:

@@ -1,4 +1,4 @@
-"""Which models cannot be trained as causal language models, from their config.json alone."""
+"""Which models that have a causal class cannot be trained with it, from their config.json alone."""
 
 from __future__ import annotations
 
@@ -11,11 +11,6 @@ from launcher.errors import UserError
 def refuse_untrainable(architecture: Any, folder: Path) -> None:
     """Raises UserError if the config of `folder` describes no causal language model."""
     where = f"model.name_or_path={folder}"
-    if architecture.is_encoder_decoder:
-        raise UserError(
-            f"{where}: {architecture.model_type} is an encoder-decoder, whose targets are not the "
-            "tokens of its input → a causal language model"
-        )
     if any(name.startswith("audio_encoder") for name in architecture.sub_configs):
         raise UserError(
             f"{where}: {architecture.model_type} generates audio, whose targets are not tokens of "

@@ -58,8 +58,8 @@ def _is_end(checkpoint: Checkpoint, outcome: Outcome, config: Config) -> bool:
     if checkpoint.step != outcome.step or not checkpoint.is_finished:
         return False
     differences, training = resume.compare_configs(checkpoint.config, config), config.training
-    evaluates_anew = any(each.startswith("data.eval_path:") for each in differences.allowed)
-    if differences.breaking or differences.incompatible or evaluates_anew:
+    evaluates_again = any(each.startswith("data.eval_path:") for each in differences.allowed)
+    if differences.breaking or differences.incompatible or evaluates_again:
         return False
     if outcome.reason is None:
         return True

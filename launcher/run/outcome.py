@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 
 from launcher.errors import REFUSED, STOPPED
@@ -14,7 +15,8 @@ from launcher.folders.run import RunDir
 
 def command_again(run: RunDir, launcher: str = "shardway train") -> str:
     """What continues the run with its frozen configuration, which further overrides may change."""
-    return f"{launcher} --config-path {run.path} --config-name config resume=auto"
+    path = shlex.quote(str(run.path))
+    return f"{launcher} --config-path {path} --config-name config resume=auto"
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def is_rank() -> bool:
 
 
 def why_no_rank() -> str | None:
-    """Why this process is no rank of torchrun; None if it is one."""
+    """Why this process is not a rank of torchrun; None if it is one."""
     if missing := [name for name in RANK_VARIABLES if name not in os.environ]:
         return f"not {', '.join(missing)}"
     leader = os.getsid(0)
@@ -35,7 +35,7 @@ def why_no_rank() -> str | None:
     if not agent:  # outside of this container: its variables are all that is known
         return None
     if not _may_be_agent(agent):
-        return f"process {agent}, which started this session, is no torchrun"
+        return f"process {agent}, which started this session, is not torchrun"
     if shell := next(filter(_reads_a_terminal, _ancestors(leader)), None):
         return f"process {shell}, in which this was typed, is a shell that torchrun started"
     return None

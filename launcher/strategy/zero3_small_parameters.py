@@ -40,10 +40,12 @@ class SmallParameters:
 def _buckets(parameters: Iterable[Any], size: int) -> Iterator[list[Any]]:
     """Neighbors with at most `size` elements together."""
     bucket: list[Any] = []
+    elements = 0
     for parameter in parameters:
-        if bucket and sum(each.ds_numel for each in (*bucket, parameter)) > size:
+        if bucket and elements + parameter.ds_numel > size:
             yield bucket
-            bucket = []
+            bucket, elements = [], 0
         bucket.append(parameter)
+        elements += parameter.ds_numel
     if bucket:
         yield bucket

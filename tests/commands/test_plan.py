@@ -176,7 +176,10 @@ def test_replaced_settings_are_listed_in_notes(tiny: Path, monkeypatch: pytest.M
         ({"gathering": GB}, "to save, on rank 0                1.00"),
         ({"open_files": 1278}, "open files of a rank (ulimit -n)   1,278"),
         ({"peak": 81 * 10**6, "memory": 80 * 10**6}, "does not fit into 80.00 MB: 1.00 MB too"),
-        ({"memory": None}, "there is no memory to compare with → --gpu H100, or --memory 80GB"),
+        (
+            {"memory": None},
+            "memory to compare with is not known → --gpu H100, or --memory 80GB",
+        ),
     ],
 )
 def test_the_plan_reports_whether_it_fits(changes: dict[str, Any], said: str) -> None:

@@ -1,4 +1,4 @@
-"""Damaged files of the cache are named and made anew, whatever is wrong with them."""
+"""Damaged files of the cache are named and rebuilt, whatever is wrong with them."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_damaged_tokens_are_named_and_made_anew(
     assert line in capfd.readouterr().err
 
 
-def test_whole_files_that_were_swapped_are_named_and_made_anew(
+def test_whole_files_that_were_swapped_are_named_and_rebuilt(
     rows_file: Path, own_cache: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     configs = [DataConfig(path=str(rows_file), max_length=length) for length in (64, 32)]

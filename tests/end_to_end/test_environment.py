@@ -81,6 +81,6 @@ def test_all_variables_of_torchrun_make_no_rank(
     before = written(cwd)
     done = run([*session, *SHARDWAY, *words], cwd)
     assert done.returncode == REFUSED
-    assert "which started this session, is no torchrun: it is left over" in done.stderr
+    assert "which started this session, is not torchrun: it is left over" in done.stderr
     assert "env -u TORCHELASTIC_RUN_ID shardway" in done.stderr
     assert written(cwd) == before

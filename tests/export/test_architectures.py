@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from launcher.export.assembled import SAME_NAMES
+from launcher.export.exportable import check_exportable
 from launcher.export.names import find_naming
-from launcher.export.trainable import check_exportable
 from launcher.io.readers.safetensors_file import read_header
 from tests.helpers.architectures import MODELS
 from tests.helpers.exports import consolidate, stored

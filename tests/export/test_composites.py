@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from launcher.chat.model import ChatModel
 from launcher.chat.target import find_target
 from launcher.errors import UserError
-from launcher.export.trainable import check_exportable
+from launcher.export.exportable import check_exportable
 from tests.helpers.composites import TEXT, load_composite, make_composite
 from tests.helpers.exports import consolidate, stored
 
@@ -77,7 +77,7 @@ def test_the_text_model_alone_computes_the_same(
 def test_a_folder_without_a_text_model_of_its_own_is_refused(
     bases: dict[str, Path], tiny: Path, tmp_path: Path
 ) -> None:
-    other = r"--text-only: .* is no composite whose text model"
+    other = r"--text-only: .* is not a composite whose text model"
     text = r"is a text model already \(LlamaForCausalLM\) → without --text-only"
     for folder, message in ((bases["mllama"], other), (tiny, text)):
         with pytest.raises(UserError, match=message):
@@ -157,9 +157,15 @@ def test_what_could_not_be_exported_is_refused_before_training(
     bases: dict[str, Path], tmp_path: Path
 ) -> None:
     for folder, sentence in (
-        (bases["mistral3"], "is no causal language model → its text model alone: shardway consol"),
+        (
+            bases["mistral3"],
+            "is not a causal language model → its text model alone: shardway",
+        ),
         (_encoder_decoder(tmp_path / "t5"), "T5ForConditionalGeneration is an encoder-decoder"),
-        (_without_head(tmp_path / "llama"), "LlamaForCausalLM, which would be trained, is no part"),
+        (
+            _without_head(tmp_path / "llama"),
+            "LlamaForCausalLM, which would be trained, is not p",
+        ),
     ):
         with pytest.raises(UserError, match=sentence):
             check_exportable(folder)

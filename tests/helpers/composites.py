@@ -12,26 +12,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from launcher.model.tiny import byte_tokenizer
+from tests.helpers import stored_models
 
-TEXT: dict[str, Any] = {
-    "vocab_size": 259,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-LINEAR = {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "layer_types": ["linear_attention", "full_attention"],
+TEXT = stored_models.TEXT | {"intermediate_size": 48}
+LINEAR = stored_models.LINEAR | {
     "rope_parameters": {
         "rope_type": "default",
         "mrope_section": [1, 1, 0],

@@ -11,18 +11,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from launcher.model.tiny import byte_tokenizer
+from tests.helpers import architectures
 
 Tensors = dict[str, torch.Tensor]
 
 EXPERTS = 5  # fewer than eight ranks, and no number of ranks divides them
-TEXT: dict[str, Any] = {
+TEXT = architectures.TEXT | {
     "vocab_size": 259,
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,

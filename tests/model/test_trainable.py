@@ -1,4 +1,4 @@
-"""Models that are no causal language models are refused before training, with the way out."""
+"""Models that are not causal language models are refused before training, with the way out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (T5Config(), "t5 is an encoder-decoder, .* → a causal language model"),
+        (T5Config(), "t5 is an encoder-decoder: .* → a decoder-only model"),
         (WhisperConfig(), "whisper is an encoder-decoder"),
         (BertConfig(), "bert with is_decoder=false .* → is_decoder=true in .*config.json"),
     ],

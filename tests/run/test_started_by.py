@@ -39,6 +39,6 @@ def test_only_what_torchrun_starts_is_a_rank(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
     assert said[:2] == ["None", "None"], "by a script of the rank, and by a program in it"
-    assert all("which started this session, is no torchrun" in each for each in said[2:4]), said
+    assert all("which started this session, is not torchrun" in each for each in said[2:4]), said
     assert "in which this was typed, is a shell that torchrun started" in said[4]
     assert said[5:] == ["not RANK"]

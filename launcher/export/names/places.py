@@ -14,7 +14,7 @@ from launcher.io.readers.found import FoundModel
 
 def places_in(config: dict[str, Any], trained: str | None = None) -> Places | None:
     """Where the model that was trained is in the composite that the contents of a `config.json`
-    describe; None if it is no composite, or if the composite itself was trained.
+    describe; None if it is not a composite, or if the composite itself was trained.
 
     `trained`: the class that a checkpoint records; None: any class that could have been trained
     alone, and the names of the tensors decide.
@@ -62,7 +62,7 @@ def _first_places(values: Any, candidates: list[Any]) -> Places | None:
 
 def in_composite(found: FoundModel, places: Places | None) -> FoundModel:
     """`found`, a model without its adapter, by the composite's names. It is returned as it is if it
-    has them, or if there is no composite (`places` is None)."""
+    has them, or if there is not a composite (`places` is None)."""
     if places is None or not found.tensors or any(map(places.is_outer, found.tensors)):
         return found
     tensors = {places.outer(name): tensor for name, tensor in found.tensors.items()}

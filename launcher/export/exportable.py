@@ -23,7 +23,7 @@ def check_exportable(folder: Path, trust_remote_code: bool = False) -> None:
     and these as on disk again.
 
     No weight is read. Raises UserError if the result would not have the tensors of the folder, or
-    if the class that is trained is no part of the one that config.json names.
+    if the class that is trained is not part of the one that config.json names.
     """
     config = read_model_config(folder / CONFIG)
     if trust_remote_code and config.get("auto_map"):
