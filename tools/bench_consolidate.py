@@ -5,11 +5,12 @@
     python tools/bench_consolidate.py --what zero dcp        sharded checkpoints, 0.4 B parameters
     python tools/bench_consolidate.py --rounds 5 --scratch /data
 
-lora: Shardway, PEFT's `merge_and_unload` + `save_pretrained`, and plain O_DIRECT writes of the
-same bytes as the lower bound. zero: Shardway and DeepSpeed's `zero_to_fp32` on a ZeRO-3 checkpoint
-of two ranks. dcp: Shardway and torch's `dcp_to_torch_save` on a DCP folder. Each arm runs in its
-own process: wall time and peak resident set include its imports. Weights are random. Sources are
-read through the page cache of the machine, as in normal use.
+lora: Shardway, PEFT's `merge_and_unload` + `save_pretrained`, and the lower bound: plain O_DIRECT
+writes of the same bytes, reads of them, and the import of torch, one after the other. The rows
+called cold start with a base that is not in the page cache. zero: Shardway and DeepSpeed's
+`zero_to_fp32` on a ZeRO-3 checkpoint of two ranks. dcp: Shardway and torch's `dcp_to_torch_save` on
+a DCP folder. Each arm runs in its own process: wall time and peak resident set include its imports.
+Weights are random. Other sources are read through the page cache of the machine, as in normal use.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from launcher.distributed.process_group import RankInfo
+from launcher.export.writing import readback
 from launcher.export.writing.direct_writer import Sink
 from launcher.io.cpus import usable_cpus
 
@@ -41,13 +44,13 @@ RANK = 16
 GB = 1e9
 
 PRELUDE = """
-import atexit, os
+import atexit, os, sys
 def tell():
     with open(os.environ["PEAK_FILE"], "w") as file:
         file.write(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 atexit.register(tell)
 """
-OURS = "from launcher.commands.consolidate import main; main()"
+OURS = "sys.argv.insert(1, 'consolidate'); from launcher.cli import main; main()"
 PEFT = """
 import sys, torch
 from peft import PeftModel
@@ -94,7 +97,9 @@ def lora(scratch: Path, size: int, arguments: argparse.Namespace) -> None:
     arms = {
         "shardway": lambda out: _shardway(*ours, "--output", out),
         "shardway --no-verify": lambda out: _shardway(*ours, "--output", out, "--no-verify"),
-        "plain O_DIRECT writes": lambda out: _floor(out, _bytes(base)),
+        "plain writes, reads, import": lambda out: _floor(out, _bytes(base)),
+        "shardway, cold": lambda out: _cold(base, lambda: _shardway(*ours, "--output", out)),
+        "cold base read plainly": lambda out: _cold(base, lambda: _read(base, out)),
     }
     if not arguments.ours_only:
         arms["PEFT merge + save"] = lambda out: _run(PEFT, base, adapter, out)
@@ -120,7 +125,7 @@ def _sharded(what: str, peer: str, name: str, scratch: Path, arguments: argparse
     arms = {
         "shardway": lambda out: _shardway(*ours, "--output", out),
         "shardway --no-verify": lambda out: _shardway(*ours, "--output", out, "--no-verify"),
-        "plain O_DIRECT writes": lambda out: _floor(out, int(_parameters(scratch) * 4)),
+        "plain writes, reads, import": lambda out: _floor(out, int(_parameters(scratch) * 4)),
     }
     if not arguments.ours_only:
         arms[name] = lambda out: _run(peer, source, out)
@@ -265,7 +270,8 @@ def _measure(code: str, words: list[object]) -> tuple[Taken, str]:
 
 
 def _floor(out: Path, nbytes: int) -> Taken:
-    """Write the same bytes with O_DIRECT, one file at a time, and flush them."""
+    """Write the same bytes with O_DIRECT, one file at a time, and flush them. Read them back past
+    the page cache. Import torch. The rate is that of the writes."""
     out.mkdir()
     block = 8 << 20
     began = time.perf_counter()
@@ -278,8 +284,32 @@ def _floor(out: Path, nbytes: int) -> Taken:
             sink.finish()
         left -= min(10**9, left)
         number += 1
-    seconds = time.perf_counter() - began
-    return Taken(seconds, 0, nbytes / seconds)
+    written = time.perf_counter()
+    for file in out.iterdir():
+        for _ in readback.blocks(file):
+            pass
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    return Taken(time.perf_counter() - began, 0, nbytes / (written - began))
+
+
+def _cold(base: Path, arm: Callable[[], Taken]) -> Taken:
+    """`arm` after the page cache has dropped the files of `base`."""
+    os.sync()
+    for path in base.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return arm()
+
+
+def _read(base: Path, out: Path) -> Taken:
+    """Read the files of `base` through the page cache, one after the other."""
+    out.mkdir()
+    began = time.perf_counter()
+    for path in base.glob("*.safetensors"):
+        with path.open("rb", buffering=0) as file:
+            while file.read(8 << 20):
+                pass
+    return Taken(time.perf_counter() - began, 0)
 
 
 def _bytes(folder: Path) -> int:

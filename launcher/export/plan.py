@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,11 @@ class Plan:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    @cached_property
+    def files(self) -> dict[str, list[Tensor]]:
+        """The tensors of each file of weights."""
+        return {self.file_name(number): shard for number, shard in enumerate(self.shards)}
+
     def file_name(self, shard: int) -> str:
         """The name of the file of shard number `shard`, from 0."""
         stem, count = "adapter_model" if self.options.adapter_only else "model", len(self.shards)
@@ -76,9 +82,9 @@ class Plan:
             (str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in self.sources()
         ]
         layout = [
-            (self.file_name(number), tensor.name, str(tensor.dtype), tensor.shape)
-            for number, shard in enumerate(self.shards)
-            for tensor in shard
+            (name, tensor.name, str(tensor.dtype), tensor.shape)
+            for name, tensors in self.files.items()
+            for tensor in tensors
         ]
         options = {key: str(value) for key, value in asdict(self.options).items()}
         version = versions.installed_versions()["shardway"]
@@ -96,11 +102,11 @@ class Plan:
 
     def table(self) -> Iterator[str]:
         """One line for each tensor, with columns separated by two spaces."""
-        for number, shard in enumerate(self.shards):
-            for tensor in shard:
+        for name, tensors in self.files.items():
+            for tensor in tensors:
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 yield (
-                    f"{self.file_name(number)}  {tensor.name}  {self.actions[tensor.name]}  "
+                    f"{name}  {tensor.name}  {self.actions[tensor.name]}  "
                     f"{dtype} {list(tensor.shape)}  {tensor.nbytes:,} bytes"
                 )
 

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken
-from transformers import AutoTokenizer
 
 from launcher.errors import UserError
 from launcher.folders import durable, manifest
@@ -195,6 +193,9 @@ def _write_tokenizer(
     base: Path, tokens: Sequence[str], rows: int, folder: Path, trust_remote_code: bool
 ) -> NewVocabulary:
     """Save the tokenizer with the new tokens. `rows`: of the embedding before."""
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer  # an export without new tokens does not import it
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
     except Exception as error:  # each tokenizer class raises its own errors

@@ -392,22 +392,63 @@ class TestVerification:
             write.write(plan_of(adapter), tmp_path / "out")
         assert not list(tmp_path.iterdir())
 
+    def test_files_are_read_back_while_the_next_ones_are_written(
+        self, tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Only where writes bypass the page cache: other files are read in a pass of their own."""
+        later: list[set[str]] = []
+        compare = readback.compare_checksums
+
+        def spy(folder: Path, files: Any, parallel_files: int) -> None:
+            later.append(set(files))
+            compare(folder, files, parallel_files)
+
+        monkeypatch.setattr(readback, "compare_checksums", spy)
+        plan = plan_of(adapter, 40_000)
+        write.write(plan, tmp_path / "direct")
+        write.write(plan, tmp_path / "cached", WriteOptions(direct=False))
+        assert later == [set(), set(plan.files)]
+
+    def test_a_disk_that_keeps_other_bytes_is_found(
+        self, tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pwrite = os.pwrite
+
+        def flip(file: int, data: memoryview, at: int) -> int:
+            wrong = bytearray(data)
+            wrong[9_000] ^= 1
+            buffer = direct_writer._page_aligned(len(wrong))
+            buffer.copy_(torch.frombuffer(wrong, dtype=torch.uint8))
+            return pwrite(file, buffer.numpy().data, at)
+
+        monkeypatch.setattr(os, "pwrite", lambda *a: (flip if len(a[1]) > 9_000 else pwrite)(*a))
+        with pytest.raises(UserError, match=r"has changed since it was written, in .*weight"):
+            write.write(plan_of(adapter), tmp_path / "out")
+
     def test_a_source_that_changes_during_the_export_is_found(
         self, tmp_path: Path, adapter: Path, tiny_untied: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The checksums agree in this case: only a second computation finds the change."""
+        """The checksums agree in this case: only a second computation, which follows the writing of
+        a file, finds the change."""
         base = tmp_path / "base"
         shutil.copytree(tiny_untied, base)
         plan = plan_of(adapter, base=str(base))
         file = base / "model.safetensors"
         changed = file.read_bytes()[: -(256 * 48 * 2)]
 
-        def change(plan: Any, folder: Path) -> None:
+        def change() -> None:
             stat = file.stat()
             file.write_bytes(changed + os.urandom(stat.st_size - len(changed)))
             os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
-        monkeypatch.setattr(write, "write_extra_files", change)
+        fill = write._fill
+
+        def fill_and_change(*arguments: Any) -> Any:
+            entry = fill(*arguments)
+            change()
+            return entry
+
+        monkeypatch.setattr(write, "_fill", fill_and_change)
         with pytest.raises(UserError, match="differs from a second computation"):
             write.write(plan, tmp_path / "out")
 

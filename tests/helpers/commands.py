@@ -41,7 +41,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     """Run one `shardway …` in this process; return its exit status."""
     monkeypatch.setattr(sys, "argv", ["shardway", *words])
     try:
-        cli.main()
+        cli.run_command()
     except SystemExit as ended:
         return int(ended.code or 0)
     return 0

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -44,6 +45,8 @@ class WithLora(Tensor):
     embeddings and for parameters that are targeted directly. DoRA has one delta: the weights of
     each output are rescaled to the norm in `magnitude`. `device`: where factors are multiplied.
     """
+
+    refuses_overflow: ClassVar[bool] = True
 
     source: Tensor
     deltas: tuple[Delta, ...]

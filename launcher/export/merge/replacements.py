@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -74,6 +75,8 @@ class TokenRows(Tensor):
 @dataclass(frozen=True, eq=False)
 class BiasSum(Tensor):
     """A bias plus scale · addend for each adapter, in fp32 with one rounding (lora_bias)."""
+
+    refuses_overflow: ClassVar[bool] = True
 
     source: Tensor
     addends: tuple[tuple[Tensor, float], ...]  # (values, scale)

@@ -18,18 +18,24 @@ from typing import Self
 import torch
 import xxhash
 
-PAGE_BYTES = 4096
+from launcher.export.writing.readback import PAGE_BYTES, Follower
+
 BUFFER_BYTES = 8 << 20  # of each buffer, unless a tile is larger
 FLUSH_BYTES = 256 << 20  # between flushes, when writes go through the page cache
 
 
 class Sink:
-    """A new file at `path`. `reserve` returns memory to fill, in the order of the file."""
+    """A new file at `path`. `reserve` returns memory to fill, in the order of the file.
 
-    def __init__(self, path: Path, direct: bool = True) -> None:
+    `read_back`: read the file from the disk while it is written, if writes are direct.
+    """
+
+    def __init__(self, path: Path, direct: bool = True, read_back: bool = False) -> None:
         self.path = path
         self.bytes = 0
+        self.is_read_back = False  # whether finish() has found the written bytes on the disk
         self._file, self.direct = _create(path, direct)
+        self._follower = Follower(path) if read_back and self.direct else None
         self._buffers = [_page_aligned(BUFFER_BYTES), _page_aligned(BUFFER_BYTES)]
         self._current = 0  # the buffer that is being filled
         self._filled = 0
@@ -64,6 +70,8 @@ class Sink:
         os.ftruncate(self._file, self.bytes)
         os.fsync(self._file)
         self._drop_cached_pages()
+        if self._follower is not None:
+            self.is_read_back = self._follower.finish(self.bytes) == self._digest.hexdigest()
         return self._digest.hexdigest()
 
     def __enter__(self) -> Self:
@@ -76,6 +84,8 @@ class Sink:
         at: TracebackType | None,
     ) -> None:
         self._writer.shutdown(cancel_futures=True)
+        if self._follower is not None:
+            self._follower.close()
         os.close(self._file)
 
     def _swap_buffers(self, needed: int) -> None:
@@ -96,6 +106,8 @@ class Sink:
     def _write_pages(self, pages: torch.Tensor, at: int) -> None:
         self._digest.update(_view(pages))
         _write(self._file, _view(pages), at)
+        if self._follower is not None:
+            self._follower.follow(at + len(pages))
         if not self.direct and at + len(pages) - self._flushed >= FLUSH_BYTES:
             os.fdatasync(self._file)
             self._drop_cached_pages()

@@ -33,11 +33,7 @@ def write_extra_files(plan: Plan, folder: Path) -> None:
 def _index(plan: Plan) -> dict[str, Any]:
     """The index that transformers, vLLM and SGLang read. A single file needs none."""
     parameters = sum(tensor.nbytes // tensor.dtype.itemsize for tensor in plan.tensors)
-    weight_map = {
-        tensor.name: plan.file_name(number)
-        for number, shard in enumerate(plan.shards)
-        for tensor in shard
-    }
+    weight_map = {tensor.name: name for name, tensors in plan.files.items() for tensor in tensors}
     return {
         "metadata": {"total_parameters": parameters, "total_size": plan.nbytes},
         "weight_map": weight_map,

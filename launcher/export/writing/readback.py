@@ -1,5 +1,5 @@
 """Reads files back and compares the checksums of each file and each tensor with what was
-written."""
+written: behind the writer, while it writes, or afterwards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import errno
 import mmap
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,52 @@ from launcher.io.readers.safetensors_file import data_ranges
 
 BLOCK_BYTES = 1 << 20  # larger blocks are slower: they do not fit in the processor's cache
 MAX_HASHED_BYTES = 64 << 20  # of a larger source file, samples are hashed
-SAMPLES, SAMPLE_BYTES = 64, 1 << 20
+SAMPLES, SAMPLE_BYTES = 64, 64 << 10
+PAGE_BYTES = 4096
+
+
+class Follower:
+    """Reads a file from the disk while another thread writes it, and hashes it.
+
+    Only for a file that is written past the page cache: otherwise the reads would see the cache.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = _open(path)
+        self._buffer = memoryview(mmap.mmap(-1, BLOCK_BYTES))
+        self._digest = xxhash.xxh3_128()
+        self._at = 0
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read back")
+        self._pending: list[Future[None]] = []
+
+    def follow(self, end: int) -> None:
+        """Read on to byte `end`, a whole page, up to which the file is written. Does not wait."""
+        self._pending.append(self._reader.submit(self._read_to, end))
+
+    def finish(self, end: int) -> str:
+        """Read the rest of a file of `end` bytes that is complete and flushed. Returns its xxh3-128
+        in hexadecimal. Raises OSError if the disk cannot be read."""
+        self.follow(end)
+        for pending in self._pending:
+            pending.result()
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._reader.shutdown(cancel_futures=True)
+        os.close(self._file)
+
+    def _read_to(self, end: int) -> None:
+        while self._at < end:
+            # A direct read asks for whole pages, and gets less at the end of the file.
+            pages = -(-(end - self._at) // PAGE_BYTES)
+            wanted = min(BLOCK_BYTES, pages * PAGE_BYTES)
+            count = os.preadv(self._file, [self._buffer[:wanted]], self._at)
+            if count == 0:
+                raise UserError(f"{self.path} ended at byte {self._at} while it was read")
+            self._digest.update(self._buffer[:count])
+            self._at += count
 
 
 def compare_checksums(
@@ -42,7 +87,7 @@ def compare_checksums(
 def fingerprint(path: Path) -> dict[str, Any]:
     """Size and xxh3-128 of a source file.
 
-    For a file over 64 MiB, only 64 evenly spaced samples of 1 MiB are hashed: this distinguishes
+    For a file over 64 MiB, only 64 evenly spaced samples of 64 KiB are hashed: this distinguishes
     files, but does not detect every flipped bit.
     """
     size = path.stat().st_size
@@ -80,7 +125,7 @@ def _hashes(path: Path, progress: Progress) -> tuple[str, dict[str, str]]:
         ranges = []
     file_digest, digests = xxhash.xxh3_128(), {name: xxhash.xxh3_64() for *_, name in ranges}
     at = current = 0
-    for block in _blocks(path):
+    for block in blocks(path):
         file_digest.update(block)
         end = at + len(block)
         while current < len(ranges) and ranges[current][0] < end:
@@ -94,7 +139,7 @@ def _hashes(path: Path, progress: Progress) -> tuple[str, dict[str, str]]:
     return file_digest.hexdigest(), {name: d.hexdigest() for name, d in digests.items()}
 
 
-def _blocks(path: Path) -> Iterator[memoryview]:
+def blocks(path: Path) -> Iterator[memoryview]:
     """The file in blocks, past the page cache if the file system supports it. Each block is valid
     until the next one."""
     file = _open(path)

@@ -17,20 +17,20 @@ ROWS = 4
 
 def recompute(plan: Plan, folder: Path) -> int:
     """Compare ROWS random rows of every tensor in `folder` with the plan. Returns the number of
-    tensors.
+    tensors. Raises UserError as `recompute_file` does."""
+    seed, names = plan.identity(), map(plan.file_name, range(len(plan.shards)))
+    return sum(recompute_file(plan, folder, name, seed) for name in names)
 
-    The plan's identity is the seed: a resumed export checks the same rows. Raises UserError with
-    the tensor and the row if a value differs by more than one unit in the last place of the dtype.
-    A copied tensor may not differ at all.
+
+def recompute_file(plan: Plan, folder: Path, name: str, seed: str) -> int:
+    """Compare ROWS random rows of every tensor in the file `name` with the plan. Returns the
+    number of tensors.
+
+    `seed`: the plan's identity, so that a resumed export checks the same rows. Raises UserError
+    with the tensor and the row if a value differs by more than one unit in the last place of the
+    dtype. A copied tensor may not differ at all.
     """
-    seed = plan.identity()
-    return sum(
-        _compare_file(folder / plan.file_name(number), shard, plan, seed)
-        for number, shard in enumerate(plan.shards)
-    )
-
-
-def _compare_file(path: Path, tensors: list[Tensor], plan: Plan, seed: str) -> int:
+    path, tensors = folder / name, plan.files[name]
     written = read_header(path)
     if written.keys() != {tensor.name for tensor in tensors}:
         raise UserError(f"{path} does not contain the tensors that were planned for it")

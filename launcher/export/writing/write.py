@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from launcher.export.writing.direct_writer import Sink
 from launcher.export.writing.extra_files import write_extra_files
 from launcher.export.writing.journal import Entry
 from launcher.export.writing.progress import Progress
-from launcher.export.writing.recompute import recompute
+from launcher.export.writing.verification import Verification
 from launcher.folders import durable, manifest, versions
 from launcher.io.cpus import usable_cpus
 from launcher.io.readers.safetensors_file import apply_umask, header
@@ -36,6 +37,8 @@ from launcher.io.tensor.tiles import refuse_overflow, tiles
 TILE_BYTES = 4 << 20
 WORKER_BYTES = 48 << 20  # two buffers, tiles, and an adapter's factors
 PROCESS_BYTES = 320 << 20  # the interpreter and torch
+
+Check = Callable[[str, bool], None]  # name of a finished file, whether it was read back meanwhile
 
 
 @dataclass(frozen=True)
@@ -81,10 +84,12 @@ def write(plan: Plan, output: Path, options: WriteOptions | None = None) -> Repo
     partial, identity = journal.partial_folder(output), plan.identity()
     with journal.open_journal(partial, identity, options.resume, options.overwrite) as log:
         try:
-            report = _write_files(plan, partial, log, options)
-            write_extra_files(plan, partial)
-            if options.verify:
-                _verify(plan, partial, report, options)
+            with Verification(plan, partial) as verification:
+                check = verification.add if options.verify else None
+                report = _write_files(plan, partial, log, options, check)
+                write_extra_files(plan, partial)
+                if options.verify:
+                    verification.finish(report.files, options.parallel_files)
             if plan.identity() != identity:
                 raise UserError(
                     f"a source of {output} changed while it was read; nothing was kept: run again"
@@ -146,23 +151,33 @@ def _check_free_space(plan: Plan, output: Path) -> None:
         )
 
 
-def _write_files(plan: Plan, partial: Path, log: TextIO, options: WriteOptions) -> Report:
+def _write_files(
+    plan: Plan, partial: Path, log: TextIO, options: WriteOptions, check: Check | None
+) -> Report:
+    """Write the files that the journal does not list. `check` is called with each finished one."""
     files = journal.finished_files(partial, log)
-    shards = {plan.file_name(number): shard for number, shard in enumerate(plan.shards)}
-    missing = {name: shard for name, shard in shards.items() if name not in files}
+    missing = {name: shard for name, shard in plan.files.items() if name not in files}
     for path in partial.iterdir():
         if path.name not in files:
             path.unlink()
+    if check is not None:
+        for name in files:
+            check(name, False)
     total = sum(tensor.nbytes for shard in missing.values() for tensor in shard)
     stop = threading.Event()
     with (
         Progress("writing", total) as progress,
         ThreadPoolExecutor(options.parallel_files, initializer=_use_one_core) as pool,
     ):
-        jobs = {
-            pool.submit(_write_file, partial / name, shard, progress, stop, options.direct): name
-            for name, shard in missing.items()
-        }
+
+        def write_file(name: str) -> Entry:
+            with Sink(partial / name, options.direct, read_back=check is not None) as sink:
+                entry = _fill(sink, missing[name], progress, stop)
+            if check is not None:
+                check(name, sink.is_read_back)
+            return entry
+
+        jobs = {pool.submit(write_file, name): name for name in missing}
         try:
             for job in as_completed(jobs):
                 files[jobs[job]] = job.result()
@@ -179,12 +194,10 @@ def _use_one_core() -> None:
     torch.set_num_threads(1)
 
 
-def _write_file(
-    path: Path, tensors: list[Tensor], progress: Progress, stop: threading.Event, direct: bool
-) -> Entry:
+def _fill(sink: Sink, tensors: list[Tensor], progress: Progress, stop: threading.Event) -> Entry:
     """Write one safetensors file, with one tile of a tensor in memory at a time."""
     hashes: dict[str, str] = {}
-    with torch.inference_mode(), Sink(path, direct) as sink:
+    with torch.inference_mode():
         head = header([(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors])
         sink.reserve(len(head)).copy_(torch.frombuffer(bytearray(head), dtype=torch.uint8))
         for tensor in tensors:
@@ -195,7 +208,7 @@ def _write_file(
                 out = sink.reserve((last - first) * tensor.row_bytes).view(tensor.dtype)
                 out = out.view(last - first, tensor.columns)
                 tensor.read_into(out, first)
-                if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
+                if _may_overflow(tensor):
                     refuse_overflow(tensor.name, out, out)
                 digest.update(as_bytes(out))
                 progress.advance(out.nbytes)
@@ -204,12 +217,10 @@ def _write_file(
         return {"bytes": sink.bytes, "xxh3_128": file_hash, "tensors": hashes}
 
 
-def _verify(plan: Plan, partial: Path, report: Report, options: WriteOptions) -> None:
-    """Read the files back from the disk while another thread computes rows a second time."""
-    with ThreadPoolExecutor(1, initializer=_use_one_core) as pool:
-        recomputation = pool.submit(recompute, plan, partial)
-        readback.compare_checksums(partial, report.files, options.parallel_files)
-        recomputation.result()
+def _may_overflow(tensor: Tensor) -> bool:
+    """Whether values that are not finite have to be looked for: not where reading refuses them."""
+    is_wide_float = tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
+    return is_wide_float and not tensor.refuses_overflow
 
 
 def _write_manifest(plan: Plan, folder: Path, files: dict[str, Entry]) -> None:

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 
@@ -28,6 +28,8 @@ class Tensor(ABC):
     `read_into` is the fast way to read rows. `reference` is a slow, independent implementation that
     verification compares it with.
     """
+
+    refuses_overflow: ClassVar[bool] = False  # whether `read_into` calls tiles.refuse_overflow
 
     name: str
     dtype: torch.dtype
@@ -162,6 +164,8 @@ class Cast(Tensor):
 
     Reading raises UserError if a finite value becomes infinite, and if there is a NaN.
     """
+
+    refuses_overflow: ClassVar[bool] = True
 
     source: Tensor
 

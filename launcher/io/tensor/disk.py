@@ -10,6 +10,7 @@ from pathlib import Path
 from launcher.errors import UserError
 from launcher.folders import regular
 
+AHEAD_BYTES = 4 << 20  # that the disk is asked for beyond a read: as a rule, the next rows
 MAX_OPEN_FILES = 256  # in the cache; the usual limit of a process is 1,024
 
 _open: OrderedDict[tuple[int, int], int] = OrderedDict()  # (device, inode) → descriptor
@@ -24,6 +25,8 @@ def read_into(out: memoryview, file: Path, begin: int, name: str) -> None:
     at = 0
     while at < len(out):
         with _OpenFile(file) as descriptor:
+            if at == 0:
+                os.posix_fadvise(descriptor, begin, len(out) + AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
             count = os.preadv(descriptor, [out[at:]], begin + at)
         if count == 0:
             raise UserError(f"{file} ends inside tensor {name}: it is truncated")
