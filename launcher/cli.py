@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import importlib
 import io
 import os
@@ -13,6 +12,7 @@ from typing import NoReturn
 
 from launcher.errors import REFUSED, UserError, shortened
 from launcher.folders import versions
+from launcher.io import garbage
 
 COMMANDS = {
     "train": ("launcher.train", "compose, check and launch a run (Hydra overrides)"),
@@ -39,8 +39,6 @@ COMMANDS = {
     ),
 }
 
-GARBAGE_THRESHOLD = 50_000  # new objects; at Python's 700, a sixth of an import's time goes there
-
 USAGE = """shardway: launch sharded fine-tuning and export a folder that a server can load.
 
     shardway COMMAND [ARGUMENTS]     shardway COMMAND --help explains a command
@@ -62,7 +60,7 @@ def main() -> NoReturn:
     Freeing object by object what torch and transformers have loaded takes half a second. Threads
     are waited for and handlers called as in an ordinary exit.
     """
-    gc.set_threshold(GARBAGE_THRESHOLD)
+    garbage.collect_seldom()
     status = 0
     try:
         run_command()

@@ -8,7 +8,6 @@ torch, transformers and PEFT take seconds.
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from contextlib import suppress
@@ -21,7 +20,7 @@ from launcher.distributed import rendezvous
 from launcher.errors import UserError, exit_when_refused
 from launcher.folders.checkpoint import finished_checkpoints
 from launcher.folders.run import RunDir
-from launcher.io import open_files
+from launcher.io import garbage, open_files
 from launcher.run import create, ended, environment, parent, processes, rank_log
 from launcher.run.outcome import Outcome, write_status, write_superseded
 from launcher.run.stop import Stopped, StopRequest
@@ -116,6 +115,7 @@ def train_under_torchrun(config: Config, argv: list[str]) -> NoReturn:
 
 def _train_with_log(folder: RunDir, key_value_store: dist.Store | None = None) -> None:
     """Train with output to this rank's log; if it fails, write the reason to a file."""
+    garbage.collect_seldom()
     rank = int(os.environ["RANK"])
     stop = StopRequest(folder)
     stop.listen()
@@ -268,8 +268,7 @@ def _fit(
     device = rank_info.device
     compute, stated_peak = precision_of(config.precision).compute, config.tracking.peak_tflops
     run.stop.on_train_begin()
-    gc.collect()
-    gc.freeze()  # the objects that exist now stay; later collections skip them
+    garbage.collect_as_usual()
     try:
         return fit(
             state,

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from launcher.cluster import slurm
+from launcher.cluster import slurm_queue
 from launcher.errors import UserError
 from launcher.folders.run import RunDir
 from launcher.run.status import slurm_job_id
@@ -51,8 +51,8 @@ def main() -> None:
         try:
             seconds = [round_of(run.path, job, number) for number in range(arguments.rounds)]
         finally:
-            slurm.cancel(job)
-            _until(lambda: job not in slurm.query_queue([job]), "the job ends")
+            slurm_queue.cancel(job)
+            _until(lambda: job not in slurm_queue.query_queue([job]), "the job ends")
     print(f"\n{arguments.rounds} rounds, seconds: median (least – most)")
     for name, values in zip(PARTS, zip(*seconds, strict=True), strict=True):
         print(
@@ -69,7 +69,10 @@ def round_of(path: Path, job: str, number: int) -> tuple[float, ...]:
     _until(before.status.is_file, "it saves and stops")
     saved = json.loads(before.status.read_text())["step"]
     whole = (before.checkpoints / f"step-{saved:06d}" / "manifest.json").stat().st_mtime
-    _until(lambda: slurm.query_queue([job])[job].state != "RUNNING", "it goes back into the queue")
+    _until(
+        lambda: slurm_queue.query_queue([job])[job].state != "RUNNING",
+        "it goes back into the queue",
+    )
     queued = time.time()
     _until(after.job.is_file, f"attempt {after.attempt} begins")
     begun = after.job.stat().st_mtime

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from launcher.errors import UserError, exit_when_refused
 from launcher.folders.run import RunDir
-from launcher.io import open_files
+from launcher.io import garbage, open_files
 from launcher.run import parent
 from launcher.run.stop import StopRequest
 
@@ -38,6 +38,7 @@ def main() -> None:
             stop.request(signal.SIGTERM.name)
     os.environ["SHARDWAY_AGENT"] = str(os.getpid())
     open_files.raise_limit(ranks=1)  # each rank checks whether it is enough for all of them
+    garbage.collect_seldom()
     from torch.distributed.run import main as torchrun
 
     with tempfile.TemporaryDirectory(prefix="torchrun-") as folder:  # torchrun leaves its own

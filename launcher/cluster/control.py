@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.cluster import launch, liveness, preflight, settle, slurm
+from launcher.cluster import launch, liveness, preflight, settle, slurm_queue
 from launcher.config import store
 from launcher.errors import UserError
 from launcher.folders import regular
@@ -24,13 +24,13 @@ def request_stop(path: Path) -> Iterator[str]:
     """
     runs = sweep.list_runs(path) if sweep.is_sweep(path) else [status.find_run(path)]
     run_of_job = {job: run for run in runs if (job := status.known_job_id(run))}
-    queue = slurm.query_queue(list(run_of_job))
+    queue = slurm_queue.query_queue(list(run_of_job))
     alive = {run_of_job[job] for job in queue}
     alive |= {run for run in runs if processes.living(run.newest_attempt())}
     failed = [why for run in alive if (why := _write_request(run))]
     waiting = [job for job, queued in queue.items() if queued.state == "PENDING"]
     for job in waiting:  # first: otherwise one of them starts when another run has ended
-        slurm.cancel_waiting(job)
+        slurm_queue.cancel_waiting(job)
         yield f"job {job} was removed from the queue"
     for run in alive - {run_of_job[job] for job in waiting}:
         yield (

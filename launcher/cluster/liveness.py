@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from launcher.cluster import slurm
+from launcher.cluster import slurm_queue
 from launcher.config import Config
 from launcher.errors import UserError
 from launcher.folders.run import RunDir
@@ -19,7 +19,7 @@ def is_alive(path: Path) -> bool:
     """
     run = status.find_run(path)
     job = status.known_job_id(run)
-    if job and slurm.query_queue([job]):
+    if job and slurm_queue.query_queue([job]):
         return True
     # Slurm knows better than the age of a record whether the processes of its job still exist.
     return any(process.is_here or not (job and process.job) for process in processes.living(run))
@@ -29,7 +29,7 @@ def refuse_if_alive(run: RunDir) -> None:
     """Raise UserError if a process of the run exists, or if its job waits or runs: two attempts
     never train in one folder."""
     job = status.known_job_id(run)
-    if job and shutil.which("squeue") and slurm.query_queue([job]):
+    if job and shutil.which("squeue") and slurm_queue.query_queue([job]):
         raise UserError(f"{run.path} is job {job} already; stop it first: shardway stop {run.path}")
     processes.refuse_if_running(run.newest_attempt())
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from launcher.cluster import slurm
+from launcher.cluster import slurm_queue
 from launcher.config import store
 from launcher.errors import UserError
 from launcher.folders import manifest
@@ -42,7 +42,7 @@ def format_table(folder: Path, without: str | None = None) -> str:
     looks = [_Look(run.newest_attempt()) for run in runs]
     jobs = [look.job for look in looks if look.job and look.job != without]
     try:
-        queue = slurm.query_queue(jobs)
+        queue = slurm_queue.query_queue(jobs)
     except UserError as error:  # the content of the folders is still useful
         print(error, file=sys.stderr)
         queue = {}

@@ -1,4 +1,4 @@
-"""Submit runs to Slurm: check with sbatch, freeze, submit, query the queue. Imports no torch."""
+"""Submit runs to Slurm: check with sbatch, freeze, submit. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from launcher.cluster.slurm_command import run_slurm
+from launcher.cluster.slurm_queue import query_queue
 from launcher.config import Config
 from launcher.config.schema.cluster import SlurmConfig
 from launcher.config.secrets import secret_names, secret_values
@@ -15,10 +16,9 @@ from launcher.errors import UserError
 from launcher.folders import manifest, paths
 from launcher.folders.run import RunDir
 from launcher.run import create, sweep
-from launcher.run.status import QueuedJob, known_job_id
+from launcher.run.status import known_job_id
 
 SCRIPT, SETUP = "train.sbatch", "setup.sh"
-QUEUE_SECONDS = 30.0  # timeout of squeue: repeated queries must not accumulate
 FLAG_FIELDS = (  # fields of SlurmConfig that are flags of sbatch with the same name
     *("partition", "account", "qos", "time", "mem", "mem_per_cpu", "mem_per_gpu", "constraint"),
     *("reservation", "exclude", "nodelist", "dependency", "comment"),
@@ -91,28 +91,6 @@ def _freeze_run(config: Config) -> RunDir:
     run = create.find_or_create_folder(config)
     create.freeze_config(run, config)
     return run
-
-
-def query_queue(jobs: list[str]) -> dict[str, QueuedJob]:
-    """Job number → state, for those of `jobs` that wait or run. Raises UserError if Slurm does not
-    answer."""
-    if not jobs:
-        return {}
-    command = ["squeue", f"--jobs={','.join(jobs)}", "--array", "--noheader", "--format=%i|%T|%R"]
-    answer = run_slurm(command, allowed_error="Invalid job id", seconds=QUEUE_SECONDS)
-    lines = (line.split("|", 2) for line in answer.splitlines())
-    listed = {job: QueuedJob(state, nodes) for job, state, nodes in lines}
-    return {job: listed[job] for job in jobs if job in listed}
-
-
-def cancel_waiting(job: str) -> None:
-    """Remove `job` from the queue if it still waits. A job that has started continues."""
-    run_slurm(["scancel", "--state=PENDING", job])
-
-
-def cancel(job: str) -> None:
-    """Cancel `job`, whether it waits or runs."""
-    run_slurm(["scancel", job])
 
 
 def print_dry_run(cluster: SlurmConfig, folder: Path, runs: int) -> None:

@@ -52,8 +52,9 @@ class TokenizedRows:
             reader = pa.ipc.open_file(pa.memory_map(str(file)))
             for number in range(reader.num_record_batches):
                 ids, loss_mask = reader.get_batch(number).columns
-                mask_values = loss_mask.values.to_numpy().view(np.bool_)
-                self._chunks.append((ids.offsets.to_numpy(), ids.values.to_numpy(), mask_values))
+                mask_values = _integers(loss_mask.values, np.uint8).view(np.bool_)
+                offsets, values = _integers(ids.offsets, np.int32), _integers(ids.values, np.int32)
+                self._chunks.append((offsets, values, mask_values))
         lengths = [np.diff(offsets) for offsets, _, _ in self._chunks]
         self._first_rows = np.cumsum([0, *map(len, lengths)])  # number of each chunk's first row
         self.lengths = np.concatenate(lengths) if lengths else np.empty(0, np.int32)  # [rows]
@@ -70,6 +71,14 @@ class TokenizedRows:
 
     def length(self, row: int) -> int:
         return int(self.lengths[row])
+
+
+def _integers(array: pa.Array, dtype: type[np.integer[Any]]) -> NDArray[Any]:
+    """The values of an array without nulls, without a copy. Arrow's own to_numpy imports pandas:
+    0.3 s and 50 MB of each rank."""
+    if not len(array):
+        return np.empty(0, dtype)
+    return np.frombuffer(array.buffers()[1], dtype)[array.offset : array.offset + len(array)]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from launcher.cluster import slurm
+from launcher.cluster import slurm_queue
 from launcher.config import Config, store
 from launcher.errors import UserError
 from launcher.folders.json_file import DamagedFile
@@ -256,7 +256,7 @@ class Viewer:
                 self._check_records(run.newest_attempt())
                 job_ids += [job_id] if (job_id := slurm_job_id(run)) else []
         try:
-            return slurm.query_queue(job_ids)
+            return slurm_queue.query_queue(job_ids)
         except UserError:
             log.info("Slurm's queue cannot be read", exc_info=True)
             return None

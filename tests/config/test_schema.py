@@ -170,6 +170,11 @@ def test_composing_and_checking_import_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_listing_runs_imports_no_hydra() -> None:
+    code = "import sys; import launcher.commands.runs; sys.exit('hydra' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 # Modules that only strategies may use, and the interface that the loop uses instead.
 DISTRIBUTION = (
     "torch.distributed", "torch.nn.parallel", "deepspeed", "launcher.distributed",
