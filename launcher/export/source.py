@@ -133,8 +133,9 @@ def tokenizer_folder(source: Source) -> Path | None:
 def template_folder(source: Source) -> Path | None:
     """The training's folder if it has a chat template but no vocabulary, and so not the tokenizer;
     None otherwise."""
-    folders, tokenizer = _tokenizer_folders(source), tokenizer_folder(source)
-    before = takewhile(lambda folder: folder != tokenizer, folders)
+    if (tokenizer := tokenizer_folder(source)) is None:
+        return None
+    before = takewhile(lambda folder: folder != tokenizer, _tokenizer_folders(source))
     return next((folder for folder in before if stated_template(folder) is not None), None)
 
 

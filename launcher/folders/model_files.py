@@ -14,16 +14,18 @@ from launcher.errors import UserError
 from launcher.folders import regular
 from launcher.folders.adapter import SETTINGS
 from launcher.folders.checkpoint import MANIFEST as CHECKPOINT
+from launcher.folders.extended_model import RECORD as NEW_TOKENS
 from launcher.folders.json_file import is_object, list_of
 from launcher.folders.model import CONFIG, WEIGHT_FILES
 from launcher.folders.tensor_entries import is_inside
+from launcher.folders.unreadable import is_file
 
 EXPORT_MANIFEST = "consolidation_manifest.json"
 MODULES = "modules.json"  # of sentence-transformers: its modules, some of which have own weights
 MAX_BYTES = 10**8  # of a file: larger ones are data
 MAX_FILES = 1000  # of a subfolder
 # What an export writes anew.
-WRITTEN = (CONFIG, EXPORT_MANIFEST, "*.index.json", "Modelfile")
+WRITTEN = (CONFIG, EXPORT_MANIFEST, NEW_TOKENS, "*.index.json", "Modelfile")
 # Of a trainer's folder, whose other files are not the model's, these are.
 DESCRIBING = (*("*.json", "*.jinja", "*.txt", "*.py", "*.md"), "LICENSE*", "NOTICE*")
 # What stays where it is: reason → names of files and subfolders.
@@ -51,7 +53,8 @@ class ModelFiles:
 
 
 def files_of(folder: Path) -> ModelFiles:
-    """The files of a model folder, those of its subfolders included.
+    """The files of a model folder, those of its subfolders included. Links to nothing are among
+    them.
 
     A subfolder with weights is another model, and stays, unless it is one of the modules that
     modules.json lists.
@@ -62,7 +65,7 @@ def files_of(folder: Path) -> ModelFiles:
             continue
         if path.is_dir():
             _add_subfolder(result, path, path.name in modules)
-        elif path.is_file():
+        elif is_file(path):
             _add(result, path.name, path)
     return result
 
@@ -70,7 +73,7 @@ def files_of(folder: Path) -> ModelFiles:
 def is_describing(path: Path) -> bool:
     """Whether a file of a trainer's folder describes the model, by its name."""
     return (
-        path.is_file()
+        is_file(path)
         and matches(path.name, DESCRIBING)
         and not matches(path.name, WRITTEN)
         and _reason(path.name) is None
@@ -84,7 +87,7 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 def _add(result: ModelFiles, name: str, path: Path) -> None:
     if reason := _reason(path.name):
         result.left[name] = reason
-    elif path.stat().st_size > MAX_BYTES:
+    elif path.exists() and path.stat().st_size > MAX_BYTES:
         result.left[name] = f"larger than {MAX_BYTES // 10**6} MB"
     else:
         result.copied[name] = path
@@ -116,7 +119,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders.sort()
         for name in sorted(names):
-            if (path := Path(parent, name)).is_file():
+            if is_file(path := Path(parent, name)):
                 yield path
                 count += 1
             if count > MAX_FILES:

@@ -18,6 +18,11 @@ def is_pointer(path: Path) -> bool:
         return file.read(len(POINTER)) == POINTER and path.stat().st_size < MAX_POINTER
 
 
+def is_file(path: Path) -> bool:
+    """Whether it is a file, or a link to nothing: where a file should be."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
+
+
 def reason_unreadable(path: Path, error: Exception | None = None) -> str | None:
     """The rest of a sentence that begins with the path of a file, None if it is no such file.
 

@@ -24,6 +24,7 @@ from launcher.folders.json_file import (
 )
 from launcher.folders.model import TEMPLATES, TOKENIZER_FILES
 from launcher.folders.model_files import matches
+from launcher.folders.unreadable import is_file
 
 SETTINGS = "tokenizer_config.json"
 ADDED = "added_tokens.json"
@@ -50,7 +51,7 @@ def is_of_tokenizer(name: str) -> bool:
 def tokenizer_files(folder: Path) -> dict[str, Path]:
     """Name → file of the tokenizer of `folder`, with the folder of its other templates."""
     files = [*folder.iterdir(), *(folder / TEMPLATES).glob("*.jinja")]
-    names = {str(path.relative_to(folder)): path for path in files if path.is_file()}
+    names = {str(path.relative_to(folder)): path for path in files if is_file(path)}
     return {name: path for name, path in names.items() if is_of_tokenizer(name)}
 
 

@@ -129,9 +129,10 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monke
         find_source(tmp_path)
 
 
-def change_link(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors").symlink_to("../blobs/abc")
+def change_link(folder: Path, name: str = "model.safetensors") -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("../blobs/abc")
 
 
 def split(folder: Path) -> dict[str, list[str]]:
@@ -176,6 +177,14 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"pytorch_model\.bin is a pointer of git-LFS",
     ),
     "link": (change_link, r"model\.safetensors is a link to \.\./blobs/abc, which does not exist"),
+    "link of the tokenizer": (
+        lambda folder: change_link(folder, "tokenizer.json"),
+        r"tokenizer\.json is a link to \.\./blobs/abc, which does not exist",
+    ),
+    "link in a subfolder": (
+        lambda folder: change_link(folder, "1_Pooling/config.json"),
+        r"1_Pooling/config\.json is a link to \.\./blobs/abc, which does not exist",
+    ),
     "part": (lose_part, "00001-of-00002.safetensors is one of 2 files, and the others are missing"),
     "indexed part": (lose_indexed_part, r"is missing; .* \(1 of 2 files are missing\) → the same"),
 }
