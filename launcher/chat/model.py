@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import threading
 from collections.abc import Callable, Iterator
@@ -11,8 +10,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BatchEncoding,
     StoppingCriteria,
@@ -26,9 +23,9 @@ from launcher.chat.target import ChatTarget
 from launcher.errors import UserError
 from launcher.io.answer_end import end_tokens
 from launcher.io.limits import render_within_limits
+from launcher.io.model_class import class_to_load
 
 GREEDY = Options()
-PARAMETER_SUFFIX = r"\.(lora_|token_adapter\.|base_layer\.|weight$|bias$).*"  # after a module name
 
 
 class ChatModel:
@@ -175,7 +172,7 @@ def _load_tokenizer(folder: Path) -> Any:
 
 def _load_model(target: ChatTarget, dtype: str | torch.dtype, device: str) -> Any:
     try:
-        model, info = _class_of(target).from_pretrained(
+        model, info = class_to_load(target.model, target.adapter).from_pretrained(
             target.model,
             dtype=dtype,
             use_safetensors=True,
@@ -196,39 +193,15 @@ def _load_model(target: ChatTarget, dtype: str | torch.dtype, device: str) -> An
         raise UserError(f"{target.describe()} cannot be loaded: {_one_line(error)}") from error
 
 
-def _class_of(target: ChatTarget) -> Any:
-    """The class to load: the one that is trained for the folder, unless the adapter is for the
-    composite that config.json names."""
-    from launcher.io.adapter import PREFIX, read_adapter
-    from launcher.io.model_class import causal_class, find_places, named_class
-
-    config = AutoConfig.from_pretrained(target.model, local_files_only=True)
-    composite, trained = named_class(config), causal_class(config)
-    if trained is None and composite is not None:
-        return composite
-    if target.adapter is None or composite in (None, trained):
-        return AutoModelForCausalLM
-    places = find_places(trained, composite, config)
-    names = (name.removeprefix(PREFIX) for name in read_adapter(target.adapter).tensors)
-    is_composite = places is not None and any(map(places.is_outer, names))
-    return composite if is_composite else AutoModelForCausalLM
-
-
 def _merge_adapter(model: Any, folder: Path) -> Any:
     """Add the adapter to the model's weights. Raises UserError for what consolidate refuses."""
-    from launcher.io.adapter import PREFIX, read_adapter
+    from launcher.io.adapter import check_modules, read_adapter
     from launcher.io.adapter_config import check_mergeable
     from launcher.model.peft import PeftModel  # only adapters need it
 
     adapter = read_adapter(folder)
     check_mergeable(adapter)
-    modules = {name for name, _ in model.named_modules()}
-    adapted = {re.sub(PARAMETER_SUFFIX, "", name.removeprefix(PREFIX)) for name in adapter.tensors}
-    if unknown := sorted(adapted - modules):  # PEFT would ignore them without a message
-        raise UserError(
-            f"{folder} adapts {unknown[0]}, which its base lacks: the adapter belongs to another "
-            "model; name that model with --base DIR"
-        )
+    check_modules(adapter, {name for name, _ in model.named_modules()})
     return PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
 
 

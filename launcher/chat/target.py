@@ -23,10 +23,10 @@ from launcher.folders.extended_model import extended_folder
 from launcher.folders.kind import Kind, kinds_of
 from launcher.folders.model import CONFIG, INDEX
 from launcher.folders.model_config import read_model_config
+from launcher.folders.model_files import EXPORT_MANIFEST
 from launcher.folders.run import RunDir
 from launcher.folders.tensor_entries import read_weight_map
 
-EXPORT_MANIFEST = "consolidation_manifest.json"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 UNFINISHED_NAME = r"\.?step-\d+(\.partial)?"  # of a checkpoint without a manifest

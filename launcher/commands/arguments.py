@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launcher.errors import UserError
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -51,10 +51,14 @@ def number(
 
 
 def parse_size(text: str, option: str = "--max-shard-size") -> int:
-    """Bytes: `5GB` is 5·10⁹, `5GiB` is 5·2³⁰. Raises UserError, which names `option`."""
+    """Bytes: `5GB` is 5·10⁹, `5GiB` is 5·2³⁰. Raises UserError, which names `option`, for anything
+    else: a number without a unit could be bytes or gigabytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match and not match[2] and float(match[1]) > 0:
+        number = match[1]
+        raise UserError(f"{option} {number} has no unit → {number}GB? For bytes, {number}B")
     if not match or match[2].upper() not in UNITS or float(match[1]) <= 0:
-        raise UserError(f"{option} {text} is not a size; write 5GB, 500MB or 5GiB")
+        raise UserError(f"{option} {text} is not a size → 5GB, 500MB or 5GiB")
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 

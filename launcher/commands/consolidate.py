@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from launcher.commands import export_loss
 from launcher.commands.arguments import command_parser, number, parse_size
 from launcher.errors import UserError
 from launcher.export.assembled import Options
@@ -67,7 +68,7 @@ def consolidate(arguments: argparse.Namespace) -> None:
     """
     Progress.every_seconds = arguments.progress_seconds
     arguments.output = arguments.output.resolve()  # the folder itself, not a link to it
-    options = _options(arguments)
+    options, rows = _options(arguments), export_loss.check(arguments)
     source = find_source(
         arguments.source,
         arguments.base,
@@ -91,10 +92,16 @@ def consolidate(arguments: argparse.Namespace) -> None:
     seconds = time.perf_counter() - started
     print(f"{report.written / 1e6:,.1f} MB written at {_rate(report):,.0f} MB/s", file=stream)
     print(summary, file=stream)
+    losses = None
+    if rows is not None:
+        losses = export_loss.evaluate(rows, source, arguments.output, options)
+        print(losses.describe(), file=stream)
     if arguments.push_to_hub:
         print(hub.push(arguments.output, arguments.push_to_hub), file=stream)
     if arguments.json:
-        print(json.dumps(_result(plan, arguments, report, seconds), indent=2))
+        result = _result(plan, arguments, report, seconds)
+        result |= {} if losses is None else {"evaluation": losses.to_dict()}
+        print(json.dumps(result, indent=2))
 
 
 def _print_dry_run(plan: Plan, arguments: argparse.Namespace) -> None:
@@ -224,6 +231,12 @@ def _add_result_options(result: argparse.ArgumentParser) -> None:
     add("--adapter-only", action="store_true", help="extract a PEFT adapter instead of merging it")
     add("--text-only", action="store_true", help="the text model of a composite, without the rest")
     add("--modelfile", action="store_true", help="write an Ollama Modelfile beside the weights")
+    add(
+        "--evaluate",
+        metavar="ROWS",
+        help="print the loss per token of the result and of SOURCE on these rows (a file or folder "
+        "as for data.path); both are loaded, one after the other",
+    )
     add("--push-to-hub", metavar="REPO", help="upload the folder to a private repository")
 
 

@@ -4,7 +4,8 @@
 
 Reads every file back and compares it with the manifest (size, xxh3-128; for a damaged shard, the
 changed tensors are named). Opens every shard (its tensors must cover the file exactly) and compares
-the shards with the index.
+the shards with the index, and their names and shapes with the model's class. Loads config.json,
+the tokenizer and generation_config.json with transformers.
 """
 
 from __future__ import annotations

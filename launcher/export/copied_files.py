@@ -4,7 +4,7 @@ model."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from launcher.errors import UserError
 from launcher.export.assembled import Options
 from launcher.export.source import Source, model_home, tokenizer_folder
 from launcher.folders import regular
-from launcher.folders.adapter import SETTINGS
 from launcher.folders.json_file import (
     IDS,
     NUMBER,
@@ -23,29 +22,15 @@ from launcher.folders.json_file import (
     check_fields,
     read_object,
 )
-from launcher.folders.model import CONFIG, GENERATION_CONFIG
-from launcher.folders.model import TOKENIZER_FILES as TOKENIZER
+from launcher.folders.model import GENERATION_CONFIG
+from launcher.folders.model_files import files_of, is_describing, matches
+from launcher.folders.unreadable import reason_unreadable
+from launcher.io.tokenizer_files import is_of_tokenizer, tokenizer_files
 
-MANIFEST = "consolidation_manifest.json"
 PROCESSOR = ("*processor_config.json",)
-# The files in the model's folder that describe the model are copied. Weights, and files that
-# trainers write for themselves, are not.
-COPIED = (
-    *TOKENIZER,
-    *PROCESSOR,
-    "*.json",
-    "*.jinja",
-    "*.txt",
-    "*.py",
-    "*.tiktoken",
-    "*.md",
-    "LICENSE*",
-    "NOTICE*",
-)
-NOT_COPIED = (
-    *("*.index.json", ".*", "zero_to_*.py", "trainer_state.json", "*_results.json", "trainer.json"),
-    *("manifest.json", "ds_config*.json", "*deepspeed*.json", MANIFEST, SETTINGS, CONFIG),
-)
+# Names of the weights of a base, which are not copied but read or replaced.
+OWN_WEIGHTS = ("model.safetensors", "model-*.safetensors", "pytorch_model*.bin")
+LISTED = 5  # names in a message
 _TOKEN: Field = (lambda value: isinstance(value, str | dict), "text, or an object")
 
 
@@ -79,32 +64,55 @@ OBJECTS: dict[str, dict[str, Field]] = {
 
 
 def find_copied_files(source: Source, options: Options) -> dict[str, Path]:
-    """Name → file to copy: those of the tokenizer only for an adapter, none for images and sounds
-    for a text model.
+    """Name in the export → file to copy: those of the tokenizer only for an adapter, none for
+    images and sounds for a text model.
 
-    Files that describe the model come from its folder. All files of the tokenizer come from the
-    first folder that has one.
+    Files that describe the model come from its folder. All files of the tokenizer come from one
+    folder, `tokenizer_folder`.
     """
     files: dict[str, Path] = {}
     home = None
     if not options.adapter_only:
         home = model_home(source)
-        files |= {p.name: p for p in _files(home, COPIED) if not _matches(p, NOT_COPIED)}
+        if home == source.base:
+            files = files_of(home).copied
+        else:
+            files = {path.name: path for path in home.iterdir() if is_describing(path)}
+            files |= tokenizer_files(home)
     folder = tokenizer_folder(source)
     if folder is not None and folder != home:
-        others = {name: path for name, path in files.items() if not _matches(path, TOKENIZER)}
-        files = others | {path.name: path for path in _files(folder, (*TOKENIZER, *PROCESSOR))}
+        files = {name: path for name, path in files.items() if not is_of_tokenizer(name)}
+        files |= tokenizer_files(folder)
+        files |= {p.name: p for p in folder.iterdir() if p.is_file() and matches(p.name, PROCESSOR)}
     if options.text_only:
-        files = {name: path for name, path in files.items() if not _matches(path, PROCESSOR)}
+        files = {name: path for name, path in files.items() if not matches(name, PROCESSOR)}
     return files
 
 
-def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_file() and _matches(path, patterns)]
+def describe_left(source: Source, options: Options, read: Set[Path]) -> tuple[str, ...]:
+    """A note that lists what is not copied of the base, and why. `read`: files with weights that
+    are in the export."""
+    if options.adapter_only or source.base is None:
+        return ()
+    found, copied = files_of(source.base), find_copied_files(source, options)
+    left = {
+        name: reason
+        for name, reason in found.left.items()
+        if source.base / name not in read and not matches(name, OWN_WEIGHTS)
+    }
+    for name in found.copied.keys() - copied.keys():
+        other = f"the tokenizer is that of {tokenizer_folder(source)}"
+        left[name] = other if is_of_tokenizer(name) else "--text-only"
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in sorted(left.items()):
+        by_reason.setdefault(reason, []).append(name)
+    parts = [f"{_enumerate(names)} ({reason})" for reason, names in by_reason.items()]
+    return (f"not copied from {source.base}: {'; '.join(parts)}",) if parts else ()
 
 
-def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch(path.name, pattern) for pattern in patterns)
+def _enumerate(names: list[str]) -> str:
+    more = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def check_copied_files(files: Mapping[str, Path]) -> None:
@@ -113,6 +121,8 @@ def check_copied_files(files: Mapping[str, Path]) -> None:
     `files`: name → file, as `find_copied_files` returns them.
     """
     for name, path in sorted(files.items()):
+        if reason := reason_unreadable(path):
+            raise UserError(f"{path} {reason}")
         if name.endswith(".json"):
             _check_json(path, name)
         elif name.endswith(".jinja"):

@@ -19,9 +19,13 @@ SYSTEM, USER, ANSWER, AGAIN = "\u2460sys", "\u2461usr", "\u2462ans", "\u2463agn"
 
 
 def make_modelfile(
-    folder: Path | None, config: dict[str, Any], trust_remote_code: bool = False
+    folder: Path | None,
+    config: dict[str, Any],
+    trust_remote_code: bool = False,
+    template: str | None = None,
 ) -> str:
-    """The text of the Modelfile for a model whose tokenizer is in `folder`.
+    """The text of the Modelfile for a model whose tokenizer is in `folder`. `template`: its chat
+    template, if it is another one.
 
     Raises UserError if there is no tokenizer, or if its chat template cannot be converted.
     """
@@ -35,6 +39,7 @@ def make_modelfile(
         raise UserError(
             f"--modelfile: the tokenizer in {folder} cannot be read: {error}"
         ) from error
+    tokenizer.chat_template = template or tokenizer.chat_template
     if not tokenizer.chat_template:
         raise UserError(f"--modelfile: the tokenizer in {folder} has no chat template")
     ends = tokenizer.convert_ids_to_tokens(list(end_tokens(tokenizer)))

@@ -16,30 +16,18 @@ from launcher.errors import UserError
 from launcher.export.assemble import assemble
 from launcher.export.assembled import Assembled, Options
 from launcher.export.completeness import check_complete
-from launcher.export.copied_files import check_copied_files, find_copied_files
+from launcher.export.copied_files import check_copied_files, describe_left, find_copied_files
 from launcher.export.merge.ties import find_embedding_pair
 from launcher.export.modelfile import make_modelfile
 from launcher.export.shard_plan import assign_shards, natural_sort_key
-from launcher.export.source import Source, tokenizer_folder
+from launcher.export.source import Source, model_home, template_folder, tokenizer_folder
 from launcher.export.stop_tokens import Stops, with_stops
 from launcher.folders import versions
 from launcher.folders.brief import brief
-from launcher.folders.json_file import (
-    OBJECT,
-    Field,
-    check_fields,
-    is_count,
-    is_object,
-    list_of,
-    read_object,
-)
+from launcher.folders.vocabulary import embedding_rows, tokens_without_row
 from launcher.io.readers.safetensors_file import CODES
 from launcher.io.tensor import Tensor
-
-TOKENS: Field = (
-    list_of(lambda token: is_object(token) and is_count(token.get("id"))),
-    "a list of tokens with their ids",
-)
+from launcher.io.tokenizer_files import stated_template, token_ids
 
 
 @dataclass(frozen=True)
@@ -128,6 +116,7 @@ def make_plan(source: Source, options: Options | None = None) -> Plan:
     folder, notes = tokenizer_folder(source), assembled.notes
     if not options.adapter_only:
         notes += check_complete(source.path, assembled.config, assembled.tensors)
+        notes += _describe_rows(source, assembled)
     check_copied_files(find_copied_files(source, options))
     stops = Stops(assembled.config)
     if not options.adapter_only:
@@ -136,12 +125,17 @@ def make_plan(source: Source, options: Options | None = None) -> Plan:
             notes += ("no tokenizer is known: add its files to the folder before serving it",)
     generated = dict(stops.files)
     if options.modelfile:
+        trained = template_folder(source)
         modelfile = make_modelfile(
-            source.old_tokenizer or folder, assembled.config, options.trust_remote_code
+            source.old_tokenizer or folder,
+            assembled.config,
+            options.trust_remote_code,
+            None if trained is None else stated_template(trained),
         )
         generated["Modelfile"] = modelfile.encode()
     shards = assign_shards(tensors, max_bytes)
     notes += stops.notes
+    notes += describe_left(source, options, {file for each in tensors for file in each.files()})
     return Plan(source, options, stops.config, shards, assembled.actions, notes, generated)
 
 
@@ -157,29 +151,30 @@ def _check(source: Source, assembled: Assembled, options: Options) -> None:
     for name, tensor in assembled.tensors.items():
         if tensor.dtype not in CODES:
             raise UserError(f"{name} is of {tensor.dtype}, which safetensors cannot store")
+
+
+def _describe_rows(source: Source, assembled: Assembled) -> tuple[str, ...]:
+    """A note on tokens without a row of the embedding, if the base has them so.
+
+    Raises UserError if the base does not: training resized the embedding elsewhere, or the
+    tokenizer is that of another model.
+    """
     pair = find_embedding_pair(assembled.tensors, assembled.config)
-    folder = tokenizer_folder(source)
-    if options.adapter_only or pair is None or folder is None:
-        return
-    rows = assembled.tensors[pair.embedding].shape[0]
-    if (tokens := _largest_token_id(folder / "tokenizer.json") + 1) > rows:
-        raise UserError(
-            f"{folder}/tokenizer.json has {tokens} tokens, the embedding {rows} rows: the "
-            "tokenizer belongs to another model, or the embedding was resized elsewhere; name the "
-            "tokenizer's model with --base, or correct the tokenizer's files"
+    if pair is None or (folder := tokenizer_folder(source)) is None:
+        return ()
+    rows, home = assembled.tensors[pair.embedding].shape[0], model_home(source)
+    ids = token_ids(folder)
+    if not (missing := tokens_without_row(ids, rows)):
+        return ()
+    file, count = folder / "tokenizer.json", max(ids.values()) + 1
+    base_ids = ids if folder == home else token_ids(home)
+    if missing.items() <= base_ids.items() and embedding_rows(home) == rows:
+        return (
+            f"{file} has {count} tokens and the embedding {rows} rows, as in {home}: text with "
+            f"{brief(min(missing, key=missing.__getitem__))} cannot be used",
         )
-
-
-def _largest_token_id(path: Path) -> int:
-    """The largest token id in a tokenizer.json, or -1 if the file does not exist."""
-    if not path.is_file():
-        return -1
-    content = read_object(path)
-    check_fields(path, content, {"model": OBJECT, "added_tokens": TOKENS})
-    vocabulary = (content.get("model") or {}).get("vocab")
-    last_index = len(vocabulary) - 1 if isinstance(vocabulary, list) else -1
-    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
-    if wrong := [each for each in ids if not is_count(each)]:
-        raise UserError(f"{path}: a token has the id {brief(wrong[0])}, expected a whole number")
-    added = (token["id"] for token in content.get("added_tokens") or ())
-    return int(max([last_index, *ids, *added]))
+    raise UserError(
+        f"{file} has {count} tokens, the embedding {rows} rows: the tokenizer belongs to another "
+        "model, or the embedding was resized elsewhere; name the tokenizer's model with --base, or "
+        "correct the tokenizer's files"
+    )

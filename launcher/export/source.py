@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from launcher.folders import links, manifest
 from launcher.folders.adapter import SETTINGS, read_settings
 from launcher.folders.checkpoint import (
     END_TOKENS,
-    MANIFEST,
     SCHEME,
     TRAINED_CLASS,
     Checkpoint,
@@ -21,12 +21,14 @@ from launcher.folders.checkpoint import (
     newest_checkpoint,
 )
 from launcher.folders.kind import SHARDED, Kind, is_run, kinds_of
-from launcher.folders.model import CONFIG, model_folder
+from launcher.folders.model import CONFIG, whole_model_folder
 from launcher.folders.run import RunDir
+from launcher.folders.unknown_source import check_folder, refusal
 from launcher.io.new_tokens import extend
 from launcher.io.readers import dcp, dcp_safetensors, universal, zero
 from launcher.io.readers.found import FoundModel
 from launcher.io.tokenizer_files import SETTINGS as TOKENIZER
+from launcher.io.tokenizer_files import has_vocabulary, stated_template
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,7 @@ def find_source(
     Raises UserError if the folder is of no known kind or incomplete, or if an option would be
     ignored.
     """
-    if not path.is_dir():
-        raise UserError(f"SOURCE {path} is not a folder")
+    check_folder(path)
     if tag is not None and {Kind.RUN, Kind.CHECKPOINT} & {*kinds_of(path)}:
         raise UserError(
             f"--tag {tag} needs a DeepSpeed checkpoint as SOURCE, and {path} is of Shardway → "
@@ -107,11 +108,7 @@ def find_source(
     elif kind is Kind.MODEL:
         source = _model_source(path, base, adapters)
     else:
-        raise UserError(
-            f"SOURCE {path} is neither a run (config.yaml, checkpoints/), a checkpoint "
-            f"({MANIFEST}), an adapter ({SETTINGS}), a model ({CONFIG}) nor a sharded checkpoint "
-            "of DeepSpeed (latest, *_model_states.pt) or torch (.metadata)"
-        )
+        raise refusal(path)
     if adapters and source.kind is not Kind.MODEL:
         raise UserError(
             f"--adapter {adapters[0]} needs a model folder as SOURCE, and {path} is not one"
@@ -120,10 +117,30 @@ def find_source(
 
 
 def tokenizer_folder(source: Source) -> Path | None:
-    """The folder of the tokenizer, None if there is none. The training's folder comes before the
-    base's: its tokenizer may have more tokens."""
-    folders = (*source.extra_file_folders, *([source.base] if source.base else []))
-    return next((f for f in folders if (f / TOKENIZER).is_file()), None)
+    """The folder of the tokenizer, None if there is none: the first with settings and a vocabulary.
+    The training's folder comes before the base's: its tokenizer may have more tokens.
+
+    Without such a folder it is the first with a vocabulary, or else with settings: some classes
+    need no vocabulary.
+    """
+    folders = _tokenizer_folders(source)
+    complete = (f for f in folders if (f / TOKENIZER).is_file() and has_vocabulary(f))
+    with_vocabulary = (f for f in folders if has_vocabulary(f))
+    with_settings = (f for f in folders if (f / TOKENIZER).is_file())
+    return next(chain(complete, with_vocabulary, with_settings), None)
+
+
+def template_folder(source: Source) -> Path | None:
+    """The training's folder if it has a chat template but no vocabulary, and so not the tokenizer;
+    None otherwise."""
+    if (tokenizer := tokenizer_folder(source)) is None:
+        return None
+    before = takewhile(lambda folder: folder != tokenizer, _tokenizer_folders(source))
+    return next((folder for folder in before if stated_template(folder) is not None), None)
+
+
+def _tokenizer_folders(source: Source) -> tuple[Path, ...]:
+    return (*source.extra_file_folders, *([source.base] if source.base else []))
 
 
 def model_home(source: Source) -> Path:
@@ -204,7 +221,7 @@ def _sharded_source(path: Path, base: str | None, tag: str | None, adapter_only:
     elif base is None and settings is not None:
         folder = _base_of_adapter(settings, None)
     else:
-        folder = model_folder(base, None) if base else None
+        folder = whole_model_folder(base, None) if base else None
     useful = (CONFIG, TOKENIZER)
     folders = [
         f for f in (*candidates, folder) if f and any((f / name).is_file() for name in useful)
@@ -264,7 +281,7 @@ def _find_base(base: str | None, recorded: str | None, revision: str | None) -> 
         raise UserError(f"base_model_name_or_path={name!r} is not a name; add --base FOLDER")
     if not name:
         raise UserError("the adapter does not name its base model; add --base FOLDER")
-    folder = model_folder(name, None if base else revision)
+    folder = whole_model_folder(name, None if base else revision)
     if not (folder / CONFIG).is_file():
         raise UserError(f"the base model {name} does not exist; name its folder with --base FOLDER")
     return folder

@@ -7,13 +7,21 @@ The base's list may lack the token that ended the answers in training: a base mo
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from launcher.export.source import Source, model_home, tokenizer_folder
+from launcher.errors import UserError
+from launcher.export.copied_files import check_copied_files
+from launcher.export.source import Source, model_home, template_folder, tokenizer_folder
 from launcher.folders.json_file import dump_like, read_object
 from launcher.folders.model import GENERATION_CONFIG
 from launcher.io.answer_end import end_tokens
-from launcher.io.tokenizer_files import with_template
+from launcher.io.tokenizer_files import (
+    stated_template,
+    stated_tokens,
+    tokenizer_files,
+    with_template,
+)
 
 Config = dict[str, Any]
 
@@ -45,6 +53,10 @@ def with_stops(source: Source, config: Config, trust_remote_code: bool) -> Stops
         if source.old_tokenizer is not None and tokenizer.chat_template:
             home = model_home(source)
             files = with_template(home, str(tokenizer.chat_template), tokenizer.eos_token)
+        if (settings := template_folder(source)) is not None:
+            notes += (_describe_template(source, settings),)
+            home = tokenizer_folder(source) or settings
+            files = with_template(home, str(tokenizer.chat_template), tokenizer.eos_token)
     if not ends and source.end_tokens is not None:
         notes = ("the chat template ends answers with no token: generation may not stop after one",)
     if not ends:
@@ -64,8 +76,8 @@ def with_stops(source: Source, config: Config, trust_remote_code: bool) -> Stops
 
 def _trained_tokenizer(source: Source, trust_remote_code: bool) -> tuple[Any, tuple[str, ...]]:
     """(a tokenizer that another trainer or an old version saved, None if there is none; notes)."""
-    folder = source.old_tokenizer or tokenizer_folder(source)
-    if source.end_tokens is not None or folder in (None, model_home(source)):
+    folder, settings = source.old_tokenizer or tokenizer_folder(source), template_folder(source)
+    if settings is None and (source.end_tokens is not None or folder in (None, model_home(source))):
         return None, ()
     from transformers import AutoTokenizer  # takes seconds to import; few exports need it
 
@@ -73,9 +85,41 @@ def _trained_tokenizer(source: Source, trust_remote_code: bool) -> tuple[Any, tu
         loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # each tokenizer class raises its own errors
         reason = " ".join(str(error).split())
+        if settings is not None:
+            raise UserError(
+                f"{settings} has a chat template and no vocabulary, and the tokenizer in {folder} "
+                f"cannot be loaded: {reason} → the files of the trained tokenizer in {settings}"
+            ) from error
         note = f"the tokenizer in {folder} cannot be loaded, so {EOS} stays the base's: {reason}"
         return None, (note,)
+    if settings is not None:
+        _take_template(loaded, settings, folder)
     return loaded, ()
+
+
+def _take_template(tokenizer: Any, settings: Path, folder: Path | None) -> None:
+    """Give the tokenizer of `folder` the chat template and the EOS token of `settings`.
+
+    Raises UserError if those settings name a token that the tokenizer does not have.
+    """
+    check_copied_files(tokenizer_files(settings))
+    end, tokens = stated_tokens(settings)
+    if missing := sorted(tokens - tokenizer.get_vocab().keys()):
+        raise UserError(
+            f"{settings} names the token {missing[0]} ({len(missing)} such tokens) and has no "
+            f"vocabulary, and the tokenizer in {folder} has no such token → all files of the "
+            f"trained tokenizer in {settings}"
+        )
+    tokenizer.chat_template = stated_template(settings)
+    if end is not None:
+        tokenizer.eos_token = end
+
+
+def _describe_template(source: Source, settings: Path) -> str:
+    return (
+        f"the tokenizer is that of {tokenizer_folder(source)}, with the chat template of "
+        f"{settings}, which has no vocabulary"
+    )
 
 
 def _eos(tokenizer: Any) -> tuple[int, ...]:

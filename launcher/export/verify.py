@@ -7,13 +7,14 @@ from typing import Any
 
 from launcher.errors import UserError
 from launcher.export.completeness import check_complete
-from launcher.export.copied_files import MANIFEST
+from launcher.export.opened import open_small_files
 from launcher.export.writing import readback
 from launcher.folders import manifest
 from launcher.folders.brief import brief
 from launcher.folders.json_file import is_object, is_text, read_object
 from launcher.folders.model import CONFIG, INDEX
 from launcher.folders.model_config import read_model_config
+from launcher.folders.model_files import EXPORT_MANIFEST as MANIFEST
 from launcher.folders.tensor_entries import read_weight_map
 from launcher.io.cpus import usable_cpus
 from launcher.io.readers.safetensors_file import read_header
@@ -30,15 +31,16 @@ def verify(folder: Path) -> str:
         raise UserError(
             f"{folder / MANIFEST} lists no tensors: it is damaged, or of another version"
         )
-    shards = {name for name in written["files"] if name.endswith(".safetensors")}
+    shards = {n for n in written["files"] if n.endswith(".safetensors") and "/" not in n}
     _compare_contents(folder, written, shards)
     summary = check_structure(folder, shards)
+    opened = open_small_files(folder)
     if not (folder / CONFIG).is_file():  # an adapter
-        return summary
+        return "; ".join([summary, *opened])
     headers = [read_header(folder / name) for name in shards]
     tensors = {name: tensor for header in headers for name, tensor in header.items()}
     notes = check_complete(folder, read_model_config(folder / CONFIG), tensors)
-    return "; ".join([summary, *notes])
+    return "; ".join([summary, *opened, *notes])
 
 
 def check_structure(folder: Path, shards: set[str]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from launcher.errors import UserError
 from launcher.folders import regular
 from launcher.folders.brief import brief
+from launcher.folders.unreadable import reason_unreadable
 
 Field = tuple[Callable[[Any], bool], str]  # whether a value is accepted, and what is expected
 
@@ -80,7 +81,7 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(regular.read_text(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise DamagedFile(path, f"cannot be read: {error}") from error
+        raise DamagedFile(path, reason_unreadable(path) or f"cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise DamagedFile(path, f"contains a {type(content).__name__}, expected an object")
     return content

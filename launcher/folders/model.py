@@ -11,6 +11,7 @@ from launcher.folders.tensor_entries import INDEX, tensor_names
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
+PART = re.compile(r"-\d{5}-of-(\d{5})\.")  # in the name of one of several files
 MAX_SHARD_BYTES = 5 * 10**9  # of a file with weights, unless another size is asked for
 # The files of a tokenizer, of any class.
 TOKENIZER_FILES = (
@@ -19,11 +20,28 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template*",
     "vocab.*",
+    "*_vocab.*",
+    "vocab-*.json",
     "merges.txt",
     "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "bpe.codes",
+    "tekken.json",
+)
+TEMPLATES = "additional_chat_templates"  # a folder of a tokenizer, next to those files
+# Files with weights, in any format.
+WEIGHT_FILES = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.distcp", "*.pkl", "*.npz"),
+    *("*.gguf", "*.ggml", "*.llamafile", "*.h5", "*.msgpack", "*.ot", "*.nemo", "*.tflite"),
+    *("*.onnx", "*.onnx_data*", "*.onnx.data", "*.mlmodel", "*.mlpackage", "*.pte", "*.litertlm"),
 )
 # The files of a hub repository that are downloaded.
-HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+HUB_PATTERNS = (
+    *("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.spm", "*.tiktoken"),
+    "bpe.codes",
+)
+TORCH_PATTERNS = ("pytorch_model*.bin", "*.bin.index.json")
 
 
 def is_hub_id(name_or_path: str) -> bool:
@@ -47,11 +65,33 @@ def model_folder(
     """
     if not is_hub_id(name_or_path):
         return Path(name_or_path)
+    allowed = [*patterns, *["*.py"] * include_code]
+    return _download(name_or_path, revision, allowed, None)
+
+
+def whole_model_folder(name_or_path: str, revision: str | None) -> Path:
+    """As `model_folder`, with every file that is no weight, and with the weights of the model: in
+    safetensors, or else in torch files."""
+    if not is_hub_id(name_or_path):
+        return Path(name_or_path)
+    others = [pattern for pattern in WEIGHT_FILES if pattern != "*.safetensors"]
+    folder = _download(name_or_path, revision, None, [*others, "consolidated*.safetensors"])
+    if any(folder.glob("*.safetensors")):
+        return folder
+    return _download(name_or_path, revision, [*TORCH_PATTERNS], None)
+
+
+def _download(
+    name_or_path: str, revision: str | None, allowed: list[str] | None, ignored: list[str] | None
+) -> Path:
+    """The snapshot of a hub id, with the files of these patterns. Raises UserError."""
     from huggingface_hub import snapshot_download  # not needed for a local folder
 
-    allowed = [*patterns, *["*.py"] * include_code]
     try:
-        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=allowed))
+        snapshot = snapshot_download(
+            name_or_path, revision=revision, allow_patterns=allowed, ignore_patterns=ignored
+        )
+        return Path(snapshot)
     except (
         Exception
     ) as error:  # the hub client raises a dozen types, all with the same meaning here
@@ -69,7 +109,13 @@ def single_weights_file(folder: Path) -> Path:
     files = sorted(folder.glob("*.safetensors"))
     default = folder / WEIGHTS
     if default in files or len(files) == 1:
-        return default if default in files else files[0]
+        file = default if default in files else files[0]
+        if (part := PART.search(file.name)) and int(part[1]) > 1:
+            raise UserError(
+                f"{file} is one of {int(part[1])} files, and the others are missing, with {INDEX} "
+                "→ the same download or copy once more"
+            )
+        return file
     raise UserError(
         f"{folder} contains {len(files)} safetensors files and no {INDEX}: it is unclear which of "
         "them are the model"

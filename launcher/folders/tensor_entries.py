@@ -19,6 +19,7 @@ from launcher.errors import UserError
 from launcher.folders import regular
 from launcher.folders.brief import brief
 from launcher.folders.json_file import is_text, read_object, read_object_or_empty
+from launcher.folders.unreadable import reason_unreadable
 
 INDEX = "model.safetensors.index.json"
 CHUNK_BYTES = 2**24  # of each tensor, in memory while two are compared
@@ -76,7 +77,8 @@ def read_header(file: Path) -> Header:
             raise ValueError("its __metadata__ is not a table of texts")
         entries = {name: _entry(file, 8 + length, name, entry) for name, entry in table.items()}
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not a safetensors file: {error!s:.200}") from error
+        reason = reason_unreadable(file, error) or f"is not a safetensors file: {error!s:.200}"
+        raise UserError(f"{file} {reason}") from error
     _check_tiling(file, entries, 8 + length, size)
     return Header(entries, metadata)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from launcher.io.readers.torch_file import read_file
 from launcher.io.tensor import Tensor
 
 PREFIX = "base_model.model."
+PARAMETER_SUFFIX = r"\.(lora_|token_adapter\.|base_layer\.|weight$|bias$).*"  # after a module name
 UNNAMED_TENSOR = (  # as in PEFT's files: without the adapter's name
     r".+\.(lora_[AB]\.(weight|bias)|lora_embedding_[AB]|lora_magnitude_vector|"
     r"token_adapter\.trainable_tokens_delta)"
@@ -36,6 +38,18 @@ def read_adapter(folder: Path) -> Adapter:
     if not file.is_file():
         raise UserError(f"{file} is missing; name a folder that PEFT's save_pretrained wrote")
     return Adapter(folder, read_settings(file), _tensors(folder))
+
+
+def check_modules(adapter: Adapter, modules: Set[str]) -> None:
+    """Raises UserError if the adapter adapts a module that is not one of its base's: PEFT ignores
+    it without a message."""
+    names = (name.removeprefix(PREFIX) for name in adapter.tensors)
+    adapted = {re.sub(PARAMETER_SUFFIX, "", name) for name in names}
+    if unknown := sorted(adapted - modules):
+        raise UserError(
+            f"{adapter.origin} adapts {unknown[0]}, which its base lacks: the adapter belongs to "
+            "another model; name that model with --base DIR"
+        )
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from launcher.errors import UserError
+from launcher.io.adapter import PREFIX, read_adapter
 
 T = TypeVar("T")
 ATTRIBUTE = "shardway_places"  # of a model that is trained alone: its `Places`
@@ -151,6 +153,23 @@ def class_of_files(config: Any) -> Any:
     its head if it has none. None as for `named_class`."""
     named, trained = named_class(config), causal_class(config)
     return trained if trained is not None and _is_body(named, trained, config) else named
+
+
+def class_to_load(folder: Path, adapter: Path | None = None) -> Any:
+    """The class by which the model of a folder is loaded: the one that is trained for it, unless
+    the adapter is for the composite that config.json names."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    composite, trained = named_class(config), causal_class(config)
+    if trained is None and composite is not None:
+        return composite
+    if adapter is None or composite in (None, trained):
+        return AutoModelForCausalLM
+    places = find_places(trained, composite, config)
+    names = (name.removeprefix(PREFIX) for name in read_adapter(adapter).tensors)
+    is_composite = places is not None and any(map(places.is_outer, names))
+    return composite if is_composite else AutoModelForCausalLM
 
 
 def trained_places(config: Any) -> Places | None:

@@ -31,14 +31,21 @@ from launcher.folders.extended_model import (
     padded_rows,
 )
 from launcher.folders.json_file import read_object
-from launcher.folders.model import CONFIG, INDEX, TOKENIZER_FILES, model_folder, single_weights_file
+from launcher.folders.model import (
+    CONFIG,
+    INDEX,
+    TEMPLATES,
+    TOKENIZER_FILES,
+    WEIGHT_FILES,
+    model_folder,
+    single_weights_file,
+)
 from launcher.folders.model_config import read_model_config
 from launcher.folders.tensor_entries import TensorEntry, tensor_entries
 from launcher.folders.vocabulary import HEAD_MODULES, config_changes, is_embedding, stated_tie
 from launcher.io.readers.safetensors_file import header, read_header
 from launcher.io.tensor import ConcatRows, RowSlice, Tensor, in_memory
 
-OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json")
 CHUNK_ROWS = 2**14  # of a tensor, in memory while it is read or copied
 
 
@@ -297,15 +304,12 @@ def _resized_index(index: Path, added_bytes: int) -> dict[str, Any]:
 
 
 def _link_other_files(base: Path, folder: Path) -> None:
-    """Link what is neither weights nor of the tokenizer, such as generation_config.json."""
+    """Link what is neither weights nor of the tokenizer, such as generation_config.json, and
+    subfolders."""
+    excluded = (*WEIGHT_FILES, *TOKENIZER_FILES, "*.index.json", TEMPLATES, ".*")
     for path in base.iterdir():
-        excluded = (*OTHER_WEIGHTS, *TOKENIZER_FILES, ".*")
         copy = folder / path.name
-        if (
-            path.is_file()
-            and not copy.exists()
-            and not any(fnmatch(path.name, p) for p in excluded)
-        ):
+        if not copy.exists() and not any(fnmatch(path.name, p) for p in excluded):
             copy.symlink_to(path.resolve())
 
 

@@ -6,30 +6,109 @@ transformers saves itself has the form of that version, which other versions may
 
 from __future__ import annotations
 
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from launcher.folders.json_file import dump_like, read_object
-from launcher.folders.model import TOKENIZER_FILES
+from launcher.errors import UserError
+from launcher.folders import regular
+from launcher.folders.brief import brief
+from launcher.folders.json_file import (
+    OBJECT,
+    Field,
+    check_fields,
+    dump_like,
+    is_count,
+    is_object,
+    list_of,
+    read_object,
+)
+from launcher.folders.model import TEMPLATES, TOKENIZER_FILES
+from launcher.folders.model_files import matches
+from launcher.folders.unreadable import is_file
 
 SETTINGS = "tokenizer_config.json"
+ADDED = "added_tokens.json"
 FAST = "tokenizer.json"
 SPECIAL = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
+# Files of a tokenizer without its tokens.
+NO_TOKENS = (SETTINGS, SPECIAL, ADDED, "chat_template*", f"{TEMPLATES}/*", "merges.txt")
+TOKENS: Field = (
+    list_of(lambda token: is_object(token) and is_count(token.get("id"))),
+    "a list of tokens with their ids",
+)
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of an added token
 
 Json = dict[str, Any]
 
 
-def is_tokenizer_file(path: Path) -> bool:
-    """Whether it is a file of a tokenizer, by its name."""
-    return path.is_file() and any(fnmatch(path.name, pattern) for pattern in TOKENIZER_FILES)
+def is_of_tokenizer(name: str) -> bool:
+    """Whether it is a file of a tokenizer, by its path below the model's folder."""
+    folder, _, last = name.rpartition("/")
+    return folder == TEMPLATES or (not folder and matches(last, TOKENIZER_FILES))
+
+
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """Name → file of the tokenizer of `folder`, with the folder of its other templates."""
+    files = [*folder.iterdir(), *(folder / TEMPLATES).glob("*.jinja")]
+    names = {str(path.relative_to(folder)): path for path in files if is_file(path)}
+    return {name: path for name, path in names.items() if is_of_tokenizer(name)}
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Whether the folder has a tokenizer's tokens, and not only its settings."""
+    return any(not matches(name, NO_TOKENS) for name in tokenizer_files(folder))
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """Name → content of all tokenizer files of `folder`."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if is_tokenizer_file(path)}
+    """Name → content of the tokenizer files of `folder`, without its other templates."""
+    files = tokenizer_files(folder).items()
+    return {name: path.read_bytes() for name, path in files if name == path.name}
+
+
+def stated_template(folder: Path) -> str | None:
+    """The chat template that the files of `folder` state, None if there is none. Raises UserError
+    for a file that is not JSON, or not text."""
+    if (file := folder / TEMPLATE).is_file():
+        try:
+            return regular.read_text(file)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} is damaged: {error!s:.200}") from error
+    settings = read_object(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # of several by name
+        named = {each.get("name"): each.get("template") for each in template if is_object(each)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def stated_tokens(folder: Path) -> tuple[str | None, set[str]]:
+    """(EOS token, all tokens) that the settings of a tokenizer name. Raises UserError for a file
+    that is not JSON."""
+    names = (SETTINGS, SPECIAL, ADDED)
+    contents = {name: read_object(folder / name) for name in names if (folder / name).is_file()}
+    end = _stated_end(contents)
+    decoder = contents.get(SETTINGS, {}).get("added_tokens_decoder") or {}
+    tokens = {token["content"] for token in decoder.values()} | {*contents.get(ADDED, {})}
+    return end, tokens | ({end} if end is not None else set())
+
+
+def token_ids(folder: Path) -> dict[str, int]:
+    """Token → id by the tokenizer.json of `folder`, empty if it has none. Raises UserError if it is
+    damaged."""
+    if not (path := folder / FAST).is_file():
+        return {}
+    content = read_object(path)
+    check_fields(path, content, {"model": OBJECT, "added_tokens": TOKENS})
+    vocabulary = (content.get("model") or {}).get("vocab")
+    if isinstance(vocabulary, list):
+        pieces = (e[0] if isinstance(e, list) and e else None for e in vocabulary)
+        vocabulary = {str(piece or number): number for number, piece in enumerate(pieces)}
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+    if wrong := [each for each in ids.values() if not is_count(each)]:
+        raise UserError(f"{path}: a token has the id {brief(wrong[0])}, expected a whole number")
+    added = content.get("added_tokens") or ()
+    return ids | {str(token.get("content", token["id"])): token["id"] for token in added}
 
 
 def with_template(folder: Path, template: str, end: str | None) -> dict[str, bytes]:
@@ -39,7 +118,7 @@ def with_template(folder: Path, template: str, end: str | None) -> dict[str, byt
     without a change are byte for byte those of `folder`. Raises UserError for a file that is not
     JSON.
     """
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if is_tokenizer_file(path)}
+    files = read_files(folder)
     changed = _changed_files(folder, template, end)
     texts = {
         name: dump_like(content, files[name].decode() if name in files else "")
@@ -101,7 +180,7 @@ def _vocabulary_id(folder: Path, fast: Json | None, token: str) -> int | None:
     vocabulary = fast["model"].get("vocab") if fast is not None else None
     if isinstance(vocabulary, list):
         return next((n for n, (piece, *_) in enumerate(vocabulary) if piece == token), None)
-    files = [folder / name for name in ("added_tokens.json", "vocab.json")]
+    files = [folder / name for name in (ADDED, "vocab.json")]
     for content in (vocabulary or {}, *(read_object(file) for file in files if file.is_file())):
         if token in content:
             return int(content[token])

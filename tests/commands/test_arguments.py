@@ -17,7 +17,7 @@ from tests.helpers.commands import in_process
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("5GB", 5 * 10**9), ("100MB", 10**8), ("1.5 kb", 1500), ("2GiB", 2 * 2**30), ("77", 77)],
+    [("5GB", 5 * 10**9), ("100MB", 10**8), ("1.5 kb", 1500), ("2GiB", 2 * 2**30), ("77B", 77)],
 )
 def test_sizes_are_decimal_unless_written_binary(text: str, size: int) -> None:
     assert parse_size(text) == size
@@ -27,6 +27,12 @@ def test_sizes_are_decimal_unless_written_binary(text: str, size: int) -> None:
 def test_an_invalid_size_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="is not a size"):
         parse_size(text)
+
+
+@pytest.mark.parametrize("option", ["--max-shard-size", "--memory"])
+def test_a_size_without_a_unit_is_refused(option: str) -> None:
+    with pytest.raises(UserError, match=f"^{option} 5 has no unit → 5GB[?] For bytes, 5B$"):
+        parse_size("5", option)
 
 
 def test_a_picture_without_a_name_gets_the_next_number(

@@ -138,7 +138,7 @@ def test_an_invalid_memory_size_is_refused(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert typed(monkeypatch, f"model.name_or_path={tiny}", "--memory", "much") == 2
-    assert capsys.readouterr().err == "--memory much is not a size; write 5GB, 500MB or 5GiB\n"
+    assert capsys.readouterr().err == "--memory much is not a size → 5GB, 500MB or 5GiB\n"
 
 
 def test_replaced_settings_are_listed_in_notes(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

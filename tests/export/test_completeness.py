@@ -64,11 +64,46 @@ def test_an_incomplete_folder_is_neither_exported_nor_whole(
     with pytest.raises(UserError, match=message):
         plan_of(folder)
     changed(export, change)
+    renew_manifest(export)
+    with pytest.raises(UserError, match=message):
+        verify(export)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("generation_config.json", {"cache_implementation": 3}, "generation_config.json does not"),
+        ("tokenizer.json", {"model": {"type": "None"}}, "the tokenizer does not load"),
+        (CONFIG, {"auto_map": {"AutoModel": "modeling_x.X"}}, "modeling_x.py, which is missing"),
+        (CONFIG, {"rope_parameters": "none"}, "config.json does not load in transformers"),
+    ],
+)
+def test_verify_opens_the_small_files_as_a_user_does(
+    folder: Path, tmp_path: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    export = tmp_path / "export"
+    consolidate(folder, "--output", export)
+    assert "config.json, the tokenizer, generation_config.json load" in verify(export)
+    edit(export / name, **changes)
+    renew_manifest(export)
+    with pytest.raises(UserError, match=message):
+        verify(export)
+
+
+def test_an_extracted_adapter_is_opened_by_peft(adapter: Path, tmp_path: Path) -> None:
+    export = tmp_path / "export"
+    consolidate(adapter, "--adapter-only", "--output", export)
+    assert "adapter_config.json load" in verify(export)
+    edit(export / "adapter_config.json", peft_type="OTHER")
+    renew_manifest(export)
+    with pytest.raises(UserError, match=r"adapter_config\.json does not load"):
+        verify(export)
+
+
+def renew_manifest(export: Path) -> None:
     said = json.loads((export / "consolidation_manifest.json").read_text())
     (export / "consolidation_manifest.json").unlink()
     manifest.write(export / "consolidation_manifest.json", said)
-    with pytest.raises(UserError, match=message):
-        verify(export)
 
 
 def test_a_tied_head_may_be_missing(tiny: Path, tmp_path: Path) -> None:

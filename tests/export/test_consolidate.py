@@ -156,13 +156,12 @@ def test_values_that_do_not_fit_fp16_are_counted_and_refused(tmp_path: Path) -> 
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, tiny: Path) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(tiny, base)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    adapter = make_adapter(tiny, tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.add_tokens([f"<extra-{n}>" for n in range(9)])
-    tokenizer.save_pretrained(base)
+    tokenizer.save_pretrained(adapter)
     with pytest.raises(UserError, match=r"268 tokens, the embedding 259 rows"):
-        plan_of(base)
+        plan_of(adapter)
 
 
 def test_the_tokenizer_saved_by_training_is_used(tmp_path: Path, tiny: Path) -> None:

@@ -216,6 +216,7 @@ def test_what_is_not_known_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
     base = make_base(tmp_path / "base")
     adapter = make_adapter(base, tmp_path / "adapter")
     (adapter / "tokenizer_config.json").write_text('{"tokenizer_class": "NoSuchTokenizer"}')
+    (adapter / "vocab.txt").write_text("a\n")
     consolidate(adapter, "--output", tmp_path / "out")
     assert "cannot be loaded, so eos_token_id stays the base's" in capsys.readouterr().out
     (tmp_path / "none.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")

@@ -59,6 +59,7 @@ MANAGED_OPTIONS = (
     *("requeue", "no-requeue", "signal", "export", "export-file", "wrap", "wait", "parsable"),
 )
 MANAGED_LETTERS = "NnaoeDW"
+MEGABYTES = 1024  # a smaller number without a unit was meant as gigabytes
 
 
 def _managed_flags(cluster: SlurmConfig) -> list[str]:
@@ -80,6 +81,15 @@ def _memory_settings(cluster: SlurmConfig) -> dict[str, str]:
     """The settings of memory that are set, by their name."""
     values = {name: getattr(cluster, name) for name in ("mem", "mem_per_cpu", "mem_per_gpu")}
     return {f"cluster.{name}": value for name, value in values.items() if value is not None}
+
+
+def _small_memory(cluster: SlurmConfig) -> dict[str, str]:
+    """The settings of memory that are a number without a unit, and too small for the megabytes that
+    Slurm takes it for."""
+    settings = _memory_settings(cluster).items()
+    return {
+        key: value for key, value in settings if value.isdecimal() and 0 < int(value) < MEGABYTES
+    }
 
 
 def _bad_names(cluster: SlurmConfig) -> str:
@@ -115,6 +125,17 @@ SLURM_RULES: tuple[Rule, ...] = (
         ),
         lambda c, w: " ".join(f"{key}=null" for key in [*_memory_settings(_slurm(c))][1:]),
         Example("cluster=slurm cluster.mem=64G cluster.mem_per_cpu=4G"),
+    ),
+    Rule(
+        "memory-has-a-unit",
+        "a memory below 1024 in cluster.mem, mem_per_cpu or mem_per_gpu has its unit",
+        lambda c, w: bool(_small_memory(_slurm(c))),
+        lambda c, w: (
+            ", ".join(f"{key}={value}" for key, value in _small_memory(_slurm(c)).items())
+            + " has no unit: Slurm takes it for megabytes"
+        ),
+        lambda c, w: " ".join(f"{key}={value}G" for key, value in _small_memory(_slurm(c)).items()),
+        Example("cluster=slurm cluster.mem=64"),
     ),
     Rule(
         "memory-per-gpu-has-gpus",

@@ -19,6 +19,7 @@ def write_extra_files(plan: Plan, folder: Path) -> None:
     """Write the extra files to `folder`. Existing files are overwritten: a resumed export writes
     them again."""
     for name, origin in sorted(find_copied_files(plan.source, plan.options).items()):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(origin, folder / name)
     if plan.options.adapter_only:
         _write_json(folder / SETTINGS, plan.config, sort=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,8 +60,8 @@ def open_journal(partial: Path, identity: str, resume: bool, overwrite: bool) ->
                     f"{partial} was started with other sources or options; --overwrite starts from "
                     "scratch"
                 )
-            for path in partial.iterdir():
-                path.unlink()
+            shutil.rmtree(partial)
+            partial.mkdir()
             journal.truncate(0)
             append_line(journal, identity)
         yield journal

@@ -7,6 +7,7 @@ early, `--resume` continues from there. The target is never incomplete.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -19,7 +20,6 @@ import torch
 import xxhash
 
 from launcher.errors import UserError
-from launcher.export.copied_files import MANIFEST
 from launcher.export.plan import Plan
 from launcher.export.writing import journal, readback
 from launcher.export.writing.direct_writer import Sink
@@ -28,6 +28,7 @@ from launcher.export.writing.journal import Entry
 from launcher.export.writing.progress import Progress
 from launcher.export.writing.verification import Verification
 from launcher.folders import durable, manifest, versions
+from launcher.folders.model_files import EXPORT_MANIFEST as MANIFEST
 from launcher.io.cpus import usable_cpus
 from launcher.io.readers.safetensors_file import apply_umask, header
 from launcher.io.tensor import Tensor
@@ -101,7 +102,7 @@ def write(plan: Plan, output: Path, options: WriteOptions | None = None) -> Repo
             shutil.rmtree(partial)  # this process has the lock, and the files are of no use
             journal.journal_path(partial).unlink()
             raise
-        for path in (partial, *partial.iterdir()):
+        for path in (partial, *partial.rglob("*")):
             apply_umask(path)
         _put_in_place(partial, output)
     return report
@@ -142,12 +143,18 @@ def check_target(plan: Plan, output: Path, options: WriteOptions) -> None:
 
 def _check_free_space(plan: Plan, output: Path) -> None:
     parent = next(folder for folder in output.absolute().parents if folder.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(
+            f"--output {output} cannot be made: {parent} is not writable for this user → an "
+            "--output in another folder"
+        )
     partial = journal.partial_folder(output)
     reusable = sum(file.stat().st_size for file in partial.iterdir()) if partial.is_dir() else 0
     free = shutil.disk_usage(parent).free + reusable
     if free < plan.nbytes * 1.01:
         raise UserError(
-            f"--output {output} needs {plan.nbytes / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB"
+            f"--output {output} needs {plan.nbytes / 1e9:.3g} GB, and {parent} has "
+            f"{free / 1e9:.3g} GB free → free some, or an --output on another disk"
         )
 
 
@@ -158,7 +165,9 @@ def _write_files(
     files = journal.finished_files(partial, log)
     missing = {name: shard for name, shard in plan.files.items() if name not in files}
     for path in partial.iterdir():
-        if path.name not in files:
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in files:
             path.unlink()
     if check is not None:
         for name in files:
@@ -228,7 +237,8 @@ def _write_manifest(plan: Plan, folder: Path, files: dict[str, Entry]) -> None:
     bytes."""
     source = plan.source
     hashes = {name: value for entry in files.values() for name, value in entry["tensors"].items()}
-    other_files = manifest.entries(folder, lambda path: path.name not in (MANIFEST, *files))
+    weights_and_this = {folder / name for name in (MANIFEST, *files)}
+    other_files = manifest.entries(folder, lambda path: path not in weights_and_this)
     weights = {
         name: {key: value for key, value in entry.items() if key != "tensors"}
         for name, entry in files.items()
@@ -256,7 +266,8 @@ def _write_manifest(plan: Plan, folder: Path, files: dict[str, Entry]) -> None:
 def _put_in_place(partial: Path, output: Path) -> None:
     """Rename the folder. A folder that `--overwrite` replaces is renamed first and deleted last."""
     replaced = output.absolute().parent / f".{output.name}.replaced"
-    durable.sync(partial)
+    for path in (*filter(Path.is_dir, partial.rglob("*")), partial):
+        durable.sync(path)
     if output.exists():
         shutil.rmtree(replaced, ignore_errors=True)  # of an earlier export that was killed here
         output.rename(replaced)

@@ -8,6 +8,8 @@ from pathlib import Path
 from launcher.errors import UserError
 from launcher.folders.model import single_weights_file
 from launcher.folders.tensor_entries import read_weight_map
+from launcher.folders.unknown_source import explain
+from launcher.folders.unreadable import reason_unreadable
 from launcher.io.readers.found import FoundModel
 from launcher.io.readers.safetensors_file import read_header
 from launcher.io.readers.torch_file import read_file, tensors_in
@@ -87,6 +89,8 @@ def _only_torch_file(folder: Path) -> Path:
     default = [folder / name for name in TORCH_FILES if folder / name in files]
     if default or len(files) == 1:
         return [*default, *files][0]
+    if not files:
+        raise UserError(f"{folder} {explain(folder)}")
     raise UserError(
         f"{folder} contains {len(files)} .bin files and neither pytorch_model.bin nor an index: it "
         "is unclear which of them are the model"
@@ -110,7 +114,8 @@ def _read_by_index(index: Path, read: Reader) -> dict[str, Tensor]:
     """Every tensor that the index lists, from the file it names, in the order of the index."""
     weight_map = read_weight_map(index)
     files = sorted(set(weight_map.values()))
-    contents = {name: read(_listed_file(index, name)) for name in files}
+    _check_listed(index, files)
+    contents = {name: read(index.parent / name) for name in files}
     file_of: dict[str, str] = {}
     for file, tensors in contents.items():
         for name in tensors:
@@ -133,9 +138,16 @@ def _read_by_index(index: Path, read: Reader) -> dict[str, Tensor]:
     return {name: contents[file][name] for name, file in weight_map.items()}
 
 
-def _listed_file(index: Path, name: str) -> Path:
-    """The path of a file that the index names. Links are followed: the files of a hub cache are
-    links to another folder."""
-    if not (file := index.parent / name).is_file():
-        raise UserError(f"{file} is missing; {index.name} lists it")
-    return file
+def _check_listed(index: Path, names: list[str]) -> None:
+    """Raises UserError if a file that the index names is not there. Links are followed: the files
+    of a hub cache are links to another folder."""
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if not missing:
+        return
+    file = index.parent / missing[0]
+    if file.is_symlink():
+        raise UserError(f"{file} {reason_unreadable(file)}")
+    raise UserError(
+        f"{file} is missing; {index.name} lists it ({len(missing)} of {len(names)} files are "
+        "missing) → the same download or copy once more"
+    )

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from launcher.errors import UserError
 from launcher.folders import regular
+from launcher.folders.unreadable import reason_unreadable
 from launcher.io.readers.legacy_torch_file import read_legacy
 from launcher.io.readers.unpickle import ByteRange, ByteRanges
 from launcher.io.readers.unpickler import DAMAGED, load
@@ -37,12 +38,14 @@ def read_file(path: Path, begin: int = 0, length: int | None = None) -> Any:
             file.seek(begin)
             is_archive = file.read(4) == b"PK\x03\x04"
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} {reason_unreadable(path, error)}") from error
     end = size if length is None else begin + length
     if end > size:
         raise UserError(f"{path} ends before byte {end}: it is truncated")
     if is_archive:
         return _read_archive(path, begin, end)
+    if reason := reason_unreadable(path):
+        raise UserError(f"{path} {reason}")
     if begin == 0 and length is None:
         return read_legacy(path)
     raise UserError(f"{path} contains no torch.save archive at byte {begin}")
