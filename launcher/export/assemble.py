@@ -17,6 +17,7 @@ from launcher.export.full_model import full_model
 from launcher.export.merge import Adapter, Merged, merge, read_adapter, split_adapters
 from launcher.export.merge.edits import same_values
 from launcher.export.merge.ties import find_embedding_pair
+from launcher.export.quantized.base_format import in_base_format
 from launcher.export.sharded_adapter import (
     FrozenBase,
     adapter_only_result,
@@ -43,13 +44,11 @@ def assemble(source: Source, options: Options) -> Assembled:
     if options.adapter_only:
         return _in_dtype(adapter_only_result(source), options.dtype)
     config = _read_config(source)
-    base = _read_base(source.base, config) if source.base else {}
-    notes: list[str] = []
+    base = stored = _read_base(source.base, config) if source.base else {}
     found = source.read(options.dtype == torch.float32) if source.read else None
-    is_computed = bool(source.adapters) or found is not None or options.dtype is not None
-    if source.base and config.get("quantization_config") and is_computed:
-        base, config = quantized.dequantize_tensors(base, config)
-        notes.append("the quantized base was dequantized")
+    notes: list[str] = []
+    if source.adapters or found is not None or not options.base_format:
+        base, config, found, notes = _dequantized(source, base, config, found)
     if found is not None:
         result = _assemble_sharded(source, base, found, config, options)
         notes += [note for note in found.notes if note != NO_FROZEN or not base]
@@ -64,9 +63,33 @@ def assemble(source: Source, options: Options) -> Assembled:
     actions = label_dequantized(result)
     result = replace(result, actions=actions, notes=(*notes, *result.notes))
     result = _with_explicit_tie(result)
+    if options.base_format:
+        return in_base_format(result, base, stored, _read_config(source))
     if options.text_only:
         result = text_model(source, result, options)
     return _in_dtype(result, options.dtype)
+
+
+def _dequantized(
+    source: Source, base: Tensors, config: Config, found: FoundModel | None
+) -> tuple[Tensors, Config, FoundModel | None, list[str]]:
+    """(base, config, found, notes): all in floating point. A checkpoint without a base may contain
+    quantized weights itself, or plain ones beside the config.json of a quantized model."""
+    scheme = quantized.read_quantization(model_home(source), config)
+    tensors, plain = quantized.dequantize_tensors(base, config, scheme)
+    is_changed, base = tensors != base, tensors
+    if found is not None and (not base or quantized.has_unscaled(found.tensors)):
+        tensors, _ = quantized.dequantize_tensors(found.tensors, config, scheme)
+        is_changed = is_changed or tensors != found.tensors
+        found = replace(found, tensors=tensors)
+    notes = []
+    if is_changed:
+        notes.append("the quantized weights were dequantized")
+    elif scheme is not None:
+        notes.append(
+            "quantization_config was left out of config.json: the weights are not quantized"
+        )
+    return base, plain, found, notes
 
 
 def label_dequantized(result: Assembled) -> dict[str, str]:

@@ -5,12 +5,14 @@ transformers fills a parameter that is missing with random values, and servers r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
 from launcher.export import names
+from launcher.export.quantized.released import PART
+from launcher.export.quantized.settings import quantization_of
 from launcher.io.completeness import missing_parameters
 from launcher.io.tensor import Tensor
 
@@ -25,7 +27,7 @@ def check_complete(
     Returns a note if they cannot be compared. Raises UserError for a parameter that is missing or
     has another shape. `folder`: for messages.
     """
-    if reason := _not_comparable(config):
+    if reason := _not_comparable(config, tensors):
         return (f"the tensors were not compared with those of the model: {reason}",)
     naming = names.naming_of_config(folder, config)
     memory = naming.to_memory(dict(tensors))
@@ -53,11 +55,11 @@ def check_complete(
     return ()
 
 
-def _not_comparable(config: dict[str, Any]) -> str | None:
+def _not_comparable(config: dict[str, Any], tensors: Iterable[str]) -> str | None:
     """Why the class is not known here, None if it is."""
     import transformers
 
-    if config.get("quantization_config"):
+    if quantization_of(config) or any(PART.fullmatch(name) for name in tensors):
         return "they are quantized"
     if not config.get("architectures"):
         return "config.json names no class (architectures)"

@@ -11,6 +11,7 @@ from typing import Any
 
 from launcher.errors import UserError
 from launcher.export.assembled import Options
+from launcher.export.quantized.settings import MODELOPT
 from launcher.export.source import Source, model_home, tokenizer_folder
 from launcher.folders import regular
 from launcher.folders.adapter import SETTINGS
@@ -94,6 +95,8 @@ def find_copied_files(source: Source, options: Options) -> dict[str, Path]:
     if folder is not None and folder != home:
         others = {name: path for name, path in files.items() if not _matches(path, TOKENIZER)}
         files = others | {path.name: path for path in _files(folder, (*TOKENIZER, *PROCESSOR))}
+    if not options.base_format:
+        files.pop(MODELOPT, None)  # the weights are no longer quantized
     if options.text_only:
         files = {name: path for name, path in files.items() if not _matches(path, PROCESSOR)}
     return files
