@@ -11,7 +11,6 @@ from typing import Any
 
 from launcher.errors import UserError
 from launcher.export.assembled import Options
-from launcher.export.quantized.settings import MODELOPT
 from launcher.export.source import Source, model_home, tokenizer_folder
 from launcher.folders import regular
 from launcher.folders.adapter import SETTINGS
@@ -24,7 +23,7 @@ from launcher.folders.json_file import (
     check_fields,
     read_object,
 )
-from launcher.folders.model import CONFIG, GENERATION_CONFIG
+from launcher.folders.model import CONFIG, GENERATION_CONFIG, MODELOPT
 from launcher.folders.model import TOKENIZER_FILES as TOKENIZER
 
 MANIFEST = "consolidation_manifest.json"

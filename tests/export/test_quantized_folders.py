@@ -18,7 +18,11 @@ from torch.distributed.checkpoint import FileSystemWriter
 from transformers import AutoModelForCausalLM, Mxfp4Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 
+from launcher.config.rules.model import DEQUANTIZED
+from launcher.config.rules.table import RULES
 from launcher.errors import UserError
+from launcher.export.quantized.released import METHODS
+from launcher.export.quantized.settings import KEY
 from launcher.export.verify import verify
 from tests.export.test_released_formats import random
 from tests.helpers.exports import consolidate, contents, make_adapter, merged_by_peft, stored
@@ -264,6 +268,27 @@ def test_a_folder_of_modelopt(deepseek: Path, plain: Path, tmp_path: Path) -> No
     (folder / "hf_quant_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="quant_algo NVFP4 cannot be dequantized"):
         consolidate(folder, "--output", tmp_path / "no")
+
+
+def test_a_quantized_model_cannot_be_trained_before_it_is_dequantized(
+    deepseek: Path, plain: Path, tmp_path: Path
+) -> None:
+    (rule,) = (rule for rule in RULES if rule.id == "model-is-not-quantized")
+    config: Any = SimpleNamespace(model=SimpleNamespace(name_or_path=str(deepseek)))
+    world: Any = None
+    assert rule.broken(config, world)
+    assert f"`shardway consolidate {deepseek} --output FOLDER`" in rule.fix(config, world)
+    for name, content in (
+        ("hf_quant_config.json", {}),
+        ("config.json", {"text_config": {KEY: {}}}),
+    ):
+        folder = tmp_path / name
+        shutil.copytree(plain, folder)
+        config.model.name_or_path = str(folder)
+        assert not rule.broken(config, world)
+        (folder / name).write_text(json.dumps(content))
+        assert rule.broken(config, world)
+    assert {*DEQUANTIZED} == {"bitsandbytes", *METHODS}
 
 
 @pytest.mark.parametrize("option", ["--text-only", "--adapter-only"])

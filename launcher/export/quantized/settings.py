@@ -8,10 +8,10 @@ from typing import Any, cast
 import torch
 
 from launcher.folders.json_file import read_object
+from launcher.folders.model import MODELOPT
 from launcher.folders.model_config import NESTED
 
 KEY = "quantization_config"
-MODELOPT = "hf_quant_config.json"
 
 
 def read_quantization(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
