@@ -42,6 +42,7 @@ from launcher.export.writing.progress import EVERY_SECONDS, Progress
 from launcher.export.writing.write import Report, WriteOptions, check_target, write
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BASE_FORMAT = "base"  # of --dtype
 ASSUMED_RATE = 1e9  # bytes per second, for the estimate of a dry run
 
 
@@ -149,6 +150,7 @@ def _options(arguments: argparse.Namespace) -> Options:
     return Options(
         max_shard_bytes=parse_size(arguments.max_shard_size),
         dtype=DTYPES.get(arguments.dtype),
+        base_format=arguments.dtype == BASE_FORMAT,
         tied=arguments.tied,
         qlora_base=arguments.qlora_base,
         device=_device(arguments.device),
@@ -220,9 +222,10 @@ def _add_result_options(result: argparse.ArgumentParser) -> None:
     )
     add(
         "--dtype",
-        choices=("auto", *DTYPES),
+        choices=("auto", *DTYPES, BASE_FORMAT),
         default="auto",
-        help="of the result; auto: the base model's (default)",
+        help="of the result; auto: the base model's, that of a quantized one before it was "
+        "quantized (default); base: quantized as the base is",
     )
     add(
         "--tied",

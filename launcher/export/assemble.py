@@ -18,6 +18,7 @@ from launcher.export.merge import Adapter, Merged, merge, read_adapter, split_ad
 from launcher.export.merge.edits import same_values
 from launcher.export.merge.initial_factors import without_initial
 from launcher.export.merge.ties import find_embedding_pair
+from launcher.export.quantized.base_format import in_base_format
 from launcher.export.sharded_adapter import (
     FrozenBase,
     adapter_only_result,
@@ -51,17 +52,18 @@ def assemble(source: Source, options: Options) -> Assembled:
     if source.base:
         base, base_notes = _read_base(source.base, config)
         notes += base_notes
+    stored = base
+    found = source.read(options.dtype == torch.float32) if source.read else None
+    is_merged = bool(source.adapters or source.earlier_adapters or found is not None)
+    if is_merged or not options.base_format:
+        base, config, found, changes = _dequantized(source, base, config, found)
+        notes += changes
     done_before: dict[str, str] = {}
     for earlier in source.earlier_adapters:
         merged = _assemble_adapters(replace(source, adapters=(earlier,)), base, config, Options())
         base, config = merged.tensors, merged.config
         done_before |= {n: action for n, action in merged.actions.items() if action != "copied"}
         notes += merged.notes
-    found = source.read(options.dtype == torch.float32) if source.read else None
-    is_computed = bool(source.adapters) or found is not None or options.dtype is not None
-    if source.base and config.get("quantization_config") and is_computed:
-        base, config = quantized.dequantize_tensors(base, config)
-        notes.append("the quantized base was dequantized")
     if found is not None:
         result = _assemble_sharded(source, base, found, config, options)
         notes += [note for note in found.notes if note != NO_FROZEN or not base]
@@ -78,9 +80,33 @@ def assemble(source: Source, options: Options) -> Assembled:
     actions = label_dequantized(result)
     result = replace(result, actions=actions, notes=(*notes, *result.notes))
     result = _with_explicit_tie(result)
+    if options.base_format:
+        return in_base_format(result, base, stored, _read_config(source))
     if options.text_only:
         result = text_model(source, result, options)
     return _in_dtype(result, options.dtype)
+
+
+def _dequantized(
+    source: Source, base: Tensors, config: Config, found: FoundModel | None
+) -> tuple[Tensors, Config, FoundModel | None, list[str]]:
+    """(base, config, found, notes): all in floating point. A checkpoint without a base may contain
+    quantized weights itself, or plain ones beside the config.json of a quantized model."""
+    scheme = quantized.read_quantization(model_home(source), config)
+    tensors, plain = quantized.dequantize_tensors(base, config, scheme)
+    is_changed, base = tensors != base, tensors
+    if found is not None and (not base or quantized.has_unscaled(found.tensors)):
+        tensors, _ = quantized.dequantize_tensors(found.tensors, config, scheme)
+        is_changed = is_changed or tensors != found.tensors
+        found = replace(found, tensors=tensors)
+    notes = []
+    if is_changed:
+        notes.append("the quantized weights were dequantized")
+    elif scheme is not None:
+        notes.append(
+            "quantization_config was left out of config.json: the weights are not quantized"
+        )
+    return base, plain, found, notes
 
 
 def label_dequantized(result: Assembled) -> dict[str, str]:

@@ -31,6 +31,7 @@ Config = dict[str, Any]
 class Options:
     max_shard_bytes: int = MAX_SHARD_BYTES
     dtype: torch.dtype | None = None  # None: the dtype of the base model
+    base_format: bool = False  # a quantized base stays quantized, in its own format
     tied: Literal["auto", "untie", "error"] = "auto"
     qlora_base: Literal["original", "dequantized"] = "original"
     device: str = "cpu"  # where the factors of adapters are multiplied
@@ -44,6 +45,12 @@ class Options:
         if self.adapter_only and self.text_only:
             raise UserError(
                 "--adapter-only writes an adapter and --text-only a model → choose one of them"
+            )
+        if self.base_format and (self.adapter_only or self.text_only):
+            option = "--adapter-only" if self.adapter_only else "--text-only"
+            raise UserError(
+                f"--dtype base keeps the format of a whole model, and {option} writes a part of "
+                "it → --dtype bf16"
             )
 
 

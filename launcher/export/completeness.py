@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
 from launcher.export import names
+from launcher.export.quantized.released import PART
+from launcher.export.quantized.settings import quantization_of
 from launcher.io.adapter import is_peft_state
 from launcher.io.completeness import missing_parameters
 from launcher.io.readers.wrapper_prefixes import skipped_note
@@ -32,7 +34,7 @@ def check_complete(
     Returns a note if they cannot be compared. Raises UserError for a parameter that is missing or
     has another shape. `folder`: for messages.
     """
-    if reason := _not_comparable(config):
+    if reason := _not_comparable(config, tensors):
         return (f"the tensors were not compared with those of the model: {reason}",)
     naming = _class_naming(folder, json.dumps(config, sort_keys=True))
     memory = naming.to_memory(dict(tensors))
@@ -75,7 +77,7 @@ def known_tensors(
     UserError for another tensor that the class does not have: it is not known what it is. Without a
     class that is known here, all are returned.
     """
-    if (naming := class_naming(folder, config)) is None:
+    if (naming := class_naming(folder, config, tensors)) is None:
         return dict(tensors), ()
     patterns = naming.model._keys_to_ignore_on_load_unexpected or ()
     apart = {name for name, memory, *_ in naming.renamed(tensors) if memory not in naming.shapes}
@@ -92,10 +94,12 @@ def known_tensors(
     return kept, skipped_note(beside, f"that {type(naming.model).__name__} does not have")
 
 
-def class_naming(folder: Path, config: dict[str, Any]) -> names.Naming | None:
-    """The naming of the class that `config` names; None: it is not known here. `folder`: for
-    messages."""
-    if _not_comparable(config):
+def class_naming(
+    folder: Path, config: dict[str, Any], tensors: Iterable[str] = ()
+) -> names.Naming | None:
+    """The naming of the class that `config` names; None: it is not known here, or some of `tensors`
+    are quantized. `folder`: for messages."""
+    if _not_comparable(config, tensors):
         return None
     return _class_naming(folder, json.dumps(config, sort_keys=True))
 
@@ -105,11 +109,11 @@ def _class_naming(folder: Path, config: str) -> names.Naming:
     return names.naming_of_config(folder, json.loads(config))
 
 
-def _not_comparable(config: dict[str, Any]) -> str | None:
+def _not_comparable(config: dict[str, Any], tensors: Iterable[str]) -> str | None:
     """Why the class is not known here, None if it is."""
     import transformers
 
-    if config.get("quantization_config"):
+    if quantization_of(config) or any(PART.fullmatch(name) for name in tensors):
         return "they are quantized"
     if not config.get("architectures"):
         return "config.json names no class (architectures)"

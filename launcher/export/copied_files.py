@@ -22,7 +22,7 @@ from launcher.folders.json_file import (
     check_fields,
     read_object,
 )
-from launcher.folders.model import GENERATION_CONFIG
+from launcher.folders.model import GENERATION_CONFIG, MODELOPT
 from launcher.folders.model_files import files_of, is_describing, matches
 from launcher.folders.unreadable import reason_unreadable
 from launcher.io.tokenizer_files import is_of_tokenizer, tokenizer_files
@@ -84,6 +84,8 @@ def find_copied_files(source: Source, options: Options) -> dict[str, Path]:
         files = {name: path for name, path in files.items() if not is_of_tokenizer(name)}
         files |= tokenizer_files(folder)
         files |= {p.name: p for p in folder.iterdir() if p.is_file() and matches(p.name, PROCESSOR)}
+    if not options.base_format:
+        files.pop(MODELOPT, None)  # the weights are no longer quantized
     if options.text_only:
         files = {name: path for name, path in files.items() if not matches(name, PROCESSOR)}
     return files

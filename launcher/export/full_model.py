@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from launcher.errors import UserError
+from launcher.export import names
 from launcher.export.assembled import (
     SAME_NAMES,
     Assembled,
@@ -45,8 +46,12 @@ def full_model(
     config, vocabulary_notes = with_vocabulary(source, base, tensors, config)
     # DCP_SAFETENSORS does not show whether a rank's files are missing: shapes must be compared.
     known = config.get("model_type") in SAME_NAMES and source.kind != Kind.DCP_SAFETENSORS
+    naming = None
     if tensors.keys() != base.keys() and not (known and base.keys() <= tensors.keys() | {HEAD}):
         naming = naming_of(source, options, base)
+    if not base:
+        tensors = _in_stated_dtype(tensors, config, naming)
+    if naming is not None:
         tensors = naming.to_disk(naming.unbuilt(base) | tensors)
     tensors |= {
         alias: tensors[name].renamed(alias)
@@ -55,9 +60,6 @@ def full_model(
     }
     if base:
         tensors = _in_base_dtypes(source, base, tensors, config)
-    else:
-        stated = stated_dtype(config)
-        tensors = {name: tensor.to(stated or tensor.dtype) for name, tensor in tensors.items()}
     actions = {
         name: "copied" if name in base and tensor is base[name] else "gathered"
         for name, tensor in tensors.items()
@@ -109,3 +111,12 @@ def _main_dtype(base: Tensors, tensor: Tensor) -> torch.dtype:
     """The most frequent floating-point dtype of the base, for a tensor that the base lacks."""
     dtypes = [other.dtype for other in base.values() if other.dtype.is_floating_point]
     return max(dtypes, key=dtypes.count, default=tensor.dtype)
+
+
+def _in_stated_dtype(tensors: Tensors, config: Config, naming: names.Naming | None) -> Tensors:
+    """The tensors by their names in memory, in the dtype that the config states, except those that
+    the class keeps in fp32. `naming`: None for a class that keeps none."""
+    if (dtype := stated_dtype(config)) is None:
+        return tensors
+    kept = names.kept_in_fp32(naming.model, tensors, dtype) if naming else frozenset()
+    return {name: t if name in kept else t.to(dtype) for name, t in tensors.items()}

@@ -22,6 +22,7 @@ from launcher.folders.adapter import SETTINGS, read_settings
 from launcher.folders.checkpoint import (
     ADAPTER,
     END_TOKENS,
+    MANIFEST,
     SCHEME,
     TRAINED_CLASS,
     Checkpoint,

@@ -9,6 +9,7 @@ from launcher.errors import UserError
 from launcher.folders.tensor_entries import INDEX, tensor_names
 
 CONFIG = "config.json"
+MODELOPT = "hf_quant_config.json"  # how ModelOpt quantized the weights, beside config.json
 GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 PART = re.compile(r"-\d{5}-of-(\d{5})\.")  # in the name of one of several files

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from launcher.export.assembled import SAME_NAMES
 from launcher.export.exportable import check_exportable
-from launcher.export.names import find_naming
+from launcher.export.names import find_naming, kept_in_fp32
 from launcher.io.readers.safetensors_file import read_header
 from tests.helpers.architectures import MODELS
 from tests.helpers.exports import consolidate, stored
@@ -160,4 +160,7 @@ def test_models_listed_as_having_equal_names_have_equal_names(
     )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     disk = read_header(tmp_path / "model.safetensors")
-    assert find_naming(tmp_path).to_memory(disk).keys() == disk.keys()
+    naming = find_naming(tmp_path)
+    assert naming.to_memory(disk).keys() == disk.keys()
+    for dtype in (torch.bfloat16, torch.float16):
+        assert not kept_in_fp32(naming.model, disk, dtype)

@@ -121,17 +121,6 @@ def test_two_adapters_on_a_module_are_summed(tmp_path: Path, tiny: Path) -> None
         assert torch.equal(found[name], tensor) or "v_proj" in name
 
 
-def test_a_quantized_base_of_another_kind_is_refused(tmp_path: Path, tiny: Path) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(tiny, base)
-    adapter = make_adapter(base, tmp_path / "adapter")
-    config = json.loads((base / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8"}
-    (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="fp8"):
-        plan_of(adapter)
-
-
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_weights_are_cast_once(tmp_path: Path, tiny: Path, dtype: str) -> None:
     adapter = make_adapter(tiny, tmp_path / "adapter")

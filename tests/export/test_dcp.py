@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from transformers import AutoModelForCausalLM
 
 from launcher.distributed.gather import gather_to_main
 from launcher.distributed.process_group import RankInfo
@@ -17,6 +19,7 @@ from tests.helpers import parts
 from tests.helpers.checkpoints import save_and_answer
 from tests.helpers.exports import consolidate, plan_of, stored
 from tests.helpers.parts import Case
+from tests.helpers.stored_models import publish
 
 
 def test_a_full_run_becomes_a_model_in_the_dtype_of_the_base(
@@ -41,6 +44,20 @@ def trained_weights(rank_info: RankInfo, case: Case) -> dict[str, torch.Tensor]:
     trained = gather_to_main(strategy.weights())
     assert trained is not None
     return trained
+
+
+def test_without_a_base_the_class_keeps_its_own_weights_in_fp32(tmp_path: Path) -> None:
+    """As from_pretrained does for the dtype that config.json states."""
+    folder = publish("deepseek_v3", tmp_path / "model", torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "dcp")
+    shutil.copy(folder / "config.json", tmp_path / "dcp")
+    consolidate(tmp_path / "dcp", "--output", tmp_path / "out")
+    found = stored(tmp_path / "out")
+    wide = {name for name, tensor in found.items() if tensor.dtype == torch.float32}
+    assert wide == {"model.layers.1.mlp.gate.e_score_correction_bias"}
+    assert {tensor.dtype for name, tensor in found.items() if name not in wide} == {torch.bfloat16}
+    assert torch.equal(found[min(wide)], model.state_dict()[min(wide)])
 
 
 def test_another_model_s_shards_are_refused(tmp_path: Path, tiny: Path) -> None:

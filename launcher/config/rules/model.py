@@ -11,10 +11,13 @@ from launcher.config.schema.method import LoraConfig
 from launcher.folders import paths
 from launcher.folders.adapter import adapter_settings
 from launcher.folders.json_file import read_object_or_empty
-from launcher.folders.model import CONFIG, is_hub_id
+from launcher.folders.model import CONFIG, MODELOPT, is_hub_id
+from launcher.folders.model_config import NESTED
 from launcher.folders.vocabulary import find_missing_head, find_separate_head, is_embedding
 
 FLASH_ATTENTION = "flash_attention_2"
+# The quantizations that `shardway consolidate` reads; a test compares them with its own.
+DEQUANTIZED = ("bitsandbytes", "fp8", "fbgemm_fp8", "modelopt", "mxfp4", "compressed-tensors")
 
 
 def _is_missing(config: Config, world: World) -> bool:
@@ -29,19 +32,22 @@ def _has_no_safetensors(config: Config, world: World) -> bool:
 
 def _quantization(config: Config) -> str | None:
     """The method by which the weights of a local folder are quantized, None if they are not."""
-    settings = read_object_or_empty(Path(config.model.name_or_path) / CONFIG)
-    if not isinstance(scheme := settings.get("quantization_config"), dict):
-        return None
-    return str(scheme["quant_method"]) if "quant_method" in scheme else "an unknown method"
+    folder = Path(config.model.name_or_path)
+    settings = read_object_or_empty(folder / CONFIG)
+    for level in (settings, settings.get(NESTED)):
+        scheme = level.get("quantization_config") if isinstance(level, dict) else None
+        if isinstance(scheme, dict):
+            return str(scheme["quant_method"]) if "quant_method" in scheme else "an unknown method"
+    return "modelopt" if (folder / MODELOPT).is_file() else None
 
 
 def _dequantization(config: Config) -> str:
-    """How to make the original of a model that was released in MXFP4 only (gpt-oss)."""
-    if _quantization(config) != "mxfp4":
+    """How to make the original of a model that was released quantized only."""
+    if _quantization(config) not in DEQUANTIZED:
         return ""
     return (
-        ", which transformers makes once: AutoModelForCausalLM.from_pretrained(FOLDER, "
-        'dtype="bfloat16", quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(NEW)'
+        ", which `shardway consolidate "
+        f"{config.model.name_or_path} --output FOLDER` makes of this one"
     )
 
 

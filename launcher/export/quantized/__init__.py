@@ -1,5 +1,8 @@
-"""Weights that bitsandbytes has quantized, and the effect of its quantization on other weights."""
+"""Quantized weights: dequantized, quantized again in the format of their base, and the effect of
+quantization on other weights."""
 
 from launcher.export.quantized.dequantize import dequantize_tensors, quantize_round_trip
+from launcher.export.quantized.released import has_unscaled
+from launcher.export.quantized.settings import read_quantization
 
-__all__ = ["dequantize_tensors", "quantize_round_trip"]
+__all__ = ["dequantize_tensors", "has_unscaled", "quantize_round_trip", "read_quantization"]

@@ -1,20 +1,33 @@
-"""A base model that bitsandbytes has quantized, or that it quantized when training started."""
+"""A base model that is quantized in its files, or that bitsandbytes quantized when training
+started."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from launcher.errors import UserError
+from launcher.export.quantized import released
 from launcher.export.quantized.blockwise import EightBitWeight, FourBitWeight, NestedScales
 from launcher.export.quantized.round_trip import RoundTrip4Bit, RoundTrip8Bit
+from launcher.export.quantized.settings import (
+    is_plain_float8,
+    quantization_of,
+    stated_dtype,
+    without_quantization,
+)
 from launcher.io.tensor import Tensor
 from launcher.io.tensor.views import transpose
 
+WIDE = (torch.bfloat16, torch.float16, torch.float32)
+REASONS = {  # of formats that stay refused
+    "gptq": ": its integers are packed and ordered for the kernels of its library",
+    "awq": ": its integers are packed in the order of its kernels, over scaled inputs",
+}
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(?:nf4|fp4)")
 _HELPER = re.compile(
     r".+\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+|SCB|weight_format)"
@@ -34,21 +47,54 @@ _LINEAR = re.compile(
 
 
 def dequantize_tensors(
-    tensors: dict[str, Tensor], config: dict[str, Any]
+    tensors: dict[str, Tensor],
+    config: dict[str, Any],
+    quantization: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the config of a folder, dequantized.
 
     Each quantized weight becomes one tensor of its original shape, in the dtype that its
-    quantization state (4-bit) or the config (8-bit) names. Other tensors are unchanged.
-    `quantization_config` is removed from the config. Raises UserError for quantizations other than
-    bitsandbytes', and for entries that belong to no weight.
+    quantization state (4-bit) or the config names. Other tensors are unchanged.
+    `quantization_config` is removed from the config.
+
+    Args:
+        quantization: How the weights are quantized, if config.json does not say it.
+
+    Raises UserError for a format that is not known here, and for entries that belong to no weight.
     """
-    method = _method(config)
-    if method not in (None, "bitsandbytes"):
+    scheme = quantization or quantization_of(config)
+    method = None if scheme is None else _method({"quantization_config": scheme})
+    new_config = without_quantization(config)
+    if method in (None, "bitsandbytes"):
+        if released.has_unscaled(tensors) and not is_plain_float8(config):
+            dtype = _released_dtype(tensors, config)
+            return released.dequantize(tensors, released.Scheme("fp8"), dtype), new_config
+        return _dequantize_bitsandbytes(tensors, config), new_config
+    if not released.look_quantized(tensors):
+        return dict(tensors), new_config
+    if method not in released.METHODS:
         raise UserError(
-            f"quantization_config: quant_method {method} cannot be merged into; "
-            f"use the folder of the model that it was quantized from"
+            f"quantization_config: quant_method {method} cannot be dequantized or merged into"
+            f"{REASONS.get(method, '')} → use the folder of the model that it was quantized from, "
+            "or --dtype base to copy the quantized weights as they are"
         )
+    assert scheme is not None
+    dtype = _released_dtype(tensors, config)
+    return released.dequantize(tensors, released.read_scheme(scheme), dtype), new_config
+
+
+def _released_dtype(tensors: dict[str, Tensor], config: dict[str, Any]) -> torch.dtype:
+    """The dtype of the model that was quantized: the config's, otherwise that of most tensors that
+    are not quantized, as transformers takes it (gpt-oss states none)."""
+    if (stated := stated_dtype(config)) is not None:
+        return stated
+    wide = [t.dtype for n, t in tensors.items() if t.dtype in WIDE and not released.is_part(n)]
+    return max(WIDE, key=wide.count) if wide else torch.bfloat16
+
+
+def _dequantize_bitsandbytes(
+    tensors: dict[str, Tensor], config: dict[str, Any]
+) -> dict[str, Tensor]:
     remaining = dict(tensors)
     weights: dict[str, Tensor] = {}
     for name in tensors:
@@ -66,8 +112,7 @@ def dequantize_tensors(
     if config.get("model_type") in _TRANSPOSED:
         weights = {name: transpose(tensor, 0, 1) for name, tensor in weights.items()}
     result = remaining | weights
-    new_config = {key: value for key, value in config.items() if key != "quantization_config"}
-    return {name: result[name] for name in tensors if name in result}, new_config
+    return {name: result[name] for name in tensors if name in result}
 
 
 def quantize_round_trip(
@@ -166,10 +211,8 @@ def _take_eight_bit(
 
 
 def _config_dtype(config: dict[str, Any]) -> torch.dtype:
-    for level in (config, config.get("text_config", {})):
-        name = level.get("dtype") or level.get("torch_dtype")
-        if name in ("bfloat16", "float16", "float32"):
-            return cast("torch.dtype", getattr(torch, name))
+    if (stated := stated_dtype(config)) is not None:
+        return stated
     raise UserError(
         "config.json names no dtype, and 8-bit weights do not store it; add dtype: bfloat16, "
         "float16 or float32, the dtype that the model was trained in"

@@ -119,9 +119,12 @@ class Transposed(Tensor):
         height = self.columns  # of a matrix of the source
         parts = []
         for index, _, top, bottom in self._matrices(first, last):
-            rows = range(index * height, (index + 1) * height)
-            columns = [self.source.reference(row, row + 1)[0, top:bottom] for row in rows]
-            parts.append(torch.stack(columns, dim=1))
+            begin = index * height
+            columns = [
+                self.source.reference(begin + first, begin + last)[:, top:bottom]
+                for first, last in spans(height, self.source.columns)
+            ]
+            parts.append(torch.cat(columns).T)
         return torch.cat(parts)
 
     def files(self) -> Iterator[Path]:
