@@ -4,8 +4,8 @@ in a queue.
     python -m launcher.row_check CONFIG.yaml
 
 `launcher.cluster.preflight` starts it in a process of its own, because tokenizers import torch. The
-exit status is 2, with the message on stdout, if the model could not be exported after training, or
-if the template refuses a row.
+exit status is 2, with the message on stdout, if the model cannot be trained, if it could not be
+exported after training, or if the template refuses a row.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from __future__ import annotations
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
 
 from launcher.config import Config, store
 from launcher.config.schema.data import HUB
@@ -22,6 +25,7 @@ from launcher.errors import REFUSED, UserError
 from launcher.export.exportable import check_exportable
 from launcher.folders.vocabulary import embedding_rows
 from launcher.model.tokenizer import load_tokenizer
+from launcher.model.trainable import refuse_untrainable
 
 ROWS = 256  # of each source
 
@@ -39,12 +43,23 @@ def check_rows(config: Config) -> None:
     """Check the model, and tokenize the first rows of every source of conversations; one of the hub
     is not downloaded for this. Raises UserError for a bad one."""
     folder, code = Path(config.model.name_or_path), config.model.trust_remote_code
+    if not code:  # which only the ranks run
+        refuse_untrainable(_read_config(folder), folder)
     check_exportable(folder, code)
+    if config.data.format == "text":
+        return
     tokenizer = load_tokenizer(folder, code, template=config.data.template)
     for each in source.resolve_sources(config.data).values():
         if each.format != "text" and not (each.path or "").startswith(HUB):
             first = list(islice(source.iter_rows(each, by_line=False), ROWS))
             RowTokenizer(each, config.data, tokenizer, embedding_rows(folder))(first)
+
+
+def _read_config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # each class checks its values in its own way
+        raise UserError(f"model.name_or_path={folder} cannot be read: {error}") from error
 
 
 if __name__ == "__main__":

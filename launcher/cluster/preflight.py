@@ -34,13 +34,14 @@ def check(config: Config) -> World:
 
 
 def check_first_rows(config: Config) -> None:
-    """Render the first rows with the chat template, in a process of its own.
+    """Check the model, and render the first rows with the chat template, in a process of its own.
 
     For a run that will wait in a queue: other runs find a bad row within seconds. Nothing is
-    downloaded and no model extended for this. Raises ConfigError if the template refuses a row.
+    downloaded and no model extended for this. Raises ConfigError if the ranks would refuse the
+    model, or if the template refuses a row.
     """
     model = config.model
-    if config.data.format == "text" or is_hub_id(model.name_or_path) or model.add_tokens:
+    if is_hub_id(model.name_or_path) or model.add_tokens:
         return
     with tempfile.TemporaryDirectory(prefix="shardway-") as folder:
         file = Path(folder) / "config.yaml"

@@ -109,15 +109,18 @@ def with_vocabulary(
     source: Source, base: Tensors, tensors: Tensors, config: Config
 ) -> tuple[Config, tuple[str, ...]]:
     """(config, notes) with a vocabulary size equal to the rows of the trained embedding, unless the
-    base's has as many (some embeddings have rows for images, too).
+    base's has as many, or the head has what the config says (some embeddings have rows for images,
+    too).
 
     Raises UserError for fewer rows in a format that does not show whether shards are missing.
     """
     pair, stated = find_embedding_pair(tensors, config), config_value(config, "vocab_size")
     if pair is None or stated is None or (rows := tensors[pair.embedding].shape[0]) == stated:
         return config, ()
-    before = find_embedding_pair(base, config)
+    before, head = find_embedding_pair(base, config), tensors.get(pair.head)
     if before is not None and base[before.embedding].shape[0] == rows:
+        return config, ()
+    if head is not None and head.shape[0] == stated:
         return config, ()
     naming = None if base else class_naming(source.path, config)
     if naming is not None and naming.shapes.get(pair.embedding, ())[:1] == (rows,):

@@ -24,6 +24,8 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
+from launcher.io.completeness import missing_parameters
+from launcher.io.model_class import Places
 from launcher.io.weight_views import Cut, Joined, LazyWeight, Permuted, Reshaped, stored_parts
 
 aten = torch.ops.aten
@@ -69,9 +71,38 @@ def find_sources(model: Any, stored: Mapping[str, LazyWeight], dtype: torch.dtyp
         name, error = min(info.conversion_errors.items())
         operation = re.search(r"Error: (\w+) on tensors", error)
         found.obstacle = f"{name}, made by {operation[1] if operation else 'transformers'},"
-    read = {id(part) for source in found.sources.values() for part in stored_parts(source)}
-    found.unused = {name for name, weight in weights.items() if id(weight) not in read}
+    found.unused = _unused(found, weights)
     return found
+
+
+def find_sources_in(
+    places: Places, composite: Any, model: Any, stored: Mapping[str, LazyWeight], dtype: torch.dtype
+) -> Conversion:
+    """`find_sources` for a `model` that is part of a composite, by the composite's conversions.
+
+    `composite`: on meta. transformers has no conversions that read the composite's files into the
+    classes of most text models.
+    """
+    weights = dict(stored.items())
+    whole, names = find_sources(composite, weights, dtype), model.state_dict().keys()
+    found = Conversion(
+        sources={n: whole.sources[o] for n in names if (o := places.outer(n)) in whole.sources},
+        dtypes={n: whole.dtypes[o] for n in names if (o := places.outer(n)) in whole.dtypes},
+        mismatched=[
+            (places.inner(name), in_files, in_memory)
+            for name, in_files, in_memory in whole.mismatched
+            if places.contains(name)
+        ],
+    )
+    if missing_parameters(model, found.sources.keys()):
+        found.obstacle = whole.obstacle
+    found.unused = _unused(found, weights)
+    return found
+
+
+def _unused(found: Conversion, stored: Mapping[str, LazyWeight]) -> set[str]:
+    read = {id(part) for source in found.sources.values() for part in stored_parts(source)}
+    return {name for name, weight in stored.items() if id(weight) not in read}
 
 
 def published_tensors(model: Any) -> dict[str, torch.Tensor]:

@@ -2,9 +2,11 @@
 that the folder's files belong to.
 
 A composite (`Qwen3_5ForConditionalGeneration`: a vision tower and a text model) is trained as its
-text model alone (`Qwen3_5ForCausalLM`), the class that AutoModelForCausalLM picks. The parameters
-of that class have other paths than in the composite: `model.layers.0` is
-`model.language_model.layers.0` there. Training, checkpoints, export, chat and plan ask here.
+text model alone (`Qwen3_5ForCausalLM`), the class that AutoModelForCausalLM picks for the one or
+for the other. The parameters of that class have other paths than in the composite: `model.layers.0`
+is `model.language_model.layers.0` there. A composite whose text model has no such class
+(`Qwen3VLForConditionalGeneration`) is trained itself, on text. Training, checkpoints, export, chat
+and plan ask here.
 """
 
 from __future__ import annotations
@@ -126,29 +128,17 @@ def text_class(config: Any) -> Any:
 def trained_class(config: Any) -> Any:
     """The class that is trained for the configuration of a folder.
 
-    Raises UserError for an encoder-decoder, and for a model that is not a causal language model.
+    Raises UserError for an encoder-decoder, for a model that is not a causal language model, and
+    for a class that is not part of the one that `config` names: its training could not be exported.
     """
-    named = named_class(config)
-    name = named.__name__ if named else f"a model of type {config.model_type}"
-    if config.is_encoder_decoder:
-        raise UserError(
-            f"{name} is an encoder-decoder: its encoder reads the prompt, and rows are trained "
-            "here as one text → a decoder-only model (…ForCausalLM)"
-        )
-    found = causal_class(config)
-    if found is None:
-        raise UserError(f"{name} is not a causal language model → {_way_out(config)}")
-    return found
+    return class_and_places(config)[0]
 
 
-def _way_out(config: Any) -> str:
-    """What to do about a model that AutoModelForCausalLM does not have."""
-    if text_class(config) is None:
-        return "a model that AutoModelForCausalLM has (…ForCausalLM)"
-    return (
-        "its text model alone: shardway consolidate FOLDER --text-only --output TEXT, then "
-        "model.name_or_path=TEXT"
-    )
+def trained_config(trained: Any, config: Any) -> Any:
+    """The configuration by which the class that is trained is built: `config`, or that of its text
+    model."""
+    is_text = trained.config_class is not type(config)
+    return config.get_text_config(decoder=True) if is_text else config
 
 
 def named_class(config: Any) -> Any:
@@ -188,10 +178,40 @@ def trained_places(config: Any) -> Places | None:
     """Where the class that is trained is in the class that `config` names; None if they are the
     same but for a head, or if `config` names no class.
 
-    `config`: of transformers. Raises UserError if the class is not part of the other one: its
-    training could not be exported.
+    `config`: of transformers. Raises UserError as `trained_class` does.
     """
-    outer, inner = named_class(config), trained_class(config)
+    return class_and_places(config)[1]
+
+
+def class_and_places(config: Any) -> tuple[Any, Places | None]:
+    """`trained_class` and `trained_places`: the class that AutoModelForCausalLM picks for the
+    folder or for its text model, or else a composite itself."""
+    outer, inner = named_class(config), causal_class(config)
+    name = outer.__name__ if outer else f"a model of type {config.model_type}"
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"{name} is an encoder-decoder: its encoder reads the prompt, and rows are trained "
+            "here as one text → a decoder-only model (…ForCausalLM)"
+        )
+    try:
+        if inner is not None:
+            return inner, _places_of_causal(inner, outer, config)
+        text = text_class(config)
+        if None not in (text, outer) and (places := find_places(text, outer, config)):
+            return text, places
+        if outer is not None and _has_head(outer, config):
+            return outer, None
+    except UserError:
+        raise
+    except Exception as error:  # of other values, or for lack of a library
+        raise UserError(f"{name} cannot be built: {' '.join(str(error).split())}") from error
+    raise UserError(
+        f"{name} is not a causal language model → a model that AutoModelForCausalLM has "
+        "(…ForCausalLM), or a composite that generates text"
+    )
+
+
+def _places_of_causal(inner: Any, outer: Any, config: Any) -> Places | None:
     if outer in (None, inner) or _is_body(outer, inner, config):
         return None
     places = find_places(inner, outer, config)
@@ -204,12 +224,19 @@ def trained_places(config: Any) -> Places | None:
     return places
 
 
+def _has_head(model_class: Any, config: Any) -> bool:
+    """Whether a class of `config` generates: it has a head with a row for each token."""
+    if model_class.config_class is not type(config) or not model_class.can_generate():
+        return False
+    model = meta_model(model_class, config)
+    return model.get_output_embeddings() is not None
+
+
 def find_places(inner_class: Any, outer_class: Any, config: Any) -> Places | None:
     """Where the parts of `inner_class` are in `outer_class`, which `config` describes; None if
     these are not exactly one place with the same parameters for each part."""
     outer = meta_model(outer_class, config)
-    is_text = inner_class.config_class is not type(config)
-    inner = meta_model(inner_class, config.get_text_config(decoder=True) if is_text else config)
+    inner = meta_model(inner_class, trained_config(inner_class, config))
     prefixes = _prefixes(inner, outer)
     if prefixes is None:
         return None

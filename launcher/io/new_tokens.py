@@ -188,6 +188,12 @@ def _find_heads(
         for name, entry in entries.items()
         if HEAD_MODULES & {*name.split(".")} and entry.shape[:1] == (rows,)
     ]
+    for name, entry in entries.items():
+        if name.rpartition("lm_head")[2] == ".weight" and entry.shape[0] != rows:
+            raise UserError(
+                f"model.add_tokens: {embedding} of {base} has {rows} rows and {name} "
+                f"{entry.shape[0]}, so a new token would have two ids → model.add_tokens=[]"
+            )
     if not heads and stated_tie(config) is False:
         raise UserError(
             f"model.add_tokens: no tensor of {base} is recognized as the output head, which "

@@ -24,6 +24,7 @@ from launcher.model.peft import (
     keep_target_names,
 )
 from launcher.model.sparse import is_grouped, sparse_blocks
+from launcher.model.text_path import beyond_text
 
 
 def wrap_new(model: nn.Module, config: LoraConfig, keep_tie: bool) -> PeftModel:
@@ -37,12 +38,13 @@ def wrap_new(model: nn.Module, config: LoraConfig, keep_tie: bool) -> PeftModel:
             f"method.target_modules={targets}: all-linear cannot be combined with other names"
         )
     sparse = find_targets(model, targets, config.target_router, config.modules_to_save)
+    excluded = _linears_beyond_text(model) + (unadaptable_linears(model) if is_all else [])
     peft_config = PeftConfig(
         r=config.rank,
         lora_alpha=config.resolved_alpha(),
         lora_dropout=config.dropout,
         target_modules="all-linear" if is_all else targets,
-        exclude_modules=(unadaptable_linears(model) if is_all else None) or None,
+        exclude_modules=excluded or None,
         use_rslora=config.rslora,
         use_dora=config.dora,
         rank_pattern=dict(config.rank_pattern),
@@ -59,6 +61,16 @@ def wrap_new(model: nn.Module, config: LoraConfig, keep_tie: bool) -> PeftModel:
     _check_targets(wrapped, targets, sparse)
     _check_patterns(wrapped, config)
     return wrapped
+
+
+def _linears_beyond_text(model: nn.Module) -> list[str]:
+    """The linear layers of a composite that text does not reach: their adapters would stay zero."""
+    return [
+        f"{path}.{name}".removesuffix(".")
+        for path, part in beyond_text(model).items()
+        for name, module in part.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
 
 
 def wrap_existing(model: nn.Module, config: LoraConfig, folder: Path) -> PeftModel:

@@ -14,6 +14,7 @@ from launcher.io.adapter_places import inner_tensors, outer_settings, outer_tens
 from launcher.io.model_class import places_of
 from launcher.method.initial_delta import LowRankDelta, ScaledDeltas
 from launcher.model.peft import LoraLayer, PeftModel, get_peft_model_state_dict
+from launcher.model.text_path import beyond_text
 
 ADAPTER_NAME = "default"
 
@@ -97,6 +98,14 @@ def in_composite(
 
 def in_model(model: PeftModel, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The reverse of `in_composite`, for the tensors of a folder. They may have the names of the
-    model already, as those that earlier versions wrote."""
-    places = places_of(model.get_base_model())
-    return saved if places is None else inner_tensors(saved, places)
+    model already, as those that earlier versions wrote; these adapted towers, too, to no effect."""
+    base = model.get_base_model()
+    places = places_of(base)
+    saved = saved if places is None else inner_tensors(saved, places)
+    unreached = tuple(f"{PREFIX}{path}." for path in beyond_text(base))
+    adapted = tuple(f"{PREFIX}{name}." for name in lora_layers(model))
+    return {
+        name: tensor
+        for name, tensor in saved.items()
+        if not name.startswith(unreached) or name.startswith(adapted)
+    }

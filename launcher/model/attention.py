@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from launcher.io.model_class import causal_class, named_class, text_class
 
 EAGER = "eager"
 CAUSAL = "shardway_causal"
@@ -56,11 +58,10 @@ def choose_attention(choice: str, architecture: PreTrainedConfig, packed: bool =
 
 
 def has_sdpa(architecture: PreTrainedConfig) -> bool:
-    """Whether the causal class of `architecture` computes attention by torch's
+    """Whether the class that is trained for `architecture` computes attention by torch's
     scaled_dot_product_attention. A class with its own Python code is not known: True."""
-    if type(architecture) not in AutoModelForCausalLM._model_mapping:
-        return True
-    return bool(AutoModelForCausalLM._model_mapping[type(architecture)]._supports_sdpa)
+    known = causal_class(architecture) or text_class(architecture) or named_class(architecture)
+    return known is None or bool(known._supports_sdpa)
 
 
 def is_ours(model: Any) -> bool:

@@ -6,12 +6,14 @@ and each rank then reads its own rows from the safetensors files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -21,11 +23,22 @@ from launcher.config.schema.model import ModelConfig
 from launcher.errors import UserError
 from launcher.folders.model import CONFIG
 from launcher.folders.model_config import read_model_config
+from launcher.folders.tensor_entries import tensor_names
+from launcher.folders.vocabulary import TIE
 from launcher.io.completeness import missing_buffers, missing_parameters, tied_names
-from launcher.io.conversion import Conversion, find_sources
-from launcher.io.model_class import Places, places_of, remember_places, trained_places
+from launcher.io.conversion import Conversion, find_sources, find_sources_in
+from launcher.io.model_class import (
+    Places,
+    causal_class,
+    class_and_places,
+    meta_model,
+    named_class,
+    places_of,
+    remember_places,
+    trained_config,
+)
 from launcher.io.weight_views import LazyWeight, read_full
-from launcher.model.attention import choose_attention
+from launcher.model.attention import EAGER, choose_attention
 from launcher.model.completeness import (
     check_loaded,
     check_ties,
@@ -138,8 +151,15 @@ def build_model(
 def find_weights(
     model: Any, folder: Path, stored: Mapping[str, LazyWeight], dtype: torch.dtype
 ) -> Conversion:
-    """`find_sources` for the model of `folder`, whose weights may be quantized."""
-    found = find_sources(model, stored, dtype)
+    """`find_sources` for the model of `folder`, whose weights may be quantized, and whose files may
+    be those of a composite that contains the model."""
+    found, places = find_sources(model, stored, dtype), places_of(model)
+    if places is not None and missing_parameters(model, found.sources.keys()):
+        architecture = AutoConfig.from_pretrained(folder)
+        composite = meta_model(named_class(architecture), architecture)
+        inside = find_sources_in(places, composite, model, stored, dtype)
+        if len(inside.sources) > len(found.sources):
+            found = inside
     settings = read_model_config(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if settings.get("quantization_config"):
         found.obstacle = "a model with quantized weights"
@@ -165,7 +185,11 @@ def _load_whole(
     """The model of `folder` with all its weights; `model` is the same one on meta."""
     load_dtype = torch.float32 if dtype == torch.float32 else "auto"  # keeps master weights exact
     ties, attention = tied_names(model), choose_attention(config.attention, model.config, packed)
-    loaded, info = AutoModelForCausalLM.from_pretrained(
+    loader, places = _loader(config, model), places_of(model)
+    if places is not None:
+        ties = {places.outer(target): places.outer(source) for target, source in ties.items()}
+        attention = EAGER  # of the composite, which computes nothing
+    loaded, info = loader.from_pretrained(
         folder,
         dtype=load_dtype,
         attn_implementation=attention,
@@ -173,9 +197,24 @@ def _load_whole(
         ignore_mismatched_sizes=True,  # the check names them
         output_loading_info=True,
     )
-    check_loaded(ties, loaded, info, folder)
-    remember_places(loaded, places_of(model))
-    return loaded
+    if places is None:
+        check_loaded(ties, loaded, info, folder)
+        return loaded
+    missing = {name for name in info["missing_keys"] if places.contains(name)}
+    mismatched = {each for each in info["mismatched_keys"] if places.contains(each[0])}
+    check_loaded(ties, loaded, {"missing_keys": missing, "mismatched_keys": mismatched}, folder)
+    state = loaded.state_dict()
+    model.load_state_dict({n: state[places.outer(n)] for n in model.state_dict()}, assign=True)
+    model.tie_weights()
+    return model
+
+
+def _loader(config: ModelConfig, model: Any) -> Any:
+    """The class that reads the complete files of `model`'s folder."""
+    if (places := places_of(model)) is not None:
+        return getattr(transformers, places.outer_class)
+    own_code = config.trust_remote_code and hasattr(model.config, "auto_map")
+    return AutoModelForCausalLM if own_code else type(model)
 
 
 def _load_buffers(model: nn.Module, conversion: Conversion) -> None:
@@ -208,14 +247,12 @@ def model_on_meta(
         architecture = AutoConfig.from_pretrained(folder, trust_remote_code=code)
     except Exception as error:  # each class checks its values in its own way
         raise _unreadable(folder, error) from error
-    places = _places(config, folder, architecture)
+    build, places = _builder(config, folder, architecture)
     refuse_untrainable(architecture, folder)
     attention = choose_attention(config.attention, architecture, packed)
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
-            model = AutoModelForCausalLM.from_config(
-                architecture, dtype=dtype, attn_implementation=attention, trust_remote_code=code
-            )
+            model = build(dtype=dtype, attn_implementation=attention)
     except UserError:
         raise
     except Exception as error:  # not a causal model, not with this attention, or of other values
@@ -227,15 +264,31 @@ def model_on_meta(
     return model
 
 
-def _places(config: ModelConfig, folder: Path, architecture: Any) -> Places | None:
-    """Where the class that is trained is in that of the folder. Raises UserError for a class that
-    cannot be trained, or whose training could not be exported."""
+def _builder(
+    config: ModelConfig, folder: Path, architecture: Any
+) -> tuple[Callable[..., Any], Places | None]:
+    """What builds the model that is trained, and where that is in the class of the folder. Raises
+    UserError for a class that cannot be trained, or whose training could not be exported."""
+    from_config, places = AutoModelForCausalLM.from_config, None
     if config.trust_remote_code and hasattr(architecture, "auto_map"):
-        return None
+        return partial(from_config, architecture, trust_remote_code=True), None
     try:
-        return trained_places(architecture)
+        trained, places = class_and_places(architecture)
     except UserError as error:
         raise UserError(f"model.name_or_path={folder}: {error}") from error
+    if places is not None:
+        _tie_as_composite(architecture, folder)
+    if causal_class(architecture) is trained:
+        return partial(from_config, architecture, trust_remote_code=False), places
+    return partial(trained._from_config, trained_config(trained, architecture)), places
+
+
+def _tie_as_composite(architecture: Any, folder: Path) -> None:
+    """Tie the head of the text model if the composite's config does. Many are tied by default, and
+    have a head in their files."""
+    has_head = any(name.rpartition("lm_head")[2] == ".weight" for name in tensor_names(folder))
+    if getattr(architecture, TIE, False) and not has_head:
+        architecture.get_text_config(decoder=True).tie_word_embeddings = True
 
 
 def _unreadable(folder: Path, error: Exception) -> UserError:

@@ -31,7 +31,6 @@ def check_model(state: TrainState, packed: bool, dtype: torch.dtype) -> None:
 
     Attention by a function of launcher.model.attention is causal. `dtype`: of the computation.
     """
-    _check_vocabulary(state.model)
     model, device = state.strategy.model, state.rank_info.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if not is_ours(state.model):
@@ -58,20 +57,6 @@ def separate_attention(
         except UserError:
             take_back()
             raise error from None
-
-
-def _check_vocabulary(model: Any) -> None:
-    """Raises UserError if the embedding and the head have different numbers of rows: an export
-    would take one of them for resized."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if not isinstance(head, nn.Linear) or not isinstance(embedding, nn.Embedding):
-        return
-    if head.out_features != embedding.num_embeddings:
-        raise UserError(
-            f"{_name_of(model)} reads {embedding.num_embeddings:,} tokens and predicts "
-            f"{head.out_features:,}: it is not a model of text alone, and its export would be "
-            "refused → a causal language model"
-        )
 
 
 @torch.no_grad()
@@ -102,7 +87,8 @@ def check_causality(
     if _differ(before, after, TOLERANCES.get(dtype, HALF_TOLERANCE)):
         raise UserError(
             f"{name} is not causal: its logits depend on the tokens that they should predict → a "
-            "causal language model, or is_decoder=true in config.json if it has that key"
+            "causal language model, or is_decoder=true or use_bidirectional_attention=false in "
+            "config.json if it has that key"
         )
 
 

@@ -25,6 +25,8 @@ TRAINED = {
     "llama4": "Llama4ForCausalLM",
     "mllama": "MllamaForCausalLM",
     "gemma3": "Gemma3ForConditionalGeneration",
+    "mistral3": "MistralForCausalLM",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
 }
 PARTS = ("visual", "vision_model", "vision_tower", "projector", "mtp")  # that are not trained
 
@@ -46,7 +48,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_a_trained_composite_is_exported_whole(
     ranks: Any, bases: dict[str, Path], rows_file: Path, tmp_path: Path, name: str, method: str
 ) -> None:
-    base, linear = bases[name], name.startswith("qwen")
+    base, linear = bases[name], name.startswith("qwen3_5")
     # Endings that modules of the vision tower have, too.
     targets = {"target_modules": ["q_proj", "o_proj", "gate_proj", "in_proj_qkv"][: 3 + linear]}
     case = Case(
@@ -74,6 +76,45 @@ def test_a_trained_composite_is_exported_whole(
         names = {key.replace(".default", "") for key in adapted.state_dict() if "lora_" in key}
         assert names == load_file(checkpoint / "adapter/adapter_model.safetensors").keys()
         assert torch.allclose(answer, logits(adapted), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "method"),
+    [
+        ("qwen3_vl", "zero1", "full"),
+        ("mistral3", "zero2", "full"),
+        ("gemma3", "zero3", "full"),
+        ("mistral3", "zero3", "lora"),
+        ("qwen3_5", "fsdp", "qlora"),
+        ("qwen3_vl", "ddp", "qlora"),
+    ],
+)
+def test_every_strategy_exports_a_composite_whole(
+    ranks: Any,
+    bases: dict[str, Path],
+    rows_file: Path,
+    tmp_path: Path,
+    name: str,
+    strategy: str,
+    method: str,
+) -> None:
+    """The parts that text does not reach keep their bytes, also under weight decay."""
+    case = Case(
+        bases[name], rows_file, method=method, strategy=strategy, steps=2, learning_rate=5e-2,
+        global_batch_size=4,
+    )  # fmt: skip
+    answer, _ = ranks.run(2, save_and_answer, case, tmp_path / "run")
+    consolidate(tmp_path / "run/checkpoints/step-000002", "--output", tmp_path / "out")
+    before, after = stored(bases[name]), stored(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        if any(part in key for part in PARTS):
+            assert torch.equal(after[key], tensor), key
+    exported = logits(load_composite(name, tmp_path / "out"))
+    if method == "qlora":  # the base of the answer is quantized
+        assert not torch.allclose(exported, logits(load_composite(name, bases[name])), atol=1e-4)
+    else:
+        assert torch.allclose(answer, exported, atol=1e-5)
 
 
 def test_a_run_resumes_from_an_adapter_of_the_composite(

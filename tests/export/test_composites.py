@@ -154,13 +154,10 @@ def test_a_head_that_no_class_builds_is_copied_into_a_full_run(tmp_path: Path) -
 
 
 def test_what_could_not_be_exported_is_refused_before_training(
-    bases: dict[str, Path], tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     for folder, sentence in (
-        (
-            bases["mistral3"],
-            "is not a causal language model → its text model alone: shardway",
-        ),
+        (_without_text(tmp_path / "vit"), "ViTModel is not a causal language model → a model that"),
         (_encoder_decoder(tmp_path / "t5"), "T5ForConditionalGeneration is an encoder-decoder"),
         (
             _without_head(tmp_path / "llama"),
@@ -201,6 +198,15 @@ def _encoder_decoder(folder: Path) -> Path:
         vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
     )
     transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def _without_text(folder: Path) -> Path:
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        image_size=4, patch_size=2,
+    )  # fmt: skip
+    transformers.ViTModel(config).save_pretrained(folder)
     return folder
 
 

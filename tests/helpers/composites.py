@@ -99,6 +99,21 @@ COMPOSITES: dict[str, tuple[str, dict[str, Any]]] = {
             "vision_config": VISION | {"model_type": "pixtral", "head_dim": 8},
         },
     ),
+    "llava": (  # its language model is a Qwen2
+        "LlavaForConditionalGeneration",
+        {
+            "text_config": TEXT | {"model_type": "qwen2"},
+            "vision_config": VISION | {"model_type": "clip_vision_model"},
+        },
+    ),
+    "qwen3_vl": (
+        "Qwen3VLForConditionalGeneration",
+        {
+            "text_config": TEXT
+            | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
+            "vision_config": QWEN_VISION,
+        },
+    ),
 }
 
 

@@ -18,13 +18,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.commands import consolidate as verb
 from launcher.config.schema.model import ModelConfig
 from launcher.data.collate import IGNORED, collate
 from launcher.distributed.process_group import RankInfo
 from launcher.errors import UserError
+from launcher.io.model_class import causal_class, named_class, places_of
 from launcher.model.load import build_model
 from launcher.model.recurrent import separate_documents
 from launcher.training.model_checks import check_model, separate_attention
@@ -164,17 +165,28 @@ def _compare(base: Path, out: Path, expected: torch.Tensor) -> str:
     if more := sorted(found - names):
         return f"lost: the export has {len(more)} more tensors: {', '.join(more[:3])}"
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-        logits = _logits(loaded)
+        logits = _logits(_loaded(out))
     except Exception as error:
         return f"lost: the export cannot be loaded: {_last_line(error)}"
     scale = expected.abs().max()
     if (distance := (logits - expected).abs().max()) > TOLERANCE * scale:
         return f"lost: the export computes other logits (off by {distance / scale:.1e})"
-    untrained = _logits(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
+    untrained = _logits(_loaded(base))
     if (untrained - expected).abs().max() <= 2 * TOLERANCE * scale:
         return "lost: training changed nothing"
     return "yes"
+
+
+def _loaded(folder: Path, **options: Any) -> Any:
+    """The model in fp32, as transformers loads it: a composite by its own class if
+    AutoModelForCausalLM does not have it, or fills parameters at random."""
+    config = AutoConfig.from_pretrained(folder)
+    options |= {"dtype": torch.float32, "output_loading_info": True}
+    if causal_class(config):
+        model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+        if not info["missing_keys"]:
+            return model
+    return named_class(config).from_pretrained(folder, **options)[0]
 
 
 def train_and_resume(rank_info: RankInfo, case: Case, folder: Path) -> Trained:
@@ -244,12 +256,16 @@ def load(config: ModelConfig, base: Path, packed: bool) -> torch.nn.Module:
     """The model as `build_model` prepares it, with its weights, in one process."""
     model, _ = build_model(config, base, 0, torch.float32, packed)
     text: Any = model.config
-    loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.float32, attn_implementation=text._attn_implementation
-    )
+    if (places := places_of(model)) is not None:
+        composite = named_class(AutoConfig.from_pretrained(base)).from_pretrained(base)
+        state = composite.state_dict()
+        values = {name: state[places.outer(name)].float() for name in model.state_dict()}
+        model.load_state_dict(values, assign=True)
+    else:
+        model = _loaded(base, attn_implementation=text._attn_implementation)
     if packed:
-        separate_documents(loaded)
-    return loaded
+        separate_documents(model)
+    return model
 
 
 def documents() -> list[Any]:

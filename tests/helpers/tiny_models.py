@@ -79,6 +79,7 @@ DRAFT = {
 }  # fmt: skip
 INKLING = {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8}
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+HALF_MROPE = MROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}
 QSA: dict[str, Any] = {
     "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 32,
     "indexer_compress_ratio": 4,
@@ -133,6 +134,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
             "feature_layer": -1,
         },
     },
+    "qwen2_5_vl": {"text_config": {"rope_parameters": MROPE}},
+    "qwen2_vl": {"text_config": {"rope_parameters": MROPE}},
     "qwen4_exp": {"text_config": QSA},
     "qwen4_exp_text": QSA,
     "reformer": {"axial_pos_shape": (8, 16), "axial_pos_embds_dim": (16, 16)},
@@ -160,6 +163,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "attention_types": [[["global", "local"], 1]],
         "attention_layers": ["global", "local"],
     },
+    "glm4v": {"text_config": {"rope_parameters": HALF_MROPE}},
+    "glm4v_moe": {"text_config": {"rope_parameters": HALF_MROPE}},
     "gptj": {"rotary_dim": 4},
     "glm4_moe_lite": MLA,
     "glm_moe_dsa": MLA,
@@ -172,6 +177,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "linear_num_heads": 4,
         "linear_head_dim": 8,
     },
+    "kimi_k25": {"text_config": MLA},
     "longcat_flash": MLA | {"zero_expert_num": 2},
     "minicpm3": MLA,
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
@@ -186,9 +192,18 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 OPTIONAL = {"sliding_window", "attention_chunk_size", "q_lora_rank", "v_head_dim", "index_topk"}
 
 
+# Composites that AutoModelForCausalLM does not have: with a text model that it has, or trained
+# themselves.
+IMAGE_TEXT = (
+    "glm4v", "glm4v_moe", "idefics3", "internvl", "kimi_k25", "lfm2_vl", "llava", "llava_next",
+    "llava_onevision", "mistral3", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_vl",
+    "qwen3_vl_moe", "smolvlm",
+)  # fmt: skip
+
+
 def model_types() -> list[str]:
-    """Every model type that AutoModelForCausalLM accepts."""
-    return sorted(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """Every model type that AutoModelForCausalLM accepts, and composites that contain one."""
+    return sorted({*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *IMAGE_TEXT})
 
 
 def tiny_config(model_type: str) -> PreTrainedConfig:

@@ -1,0 +1,98 @@
+"""Composites that AutoModelForCausalLM does not have are trained as their text model, or else as
+they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from launcher.config.schema.method import FullConfig, LoraConfig
+from launcher.config.schema.model import ModelConfig
+from launcher.export.exportable import check_exportable
+from launcher.io.adapter import PREFIX
+from launcher.io.model_class import places_of
+from launcher.method.full import Full
+from launcher.method.lora import Lora
+from launcher.method.peft_tensors import in_model, lora_layers
+from launcher.model import load
+from launcher.model.load import build_model
+from tests.helpers.composites import load_composite, make_composite
+
+TRAINED = {"llava": "Qwen2ForCausalLM", "mistral3": "MistralForCausalLM"}
+
+
+def build(folder: Path) -> Any:
+    """The model as it is trained, with its values."""
+    model, weights = build_model(ModelConfig(name_or_path=str(folder)), folder, 0, torch.float32)
+    if weights is not None:
+        for slot in weights.slots:
+            shape = tuple(slot.source.shape)
+            value = slot.source.read((0,) * len(shape), shape)
+            setattr(slot.module, slot.attribute, torch.nn.Parameter(value))
+        model.tie_weights()  # type: ignore[operator]
+    return model.eval()
+
+
+def test_text_trains_no_tower(tmp_path: Path) -> None:
+    """Of a composite that is trained itself: adapters there would stay zero, and weights decay."""
+    folder = make_composite("gemma3", tmp_path)
+    model, weights = build_model(ModelConfig(name_or_path=str(folder)), folder, 0, torch.float32)
+    full = Full(FullConfig(name="full"))
+    full.prepare(model, 0, weights)
+    trained = {name for name, each in model.named_parameters() if each.requires_grad}
+    assert full.is_partial
+    assert trained == {n for n, _ in model.named_parameters() if ".language_model." in n}
+
+    adapted = Lora(LoraConfig(name="lora", rank=4)).prepare(model, 0, weights)
+    assert all(".language_model." in f".{name}" for name in lora_layers(adapted))
+    saved = {f"{PREFIX}{name}.lora_A.weight": torch.zeros(1) for name in lora_layers(adapted)}
+    tower = f"{PREFIX}model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight"
+    assert in_model(adapted, saved | {tower: torch.zeros(1)}).keys() == saved.keys()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=torch.arange(3, 30).view(1, -1)).logits
+    return found
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_text_model_is_read_from_the_files_of_the_composite(name: str, tmp_path: Path) -> None:
+    folder = make_composite(name, tmp_path)
+    model = build(folder)
+    assert type(model).__name__ == TRAINED[name]
+    assert places_of(model) is not None
+    assert torch.allclose(logits(model), logits(load_composite(name, folder)), atol=1e-6)
+    check_exportable(folder)
+
+
+def test_a_head_in_the_files_counts_more_than_the_default_tie_of_a_composite(
+    tmp_path: Path,
+) -> None:
+    """As Mistral-Small is released: config.json does not say that the head is not the embedding."""
+    folder = make_composite("mistral3", tmp_path)
+    file = folder / "model.safetensors"
+    head = torch.randn(259, 32)
+    save_file(load_file(file) | {"language_model.lm_head.weight": head}, file, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    for each in (config, config["text_config"]):
+        each.pop("tie_word_embeddings", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    model = build(folder)
+    assert torch.equal(model.lm_head.weight, head)
+    assert not torch.equal(model.model.embed_tokens.weight, head)
+    check_exportable(folder)
+
+
+def test_a_whole_composite_is_read_where_slices_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_composite("llava", tmp_path)
+    monkeypatch.setattr(load, "_optional_parameter", lambda model, tensors: "a parameter")
+    model = build(folder)
+    assert torch.allclose(logits(model), logits(load_composite("llava", folder)), atol=1e-6)
