@@ -113,7 +113,9 @@ def _is_body(named: Any, trained: Any, config: Any) -> bool:
     """Whether `named` is `trained` without its head, which is the embedding."""
     import transformers
 
-    is_tied = trained.config_class is type(config) and config.tie_word_embeddings
+    # Where a config does not define it, transformers ties nothing.
+    ties = getattr(config, "tie_word_embeddings", False)
+    is_tied = trained.config_class is type(config) and ties
     return is_tied and named is _auto_class(transformers.AutoModel, config)
 
 

@@ -135,7 +135,10 @@ class Fsdp:
         return TrainedState(weights, moments, step_counts, buffers, num_shards)
 
     def sync_working_copies(self) -> None:
-        """Nothing to do: FSDP2 makes new working copies in every gather."""
+        """Drop the working copies of a forward without a backward, which are kept or, if gathered
+        ahead for a layer that ran before, still to be used: the next forward gathers new ones."""
+        if fully_shard.state(self.model)._is_root is not None:  # type: ignore[attr-defined]
+            self.model.reset_iter_state()  # type: ignore[operator]
 
     def host_tensors(self) -> Iterator[torch.Tensor]:
         if self._is_offloaded:

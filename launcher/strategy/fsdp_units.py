@@ -6,13 +6,15 @@
     last norm and head    while the last layer runs    still there
     the rest (the root)   first                        still there
 
-If the head is tied to the embedding, both are in the root: one tensor, needed at either end of the
-model, is kept from the first use to the last.
+A parameter that two of them share is in the root, with the unit or the part of a layer that has it:
+it is kept from the first use to the last. Examples are a head that is tied to the embedding, a bias
+that the head shares with its parent, and an attention block that several layers share.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -33,19 +35,20 @@ def shard_units(model: nn.Module, frees: bool, options: dict[str, Any]) -> None:
     `frees`: a layer is freed after its forward, and gathered again for its backward.
     """
     layers = decoder_layers(model)
-    for layer in layers:
-        fully_shard(layer, reshard_after_forward=frees, **options)
     embedding, head = _ends(model)
-    if embedding is not None:
+    shared = _shared_parameters(model, [*layers, *filter(None, [embedding, head])])
+    units = [part for layer in layers for part in _parts_apart(layer, shared)]
+    for unit in units:
+        fully_shard(unit, reshard_after_forward=frees, **options)
+    if embedding is not None and shared.isdisjoint(embedding.parameters()):
         fully_shard(embedding, reshard_after_forward=frees, **options)
-        # A wrapper, of an adapter for example, may do more than look rows up.
-        _unit(embedding).set_unshard_in_backward(not isinstance(embedding, nn.Embedding))
+        _unit(embedding).set_unshard_in_backward(not _only_looks_up(embedding))
     tail: list[nn.Module] = []
-    if head is not None:
+    if head is not None and shared.isdisjoint(head.parameters()):
         rest = _owners_of_other_parameters(model, [*layers, head, *filter(None, [embedding])])
         tail = [*rest, head] if len(rest) == 1 else [head]
         fully_shard(tail, reshard_after_forward=False, **options)
-    for before, after in itertools.pairwise([*layers, *tail[:1]]):
+    for before, after in itertools.pairwise([*units, *tail[:1]]):
         _unit(before).set_modules_to_forward_prefetch([_unit(after)])
         _unit(after).set_modules_to_backward_prefetch([_unit(before)])
 
@@ -99,17 +102,36 @@ def describe_padding(parameters: Iterable[nn.Parameter], num_shards: int) -> str
 
 
 def _ends(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-    """The input embedding and the output head; None for what is not a unit of its own."""
+    """The input embedding and the output head; None where transformers does not know it."""
     transformer = cast(Any, model)
     try:
-        embedding: nn.Module = transformer.get_input_embeddings()
-    except NotImplementedError:  # transformers does not know where this class has it
+        return transformer.get_input_embeddings(), transformer.get_output_embeddings()
+    except NotImplementedError:
         return None, None
-    head: nn.Module | None = transformer.get_output_embeddings()
-    inside = {*embedding.modules()}
-    others = {p for m in model.modules() if m not in inside for p in m.parameters(recurse=False)}
-    is_tied = not {*embedding.parameters()}.isdisjoint(others)
-    return (None, None) if is_tied else (embedding, head)
+
+
+def _shared_parameters(model: nn.Module, units: list[nn.Module]) -> set[nn.Parameter]:
+    """The parameters that a unit shares with another one, or with what is outside of all units."""
+    unit_of = {module: unit for unit in units for module in unit.modules()}
+    users: defaultdict[nn.Parameter, set[nn.Module]] = defaultdict(set)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users[parameter].add(unit_of.get(module, model))
+    return {parameter for parameter, found in users.items() if len(found) > 1}
+
+
+def _parts_apart(layer: nn.Module, shared: set[nn.Parameter]) -> list[nn.Module]:
+    """The layer, or its children without a shared parameter: the root then gathers the others."""
+    if shared.isdisjoint(layer.parameters()):
+        return [layer]
+    parts = [(child, {*child.parameters()}) for child in layer.children()]
+    return [child for child, own in parts if own and shared.isdisjoint(own)]
+
+
+def _only_looks_up(embedding: nn.Module) -> bool:
+    """Whether its backward needs no weight: a norm behind the table, or the wrapper of an adapter,
+    would read one that is freed."""
+    return isinstance(embedding, nn.Embedding) and len([*embedding.parameters()]) == 1
 
 
 def _owners_of_other_parameters(model: nn.Module, units: list[nn.Module]) -> list[nn.Module]:

@@ -21,8 +21,12 @@ from launcher.io.tensor import Tensor
 
 # Model types whose experts are [experts, in, out].
 TRANSPOSED_EXPERTS = ("gpt_oss", "openai_privacy_filter", "aria", "aria_text")
-# The order in which transformers registers the parameters of fused experts.
-REGISTRATION_ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+# The order in which transformers registers the parameters of fused experts. A test compares it with
+# every class.
+REGISTRATION_ORDER = (
+    "gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "up_proj_bias", "down_proj",
+    "down_proj_bias",
+)  # fmt: skip
 
 Shapes = dict[str, tuple[int, ...]]
 
