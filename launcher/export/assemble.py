@@ -103,7 +103,7 @@ def _assemble_adapters(
     adapters = [
         adapter_places.in_composite(read_adapter(folder), places) for folder in source.adapters
     ]
-    same_names = all(fits(adapter, base) for adapter in adapters)
+    same_names = all(fits(adapter, base, config) for adapter in adapters)
     naming = None if same_names else naming_of(source, options, base)
     memory = naming.to_memory(base) if naming else base
     frozen = FrozenBase(memory, config, naming, places=places)
