@@ -1,4 +1,4 @@
-"""Train every parameter."""
+"""Train every parameter that text reaches."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from torch import nn
 from launcher.config.schema.method import FullConfig
 from launcher.method.base import CPU, NoAdapterMethod
 from launcher.model.load import Weights
+from launcher.model.text_part import beside_text
 
 
 class Full(NoAdapterMethod):
-    """Trains every parameter of the model."""
+    """Trains every parameter of the model, except the towers of a composite. Checkpoints then
+    contain the trained parameters only."""
 
     def __init__(self, config: FullConfig) -> None:
         self.config = config
+        self.is_partial = False
 
     def prepare(
         self,
@@ -23,4 +26,8 @@ class Full(NoAdapterMethod):
         weights: Weights | None = None,
         device: torch.device = CPU,
     ) -> nn.Module:
-        return model.requires_grad_(True)
+        model.requires_grad_(True)
+        for path in beside_text(model):
+            model.get_submodule(path).requires_grad_(False)
+            self.is_partial = True
+        return model

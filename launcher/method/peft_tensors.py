@@ -14,6 +14,7 @@ from launcher.io.adapter_places import inner_tensors, outer_settings, outer_tens
 from launcher.io.model_class import places_of
 from launcher.method.initial_delta import LowRankDelta, ScaledDeltas
 from launcher.model.peft import LoraLayer, PeftModel, get_peft_model_state_dict
+from launcher.model.text_part import beside_text, is_inside
 
 ADAPTER_NAME = "default"
 
@@ -73,7 +74,10 @@ def to_model_names(
     renamed = to_peft_names(model, placeholders, tied)
     peft_names = {id(tensor): name for name, tensor in renamed.items()}
     peft_name_of = {name: peft_names[id(t)] for name, t in placeholders.items()}
-    if differing := sorted(saved.keys() ^ renamed.keys()):
+    # Earlier versions adapted towers, too, without effect.
+    beside = [PREFIX + path for path in beside_text(model.get_base_model())]
+    known = {name for name in saved if name in renamed or not is_inside(name, beside)}
+    if differing := sorted(known ^ renamed.keys()):
         raise UserError(
             f"{folder} contains a different adapter: {len(differing)} tensors are missing or "
             f"unexpected, such as {differing[0]}"

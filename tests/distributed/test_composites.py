@@ -76,6 +76,24 @@ def test_a_trained_composite_is_exported_whole(
         assert torch.allclose(answer, logits(adapted), atol=1e-5)
 
 
+@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+def test_weight_decay_leaves_a_tower_as_it_is(
+    ranks: Any, bases: dict[str, Path], rows_file: Path, tmp_path: Path, strategy: str
+) -> None:
+    """ZeRO has a gradient of zeros for what no text reaches, and AdamW would shrink it."""
+    case = Case(
+        bases["gemma3"], rows_file, method="full", strategy=strategy, steps=1, learning_rate=5e-2,
+        weight_decay=0.1, scheduler="constant", global_batch_size=4,
+    )  # fmt: skip
+    ranks.run(2, save_and_answer, case, tmp_path / "run")
+    consolidate(tmp_path / "run/checkpoints/step-000001", "--output", tmp_path / "out")
+    before, after = stored(bases["gemma3"]), stored(tmp_path / "out")
+    assert before.keys() == after.keys()
+    changed = {key for key, tensor in before.items() if not torch.equal(after[key], tensor)}
+    assert changed
+    assert not [key for key in changed if any(part in key for part in PARTS)]
+
+
 def test_a_run_resumes_from_an_adapter_of_the_composite(
     ranks: Any, bases: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
