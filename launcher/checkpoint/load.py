@@ -108,7 +108,8 @@ def restore(checkpoint: Checkpoint, train_state: TrainState, force: bool) -> Pro
     if checkpoint.adapter is not None:
         _fill(state.weights, train_state.method.read(train_state.model, checkpoint.adapter))
         moments = {f"{m}/{n}": s for m, each in state.moments.items() for n, s in each.items()}
-        _fill(moments, read_tensors(checkpoint.moments))
+        saved = read_tensors(checkpoint.moments)  # of earlier versions: towers' adapters, too
+        _fill(moments, {n: t for n, t in saved.items() if n.partition("/")[2] in state.weights})
     else:
         tree: dcp.Tree = {"model": {**state.weights, **state.buffers}}
         if checkpoint.optimizer is None:

@@ -146,7 +146,7 @@ def _assemble_adapters(
     places = names.places_in(config, source.trained_class)
     where = source.path, config, base
     adapters = [_unwrapped(where, read_adapter(folder), places) for folder in source.adapters]
-    same_names = all(fits(adapter, base) for adapter in adapters)
+    same_names = all(fits(adapter, base, config) for adapter in adapters)
     naming = None if same_names else naming_of(source, options, base)
     memory = naming.to_memory(base) if naming else base
     frozen = FrozenBase(memory, config, naming, places=places)

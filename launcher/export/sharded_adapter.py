@@ -27,6 +27,7 @@ from launcher.export.names import Naming
 from launcher.export.source import Source
 from launcher.folders.adapter import read_settings
 from launcher.folders.model_config import read_model_config
+from launcher.folders.vocabulary import config_value
 from launcher.io.adapter import PREFIX, plain_name
 from launcher.io.adapter_config import inferred_settings, is_saved
 from launcher.io.adapter_places import in_composite
@@ -97,7 +98,7 @@ def frozen_base(
     model_tensors = found.tensors
     notes: tuple[str, ...] = ()
     if base:
-        same_names = fits(adapter, base) and model_tensors.keys() <= base.keys() | {HEAD}
+        same_names = fits(adapter, base, config) and model_tensors.keys() <= _names(base, config)
         naming = None if same_names else naming_of(source, options, base)
         memory = naming.to_memory(base) if naming else base
         tensors, trained = _with_trained(source, memory, found, model_tensors)
@@ -119,12 +120,20 @@ def frozen_base(
     return FrozenBase(tensors, config, naming, frozenset(trained), notes, places=places)
 
 
-def fits(adapter: Adapter, base: Iterable[str]) -> bool:
-    """Whether `base` has a weight for each module that the adapter names."""
+def fits(adapter: Adapter, base: Iterable[str], config: Config) -> bool:
+    """Whether `base`, which `config` describes, has a weight for each module that the adapter
+    names."""
     ending = r"\.(lora_|token_adapter\.|base_layer\.|weight$|bias$).*"
     modules = {re.sub(ending, "", name.removeprefix(PREFIX)) for name in adapter.tensors}
-    known = set(base) | {HEAD}
+    known = _names(base, config)
     return all(f"{module}.weight" in known for module in modules)
+
+
+def _names(base: Iterable[str], config: Config) -> set[str]:
+    """The names in `base`, and that of a tied head, which it need not contain. A head that is not
+    tied may have another name on disk (`embed_out` of GPT-NeoX)."""
+    is_untied = config_value(config, "tie_word_embeddings") is False
+    return set(base) | (set() if is_untied else {HEAD})
 
 
 def adapter_only_result(source: Source) -> Assembled:

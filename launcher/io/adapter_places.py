@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from launcher.io.adapter import PREFIX, Adapter
 from launcher.io.adapter_config import module_value
-from launcher.io.model_class import Places
+from launcher.io.model_class import Places, begins
 
 T = TypeVar("T")
 Rename = Callable[[str], str]
@@ -17,7 +17,7 @@ LORA = re.compile(r"(.+?)(?:\.base_layer)*\.lora_\w+(?:\.\w+)?")
 PATTERNS = ("rank_pattern", "alpha_pattern")
 NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 CHANGED_SETTINGS = (
-    *("target_modules", "modules_to_save", "trainable_token_indices"),
+    *("target_modules", "target_parameters", "modules_to_save", "trainable_token_indices"),
     *PATTERNS,
     *NARROWING,
 )
@@ -71,8 +71,8 @@ def _settings(
 ) -> dict[str, Any]:
     """`settings` with the modules renamed. Servers read lists of names only: a pattern, or endings
     that match one of `others`, become the paths of the adapted modules."""
-    found = (LORA.fullmatch(name.removeprefix(PREFIX)) for name in tensors)
-    adapted = sorted({match[1] for match in found if match})
+    names = [name.removeprefix(PREFIX) for name in tensors]
+    adapted = sorted({match[1] for match in map(LORA.fullmatch, names) if match})
     result = dict(settings)
     targets = settings.get("target_modules") or []
     is_list = not isinstance(targets, str)
@@ -83,20 +83,51 @@ def _settings(
         chosen = (name for name in adapted if _is_target(name, targets))
         result["target_modules"] = sorted(map(rename, chosen))
         result |= {key: None for key in NARROWING if settings.get(key)}
+    parameters = settings.get("target_parameters") or []
+    with_rank = [*adapted, *_targeted_parameters(adapted, parameters)]
     for key in PATTERNS:
-        values = {name: module_value(settings, key, name, None) for name in adapted}
+        values = {name: module_value(settings, key, name, None) for name in with_rank}
         if settings.get(key):
             result[key] = {rename(name): v for name, v in values.items() if v is not None}
+    if parameters:
+        result["target_parameters"] = [
+            rename(path) if path.rpartition(".")[0] in adapted else path for path in parameters
+        ]
     if isinstance(tokens := settings.get("trainable_token_indices"), dict):
-        result["trainable_token_indices"] = {_path(key, rename): v for key, v in tokens.items()}
+        result["trainable_token_indices"] = {
+            _path(key, names, rename): v for key, v in tokens.items()
+        }
     if saved := settings.get("modules_to_save"):
-        result["modules_to_save"] = [_path(name, rename) for name in saved]
+        full = _saved_paths(names, saved) if _is_saved_too(others, saved) else saved
+        result["modules_to_save"] = [_path(name, names, rename) for name in full]
     return result
 
 
-def _path(name: str, rename: Rename) -> str:
-    """An ending of one module's path is that of its new path, too."""
-    return rename(name) if "." in name else name
+def _targeted_parameters(modules: Iterable[str], targets: Iterable[str]) -> list[str]:
+    """The paths that parameters of `modules` have if `targets` names them: PEFT looks up their
+    ranks by these."""
+    leaves = {target.rpartition(".")[2] for target in targets}
+    paths = (f"{module}.{leaf}" for module in modules for leaf in sorted(leaves))
+    return [path for path in paths if _is_target(path, targets)]
+
+
+def _is_saved_too(others: Collection[str], saved: Iterable[str]) -> bool:
+    """Whether PEFT would also train one of `others`: it compares the ends of paths."""
+    return any(path.endswith(name) for path in others for name in saved)
+
+
+def _saved_paths(tensors: Iterable[str], saved: Iterable[str]) -> list[str]:
+    """The paths of the modules that `saved` names, by the names of the tensors in them."""
+    parts = (name.split(".") for name in tensors if not LORA.fullmatch(name))
+    paths = (".".join(each[:count]) for each in parts for count in range(1, len(each)))
+    found = {path for path in paths if any(path.endswith(name) for name in saved)}
+    return sorted(path for path in found if path.rpartition(".")[0] not in found)
+
+
+def _path(path: str, tensors: Iterable[str], rename: Rename) -> str:
+    """The new path of a module. An ending of one path is that of the new path, too; `tensors`, by
+    the names before, show which of both it is."""
+    return rename(path) if any(begins(name, path) for name in tensors) else path
 
 
 def _is_target(module: str, targets: str | Iterable[str]) -> bool:

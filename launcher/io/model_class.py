@@ -49,14 +49,14 @@ class Places:
     def is_outer(self, name: str) -> bool:
         """Whether only the composite has the name."""
         moved = [outer for inner, outer in self.prefixes if inner != outer]
-        return any(_begins(name, path) for path in (*moved, *self.roots))
+        return any(begins(name, path) for path in (*moved, *self.roots))
 
     @cached_property
     def roots(self) -> tuple[str, ...]:
         """The modules of the composite that the inner class does not have, without those inside
         one of them: a vision tower, a projector."""
         parts = [outer for _, outer in self.prefixes]
-        apart = {name for name in self.others if not any(_begins(part, name) for part in parts)}
+        apart = {name for name in self.others if not any(begins(part, name) for part in parts)}
         return tuple(sorted(name for name in apart if name.rpartition(".")[0] not in apart))
 
     def outer_names(self, tensors: Mapping[str, T]) -> dict[str, T]:
@@ -67,17 +67,18 @@ class Places:
 
     def contains(self, name: str) -> bool:
         """Whether a name of the composite is one of a part that the inner class has."""
-        return any(_begins(name, outer) for _, outer in self.prefixes)
+        return any(begins(name, outer) for _, outer in self.prefixes)
 
 
-def _begins(name: str, path: str) -> bool:
+def begins(name: str, path: str) -> bool:
+    """Whether `name` is `path` or inside it."""
     return not path or name == path or name.startswith(f"{path}.")
 
 
 def _renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
     """`name` with the first path of `pairs` that it begins with replaced."""
     for old, new in pairs:
-        if _begins(name, old):
+        if begins(name, old):
             rest = name.removeprefix(old).removeprefix(".")
             return ".".join(filter(None, (new, rest)))
     return name

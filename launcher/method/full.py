@@ -8,15 +8,16 @@ from torch import nn
 from launcher.config.schema.method import FullConfig
 from launcher.method.base import CPU, NoAdapterMethod
 from launcher.model.load import Weights
-from launcher.model.text_path import beyond_text
+from launcher.model.text_part import beside_text
 
 
 class Full(NoAdapterMethod):
-    """Trains every parameter of the model. Those of a composite that text does not reach have no
-    gradient, and weight decay alone would shrink them: they stay the base's."""
+    """Trains every parameter of the model, except the towers of a composite. Checkpoints then
+    contain the trained parameters only."""
 
     def __init__(self, config: FullConfig) -> None:
         self.config = config
+        self.is_partial = False
 
     def prepare(
         self,
@@ -26,8 +27,7 @@ class Full(NoAdapterMethod):
         device: torch.device = CPU,
     ) -> nn.Module:
         model.requires_grad_(True)
-        unreached = beyond_text(model)
-        for module in unreached.values():
-            module.requires_grad_(False)
-        self.is_partial = bool(unreached)
+        for path in beside_text(model):
+            model.get_submodule(path).requires_grad_(False)
+            self.is_partial = True
         return model

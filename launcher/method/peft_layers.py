@@ -13,7 +13,14 @@ from launcher.config.schema.method import LoraConfig
 from launcher.errors import UserError
 from launcher.method import existing_adapter
 from launcher.method.peft_tensors import ADAPTER_NAME
-from launcher.method.targets import Targets, check_experts, find_targets, from_portable, shorten
+from launcher.method.targets import (
+    Targets,
+    check_experts,
+    ends_in,
+    find_targets,
+    from_portable,
+    shorten,
+)
 from launcher.model.adaptable import unadaptable_linears
 from launcher.model.peft import (
     LoraLayer,
@@ -24,7 +31,7 @@ from launcher.model.peft import (
     keep_target_names,
 )
 from launcher.model.sparse import is_grouped, sparse_blocks
-from launcher.model.text_path import beyond_text
+from launcher.model.text_part import beside_text, is_inside
 
 
 def wrap_new(model: nn.Module, config: LoraConfig, keep_tie: bool) -> PeftModel:
@@ -37,14 +44,15 @@ def wrap_new(model: nn.Module, config: LoraConfig, keep_tie: bool) -> PeftModel:
         raise UserError(
             f"method.target_modules={targets}: all-linear cannot be combined with other names"
         )
-    sparse = find_targets(model, targets, config.target_router, config.modules_to_save)
-    excluded = _linears_beyond_text(model) + (unadaptable_linears(model) if is_all else [])
+    beside = beside_text(model)
+    _refuse_beside(model, targets, beside)
+    sparse = find_targets(model, targets, config.target_router, config.modules_to_save, beside)
     peft_config = PeftConfig(
         r=config.rank,
         lora_alpha=config.resolved_alpha(),
         lora_dropout=config.dropout,
         target_modules="all-linear" if is_all else targets,
-        exclude_modules=excluded or None,
+        exclude_modules=_excluded(model, targets, beside) or None,
         use_rslora=config.rslora,
         use_dora=config.dora,
         rank_pattern=dict(config.rank_pattern),
@@ -63,14 +71,29 @@ def wrap_new(model: nn.Module, config: LoraConfig, keep_tie: bool) -> PeftModel:
     return wrapped
 
 
-def _linears_beyond_text(model: nn.Module) -> list[str]:
-    """The linear layers of a composite that text does not reach: their adapters would stay zero."""
-    return [
-        f"{path}.{name}".removesuffix(".")
-        for path, part in beyond_text(model).items()
-        for name, module in part.named_modules()
-        if isinstance(module, nn.Linear)
+def _refuse_beside(model: nn.Module, targets: list[str], beside: list[str]) -> None:
+    """Raises UserError for a name that only modules have which text does not reach."""
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        found = [name for name in names if ends_in(name, target)]
+        if found and all(is_inside(name, beside) for name in found):
+            raise UserError(
+                f"method.target_modules: {target} is only in {found[0]}, which text does not pass "
+                "through, so its adapter would not learn → names of the text model, or all-linear"
+            )
+
+
+def _excluded(model: nn.Module, targets: list[str], beside: list[str]) -> list[str]:
+    """The modules among `targets` that get no adapter: those that text does not reach, and, of
+    all-linear, those that an adapter would break or that would pass it by."""
+    is_all = targets == ["all-linear"]
+    inside = [
+        name
+        for name, module in model.named_modules()
+        if is_inside(name, beside)
+        and (isinstance(module, nn.Linear) if is_all else any(ends_in(name, t) for t in targets))
     ]
+    return [*(unadaptable_linears(model) if is_all else []), *inside]
 
 
 def wrap_existing(model: nn.Module, config: LoraConfig, folder: Path) -> PeftModel:

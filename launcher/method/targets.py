@@ -17,6 +17,7 @@ from torch import nn
 from launcher.errors import UserError
 from launcher.model.peft import PeftConfig, linear_layers, renamed_targets
 from launcher.model.sparse import SparseBlock, sparse_blocks
+from launcher.model.text_part import is_inside
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,14 @@ class Targets:
 
 
 def find_targets(
-    model: nn.Module, wanted: list[str], target_router: bool, modules_to_save: list[str]
+    model: nn.Module,
+    wanted: list[str],
+    target_router: bool,
+    modules_to_save: list[str],
+    beside: list[str],
 ) -> Targets | None:
     """What `method.target_modules` selects in a mixture of experts; None for other models, in which
-    PEFT finds it. Modules that are trained in full get no adapter.
+    PEFT finds it. Modules that are trained in full, and those in `beside`, get no adapter.
 
     Raises UserError for a name that matches nothing, and for a router that is not asked for.
     """
@@ -56,6 +61,7 @@ def find_targets(
     if target_router:
         router_modules, router_parameters = _router_targets(routers)
         modules, parameters = modules + router_modules, parameters + router_parameters
+    modules = [name for name in modules if not is_inside(name, beside)]
     return Targets(_outside(modules, modules_to_save), _outside(parameters, modules_to_save))
 
 
@@ -70,13 +76,13 @@ def _select(
     parameters: list[str] = []
     names = [name for name, _ in model.named_modules() if name]
     for target in wanted:
-        found = [name for name in names if _ends_in(name, target)]
+        found = [name for name in names if ends_in(name, target)]
         if any(name in routers for name in found):
             raise UserError(
                 f"method.target_modules: {target} is the router of experts; leave it out, and set "
                 "method.target_router=true to adapt it"
             )
-        in_stacks = [path for path in stacks if _ends_in(path, target)]
+        in_stacks = [path for path in stacks if ends_in(path, target)]
         if not found and not in_stacks:
             known = sorted({path.rpartition(".")[2] for path in (*linear, *stacks)})
             raise UserError(
@@ -108,7 +114,8 @@ def _outside(paths: Iterable[str], modules_to_save: list[str]) -> list[str]:
     ]
 
 
-def _ends_in(path: str, name: str) -> bool:
+def ends_in(path: str, name: str) -> bool:
+    """Whether `name` is the path, or the end of it."""
     return path == name or path.endswith(f".{name}")
 
 
@@ -119,7 +126,7 @@ def shorten(model: nn.Module, parameters: list[str]) -> list[str]:
     for path in parameters:
         parts = path.split(".")
         tails = (".".join(parts[-count:]) for count in range(2, len(parts)))
-        fitting = (tail for tail in tails if {n for n in every if _ends_in(n, tail)} <= wanted)
+        fitting = (tail for tail in tails if {n for n in every if ends_in(n, tail)} <= wanted)
         name = next(fitting, path)
         if name not in short:
             short.append(name)
@@ -151,7 +158,7 @@ def from_portable(config: PeftConfig, model: nn.Module) -> None:
     modules = set(config.target_modules or ())
     for target in config.target_parameters or ():
         module = target.removesuffix(".weight")
-        matching = [name for name in linear if module != target and _ends_in(name, module)]
+        matching = [name for name in linear if module != target and ends_in(name, module)]
         if matching and all(_is_plain(model.get_submodule(name)) for name in matching):
             modules.add(module)
         else:

@@ -26,6 +26,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "llama": {"target_modules": "all-linear"},
     "qwen2": {"target_modules": "all-linear"},
     "gpt2": {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True},
+    "gpt_neox": {"target_modules": ["query_key_value"], "modules_to_save": ["lm_head"]},
     "qwen3_moe": {
         "target_modules": ["q_proj"],
         "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],

@@ -120,6 +120,31 @@ def test_an_adapter_of_the_composite_is_merged(bases: dict[str, Path], tmp_path:
     assert any(key.startswith("vision_model.") for key in changed)
 
 
+@pytest.mark.parametrize("name", ["qwen3_5_moe", "llama4"])
+def test_paths_of_expert_parameters_become_those_of_the_composite(
+    bases: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    """PEFT looks up ranks by the parameter, not by the module that it wraps."""
+    model = AutoModelForCausalLM.from_pretrained(bases[name], dtype=torch.float32)
+    paths = [path for path, _ in model.named_parameters() if path.endswith("gate_up_proj")]
+    down = paths[0].removesuffix("gate_up_proj") + "down_proj"
+    wrapped = make_adapter(
+        model,
+        tmp_path / "text",
+        target_parameters=[paths[0], "experts.down_proj"],
+        rank_pattern={down: 2, "experts.gate_up_proj": 3},
+        alpha_pattern={"experts.down_proj": 5},
+        modules_to_save=["self_attn.o_proj"],
+    )
+    expected = logits(wrapped)
+    consolidate(tmp_path / "text", "--base", bases[name], "--output", tmp_path / "merged")
+    assert torch.allclose(logits(load_composite(name, tmp_path / "merged")), expected, atol=1e-5)
+    base = ("--base", bases[name])
+    consolidate(tmp_path / "text", *base, "--adapter-only", "--output", tmp_path / "adapter")
+    adapted = PeftModel.from_pretrained(load_composite(name, bases[name]), tmp_path / "adapter")
+    assert torch.allclose(logits(adapted), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["text", "composite"])
 def test_one_can_chat_with_either_adapter(
     bases: dict[str, Path], tmp_path: Path, kind: str

@@ -1,0 +1,46 @@
+"""Which modules of a composite no text passes through: vision towers, projectors.
+
+A composite whose causal class is its own (Gemma 3) is trained whole. Its towers compute nothing for
+text, so they are neither trained nor adapted: an optimizer with weight decay would change them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+TEXT_INPUTS = ("input_ids", "inputs_embeds", "inputs")
+
+
+def beside_text(model: nn.Module) -> list[str]:
+    """The paths of the outermost modules with parameters that text does not reach."""
+    if not isinstance(model, PreTrainedModel):
+        return []
+    decoder = model.get_decoder()
+    is_part = model.config.get_text_config(decoder=True) is not model.config
+    towers = [name for name, module in model.named_modules() if _is_tower(module)]
+    if not is_part and not towers:
+        return []
+    kept = [model.get_input_embeddings(), model.get_output_embeddings()]
+    kept += [decoder] if is_part else []
+    text = {id(p) for module in kept if module is not None for p in module.parameters()}
+    found: list[str] = []
+    for name, module in model.named_modules():
+        own = {id(p) for p in module.parameters()}
+        has_tower = is_part or any(is_inside(tower, [name]) for tower in towers)
+        if own and own.isdisjoint(text) and has_tower and not is_inside(name, found):
+            found.append(name)
+    return found
+
+
+def is_inside(name: str, paths: Collection[str]) -> bool:
+    """Whether a module or parameter is one of `paths` or inside one."""
+    return any(f"{name}.".startswith(f"{path}.") for path in paths)
+
+
+def _is_tower(module: Any) -> bool:
+    """Whether the module reads pictures or sound."""
+    return isinstance(module, PreTrainedModel) and module.main_input_name not in TEXT_INPUTS

@@ -1,0 +1,84 @@
+"""Towers of a composite that is trained whole: no text reaches them, and nothing trains them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from launcher.config.schema.method import FullConfig, LoraConfig
+from launcher.errors import UserError
+from launcher.folders.adapter import WEIGHTS
+from launcher.method import build_method
+from launcher.model.text_part import beside_text
+from tests.helpers.tiny_models import tiny_config
+
+TOWERS = {
+    "gemma3": {"model.vision_tower", "model.multi_modal_projector"},
+    "fuyu": {"model.vision_embed_tokens"},
+    "moss_transcribe_diarize": {"model.audio_tower", "model.multi_modal_projector"},
+    "phi4_multimodal": {"model.embed_tokens_extend"},
+    "llama": set[str](),
+    "qwen3_5_moe": set[str](),
+}
+
+
+def build(model_type: str) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("model_type", TOWERS)
+def test_what_full_does_not_train_has_no_gradient(model_type: str) -> None:
+    model = build(model_type)
+    assert set(beside_text(model)) == TOWERS[model_type]
+    model(input_ids=torch.arange(3, 40).view(1, -1)).logits.square().sum().backward()
+    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    method = build_method(FullConfig(name="full"))
+    method.prepare(model, 0)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == reached
+    assert method.is_partial == bool(TOWERS[model_type])
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj"])
+def test_an_adapter_is_one_of_the_text_model(targets: str) -> None:
+    model = build("gemma3")
+    assert any(name.startswith("model.vision_tower") for name in paths_of(model, "q_proj"))
+    wrapped = build_method(LoraConfig(name="lora", target_modules=[targets])).prepare(model, 0)
+    adapted = [name for name, each in wrapped.named_modules() if isinstance(each, LoraLayer)]
+    assert adapted
+    assert not [name for name in adapted if "vision" in name or "projector" in name]
+
+
+def test_a_module_of_a_tower_alone_is_refused() -> None:
+    with pytest.raises(UserError, match=r"fc1 is only in model\.vision_tower.* text does not pass"):
+        build_method(LoraConfig(name="lora", target_modules=["fc1"])).prepare(build("gemma3"), 0)
+
+
+@pytest.mark.parametrize("place", ["vision_tower", "language_model"])
+def test_an_adapter_that_earlier_versions_gave_to_a_tower_is_left_out(
+    tmp_path: Path, place: str
+) -> None:
+    method = build_method(LoraConfig(name="lora", target_modules=["q_proj"]))
+    model = method.prepare(build("gemma3"), 0)
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    method.write(model, trained, tmp_path / "adapter")
+    file = tmp_path / "adapter" / WEIGHTS
+    extra = {f"base_model.model.model.{place}.layers.0.fc1.lora_A.weight": torch.ones(2, 2)}
+    save_file(load_file(file) | extra, file, {"format": "pt"})
+    if place == "vision_tower":
+        assert method.read(model, tmp_path / "adapter").keys() == trained.keys()
+    else:
+        with pytest.raises(UserError, match="contains a different adapter"):
+            method.read(model, tmp_path / "adapter")
+
+
+def paths_of(model: torch.nn.Module, name: str) -> list[str]:
+    return [path for path, _ in model.named_modules() if path.endswith(f".{name}")]
