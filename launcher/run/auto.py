@@ -203,9 +203,9 @@ def warn_about_fp32(config: Config, gpu: Device) -> str | None:
         return None
     faster = "bf16" if gpu.has_bf16 else "fp16"
     return (
-        "slow: precision=fp32 on a GPU uses no tensor cores (67 instead of 989 TFLOP/s on an H100) "
-        "and, for models with grouped heads, an attention kernel whose memory grows with the "
-        f"square of the length → precision={faster}, or training.tf32=true"
+        "slow: precision=fp32 on a GPU uses no tensor cores (67 instead of 989 TFLOP/s by the data "
+        "sheet of an H100) and, for models with grouped heads, an attention kernel whose memory "
+        f"grows with the square of the length → precision={faster}, or training.tf32=true"
     )
 
 
