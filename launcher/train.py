@@ -19,8 +19,11 @@ from launcher.cluster.liveness import refuse_to_join
 from launcher.cluster.preflight import check, check_first_rows, get_rank
 from launcher.cluster.settle import settle
 from launcher.config.compose import compose_command_line
+from launcher.config.rules.rule import World
+from launcher.config.store import ConfigError
 from launcher.errors import REFUSED, UserError
 from launcher.run import parent, started_by, sweep
+from launcher.run.auto import Choice
 
 
 def main() -> None:
@@ -42,7 +45,7 @@ def train() -> int:
         configs = sweep.assign_run_dirs(configs)
     choices = [settle(config) for config in configs]
     configs = [choice.config for choice in choices]
-    worlds = [check(config) for config in configs]
+    worlds = [_check(choice) for choice in choices]
     if configs[0].cluster.name == "slurm":
         check_first_rows(configs[0])  # a sweep seldom changes the rows
     if configs[0].launch.dry_run:
@@ -57,6 +60,13 @@ def train() -> int:
 
         worker.train_under_torchrun(configs[0], sys.argv)
     return launch(choices[0], worlds[0]) if len(configs) == 1 else launch_sweep(choices, worlds)
+
+
+def _check(choice: Choice) -> World:
+    try:
+        return check(choice.config)
+    except ConfigError as error:
+        raise ConfigError(choice.explain(error.problems)) from None
 
 
 def _refuse(message: str) -> NoReturn:

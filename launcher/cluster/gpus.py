@@ -7,11 +7,13 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from launcher.run.auto import BF16_CAPABILITY, Device
+from launcher.run.auto import BF16_CAPABILITY, Device, memory_in_use
 
-VARIABLE = "CUDA_VISIBLE_DEVICES"
+VARIABLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
+AMD_DRIVER = Path("/dev/kfd")  # its GPUs are unknown to NVML, and torch calls them CUDA devices
 
 
 def visible_gpus() -> int:
@@ -40,7 +42,35 @@ def gpu_name() -> str | None:
 def visible_devices() -> list[Device]:
     """The visible GPUs or the visible MIG device; empty without one, or if the driver does not
     describe them."""
-    listed = listed_devices()
+    return _described(listed_devices())
+
+
+def devices_of_ranks(count: int) -> list[Device]:
+    """The GPUs of `count` ranks; empty if the driver does not describe them, or does not say which
+    they are.
+
+    CUDA numbers the GPUs of a machine from the fastest, the driver from the first slot: where they
+    differ, a number is not known to be the same GPU.
+    """
+    listed, machine = listed_devices(), _described(None)
+    found = _described(listed)[:count]
+    is_by_name = listed is not None and any(isinstance(each, str) for each in listed)
+    are_alike = len({(each.has_bf16, each.memory) for each in machine}) == 1
+    if is_by_name or are_alike or len(found) == len(machine) or _is_in_order_of_slots():
+        return found
+    return []
+
+
+def _is_in_order_of_slots() -> bool:
+    return os.environ.get(ORDER) == "PCI_BUS_ID"
+
+
+def has_amd_driver() -> bool:
+    """Whether ranks may find GPUs that NVML does not know, if nobody has hidden them."""
+    return AMD_DRIVER.exists() and listed_devices() != []
+
+
+def _described(listed: list[int] | list[str] | None) -> list[Device]:
     with _nvml() as nvml:
         if nvml is None or listed == []:
             return []
@@ -53,7 +83,8 @@ def visible_devices() -> list[Device]:
 def _describe(nvml: Any, handle: Any) -> Device:
     major, _ = nvml.nvmlDeviceGetCudaComputeCapability(handle)
     name, memory = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetMemoryInfo(handle)
-    return Device(str(name), True, major >= BF16_CAPABILITY, int(memory.total))
+    in_use = memory_in_use(int(memory.total), int(memory.free))
+    return Device(str(name), True, major >= BF16_CAPABILITY, int(memory.total), in_use)
 
 
 def listed_devices() -> list[int] | list[str] | None:

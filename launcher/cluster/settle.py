@@ -30,7 +30,9 @@ def settle(config: Config) -> Choice:
 
 
 def _devices(world: World) -> list[Device] | None:
-    """The devices of the ranks; None if the driver does not say what GPUs there are."""
-    if not world.gpus:
-        return [Device("CPU", False, False, usable_memory() // world.nproc_per_node)]
-    return gpus.visible_devices()[: world.nproc_per_node] or None
+    """The devices of the ranks; None if the driver does not say what GPUs they are."""
+    if world.gpus:
+        return gpus.devices_of_ranks(world.nproc_per_node) or None
+    if gpus.has_amd_driver():
+        return None
+    return [Device("CPU", False, False, usable_memory() // world.nproc_per_node)]

@@ -48,6 +48,7 @@ USUAL_OPEN_FILES = 1024  # what a process may usually have
 def main() -> None:
     """Exits with 1 if a run does not fit, and with 2 if one cannot be planned."""
     options, overrides = _parser().parse_known_args()
+    _refuse_options_of_search(options)
     sys.argv = [sys.argv[0], *["--multirun"] * options.multirun, *overrides]
     configs = compose_command_line()
     targets = [target_of(config, overrides, options) for config in configs]
@@ -97,10 +98,16 @@ def _parser() -> argparse.ArgumentParser:
         "--show",
         metavar="N",
         type=number(int, 1),
-        default=10,
-        help="for --search: configurations to print (%(default)s); --json prints all",
+        help=f"for --search: configurations to print ({plan_search.SHOWN}); --json prints all",
     )
     return parser
+
+
+def _refuse_options_of_search(options: argparse.Namespace) -> None:
+    """Raise UserError if an option of --search is typed without it."""
+    for name in () if options.search else ("network", "show"):
+        if (value := getattr(options, name)) is not None:
+            raise UserError(f"--{name} {value} changes only what --search prints → add --search")
 
 
 def target_of(config: Config, overrides: list[str], options: argparse.Namespace) -> Target:

@@ -19,6 +19,7 @@ from launcher.memory.target import Target
 from launcher.memory.tracers import Tracers
 
 GBIT = 8  # Gbit/s of 1 GB/s
+SHOWN = 10  # configurations, unless --show asks for another number
 
 
 def main(config: Config, overrides: list[str], target: Target, options: argparse.Namespace) -> int:
@@ -43,7 +44,7 @@ def main(config: Config, overrides: list[str], target: Target, options: argparse
         for note in notes:
             print(note, file=sys.stderr)
     else:
-        print(format_found(found, options.show, memory.gpu, f"{world.size} × {gpu.name}"))
+        print(format_found(found, options.show or SHOWN, memory.gpu, f"{world.size} × {gpu.name}"))
         print("\n".join(notes), end="\n" if notes else "", flush=True)
     return 0 if found else 1
 

@@ -69,7 +69,8 @@ class PhaseRecorder:
 
     def backward(self, loss: torch.Tensor) -> None:
         self._tracker.phase = "backward"
-        self.bytes_after_forward = self.bytes_after_forward or self._tracker.current
+        now = self._tracker.current + self._tracker.ahead()
+        self.bytes_after_forward = self.bytes_after_forward or now
         self._strategy.backward(loss)
         self.host_bytes = self._tracker.host_bytes()
 

@@ -30,7 +30,7 @@ class MemTracker(TorchDispatchMode):
     """Counts the bytes of the storages that operations create, as long as they are alive.
 
     `current` includes all of them. `peaks` has the highest value in each phase, without the tensors
-    in host memory. The caller sets `phase`.
+    in host memory, and with the bytes that `ahead` says. The caller sets `phase`.
     """
 
     def __init__(self) -> None:
@@ -38,6 +38,7 @@ class MemTracker(TorchDispatchMode):
         self.current = 0
         self.phase: str = "loading"
         self.peaks: dict[str, int] = {}  # by phase
+        self.ahead: Callable[[], int] = lambda: 0  # bytes to add, of what is not made here
         self._sizes: dict[int, int] = {}  # address of a storage → bytes
         self._host_tensors: HostTensors = tuple
         self._host_sizes: dict[int, int] = {}  # the same in host memory, when last asked for
@@ -107,9 +108,9 @@ class MemTracker(TorchDispatchMode):
     def _add(self, size: int) -> None:
         self.current += size
         # Listing the host tensors is slow, so do it only if there may be a new peak.
-        highest = self.peaks.setdefault(self.phase, 0)
-        if self.current - sum(self._host_sizes.values()) > highest:
-            self.peaks[self.phase] = max(highest, self.current - self.host_bytes())
+        highest, now = self.peaks.setdefault(self.phase, 0), self.current + self.ahead()
+        if now - sum(self._host_sizes.values()) > highest:
+            self.peaks[self.phase] = max(highest, now - self.host_bytes())
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:

@@ -113,7 +113,7 @@ def plan_run(config: Config, label: str = "", target: Target = ANY_GPU) -> Plann
     device = target.of_rank(world)
     choice = _choose(config, world, device)
     if problems := broken_rules(choice.config, world, RULES):
-        raise store.ConfigError(problems)
+        raise store.ConfigError(choice.explain(problems))
     plannable, changes = make_plannable(choice.config)
     with tempfile.TemporaryDirectory(prefix="shardway-") as scratch:
         file = Path(scratch) / "config.yaml"

@@ -156,8 +156,8 @@ class Search:
         """Whether the rules allow it, and it is not another spelling of a simpler one."""
         world, name = self.world, config.strategy.name
         if not self._is_typed(STRATEGY):
-            if world.size == 1 and name in ON_GPU[1:]:
-                return False  # single
+            if name in ON_GPU and (world.size == 1) != (name == "single"):
+                return False  # one rank is single, and several are not
             if world.nodes == 1 and name == "hsdp":
                 return False  # fsdp
         problems = broken_rules(config, world, RULES)

@@ -40,7 +40,12 @@ from launcher.memory.estimate import SEPARATOR, Amounts, Trace
 from launcher.memory.fake_weights import FakeWeights, make_parameters_fake
 from launcher.memory.mem_tracker import FakeTensors, bytes_of
 from launcher.memory.work import WorkTracker
-from launcher.memory.zero3 import keeps_all_gathered, layers_kept_gathered, without_prefetch
+from launcher.memory.zero3 import (
+    gathered_ahead,
+    layers_kept_gathered,
+    most_gathered,
+    without_prefetch,
+)
 from launcher.model.layers import decoder_layers
 from launcher.model.load import Weights
 from launcher.strategy import Strategy
@@ -81,12 +86,11 @@ def trace(
     `min_layers`: at least that many. `wider_rows`: another step of one micro-batch has that many
     rows. Raises UserError for a run that cannot be planned.
     """
-    config, prefetched = without_prefetch(config)
     precision = precision_of(config.precision)
     with patched_deepspeed(config):
         model = fake_model(config)
         reads_all = load_and_save.reads_whole_model(config, model)
-        is_kept = keeps_all_gathered(model, config)
+        most, config = most_gathered(model, config), without_prefetch(config)
         all_layers, used = cut_layers(model, config, more, min_layers)
         layers = decoder_layers(model)  # FSDP2 will change their class
         strategy, tracker = new_strategy(config, rank_info), WorkTracker()
@@ -96,19 +100,15 @@ def trace(
             config, assembled = build_assembled(config, model, weights, lambda: strategy, rank_info)
             if config.strategy.steps_on_cpu or config.strategy.parameters_on_cpu:
                 tracker.exclude_host_tensors(strategy.host_tensors)
-            amounts, wider = _train(config, assembled, layers, rank_info, tracker, wider_rows)
             sizes = _sizes(assembled, precision.compute)
+            if most:
+                ahead = gathered_ahead(strategy.model, most, sizes["working"] / sizes["elements"])
+                tracker.ahead = lambda: 0 if _is_of_optimizer(tracker.phase) else ahead()
+            amounts, wider = _train(config, assembled, layers, rank_info, tracker, wider_rows)
     sizes["loading"] = load_and_save.whole_model_bytes(config, model) if reads_all else 0
     sizes["layers"] = used
-    extra = 0 if is_kept else prefetched * precision.compute.itemsize
-    found = [_with_prefetched(each | sizes, extra) if each else {} for each in (amounts, wider)]
+    found = [each | sizes if each else {} for each in (amounts, wider)]
     return Trace(layers=used, all_layers=all_layers, amounts=found[0], wider=found[1])
-
-
-def _with_prefetched(amounts: Amounts, extra: int) -> Amounts:
-    """`amounts` with `extra` bytes of weights that are gathered before they are used."""
-    added = {k: v + extra for k, v in amounts.items() if _is_peak(k) and not _is_of_optimizer(k)}
-    return amounts | added
 
 
 def cut_layers(model: nn.Module, config: Config, more: int, min_layers: int) -> tuple[int, int]:

@@ -5,13 +5,16 @@ used before its next use, in the backward (partitioned_param_coordinator.py). Be
 the layers behind it, and the head, each of them twice. So the last layers of a model stay gathered,
 or all of them if it is small enough; further layers in front change nothing.
 
-It gathers `strategy.prefetch_bucket_size` elements ahead. How many that are depends on where a
-bucket ends: traces run without, and the bucket is added.
+With `strategy.prefetch_bucket_size` it gathers at least one weight ahead whenever a module is
+called, also one without weights, up to `stage3_max_live_parameters` elements: a lead that grows
+over several layers, more than a trace has. So traces run without, and count what would be gathered
+on top of what is.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -23,13 +26,35 @@ from launcher.config.schema.strategy import Zero3Config
 from launcher.model.layers import decoder_layers
 
 
-def without_prefetch(config: Config) -> tuple[Config, int]:
-    """`config` without zero3's prefetching, and the elements that it gathers ahead."""
+def without_prefetch(config: Config) -> Config:
+    """`config` without zero3's prefetching."""
     strategy = config.strategy
     if not isinstance(strategy, Zero3Config):
-        return config, 0
-    simple = dataclasses.replace(strategy, prefetch_bucket_size=0)
-    return dataclasses.replace(config, strategy=simple), strategy.prefetch_bucket_size
+        return config
+    return dataclasses.replace(
+        config, strategy=dataclasses.replace(strategy, prefetch_bucket_size=0)
+    )
+
+
+def most_gathered(model: nn.Module, config: Config) -> int:
+    """How many elements of `model` zero3 has gathered once it has prefetched as many as it may; 0
+    if it does not, or keeps all of them anyway."""
+    strategy = config.strategy
+    if not isinstance(strategy, Zero3Config) or not strategy.prefetch_bucket_size:
+        return 0
+    if keeps_all_gathered(model, config):
+        return 0
+    # It stops behind the weight that reaches the limit.
+    largest = max(each.numel() for each in decoder_layers(model)[-1].parameters())
+    return min(_elements(model), int(_settings(config).max_live_parameters) + largest)
+
+
+def gathered_ahead(engine: Any, most: int, itemsize: float) -> Callable[[], int]:
+    """Says how many bytes of weights would be gathered now, beside those that are: up to `most`
+    elements together. `engine`: DeepSpeed's. `itemsize`: bytes of an element, on average."""
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    gathered = "_PartitionedParameterCoordinator__n_available_params"
+    return lambda: round(max(0, most - getattr(coordinator, gathered)) * itemsize)
 
 
 def keeps_all_gathered(model: nn.Module, config: Config) -> bool:
@@ -53,11 +78,17 @@ def _reuse_distance(config: Config) -> int | None:
     """Elements; None if the strategy is not zero3."""
     if not isinstance(config.strategy, Zero3Config):
         return None
+    return int(_settings(config).max_reuse_distance)
+
+
+def _settings(config: Config) -> Any:
+    """DeepSpeed's own, with its defaults. The strategy must be zero3."""
+    assert isinstance(config.strategy, Zero3Config)
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     precision = PrecisionConfig(name="bf16")  # of no importance here
     zero = engine_config(config.strategy, config.training, precision, 1)["zero_optimization"]
-    return int(DeepSpeedZeroConfig(**zero).max_reuse_distance)
+    return DeepSpeedZeroConfig(**zero)
 
 
 def _elements(module: nn.Module) -> int:

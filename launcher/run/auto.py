@@ -35,6 +35,19 @@ class Device:
     is_gpu: bool
     has_bf16: bool  # a GPU that computes in it
     memory: int | None  # bytes: of the GPU, or the rank's share of the host's; None if unknown
+    in_use: int = 0  # of these, by other processes
+
+    @property
+    def free(self) -> int:
+        """Bytes that a rank can have; 0 if that is not known."""
+        return 0 if self.memory is None else self.memory - self.in_use
+
+
+def memory_in_use(total: int, free: int) -> int:
+    """Bytes of a GPU that other processes hold; 0 if they are no more than CUDA itself needs, for
+    which `USABLE` leaves room."""
+    used = total - free
+    return used if used > (1 - USABLE) * total else 0
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,14 @@ class Choice:
 
     config: Config
     lines: list[str]
+
+    def explain(self, problems: list[str]) -> list[str]:
+        """`problems` of the configuration, and the reason for each choice that they speak of:
+        nobody has typed it."""
+        said = " ".join(problem.partition("→")[0] for problem in problems)
+        chosen = {"precision": self.config.precision.name, "strategy": self.config.strategy.name}
+        named = tuple(f"{key}=auto: " for key, name in chosen.items() if f"{key}={name}" in said)
+        return [*problems, *(line for line in self.lines if line.startswith(named))]
 
 
 def is_open(config: Config) -> bool:
@@ -107,52 +128,69 @@ def _choose_strategy(
     model: Path | None,
     resumed: Config | None,
 ) -> tuple[StrategyConfig, str]:
+    footprint = None if model is None else estimate(config, model)
+    fullest = min(devices, key=lambda device: device.free)
+    too_large = _excess(config, footprint, fullest)
     if resumed is not None:
         kept = dataclasses.replace(config, strategy=resumed.strategy)
         if not broken_rules(kept, world, WORLD_RULES):
-            return resumed.strategy, "the checkpoint was trained with it"
-    footprint = None if model is None else estimate(config, model)
-    memory = min((device.memory or 0 for device in devices), default=0)
+            is_whole = resumed.strategy.name in ("single", "ddp")
+            return resumed.strategy, f"the checkpoint was trained with it{too_large * is_whole}"
     if world.size == 1:
-        return _strategy("single"), f"there is one rank{_excess(footprint, memory)}"
+        return _strategy("single"), f"there is one rank{too_large}"
     if config.optimizer.name == "adafactor":
-        return _strategy("ddp"), "optimizer=adafactor needs complete tensors"
-    if footprint is None or not memory:
+        return _strategy("ddp"), f"optimizer=adafactor needs complete tensors{too_large}"
+    if footprint is None or not fullest.free:
         unknown = "the memory of a rank" if footprint else "the size of the model"
         return _strategy("fsdp"), f"{unknown} is not known"
-    text = f"{_size(footprint.complete())} of every rank's {_size(memory)}"
-    if footprint.complete() <= USABLE * memory:
-        return _strategy("ddp"), f"a complete train state needs about {text}"
-    return _choose_sharded(footprint, memory, world, text)
+    if not too_large:
+        needed = _size(footprint.complete())
+        return _strategy("ddp"), f"a complete train state needs about {needed} of {_room(fullest)}"
+    return _choose_sharded(config, footprint, fullest, world)
 
 
-def _excess(footprint: Footprint | None, memory: int) -> str:
-    """What to add if the only rank cannot hold the train state; empty if it can, or if that is not
-    known. `memory`: in bytes, 0 if unknown."""
-    if footprint is None or not memory or footprint.complete() <= USABLE * memory:
+def _room(device: Device) -> str:
+    """The memory of the rank that has the least of it, as text."""
+    text = f"every rank's {_size(device.memory or 0)}"
+    return f"{text}, {_size(device.in_use)} of them in use already" if device.in_use else text
+
+
+def _excess(config: Config, footprint: Footprint | None, device: Device) -> str:
+    """What to add if a rank cannot hold the complete train state; empty if it can, or if that is
+    not known."""
+    if footprint is None or not device.free or footprint.complete() <= USABLE * device.free:
         return ""
     return (
-        f", although the train state needs about {_size(footprint.complete())} of its "
-        f"{_size(memory)} → strategy=fsdp_offload, method=qlora or more ranks"
+        f", although a complete train state needs about {_size(footprint.complete())} of "
+        f"{_room(device)}{_ways_out(config)}"
     )
 
 
 def _choose_sharded(
-    footprint: Footprint, memory: int, world: World, text: str
+    config: Config, footprint: Footprint, device: Device, world: World
 ) -> tuple[StrategyConfig, str]:
-    too_large = f"a complete train state needs about {text}"
+    needed, usable = _size(footprint.complete()), USABLE * device.free
+    too_large = f"a complete train state needs about {needed} of {_room(device)}"
     per_node = world.nproc_per_node
     node = footprint.sharded(per_node)
-    if world.nodes > 1 and per_node > 1 and node <= USABLE * memory:
+    if world.nodes > 1 and per_node > 1 and node <= usable:
         return _strategy("hsdp"), f"{too_large}; divided by the ranks of a node, {_size(node)}"
     divided = footprint.sharded(world.size)
     reason = f"{too_large}; divided by {world.size} ranks, {_size(divided)}"
-    if divided > USABLE * memory:
-        reason += (
-            ", which may not fit → training.activation_checkpointing=full, "
-            "strategy=fsdp_offload or more ranks; shardway plan is exact"
-        )
+    if divided > usable:
+        reason += f", which may not fit{_ways_out(config)}; shardway plan is exact"
     return _strategy("fsdp"), reason
+
+
+def _ways_out(config: Config) -> str:
+    """The overrides that need less memory and are not set yet, as text."""
+    recomputes = config.training.activation_checkpointing == "full"
+    overrides = {
+        "training.activation_checkpointing=full": not recomputes,
+        "method=qlora": config.method.name != "qlora",
+        "strategy=fsdp_offload": config.optimizer.name not in ("adafactor", "adamw_paged"),
+    }
+    return f" → {', '.join([k for k, helps in overrides.items() if helps])} or more ranks"
 
 
 def _size(size: int) -> str:
@@ -165,9 +203,9 @@ def warn_about_fp32(config: Config, gpu: Device) -> str | None:
         return None
     faster = "bf16" if gpu.has_bf16 else "fp16"
     return (
-        "slow: precision=fp32 on a GPU uses no tensor cores (67 instead of 989 TFLOP/s on an H100) "
-        "and, for models with grouped heads, an attention kernel whose memory grows with the "
-        f"square of the length → precision={faster}, or training.tf32=true"
+        "slow: precision=fp32 on a GPU uses no tensor cores (67 instead of 989 TFLOP/s by the data "
+        "sheet of an H100) and, for models with grouped heads, an attention kernel whose memory "
+        f"grows with the square of the length → precision={faster}, or training.tf32=true"
     )
 
 

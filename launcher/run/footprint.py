@@ -82,13 +82,16 @@ def estimate(config: Config, folder: Path) -> Footprint | None:
         frozen = _frozen_bytes(config, shapes, total, trained, compute)
     # Master weight, gradient (summed in the master's dtype) and moments.
     shared = frozen + trained * (2 * master + _moments(config, master))
-    layers = _bytes_of_largest_layer(shapes, compute)
+    layer = _bytes_of_largest_layer(shapes, compute)
+    # A layer computes while the next is gathered. What arrives is copied once more, which shows in
+    # the peak if layers are large beside their activations: those with experts.
+    gathered_layers = 3 if any(_is_expert(name, shape) for name, shape in shapes.items()) else 2
     head = dims.vocabulary * dims.width * compute
     return Footprint(
         replica=math.ceil(shared + trained * compute),
         shared=math.ceil(shared),
-        # A layer computes while the next is gathered; the head stays from forward to backward.
-        gathered=math.ceil(2 * layers + head),
+        # The head stays from forward to backward.
+        gathered=math.ceil(gathered_layers * layer + head),
         working=_working_bytes(config, dims, compute),
     )
 

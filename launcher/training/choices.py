@@ -59,7 +59,9 @@ def device_of(rank_info: RankInfo) -> Device:
         return Device("CPU", False, False, usable_memory() // rank_info.local_world_size)
     found = torch.cuda.get_device_properties(rank_info.device)
     has_bf16 = found.major >= auto.BF16_CAPABILITY or torch.version.hip is not None
-    return Device(found.name, True, has_bf16, found.total_memory)
+    free, total = torch.cuda.mem_get_info(rank_info.device)
+    in_use = auto.memory_in_use(total, free)
+    return Device(found.name, True, has_bf16, found.total_memory, in_use)
 
 
 def _agree(
@@ -95,7 +97,7 @@ def _choose(run: RunDir, config: Config, devices: list[Device], rank_info: RankI
     choice = auto.choose(config, devices, world, folder, resume.resumed_config(config, run))
     rules = tuple(rule for rule in RULES if not rule.broken(config, world))
     if problems := broken_rules(choice.config, world, rules):
-        raise ConfigError(problems)
+        raise ConfigError(choice.explain(problems))
     return choice
 
 

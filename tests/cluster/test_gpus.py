@@ -22,6 +22,7 @@ class Driver:
 
     def __init__(self, machine: dict[str, list[str]]) -> None:
         self.machine = machine
+        self.in_use = GIB // 2  # of each GPU, by the driver itself
 
     def nvmlInit(self) -> None:
         if not self.machine:
@@ -60,19 +61,25 @@ class Driver:
         return (7, 5) if handle.startswith("GPU-bb") else (9, 0)
 
     def nvmlDeviceGetMemoryInfo(self, handle: str) -> SimpleNamespace:
-        return SimpleNamespace(total=80 * GIB if handle.startswith("GPU-") else 10 * GIB)
+        total = 80 * GIB if handle.startswith("GPU-") else 10 * GIB
+        return SimpleNamespace(total=total, free=total - self.in_use)
 
 
 PLAIN: dict[str, list[str]] = {"GPU-aa11": [], "GPU-aa22": [], "GPU-bb33": []}
 MIG = {"GPU-aa11": [], "GPU-aa22": ["MIG-c1", "MIG-c2"]}
 
 
-def on(monkeypatch: pytest.MonkeyPatch, machine: dict[str, list[str]], listed: str | None) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", Driver(machine))  # type: ignore[arg-type]
+def on(
+    monkeypatch: pytest.MonkeyPatch, machine: dict[str, list[str]], listed: str | None
+) -> Driver:
+    """From now on this is that machine. Returns its driver."""
+    monkeypatch.setitem(sys.modules, "pynvml", driver := Driver(machine))  # type: ignore[arg-type]
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
     if listed is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    return driver
 
 
 LISTED = [
@@ -143,3 +150,35 @@ def test_a_device_says_what_it_computes_in(
     assert gpus.visible_devices() == [], "without a driver nothing is known"
     on(monkeypatch, PLAIN, "")
     assert gpus.visible_devices() == []
+
+
+def test_memory_that_others_hold_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = on(monkeypatch, PLAIN, "0")
+    assert [each.free for each in gpus.visible_devices()] == [80 * GIB], "CUDA itself is no other"
+    driver.in_use = 60 * GIB
+    assert [each.free for each in gpus.visible_devices()] == [20 * GIB]
+
+
+ALIKE: dict[str, list[str]] = {"GPU-aa11": [], "GPU-aa22": []}
+
+
+@pytest.mark.parametrize(
+    ("machine", "listed", "order", "count", "names"),
+    [
+        (ALIKE, None, None, 1, ["GPU-aa11"]),
+        (PLAIN, None, None, 3, ["GPU-aa11", "GPU-aa22", "GPU-bb33"]),  # all, in any order
+        (PLAIN, None, None, 2, []),  # which of the three CUDA calls 0 and 1 is not known
+        (PLAIN, "0,1", "FASTEST_FIRST", 2, []),
+        (PLAIN, "0,1", "PCI_BUS_ID", 2, ["GPU-aa11", "GPU-aa22"]),
+        (PLAIN, "GPU-bb33,GPU-aa11", None, 2, ["GPU-bb33", "GPU-aa11"]),
+    ],
+)
+def test_the_gpus_of_ranks_are_known_if_their_numbers_are_the_drivers(
+    monkeypatch: pytest.MonkeyPatch, machine: dict[str, list[str]], listed: str | None,
+    order: str | None, count: int, names: list[str],
+) -> None:  # fmt: skip
+    on(monkeypatch, machine, listed)
+    if order is not None:
+        monkeypatch.setenv("CUDA_DEVICE_ORDER", order)
+    found = [device.name for device in gpus.devices_of_ranks(count)]
+    assert found == [f"the {name}" for name in names]

@@ -332,6 +332,15 @@ def test_a_search_needs_a_known_gpu(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--network", "--show"])
+def test_options_of_a_search_are_refused_without_one(
+    option: str, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert typed(monkeypatch, f"model.name_or_path={tiny}", option, "100") == 2
+    assert f"{option} 100" in (said := capsys.readouterr().err)
+    assert "→ add --search" in said
+
+
 def test_gpus_have_names_of_their_own() -> None:
     assert len({spec.name.lower() for spec in GPUS}) == len(GPUS)
     assert spec_named("a100").bandwidth == 2039

@@ -17,7 +17,7 @@ from launcher.config.rules.rule import World
 from launcher.memory import load_and_save, zero3
 from launcher.memory.dry_run import fake_model
 from launcher.memory.estimate import Amounts, Estimate, Trace
-from launcher.memory.planning import Memory, plannable_world
+from launcher.memory.planning import Memory, plan_run, plannable_world
 from launcher.memory.roofline import step_time
 from launcher.memory.search import Search
 from launcher.memory.trace import cut_layers, repetition
@@ -50,7 +50,9 @@ def config(folder: Path, model: str = "llama", **changes: dict[str, Any]) -> Con
         "precision": {"name": "bf16"},
         "cluster": {"nproc_per_node": RANKS},
     }
-    return store.build(composed_raw(**sections, **changes))
+    for name, values in changes.items():
+        sections[name] = {**sections.get(name, {}), **values}
+    return store.build(composed_raw(**sections))
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +165,9 @@ def test_a_search_reports_rules_that_refuse_everything(tmp_path: Path, tracers: 
     asked = config(tmp_path, method={"name": "lora", "dora": True, "pissa": True})
     with pytest.raises(store.ConfigError, match="pissa-without-dora"):
         search_of(asked, tracers, "strategy").run(H100)
+    with pytest.raises(store.ConfigError, match="pissa-without-dora") as refused:
+        search_of(asked, tracers).run(H100)
+    assert "single-is-one-rank" not in str(refused.value), "nobody has typed strategy=single"
 
 
 @pytest.mark.parametrize(
@@ -187,11 +192,41 @@ def test_zero3_keeps_the_layers_that_are_used_again_soon(
     assert zero3.layers_kept_gathered(built, asked) == kept
     assert zero3.keeps_all_gathered(built, asked) is keeps_all
     assert cut_layers(built, asked, more=0, min_layers=1) == (LAYERS, max(3, 2 + kept))
-    simple, elements = zero3.without_prefetch(asked)
-    assert (simple.strategy.prefetch_bucket_size, elements) == (0, 50_000_000)  # type: ignore[attr-defined]
+    assert zero3.without_prefetch(asked).strategy.prefetch_bucket_size == 0  # type: ignore[attr-defined]
     other = dataclasses.replace(asked, strategy=config(tmp_path).strategy)
-    assert zero3.without_prefetch(other) == (other, 0)
+    assert zero3.without_prefetch(other) == other
     assert zero3.layers_kept_gathered(fake_model(other), other) == 0
+
+
+@pytest.mark.parametrize(
+    ("bucket", "live", "distance", "most"),
+    [
+        (1, 500_000, 0, 500_000 + 128 * 352),  # up to the limit, and the weight that reaches it
+        (1, 10**9, 0, 7 * 184_576 + 2 * 128_000 + 128),  # the whole model
+        (0, 500_000, 0, 0),
+        (1, 500_000, 10**9, 0),  # it keeps everything
+    ],
+)
+def test_zero3_gathers_ahead_up_to_a_limit(
+    bucket: int, live: int, distance: int, most: int, tmp_path: Path
+) -> None:
+    limits = {"stage3_max_live_parameters": live, "stage3_max_reuse_distance": distance}
+    zero = {"name": "zero3", "prefetch_bucket_size": bucket, "extra": {"zero_optimization": limits}}
+    asked = config(tmp_path, strategy=zero)
+    assert zero3.most_gathered(fake_model(asked), asked) == most
+
+
+@pytest.mark.whole
+def test_a_search_counts_what_zero3_gathers_ahead(tracers: Tracers, tmp_path: Path) -> None:
+    """A third of the weights, with a first step that records their order."""
+    limits = {"stage3_max_live_parameters": 500_000, "stage3_max_reuse_distance": 300_000}
+    zero = {"name": "zero3", "persistence_threshold": 0, "extra": {"zero_optimization": limits}}
+    recomputed = {"activation_checkpointing": "full", "micro_batch_size": 1}
+    asked = config(tmp_path, method={"name": "full"}, strategy=zero, data={"max_length": 32},
+                   training=recomputed)  # fmt: skip
+    typed = ("strategy", "precision", *(f"training.{key}" for key in recomputed))
+    (found,) = search_of(asked, tracers, *typed).run(H100)
+    assert found.peak == pytest.approx(plan_run(asked).peak, rel=0.03)
 
 
 def test_layers_are_cut_behind_those_that_differ(tmp_path: Path) -> None:

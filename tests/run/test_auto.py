@@ -101,7 +101,7 @@ def test_the_strategy_is_the_first_that_fits(
         (LONG, 80 * GB, ""),
         (LONG, None, ""),
         ({**FULL, "optimizer": {"name": "adafactor"}}, None, ""),
-        (FULL, 80 * GB, ", although the train state needs about "),  # nothing else is better
+        (FULL, 80 * GB, ", although a complete train state needs about "),  # nothing else is better
     ],
 )
 def test_one_rank_trains_alone(
@@ -140,8 +140,38 @@ def test_a_resumed_run_keeps_the_choices_of_its_checkpoint(llama: Path) -> None:
     assert (choice.config.strategy, choice.config.precision) == (
         trained.strategy, trained.precision,
     )  # fmt: skip
+    copied = store.build(composed_raw(strategy={"name": "ddp"}, precision={"name": "bf16"}))
+    _, kept, lines = choose(config_of(**FULL), H100, llama, resumed=copied)
+    assert kept == "ddp", "kept, and said that it may not fit here"
+    said = "because the checkpoint was trained with it, although a complete train state needs"
+    assert said in lines[1]
     alone = store.build(composed_raw(strategy={"name": "single"}))
     assert choose(config_of(), H100, llama, resumed=alone)[1] == "ddp", "single has one rank"
+
+
+@pytest.mark.parametrize(
+    ("sections", "ranks", "ways_out"),
+    [
+        (FULL, 1, "training.activation_checkpointing=full, method=qlora, strategy=fsdp_offload or"),
+        (RECOMPUTED, 8, "method=qlora, strategy=fsdp_offload or more ranks; shardway plan"),
+        ({**RECOMPUTED, "method": {"name": "qlora"}}, 8, "strategy=fsdp_offload or more ranks;"),
+        ({**RECOMPUTED, "optimizer": {"name": "adafactor"}}, 8, "method=qlora or more ranks"),
+    ],
+)
+def test_ways_out_are_those_that_are_not_taken_yet(
+    llama: Path, sections: dict[str, Any], ranks: int, ways_out: str
+) -> None:
+    small = dataclasses.replace(H100, memory=4 * GB)
+    assert f" → {ways_out}" in choose(config_of(**sections), small, llama, ranks=ranks)[2][1]
+
+
+def test_a_refusal_explains_what_nobody_has_typed(llama: Path) -> None:
+    config, world = config_of(training={"loss": "liger"}), World(1, 2, Machine(gpus=2, liger=True))
+    choice = auto.choose(config, [V100] * 2, world, llama, None)
+    problems = broken_rules(choice.config, world, RULES)
+    (refused,) = [each for each in problems if "precision=fp16" in each]
+    assert choice.explain([refused]) == [refused, choice.lines[0]]
+    assert choice.explain(["data.path: no such file"]) == ["data.path: no such file"]
 
 
 def test_what_is_set_is_kept_and_gives_no_line(llama: Path) -> None:

@@ -79,6 +79,35 @@ def test_a_real_size_is_estimated_as_it_was_planned(
     assert BAND[0] < footprint.complete() / (gigabytes * 1e9) < BAND[1]
 
 
+EXPERTS = {
+    **SMALL, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
+SMALL_EXPERTS = {
+    **SMALL, "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+    "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48, "head_dim": 128,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 151936,
+}  # fmt: skip
+
+
+# Peaks of `shardway plan`, 2026-11-30: adapters on the shapes of Mixtral-8x7B and Qwen3-30B-A3B,
+# 4,096 tokens, recomputed, 8 ranks.
+@pytest.mark.parametrize(
+    ("described", "sharded", "complete"), [(EXPERTS, 23.26, 98.39), (SMALL_EXPERTS, 14.60, 68.63)]
+)
+def test_experts_are_estimated_as_they_were_planned(
+    tmp_path: Path, described: dict[str, Any], sharded: float, complete: float
+) -> None:
+    folder = model(tmp_path, described)
+    recomputed = {"activation_checkpointing": "full", "global_batch_size": 64}
+    asked = config_of(folder, data={"max_length": 4096}, training=recomputed)
+    footprint = estimate(asked, folder)
+    assert footprint is not None
+    assert BAND[0] < footprint.sharded(8) / (sharded * 1e9) < BAND[1]
+    assert BAND[0] < footprint.complete() / (complete * 1e9) < BAND[1]
+
+
 def test_shapes_come_from_the_files_where_they_are(tiny: Path) -> None:
     config = config_of(tiny, method={"name": "full"}, data={"max_length": 8})
     footprint = estimate(config, tiny)

@@ -89,7 +89,7 @@ def test_a_part_prints_what_it_found(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.whole
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_all_parts_run_on_a_cpu(tmp_path: Path) -> None:
     status, lines = script(tmp_path, "--cpu", PYTHON=sys.executable, PYTHONPATH=str(TOOLS.parent))
     assert status == 0

@@ -62,7 +62,7 @@ class TrainingConfig:
     tf32: bool = setting(
         False,
         "compute fp32 matrix products with 10-bit fractions (TF32) on NVIDIA GPUs since Ampere: "
-        "about 7 times as fast as fp32",
+        "7 times as fast as fp32 by the data sheet of an H100",
     )
     deterministic: bool = setting(
         False,
