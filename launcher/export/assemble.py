@@ -13,12 +13,12 @@ import torch
 from launcher.errors import UserError
 from launcher.export import names, quantized
 from launcher.export.assembled import Assembled, Config, Options, Tensors, naming_of
+from launcher.export.base_format import in_base_format
 from launcher.export.full_model import full_model
 from launcher.export.merge import Adapter, Merged, merge, read_adapter, split_adapters
 from launcher.export.merge.edits import same_values
 from launcher.export.merge.initial_factors import without_initial
 from launcher.export.merge.ties import find_embedding_pair
-from launcher.export.quantized.base_format import in_base_format
 from launcher.export.sharded_adapter import (
     FrozenBase,
     adapter_only_result,

@@ -15,8 +15,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from launcher.errors import UserError
 from launcher.export.assembled import Assembled
+from launcher.export.base_format import in_base_format
 from launcher.export.quantized import dequantize_tensors
-from launcher.export.quantized.base_format import in_base_format
 from launcher.io.readers.safetensors_file import read_header
 from launcher.io.tensor import Tensor, in_memory
 from tests.export.test_released_formats import (

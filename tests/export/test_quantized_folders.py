@@ -174,7 +174,7 @@ def test_a_killed_export_of_an_fp8_folder_is_resumed(
 
     words = (deepseek, "--max-shard-size", "20KB", "--workers", "1", "--output")
     consolidate(*words, tmp_path / "whole")
-    original, calls = write._write_file, []
+    original, calls = write._fill, []
 
     def fail_late(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -182,10 +182,10 @@ def test_a_killed_export_of_an_fp8_folder_is_resumed(
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(write, "_write_file", fail_late)
+    monkeypatch.setattr(write, "_fill", fail_late)
     with pytest.raises(KeyboardInterrupt):
         consolidate(*words, tmp_path / "out")
-    monkeypatch.setattr(write, "_write_file", original)
+    monkeypatch.setattr(write, "_fill", original)
     consolidate(*words, tmp_path / "out", "--resume")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
