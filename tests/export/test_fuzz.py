@@ -15,22 +15,15 @@ import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from launcher.folders import manifest
 from launcher.folders.checkpoint import MANIFEST
 from launcher.model.tiny import make_tiny
 from tests.helpers.exports import make_adapter
-from tests.helpers.sharded import VOCAB, Trained, save_zero, to_universal
+from tests.helpers.sharded import Trained, save_zero, to_universal
 
 COUNT = 600
-
-
-def tiny_config() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=50, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +46,13 @@ def seeds(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     _as_pickle(root / "adapter_bin" / "adapter_model.safetensors")
     for stage in (2, 3):
         folder = root.parent / f"zero{stage}"
-        ranks.run(2, save_zero, folder / "zero", Trained(stage))
+        ranks.run(2, save_zero, folder / "zero", Trained(stage, base=root / "base"))
         shutil.copytree(folder / "zero", root / f"zero{stage}")
         if stage == 2:
             to_universal(folder)
             shutil.copytree(folder / "universal", root / "universal")
     for name in ("zero2", "zero3", "universal"):
-        tiny_config().save_pretrained(root / name)
+        shutil.copy(root / "base" / "config.json", root / name)
     return root
 
 
