@@ -36,7 +36,8 @@ def make_run(path: Path) -> RunDir:
     run = RunDir(path)
     run.logs.mkdir(parents=True)
     run.checkpoints.mkdir()
-    run.config.write_text(store.dump(composed("training.max_steps=9")))
+    chosen = ("precision=fp32", "strategy=single")  # a run freezes what auto became
+    run.config.write_text(store.dump(composed("training.max_steps=9", *chosen)))
     run.metrics.write_text(json.dumps(LINE) + "\n")
     manifest.write_json(run.status, {"state": "finished", "exit_code": 0})
     run.console.write_text("hello\n")
