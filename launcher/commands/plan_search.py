@@ -73,13 +73,14 @@ def format_found(found: list[FoundRun], limit: int, memory: int, gpus: str) -> s
             f"nothing fits into {size} of {gpus}: more ranks, a smaller data.max_length, "
             "method=lora or method=qlora"
         )
+    count = "1 configuration fits" if len(found) == 1 else f"{len(found)} configurations fit"
     lines = [
-        f"{len(found)} configurations fit into {size}; speeds are estimates for {gpus}",
+        f"{count} into {size}; speeds are estimates for {gpus}",
         "  tokens/s  peak GB  host GB         to type",
     ]
     for run in found[:limit]:
         peak, host = run.peak / UNITS["GB"], run.host / UNITS["GB"]
-        words = " ".join(run.overrides)
+        words = " ".join(run.overrides) or "(nothing more)"
         lines.append(
             f"{run.tokens_per_second:10,.0f} {peak:8,.2f} {host:8,.2f}  {run.verdict:<5}  {words}"
         )

@@ -23,6 +23,7 @@ from launcher.errors import UserError
 aten = torch.ops.aten
 # Other tensor types, such as DTensor, consist of tensors of these types.
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+DEVICE_OF = torch.ops.prim.device.default
 HostTensors = Callable[[], Iterable[torch.Tensor]]
 
 
@@ -43,9 +44,15 @@ class MemTracker(TorchDispatchMode):
         self._host_tensors: HostTensors = tuple
         self._host_sizes: dict[int, int] = {}  # the same in host memory, when last asked for
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and skipping it costs a tenth of a dry run
+
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if func is DEVICE_OF and _is_outside_of_kernels(args[0]):
+            return args[0].fake_device  # more than half of all calls: do not ask the other modes
         if not all(tensor_type in PLAIN_TYPES for tensor_type in types):
             return NotImplemented  # called again for the operations on the plain tensors
         result = func(*args, **(kwargs or {}))
@@ -113,6 +120,11 @@ class MemTracker(TorchDispatchMode):
             self.peaks[self.phase] = max(highest, now - self.host_bytes())
 
 
+def _is_outside_of_kernels(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is fake, and no kernel runs on it, for which it is on meta."""
+    return isinstance(tensor, FakeTensor) and not tensor.fake_mode.in_kernel_invocation
+
+
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     """The bytes of the storages of `tensors`, each storage once."""
     return sum(_storage_sizes(tensors).values())
@@ -132,6 +144,10 @@ class FakeTensors(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         # The converter's weak references to parameters would make torch.utils.swap_tensors fail.
         self.fake_tensor_converter.set_tensor_memo = lambda *_: None  # type: ignore[method-assign]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as MemTracker
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None

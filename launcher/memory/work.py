@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from launcher.memory.mem_tracker import MemTracker
+from launcher.memory.mem_tracker import DEVICE_OF, MemTracker
 
 aten = torch.ops.aten
 # Operation → position of the left factor among its arguments; the right factor follows it.
@@ -48,6 +48,8 @@ class WorkTracker(MemTracker):
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if func is DEVICE_OF:
+            return super().__torch_dispatch__(func, types, args, kwargs)
         written = self.written
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if result is not NotImplemented:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,3 +116,12 @@ def test_a_rank_on_cpu_has_its_share_of_the_host() -> None:
     assert not alone.is_gpu
     assert alone.memory is not None
     assert shared.memory == alone.memory // 4
+
+
+def test_a_rank_says_what_others_use_of_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    described = SimpleNamespace(name="A100", major=8, total_memory=80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: described)
+    rank = RankInfo(0, 0, 1, 1, torch.device("cuda", 0))
+    for free, in_use in ((79 * 10**9, 0), (20 * 10**9, 60 * 10**9)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, f=free: (f, 80 * 10**9))
+        assert choices.device_of(rank) == Device("A100", True, True, 80 * 10**9, in_use)
