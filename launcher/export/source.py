@@ -23,7 +23,7 @@ from launcher.folders.checkpoint import (
 from launcher.folders.kind import SHARDED, Kind, is_run, kinds_of
 from launcher.folders.model import CONFIG, whole_model_folder
 from launcher.folders.run import RunDir
-from launcher.folders.unknown_source import check_folder, refusal
+from launcher.folders.unknown_source import check_folder, explain, refusal
 from launcher.io.new_tokens import extend
 from launcher.io.readers import dcp, dcp_safetensors, universal, zero
 from launcher.io.readers.found import FoundModel
@@ -283,5 +283,6 @@ def _find_base(base: str | None, recorded: str | None, revision: str | None) -> 
         raise UserError("the adapter does not name its base model; add --base FOLDER")
     folder = whole_model_folder(name, None if base else revision)
     if not (folder / CONFIG).is_file():
-        raise UserError(f"the base model {name} does not exist; name its folder with --base FOLDER")
+        reason = explain(folder) if folder.is_dir() else "does not exist"
+        raise UserError(f"the base model {name} {reason}; name its folder with --base FOLDER")
     return folder
