@@ -11,6 +11,7 @@ from launcher.errors import UserError
 from launcher.folders.adapter import SETTINGS, read_settings
 from launcher.folders.kind import Kind, kinds_of
 from launcher.folders.model import CONFIG, whole_model_folder
+from launcher.folders.unknown_source import explain
 
 INITIAL = ("*_init", "init*")  # folders of adapters that were saved before training
 
@@ -104,7 +105,6 @@ def _is_adapter(folder: Path) -> bool:
 
 def _checked(folder: Path) -> Path:
     if not (folder / CONFIG).is_file():
-        raise UserError(
-            f"the base model {folder} does not exist; name its folder with --base FOLDER"
-        )
+        reason = explain(folder) if folder.is_dir() else "does not exist"
+        raise UserError(f"the base model {folder} {reason}; name its folder with --base FOLDER")
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,40 +19,55 @@ OWN_CODE = "auto_map"  # in a config: classes that are in Python files of the fo
 
 
 def open_small_files(folder: Path) -> tuple[str, ...]:
-    """Notes: what was opened, and what was not because it needs the folder's own code. With a
-    model_type that transformers does not have, config and tokenizer are not opened.
+    """Notes: what was opened, and what needs the folder's own code, or a library, and was not.
+    With a model_type that transformers does not have, config and tokenizer are not opened.
 
     Raises UserError for a file that does not load, or a Python file that is named and missing.
     """
+    opened, notes = [], []
+    for name, opener in _openers(folder).items():
+        label, classes = LABELS.get(name, name), _own_classes(folder / name)
+        _check_code(folder, name, classes)
+        try:
+            opener(folder)
+            opened.append(label)
+        except Exception as error:  # each class raises its own errors
+            if not classes and not isinstance(error, ImportError):
+                raise UserError(
+                    f"{folder}: {label} does not load in {_library()}: {_one_line(error)} → the "
+                    "files as the base has them"
+                ) from error
+            reason = f"it needs code of {folder}" if classes else _one_line(error)
+            notes.append(f"{label} was not opened: {reason}")
+    return (*notes, f"{', '.join(opened)} load") if opened else tuple(notes)
+
+
+def _openers(folder: Path) -> dict[str, Callable[[Path], Any]]:
+    """Name of a small file that is there → what opens it, by its folder."""
     import transformers
 
+    own = {"trust_remote_code": False}
     openers: dict[str, Callable[[Path], Any]] = {
-        CONFIG: transformers.AutoConfig.from_pretrained,
+        CONFIG: partial(transformers.AutoConfig.from_pretrained, **own),
         ADAPTER: _open_adapter_config,
-        TOKENIZER: transformers.AutoTokenizer.from_pretrained,
+        TOKENIZER: partial(transformers.AutoTokenizer.from_pretrained, **own),
         GENERATION_CONFIG: transformers.GenerationConfig.from_pretrained,
     }
     present = {name for name in openers if (folder / name).is_file()}
     present |= {TOKENIZER} if has_vocabulary(folder) else set()
     if CONFIG in present and not _is_known(folder / CONFIG):
         present -= {CONFIG, TOKENIZER}
-    openers = {name: opener for name, opener in openers.items() if name in present}
-    code = {name: classes for name in openers if (classes := _own_classes(folder / name))}
-    for name, classes in code.items():
-        _check_code(folder, name, classes)
-    notes = [f"{LABELS.get(name, name)} was not opened: it needs code of {folder}" for name in code]
-    opened = [name for name in openers if name not in code]
-    for name in opened:
-        try:
-            openers[name](folder)
-        except Exception as error:  # each class raises its own errors
-            raise UserError(
-                f"{folder}: {LABELS.get(name, name)} does not load in transformers "
-                f"{transformers.__version__}: {' '.join(str(error).split())[:300]} → the files as "
-                "the base has them"
-            ) from error
-    listed = ", ".join(LABELS.get(name, name) for name in opened)
-    return (*notes, f"{listed} load") if opened else tuple(notes)
+    return {name: opener for name, opener in openers.items() if name in present}
+
+
+def _library() -> str:
+    import transformers
+
+    return f"transformers {transformers.__version__}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _open_adapter_config(folder: Path) -> Any:

@@ -72,7 +72,8 @@ def model_folder(
     if not is_hub_id(name_or_path):
         return Path(name_or_path)
     allowed = [*patterns, *["*.py"] * include_code]
-    return _download(name_or_path, revision, allowed, None)
+    named = f"model.name_or_path={name_or_path}"
+    return _download(name_or_path, revision, allowed, None, named)
 
 
 def whole_model_folder(name_or_path: str, revision: str | None) -> Path:
@@ -80,17 +81,26 @@ def whole_model_folder(name_or_path: str, revision: str | None) -> Path:
     safetensors, or else in torch files."""
     if not is_hub_id(name_or_path):
         return Path(name_or_path)
+    named = f"the base model {name_or_path}"
     others = [pattern for pattern in WEIGHT_FILES if pattern != "*.safetensors"]
-    folder = _download(name_or_path, revision, None, [*others, "consolidated*.safetensors"])
+    ignored = [*others, "consolidated*.safetensors"]
+    folder = _download(name_or_path, revision, None, ignored, named)
     if any(folder.glob("*.safetensors")):
         return folder
-    return _download(name_or_path, revision, [*TORCH_PATTERNS], None)
+    return _download(name_or_path, revision, [*TORCH_PATTERNS], None, named)
 
 
 def _download(
-    name_or_path: str, revision: str | None, allowed: list[str] | None, ignored: list[str] | None
+    name_or_path: str,
+    revision: str | None,
+    allowed: list[str] | None,
+    ignored: list[str] | None,
+    named: str,
 ) -> Path:
-    """The snapshot of a hub id, with the files of these patterns. Raises UserError."""
+    """The snapshot of a hub id, with the files of these patterns.
+
+    `named`: the setting, for the message. Raises UserError.
+    """
     from huggingface_hub import snapshot_download  # not needed for a local folder
 
     try:
@@ -102,8 +112,7 @@ def _download(
         Exception
     ) as error:  # the hub client raises a dozen types, all with the same meaning here
         raise UserError(
-            f"model.name_or_path={name_or_path} could not be downloaded from the hub: {error}. "
-            "Use a local folder instead"
+            f"{named} could not be downloaded from the hub: {error} → a local folder in its place"
         ) from error
 
 
@@ -115,10 +124,15 @@ def is_weights_file(name: str) -> bool:
 def single_weights_file(folder: Path) -> Path:
     """The weights of a folder without an index: `model.safetensors`, or its only file.
 
-    Raises UserError if there are several.
+    Raises UserError if there is none, or if there are several.
     """
     files = sorted(folder.glob("*.safetensors"))
     default = folder / WEIGHTS
+    if not files:
+        raise UserError(
+            f"{folder} contains no weights in safetensors → if it has them in torch files (.bin), "
+            f"shardway consolidate {folder} --output DIR writes them in safetensors"
+        )
     if default in files or len(files) == 1:
         file = default if default in files else files[0]
         if (part := PART.search(file.name)) and int(part[1]) > 1:

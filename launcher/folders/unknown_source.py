@@ -107,6 +107,8 @@ def _explain_names(folder: Path, names: list[str]) -> str:
             f"contains {found[0]}, and it is not known what is in a torch file of this name → if "
             f"it is the model's state dict, name it pytorch_model.bin, beside the model's {CONFIG}"
         )
+    if ADAPTER in names:
+        return "is an adapter → the model that it was trained on"
     if found := [name for name in weights if matches(name, ADAPTER_FILES)]:
         return f"contains {found[0]} and no {ADAPTER} → the {ADAPTER} of the adapter beside it"
     if weights and not (folder / CONFIG).exists():

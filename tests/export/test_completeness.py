@@ -90,6 +90,19 @@ def test_verify_opens_the_small_files_as_a_user_does(
         verify(export)
 
 
+def test_what_needs_own_code_is_opened_if_transformers_has_the_class(
+    folder: Path, tmp_path: Path
+) -> None:
+    (folder / "mine.py").write_text("raise SystemExit('code of the folder was run')")
+    edit(folder / CONFIG, auto_map={"AutoConfig": "mine.Config", "AutoModel": "mine.Model"})
+    edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["mine.Slow", None]})
+    edit(folder / "tokenizer_config.json", tokenizer_class="MineTokenizer")
+    consolidate(folder, "--output", tmp_path / "export")
+    said = verify(tmp_path / "export")
+    assert "config.json, " in said
+    assert "the tokenizer was not opened: it needs code of" in said or "the tokenizer, " in said
+
+
 def test_an_extracted_adapter_is_opened_by_peft(adapter: Path, tmp_path: Path) -> None:
     export = tmp_path / "export"
     consolidate(adapter, "--adapter-only", "--output", export)

@@ -205,3 +205,20 @@ def test_an_output_that_cannot_be_made_is_refused_at_the_start(
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
     with pytest.raises(UserError, match=rf"{tmp_path} is not writable for this user →"):
         check_target(plan_of(tiny), tmp_path / "out", WriteOptions())
+
+
+def test_a_base_that_is_no_model_is_described(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = fill(tmp_path / "base", ("a.gguf",))
+    with pytest.raises(UserError, match=r"the base model .*/base contains a\.gguf: weights for"):
+        find_source(adapter, base=str(folder))
+    with pytest.raises(UserError, match=r"the base model .* is an adapter → the model that it was"):
+        find_source(adapter, base=str(adapter))
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(UserError, match=r"base model a/b could not be .*: no network → a local fo"):
+        find_source(adapter, base="a/b")
