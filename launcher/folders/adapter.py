@@ -95,11 +95,16 @@ FIELDS: dict[str, Field] = {
     ),
 }
 
+# Those of the other methods of PEFT: the same names may have other meanings in them.
+OTHER_KINDS = {name: FIELDS[name] for name in ("peft_type", "revision", "task_type")}
+
 
 def read_settings(file: Path) -> dict[str, Any]:
     """The settings in an adapter_config.json. Raises UserError if one is of another type."""
     settings = read_object(file)
-    check_fields(file, settings, FIELDS)
+    peft_type = settings.get("peft_type")
+    is_other = isinstance(peft_type, str) and peft_type != "LORA"
+    check_fields(file, settings, OTHER_KINDS if is_other else FIELDS)
     return settings
 
 

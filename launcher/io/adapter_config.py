@@ -38,7 +38,10 @@ REFUSED_KEYS = {  # key → what it is, and why its weights are not base + delta
     "monteclora_config": "MonteCLoRA, whose factors are random samples",
 }
 USUAL_RANK = 4096  # higher ones are looked for in the tensors
-MERGE_WITH_PEFT = "merge it with PEFT and consolidate the result"
+MERGE_WITH_PEFT = (
+    "merge it with PEFT and consolidate the result → peft.AutoPeftModelForCausalLM"
+    '.from_pretrained(ADAPTER, dtype="auto").merge_and_unload().save_pretrained(MODEL)'
+)
 KNOWN_KEYS = {  # keys that are read, or that do not change the arithmetic of merging
     "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type",
     "inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",

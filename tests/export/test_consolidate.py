@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -119,6 +121,33 @@ def test_two_adapters_on_a_module_are_summed(tmp_path: Path, tiny: Path) -> None
     for name, tensor in model.named_parameters():
         torch.testing.assert_close(found[name], tensor.data, rtol=0, atol=1e-6)
         assert torch.equal(found[name], tensor) or "v_proj" in name
+
+
+@pytest.mark.parametrize("kind", ["IA3", "LoHa", "OFT"])
+def test_an_adapter_that_is_not_lora_is_merged_by_peft(
+    tmp_path: Path, tiny: Path, kind: str
+) -> None:
+    """The message names the call whose result is a source like any other."""
+    settings = {"IA3": {"feedforward_modules": []}, "LoHa": {"r": 2}, "OFT": {"oft_block_size": 4}}
+    config = getattr(peft, f"{kind}Config")(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], **settings[kind]
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny, dtype="auto"), config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+            assert "q_proj" in name
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=f"peft_type='{kind.upper()}'") as refusal:
+        plan_of(tmp_path / "adapter")
+    code = re.search(r"→ (peft\..+)$", str(refusal.value))
+    assert code is not None
+    places = {"ADAPTER": tmp_path / "adapter", "MODEL": tmp_path / "merged"}
+    eval(code[1], {"peft": peft, **places})
+    consolidate(tmp_path / "merged", "--output", tmp_path / "out")
+    expected = model.merge_and_unload().state_dict()
+    for name, tensor in stored(tmp_path / "out").items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])

@@ -7,6 +7,7 @@ to a power of two, as in triton_kernels' `downcast_to_mxfp`. A scale of bytes is
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -209,20 +210,20 @@ def _pack(values: torch.Tensor, layout: Layout) -> torch.Tensor:
 def _pack_integers(values: torch.Tensor, bits: int, words: int) -> torch.Tensor:
     """int32 [rows, words]."""
     offset, count = 1 << bits - 1, WORD_BITS // bits
-    integers = torch.zeros(len(values), words * count, dtype=torch.int64)
-    rounded = values.round_().clamp_(-offset, offset - 1).long() + offset
-    integers[:, : values.shape[1]] = rounded
-    shifts = torch.arange(count) * bits
-    packed: torch.Tensor = (integers.unflatten(1, (words, count)) << shifts).sum(2)
-    return packed.to(torch.int32)
+    integers = torch.zeros(len(values), words * count, dtype=torch.int32)
+    integers[:, : values.shape[1]] = values.round_().clamp_(-offset, offset - 1) + offset
+    shifts = torch.arange(count, dtype=torch.int32) * bits
+    packed: torch.Tensor = integers.unflatten(1, (words, count)) << shifts
+    return packed.sum(2, dtype=torch.int32)
 
 
 def _pack_floats(values: torch.Tensor) -> torch.Tensor:
     """Bytes [rows, columns / 2]; halfway between two numbers, the even code is taken."""
-    table = torch.tensor(E2M1)
-    bounds = (table[:-1] + table[1:]) / 2
-    below, above = (torch.bucketize(values.abs(), bounds, right=side) for side in (False, True))
-    codes = torch.where(below % 2 == 0, below, above) + 8 * values.signbit()
-    low, high = codes.to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
+    sizes = values.abs()
+    codes = values.signbit().to(torch.uint8) << 3
+    for below, above in itertools.pairwise(range(len(E2M1))):
+        halfway = (E2M1[below] + E2M1[above]) / 2
+        codes += sizes > halfway if below % 2 == 0 else sizes >= halfway
+    low, high = codes.unflatten(1, (-1, 2)).unbind(2)
     packed: torch.Tensor = low + (high << 4)
     return packed

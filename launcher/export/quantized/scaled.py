@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -77,7 +78,7 @@ class ScaledWeight(Tensor):
                 scratch(torch.float32, bottom - top, self.columns) as values,
             ):
                 self.numbers.read_into(stored, begin)
-                values.copy_(stored)
+                _widen(stored, values)
                 if self.zeros is not None:
                     over_blocks(values, self.zeros.read(begin, end), self.zeros.block[1], "sub_")
                 over_blocks(values, self.scales.read(begin, end), self.scales.block[1], "mul_")
@@ -97,6 +98,22 @@ class ScaledWeight(Tensor):
 
     def files(self) -> Iterator[Path]:
         return itertools.chain.from_iterable(part.files() for part in self.parts)
+
+
+def _widen(stored: torch.Tensor, values: torch.Tensor) -> None:
+    """Write the numbers to `values`, in fp32. FP8 is looked up, in a sixth of torch's time."""
+    if not (stored.dtype.is_floating_point and stored.dtype.itemsize == 1):
+        values.copy_(stored)
+        return
+    with scratch(torch.int32, *stored.shape) as indices:
+        indices.copy_(stored.view(torch.uint8))
+        torch.index_select(_table(stored.dtype), 0, indices.view(-1), out=values.view(-1))
+
+
+@cache
+def _table(dtype: torch.dtype) -> torch.Tensor:
+    """[256] fp32: the value of each byte."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float()
 
 
 def over_blocks(values: torch.Tensor, blocks: torch.Tensor, width: int, operation: str) -> None:

@@ -113,7 +113,9 @@ class Transposed(Tensor):
     def read_into(self, out: torch.Tensor, first: int) -> None:
         for index, begin, top, bottom in self._matrices(first, first + len(out)):
             matrix = self._cached_matrix(index)
-            out[begin + top - first : begin + bottom - first].copy_(matrix[:, top:bottom].T)
+            with scratch(self.dtype, self.columns, bottom - top) as part:
+                part.copy_(matrix[:, top:bottom])  # torch transposes a contiguous matrix by blocks
+                out[begin + top - first : begin + bottom - first].copy_(part.T)
 
     def reference(self, first: int, last: int) -> torch.Tensor:
         height = self.columns  # of a matrix of the source
