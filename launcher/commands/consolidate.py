@@ -74,6 +74,8 @@ def consolidate(arguments: argparse.Namespace) -> None:
         arguments.adapter,
         arguments.tag,
         arguments.adapter_only,
+        arguments.adapter_name,
+        arguments.alpha,
     )
     plan = make_plan(source, options)
     write_options = _write_options(arguments)
@@ -189,6 +191,13 @@ def _add_source_options(result: argparse.ArgumentParser) -> None:
         default=[],
         metavar="DIR",
         help="merge it into a model folder; repeat it to sum the deltas of several in fp32",
+    )
+    add("--adapter-name", metavar="NAME", help="which adapter of a SOURCE that contains several")
+    add(
+        "--alpha",
+        type=number(float, 0),
+        metavar="ALPHA",
+        help="lora_alpha of an adapter in a state dict without adapter_config.json",
     )
     add("--tag", help="which checkpoint of a DeepSpeed folder (default: the one `latest` names)")
     add("--trust-remote-code", action="store_true", help="run the model folder's own Python code")

@@ -16,6 +16,7 @@ from launcher.export.assembled import Assembled, Config, Options, Tensors, namin
 from launcher.export.full_model import full_model
 from launcher.export.merge import Adapter, Merged, merge, read_adapter, split_adapters
 from launcher.export.merge.edits import same_values
+from launcher.export.merge.initial_factors import without_initial
 from launcher.export.merge.ties import find_embedding_pair
 from launcher.export.sharded_adapter import (
     FrozenBase,
@@ -26,9 +27,11 @@ from launcher.export.sharded_adapter import (
 )
 from launcher.export.source import Source, model_home
 from launcher.export.text_only import text_model
+from launcher.export.unwrapped import unwrapped_adapter, unwrapped_folder, unwrapped_state
 from launcher.folders.model_config import read_model_config
 from launcher.folders.vocabulary import config_value
 from launcher.io import adapter_places
+from launcher.io.model_class import Places
 from launcher.io.readers import model_folder
 from launcher.io.readers.found import FoundModel
 from launcher.io.readers.strided import Strided
@@ -43,8 +46,17 @@ def assemble(source: Source, options: Options) -> Assembled:
     if options.adapter_only:
         return _in_dtype(adapter_only_result(source), options.dtype)
     config = _read_config(source)
-    base = _read_base(source.base, config) if source.base else {}
     notes: list[str] = []
+    base: Tensors = {}
+    if source.base:
+        base, base_notes = _read_base(source.base, config)
+        notes += base_notes
+    done_before: dict[str, str] = {}
+    for earlier in source.earlier_adapters:
+        merged = _assemble_adapters(replace(source, adapters=(earlier,)), base, config, Options())
+        base, config = merged.tensors, merged.config
+        done_before |= {n: action for n, action in merged.actions.items() if action != "copied"}
+        notes += merged.notes
     found = source.read(options.dtype == torch.float32) if source.read else None
     is_computed = bool(source.adapters) or found is not None or options.dtype is not None
     if source.base and config.get("quantization_config") and is_computed:
@@ -61,6 +73,8 @@ def assemble(source: Source, options: Options) -> Assembled:
         raise UserError(f"--tied {options.tied} needs an adapter, and SOURCE has none")
     else:
         result = Assembled(base, dict.fromkeys(base, "copied"), config)
+    actions = {n: done_before.get(n, a) if a == "copied" else a for n, a in result.actions.items()}
+    result = replace(result, actions=actions)
     actions = label_dequantized(result)
     result = replace(result, actions=actions, notes=(*notes, *result.notes))
     result = _with_explicit_tie(result)
@@ -87,10 +101,14 @@ def _assemble_sharded(
     """From a sharded checkpoint of a full model, or of a model with an adapter."""
     model_tensors, adapter_tensors = split_adapters(found.tensors)
     places = names.places_in(config, source.trained_class)
-    found = names.in_composite(replace(found, tensors=model_tensors), places)
+    where = source.path, config, base
+    found = unwrapped_state(*where, replace(found, tensors=model_tensors), places)
+    found = names.in_composite(found, places)
     if not adapter_tensors:
+        if source.alpha is not None or source.adapter_name is not None:
+            raise UserError(f"{source.path} contains no adapter → leave out its options")
         return full_model(source, base, found, config, options)
-    adapter = adapter_places.in_composite(sharded_adapter(source, adapter_tensors), places)
+    adapter = _unwrapped(where, sharded_adapter(source, adapter_tensors), places)
     frozen = frozen_base(source, base, found, adapter, config, options, places)
     return _merge_adapters(source, base, frozen, [adapter], options)
 
@@ -100,14 +118,22 @@ def _assemble_adapters(
 ) -> Assembled:
     """From adapter folders and their base."""
     places = names.places_in(config, source.trained_class)
-    adapters = [
-        adapter_places.in_composite(read_adapter(folder), places) for folder in source.adapters
-    ]
+    where = source.path, config, base
+    adapters = [_unwrapped(where, read_adapter(folder), places) for folder in source.adapters]
     same_names = all(fits(adapter, base) for adapter in adapters)
     naming = None if same_names else naming_of(source, options, base)
     memory = naming.to_memory(base) if naming else base
     frozen = FrozenBase(memory, config, naming, places=places)
     return _merge_adapters(source, base, frozen, adapters, options)
+
+
+def _unwrapped(
+    where: tuple[Path, Config, Tensors], adapter: Adapter, places: Places | None
+) -> Adapter:
+    """`adapter` by the names of the base's class. `where`: the source, its config, its base."""
+    adapter = without_initial(adapter)
+    tensors = unwrapped_adapter(*where, adapter.tensors, places)
+    return adapter_places.in_composite(replace(adapter, tensors=tensors), places)
 
 
 def _merge_adapters(
@@ -180,13 +206,14 @@ def _read_config(source: Source) -> Config:
     return read_model_config(model_home(source) / "config.json")
 
 
-def _read_base(path: Path, config: Config) -> Tensors:
-    """The tensors of the base folder. A torch file also stores a tied head, which is left out."""
+def _read_base(path: Path, config: Config) -> tuple[Tensors, tuple[str, ...]]:
+    """(the tensors of the base folder, notes). A torch file also stores a tied head, which is left
+    out."""
     found = model_folder.read_model(path)
-    if config_value(config, "tie_word_embeddings"):
-        return found.tensors
-    copies = {alias: found.tensors[name].renamed(alias) for alias, name in found.aliases.items()}
-    return found.tensors | copies
+    tensors = found.tensors
+    if not config_value(config, "tie_word_embeddings"):
+        tensors = tensors | {a: tensors[name].renamed(a) for a, name in found.aliases.items()}
+    return unwrapped_folder(path, config, tensors), found.notes
 
 
 def _with_explicit_tie(result: Assembled) -> Assembled:

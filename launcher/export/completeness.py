@@ -5,16 +5,23 @@ transformers fills a parameter that is missing with random values, and servers r
 
 from __future__ import annotations
 
+import functools
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
 from launcher.export import names
+from launcher.io.adapter import is_peft_state
 from launcher.io.completeness import missing_parameters
+from launcher.io.readers.wrapper_prefixes import skipped_note
 from launcher.io.tensor import Tensor
 
 LISTED = 3  # names in a message
+# TRL's value head, and buffers that older versions of transformers saved.
+BESIDE = r"^v_head\.|\.rotary_emb\.inv_freq$"
 
 
 def check_complete(
@@ -27,7 +34,7 @@ def check_complete(
     """
     if reason := _not_comparable(config):
         return (f"the tensors were not compared with those of the model: {reason}",)
-    naming = names.naming_of_config(folder, config)
+    naming = _class_naming(folder, json.dumps(config, sort_keys=True))
     memory = naming.to_memory(dict(tensors))
     missing = [
         name
@@ -35,9 +42,15 @@ def check_complete(
         if name not in naming.optional
     ]
     class_name = type(naming.model).__name__
+    unknown = sorted(memory.keys() - naming.shapes.keys())
+    if adapted := [name for name in unknown if is_peft_state([name], adapted=True)]:
+        raise UserError(
+            f"{folder} contains {len(adapted)} tensor(s) of an adapter that is not merged "
+            f"({adapted[0]}) → its adapter_config.json beside them, or --alpha ALPHA"
+        )
     if missing:
         more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
-        unknown = sorted(memory.keys() - naming.shapes.keys())[:LISTED]
+        unknown = unknown[:LISTED]
         renamed = f" (of other names: {', '.join(unknown)})" if unknown else ""
         raise UserError(
             f"{folder} lacks {', '.join(missing[:LISTED])}{more} of {class_name}, the class that "
@@ -51,6 +64,45 @@ def check_complete(
                 "files"
             )
     return ()
+
+
+def known_tensors(
+    folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """(those of a checkpoint's tensors that the class of `config` has, a note on the others).
+
+    What trainers put beside a model (a value head, buffers that are computed) is left out. Raises
+    UserError for another tensor that the class does not have: it is not known what it is. Without a
+    class that is known here, all are returned.
+    """
+    if (naming := class_naming(folder, config)) is None:
+        return dict(tensors), ()
+    patterns = naming.model._keys_to_ignore_on_load_unexpected or ()
+    apart = {name for name, memory, *_ in naming.renamed(tensors) if memory not in naming.shapes}
+    beside = {name for name in apart if re.search(BESIDE, name)}
+    unknown = {n for n in apart - beside if not any(re.search(each, n) for each in patterns)}
+    if unknown:
+        more = ", …" if len(unknown) > LISTED else ""
+        raise UserError(
+            f"{folder} contains {len(unknown)} tensor(s) that {type(naming.model).__name__}, the "
+            f"class of config.json, does not have ({', '.join(sorted(unknown)[:LISTED])}{more}) → "
+            "--base FOLDER, if the base has them; otherwise save the state of the model alone"
+        )
+    kept = {name: tensor for name, tensor in tensors.items() if name not in beside}
+    return kept, skipped_note(beside, f"that {type(naming.model).__name__} does not have")
+
+
+def class_naming(folder: Path, config: dict[str, Any]) -> names.Naming | None:
+    """The naming of the class that `config` names; None: it is not known here. `folder`: for
+    messages."""
+    if _not_comparable(config):
+        return None
+    return _class_naming(folder, json.dumps(config, sort_keys=True))
+
+
+@functools.lru_cache(maxsize=2)  # a checkpoint is compared before and after it is assembled
+def _class_naming(folder: Path, config: str) -> names.Naming:
+    return names.naming_of_config(folder, json.loads(config))
 
 
 def _not_comparable(config: dict[str, Any]) -> str | None:

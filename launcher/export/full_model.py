@@ -13,9 +13,11 @@ from launcher.export.assembled import (
     Options,
     Tensors,
     naming_of,
+    stated_dtype,
     with_vocabulary,
     without_twin,
 )
+from launcher.export.completeness import known_tensors
 from launcher.export.merge.ties import HEAD
 from launcher.export.source import Source, model_home
 from launcher.folders.kind import Kind
@@ -34,6 +36,9 @@ def full_model(
     model that base and config describe.
     """
     gathered = found.tensors
+    notes: tuple[str, ...] = ()
+    if not base:
+        gathered, notes = known_tensors(source.path, config, gathered)
     if source.partial or found.partial:
         gathered = _base_in_memory(source, base, gathered, options) | gathered
     tensors, config, tie_notes = without_twin(gathered, config)
@@ -51,13 +56,13 @@ def full_model(
     if base:
         tensors = _in_base_dtypes(source, base, tensors, config)
     else:
-        stated = _stated_dtype(config)
+        stated = stated_dtype(config)
         tensors = {name: tensor.to(stated or tensor.dtype) for name, tensor in tensors.items()}
     actions = {
         name: "copied" if name in base and tensor is base[name] else "gathered"
         for name, tensor in tensors.items()
     }
-    return Assembled(tensors, actions, config, (*tie_notes, *vocabulary_notes))
+    return Assembled(tensors, actions, config, (*notes, *tie_notes, *vocabulary_notes))
 
 
 def _base_in_memory(source: Source, base: Tensors, trained: Tensors, options: Options) -> Tensors:
@@ -104,9 +109,3 @@ def _main_dtype(base: Tensors, tensor: Tensor) -> torch.dtype:
     """The most frequent floating-point dtype of the base, for a tensor that the base lacks."""
     dtypes = [other.dtype for other in base.values() if other.dtype.is_floating_point]
     return max(dtypes, key=dtypes.count, default=tensor.dtype)
-
-
-def _stated_dtype(config: Config) -> torch.dtype | None:
-    text = config.get("dtype") or config.get("torch_dtype")
-    dtype = getattr(torch, str(text).removeprefix("torch."), None)
-    return dtype if isinstance(dtype, torch.dtype) else None

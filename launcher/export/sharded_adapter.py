@@ -15,9 +15,11 @@ from launcher.export.assembled import (
     Options,
     Tensors,
     naming_of,
+    stated_dtype,
     with_vocabulary,
     without_twin,
 )
+from launcher.export.completeness import known_tensors
 from launcher.export.merge import Adapter, read_adapter, split_adapters
 from launcher.export.merge.edits import same_values
 from launcher.export.merge.ties import HEAD
@@ -26,14 +28,13 @@ from launcher.export.source import Source
 from launcher.folders.adapter import read_settings
 from launcher.folders.model_config import read_model_config
 from launcher.io.adapter import PREFIX, plain_name
-from launcher.io.adapter_config import is_saved
+from launcher.io.adapter_config import inferred_settings, is_saved
 from launcher.io.adapter_places import in_composite
 from launcher.io.model_class import Places
 from launcher.io.readers.found import FoundModel
+from launcher.io.readers.wrapper_prefixes import QUANTIZATION_STATE
 from launcher.io.tensor import Tensor
 
-# Tensors that bitsandbytes stores beside a quantized weight: the base has the weight itself.
-QUANTIZATION_STATE = r".+\.(absmax|quant_map|nested_\w+|quant_state\..+|SCB|weight_format)"
 LISTED = 5  # names in a message
 
 
@@ -52,20 +53,30 @@ class FrozenBase:
 def sharded_adapter(source: Source, adapter_tensors: dict[str, Tensors]) -> Adapter:
     """The adapter of a sharded checkpoint of a PEFT model. `adapter_tensors`: by adapter name.
 
-    Raises UserError if there are several adapters, or if the configuration is missing.
+    Raises UserError if one of several adapters has to be chosen, or if its configuration is
+    missing.
     """
-    if len(adapter_tensors) > 1:
+    listed = ", ".join(sorted(adapter_tensors))
+    if source.adapter_name is None and len(adapter_tensors) > 1:
         raise UserError(
-            f"{source.path} contains {len(adapter_tensors)} adapters "
-            f"({', '.join(adapter_tensors)}); export one of them with PEFT first"
+            f"{source.path} contains {len(adapter_tensors)} adapters ({listed}) → choose one of "
+            "them with --adapter-name"
         )
-    if source.adapter_config is None:
+    name = source.adapter_name or listed
+    if name not in adapter_tensors:
+        raise UserError(
+            f"--adapter-name {name}: {source.path} contains no such adapter, but {listed}"
+        )
+    tensors = adapter_tensors[name]
+    if source.adapter_config is not None:
+        return Adapter(source.path, read_settings(source.adapter_config), tensors)
+    if source.alpha is None:
         raise UserError(
             f"{source.path} contains LoRA tensors, but there is no adapter_config.json beside it: "
-            "rank and alpha are unknown; copy the file from the training to that folder"
+            "alpha is unknown → copy the file from the training to that folder, or name the alpha "
+            "with --alpha"
         )
-    (tensors,) = adapter_tensors.values()
-    return Adapter(source.path, read_settings(source.adapter_config), tensors)
+    return Adapter(source.path, inferred_settings(source.path, tensors, source.alpha), tensors)
 
 
 def frozen_base(
@@ -84,6 +95,7 @@ def frozen_base(
     it contains a tensor that the model does not have.
     """
     model_tensors = found.tensors
+    notes: tuple[str, ...] = ()
     if base:
         same_names = fits(adapter, base) and model_tensors.keys() <= base.keys() | {HEAD}
         naming = None if same_names else naming_of(source, options, base)
@@ -91,14 +103,19 @@ def frozen_base(
         tensors, trained = _with_trained(source, memory, found, model_tensors)
     elif model_tensors:
         naming = None if config.get("model_type") in SAME_NAMES else naming_of(source, options, ())
-        tensors, trained = model_tensors, set(model_tensors)
+        model_tensors, notes = known_tensors(source.path, config, model_tensors)
+        stated = stated_dtype(config)
+        tensors = {
+            name: tensor.to(stated or tensor.dtype) for name, tensor in model_tensors.items()
+        }
+        trained = set(model_tensors)
     else:
         raise UserError(
             f"{source.path} contains an adapter and no base weights; name them with --base FOLDER"
         )
     tensors, config, tie_notes = without_twin(tensors, config)
     config, vocabulary_notes = with_vocabulary(source, base, tensors, config)
-    notes = (*tie_notes, *vocabulary_notes)
+    notes = (*notes, *tie_notes, *vocabulary_notes)
     return FrozenBase(tensors, config, naming, frozenset(trained), notes, places=places)
 
 

@@ -8,9 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
+from launcher.export.bases import (
+    Base,
+    base_config,
+    base_of_adapter,
+    choose_adapter,
+    find_base,
+    named_adapters,
+)
 from launcher.folders import links, manifest
 from launcher.folders.adapter import SETTINGS, read_settings
 from launcher.folders.checkpoint import (
+    ADAPTER,
     END_TOKENS,
     MANIFEST,
     SCHEME,
@@ -23,10 +32,15 @@ from launcher.folders.checkpoint import (
 from launcher.folders.kind import SHARDED, Kind, is_run, kinds_of
 from launcher.folders.model import CONFIG, model_folder
 from launcher.folders.run import RunDir
+from launcher.folders.tensor_entries import tensor_names
+from launcher.io.adapter import contains_base, is_peft_state, read_adapter
 from launcher.io.new_tokens import extend
 from launcher.io.readers import dcp, dcp_safetensors, universal, zero
+from launcher.io.readers import model_folder as model_files
 from launcher.io.readers.found import FoundModel
 from launcher.io.tokenizer_files import SETTINGS as TOKENIZER
+
+Reader = Callable[[bool], FoundModel]  # the argument: whether fp32 masters are wanted
 
 
 @dataclass(frozen=True)
@@ -40,8 +54,12 @@ class Source:
     kind: Kind
     path: Path
     base: Path | None = None  # model folder with the weights that training started with
-    read: Callable[[bool], FoundModel] | None = None
+    read: Reader | None = None
     adapters: tuple[Path, ...] = ()  # PEFT adapter folders
+    # Adapter folders that were merged into `base`, one after the other, before training started.
+    earlier_adapters: tuple[Path, ...] = ()
+    adapter_name: str | None = None  # of the adapters in `read`; None: it has one
+    alpha: float | None = None  # of an adapter in `read` whose adapter_config.json is not known
     # The config.json of the base, for an adapter alone; None: it is not on this machine.
     base_config: Path | None = None
     adapter_config: Path | None = None  # of the adapter in a sharded checkpoint
@@ -63,7 +81,10 @@ class Source:
             f"which is in {self.path.parent.resolve()}" if moved else "",
             f"base {self.base}" if self.base else "",
         ]
+        parts += [f"merged into it first: adapter {folder}" for folder in self.earlier_adapters]
         parts += [f"adapter {folder}" for folder in self.adapters if folder != self.path]
+        if self.kind is Kind.ADAPTER and (others := named_adapters(self.path)):
+            parts.append(f"not the adapters {', '.join(others)} (--adapter-name)")
         return "\n".join(filter(None, [*parts, *self.skipped]))
 
 
@@ -73,6 +94,8 @@ def find_source(
     adapters: Sequence[Path] = (),
     tag: str | None = None,
     adapter_only: bool = False,
+    adapter_name: str | None = None,
+    alpha: float | None = None,
 ) -> Source:
     """Recognize the folder `path`.
 
@@ -81,6 +104,8 @@ def find_source(
         adapters: Adapters to merge, if `path` is a model folder.
         tag: Which checkpoint of a DeepSpeed folder.
         adapter_only: No base is needed.
+        adapter_name: Which of several adapters.
+        alpha: Of an adapter whose adapter_config.json is not known.
 
     Raises UserError if the folder is of no known kind or incomplete, or if an option would be
     ignored.
@@ -97,15 +122,16 @@ def find_source(
     if is_run(path):
         checkpoints = RunDir(path).checkpoints
         path, skipped = newest_checkpoint(checkpoints).path, describe_skipped(checkpoints)
-    kind = next(iter(kinds_of(path)), None)
+    path = choose_adapter(_checkpoint_of(path), adapter_name)
+    kind = _kind_of(path)
     if kind is Kind.CHECKPOINT:
         source = replace(_checkpoint_source(path, base, adapter_only), skipped=tuple(skipped))
     elif tag is not None or kind in SHARDED:
-        source = _sharded_source(path, base, tag, adapter_only)
+        source = _sharded_source(path, *_reader(path, tag), base, adapter_only)
     elif kind is Kind.ADAPTER:
         source = _adapter_source(path, base, adapter_only)
     elif kind is Kind.MODEL:
-        source = _model_source(path, base, adapters)
+        source = _model_source(path, base, adapters, adapter_only, alpha)
     else:
         raise UserError(
             f"SOURCE {path} is neither a run (config.yaml, checkpoints/), a checkpoint "
@@ -116,7 +142,12 @@ def find_source(
         raise UserError(
             f"--adapter {adapters[0]} needs a model folder as SOURCE, and {path} is not one"
         )
-    return source
+    if alpha is not None and (source.read is None or source.adapter_config is not None):
+        raise UserError(
+            f"--alpha {alpha:g} needs an adapter whose adapter_config.json is not known, and "
+            f"{source.adapter_config or path} has its alpha → leave --alpha out"
+        )
+    return replace(source, adapter_name=adapter_name, alpha=alpha)
 
 
 def tokenizer_folder(source: Source) -> Path | None:
@@ -144,11 +175,11 @@ def _checkpoint_source(path: Path, base: str | None, adapter_only: bool) -> Sour
             Kind.CHECKPOINT,
             path,
             adapters=(checkpoint.adapter,),
-            base_config=_base_config(base, recorded.get("name_or_path")),
+            base_config=base_config(base, recorded.get("name_or_path")),
             extra_file_folders=(path,),
             trained_class=saved.get(TRAINED_CLASS),
         )
-    folder = _find_base(base, recorded.get("name_or_path"), recorded.get("revision"))
+    folder = find_base(base, recorded.get("name_or_path"), recorded.get("revision"))
     if tokens := recorded.get("add_tokens"):
         folder = extend(folder, tokens)
     has_old = END_TOKENS not in saved and (path / TOKENIZER).is_file()
@@ -171,19 +202,53 @@ def _checkpoint_source(path: Path, base: str | None, adapter_only: bool) -> Sour
     return replace(source, read=lambda _: dcp.read_model(shards), partial=partial)
 
 
+def _checkpoint_of(path: Path) -> Path:
+    """The Shardway checkpoint that the adapter `path` is a part of, which has its tokenizer;
+    otherwise `path`."""
+    is_part = path.name == ADAPTER and (path.parent / MANIFEST).is_file()
+    return path.parent if is_part else path
+
+
+def _kind_of(path: Path) -> Kind | None:
+    """The most specific kind of the folder. An adapter that was saved without gathering it (ZeRO-3)
+    has no elements: the sharded state beside it has them."""
+    kinds = kinds_of(path)
+    sharded = next((kind for kind in kinds if kind in SHARDED), None)
+    if sharded and kinds[0] is Kind.ADAPTER:
+        shapes = {tensor.shape for tensor in read_adapter(path).tensors.values()}
+        return sharded if (0,) in shapes else Kind.ADAPTER
+    return next(iter(kinds), None)
+
+
 def _adapter_source(path: Path, base: str | None, adapter_only: bool) -> Source:
     if adapter_only:
         recorded = read_settings(path / SETTINGS).get("base_model_name_or_path")
-        config = _base_config(base, recorded)
+        config = base_config(base, recorded)
         return Source(
             Kind.ADAPTER, path, adapters=(path,), base_config=config, extra_file_folders=(path,)
         )
-    folder = _base_of_adapter(path / SETTINGS, base)
-    folders = (path, folder)
-    return Source(Kind.ADAPTER, path, folder, adapters=(path,), extra_file_folders=folders)
+    found = base_of_adapter(path / SETTINGS, base)
+    return Source(
+        Kind.ADAPTER,
+        path,
+        found.folder,
+        adapters=(path,),
+        earlier_adapters=found.adapters,
+        extra_file_folders=(path, *reversed(found.adapters), found.folder),
+    )
 
 
-def _model_source(path: Path, base: str | None, adapters: Sequence[Path]) -> Source:
+def _model_source(
+    path: Path, base: str | None, adapters: Sequence[Path], adapter_only: bool, alpha: float | None
+) -> Source:
+    """A model folder. If its weights are the state of a PEFT model, it is a checkpoint."""
+    is_adapted = (path / SETTINGS).is_file() or alpha is not None
+    names = tensor_names(path) or model_files.read_model(path).tensors.keys()
+    if not adapters and is_peft_state(names, is_adapted):
+        return _sharded_source(
+            *(path, Kind.MODEL, lambda _: model_files.read_model(path), base, adapter_only),
+            needs_base=not contains_base(names),
+        )
     if base is not None:
         raise UserError(f"SOURCE {path} is itself a model; leave out --base {base}")
     for adapter in adapters:
@@ -193,18 +258,27 @@ def _model_source(path: Path, base: str | None, adapters: Sequence[Path]) -> Sou
     return Source(Kind.MODEL, path, path, adapters=tuple(adapters), extra_file_folders=folders)
 
 
-def _sharded_source(path: Path, base: str | None, tag: str | None, adapter_only: bool) -> Source:
-    """A checkpoint of DeepSpeed or torch. Trainers save config and adapter_config in its folder or
-    in one of the two folders above."""
-    kind, read = _reader(path, tag)
+def _sharded_source(
+    path: Path,
+    kind: Kind,
+    read: Reader,
+    base: str | None,
+    adapter_only: bool,
+    needs_base: bool = True,
+) -> Source:
+    """A checkpoint of DeepSpeed or torch, or a state dict. Trainers save config and adapter_config
+    in its folder or in one of the two folders above.
+
+    `needs_base`: whether an adapter in it is merged into the base that its settings name.
+    """
     candidates = [path, *path.absolute().parents[:2]]
     settings = next((f / SETTINGS for f in candidates if (f / SETTINGS).is_file()), None)
-    if adapter_only:
-        folder: Path | None = None
-    elif base is None and settings is not None:
-        folder = _base_of_adapter(settings, None)
-    else:
-        folder = model_folder(base, None) if base else None
+    found: Base | None = None
+    if not adapter_only and settings is not None and (base or needs_base):
+        found = base_of_adapter(settings, base)
+    elif not adapter_only and base:
+        found = Base(model_folder(base, None))
+    folder = found.folder if found else None
     useful = (CONFIG, TOKENIZER)
     folders = [
         f for f in (*candidates, folder) if f and any((f / name).is_file() for name in useful)
@@ -217,54 +291,31 @@ def _sharded_source(path: Path, base: str | None, tag: str | None, adapter_only:
     config = None
     if adapter_only:
         recorded = read_settings(settings).get("base_model_name_or_path") if settings else None
-        config = _base_config(base, recorded)
+        config = base_config(base, recorded)
     return Source(
         kind,
         path,
         folder,
         read,
         base_config=config,
+        earlier_adapters=found.adapters if found else (),
         adapter_config=settings,
         extra_file_folders=tuple(folders),
     )
 
 
-def _reader(path: Path, tag: str | None) -> tuple[Kind, Callable[[bool], FoundModel]]:
+def _reader(path: Path, tag: str | None) -> tuple[Kind, Reader]:
     kinds = kinds_of(path)
     if tag is not None and Kind.ZERO not in kinds:
         raise UserError(
             f"--tag {tag} needs a DeepSpeed checkpoint as SOURCE, and {path} is not one"
         )
     kind = next(kind for kind in kinds if kind in SHARDED)
-    readers: dict[Kind, Callable[[bool], FoundModel]] = {
+    readers: dict[Kind, Reader] = {
         Kind.UNIVERSAL: lambda masters: universal.read_model(path, masters),
         Kind.ZERO: lambda masters: zero.read_model(path, tag, masters),
         Kind.DCP_SAFETENSORS: lambda _: dcp_safetensors.read_model(path),
         Kind.DCP: lambda _: dcp.read_model(path),
+        Kind.STATE_DICT: lambda _: model_files.read_model(path),
     }
     return kind, readers[kind]
-
-
-def _base_config(base: str | None, recorded: Any) -> Path | None:
-    """The config.json of the base that an adapter is for, if it is on this machine."""
-    name = base or recorded
-    file = Path(name) / CONFIG if isinstance(name, str) and name else None
-    return file if file is not None and file.is_file() else None
-
-
-def _base_of_adapter(settings: Path, base: str | None) -> Path:
-    config = read_settings(settings)
-    return _find_base(base, config.get("base_model_name_or_path"), config.get("revision"))
-
-
-def _find_base(base: str | None, recorded: str | None, revision: str | None) -> Path:
-    """The folder of the base model: `base`, otherwise the one that the training recorded."""
-    name = base or recorded
-    if not isinstance(name, str | None):
-        raise UserError(f"base_model_name_or_path={name!r} is not a name; add --base FOLDER")
-    if not name:
-        raise UserError("the adapter does not name its base model; add --base FOLDER")
-    folder = model_folder(name, None if base else revision)
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"the base model {name} does not exist; name its folder with --base FOLDER")
-    return folder

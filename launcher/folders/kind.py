@@ -12,7 +12,7 @@ from pathlib import Path
 from launcher.folders.adapter import SETTINGS
 from launcher.folders.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from launcher.folders.checkpoint import MANIFEST
-from launcher.folders.model import CONFIG, INDEX, WEIGHTS
+from launcher.folders.model import CONFIG, INDEX, WEIGHTS, is_weights_file
 from launcher.folders.run import RunDir
 
 
@@ -27,11 +27,13 @@ class Kind(StrEnum):
     ZERO = "DeepSpeed ZeRO checkpoint"
     DCP_SAFETENSORS = "sharded safetensors of PyTorch's distributed checkpoint"
     DCP = "PyTorch distributed checkpoint (DCP)"
+    STATE_DICT = "weights without a config.json"
 
 
-# The state of a trainer, sharded over the files of several ranks.
-SHARDED = (Kind.UNIVERSAL, Kind.ZERO, Kind.DCP_SAFETENSORS, Kind.DCP)
+# The state of a trainer, sharded over the files of several ranks or in one.
+SHARDED = (Kind.UNIVERSAL, Kind.ZERO, Kind.DCP_SAFETENSORS, Kind.DCP, Kind.STATE_DICT)
 
+ADAPTER_FILES = (ADAPTER_WEIGHTS, "adapter_model.bin")
 # File names of DeepSpeed (deepspeed.runtime.engine, 0.19).
 ZERO_STATES = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 ZERO3_STATES = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
@@ -67,11 +69,14 @@ def kinds_of(path: Path) -> list[Kind]:
     names = [file.name for file in path.iterdir()]
     shardway = [Kind.RUN] if is_run(path) else []
     shardway += [Kind.CHECKPOINT] if MANIFEST in names else []
-    unsharded = [Kind.ADAPTER] if SETTINGS in names else []
-    unsharded += [Kind.MODEL] if CONFIG in names else []
+    has_adapter = SETTINGS in names and not {*ADAPTER_FILES}.isdisjoint(names)
+    has_model = CONFIG in names and not {WEIGHTS, INDEX}.isdisjoint(names)
     sharded = _sharded_kinds(path, names)
-    has_weights = CONFIG in names and {WEIGHTS, INDEX, ADAPTER_WEIGHTS} & {*names}
-    return shardway + (unsharded + sharded if has_weights else sharded + unsharded)
+    has_state = not sharded and any(map(is_weights_file, names))
+    unsharded = [Kind.ADAPTER] if has_adapter or (SETTINGS in names and not has_state) else []
+    unsharded += [Kind.MODEL] if CONFIG in names else []
+    unsharded += [Kind.STATE_DICT] if has_state and not unsharded else []
+    return shardway + (unsharded + sharded if has_adapter or has_model else sharded + unsharded)
 
 
 def is_run(path: Path) -> bool:

@@ -11,6 +11,11 @@ from launcher.folders.tensor_entries import INDEX, tensor_names
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
+# How the names of files begin that trainers write beside weights, in the same formats.
+NOT_MODELS = (
+    *("adapter_model", "training_args", "optimizer", "scheduler", "random_states", "sampler"),
+    *("dl_state_dict", "scaler"),
+)
 MAX_SHARD_BYTES = 5 * 10**9  # of a file with weights, unless another size is asked for
 # The files of a tokenizer, of any class.
 TOKENIZER_FILES = (
@@ -59,6 +64,11 @@ def model_folder(
             f"model.name_or_path={name_or_path} could not be downloaded from the hub: {error}. "
             "Use a local folder instead"
         ) from error
+
+
+def is_weights_file(name: str) -> bool:
+    """Whether a file with this name contains weights of a model, as safetensors or a torch file."""
+    return name.endswith((".safetensors", ".bin")) and not name.startswith(NOT_MODELS)
 
 
 def single_weights_file(folder: Path) -> Path:

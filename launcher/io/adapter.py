@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from launcher.errors import UserError
 from launcher.folders.adapter import read_settings
 from launcher.io.readers.safetensors_file import read_header
 from launcher.io.readers.torch_file import read_file
+from launcher.io.readers.wrapper_prefixes import with_stripped_names
 from launcher.io.tensor import Tensor
 
 PREFIX = "base_model.model."
@@ -41,7 +43,7 @@ def read_adapter(folder: Path) -> Adapter:
 def _tensors(folder: Path) -> dict[str, Tensor]:
     safetensors, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
     if safetensors.is_file():
-        return read_header(safetensors)
+        return with_stripped_names(read_header(safetensors), safetensors)[0]
     if not pickled.is_file():
         raise UserError(f"{safetensors} is missing; {folder} contains no adapter weights")
     content = read_file(pickled)
@@ -51,7 +53,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{pickled} is not a dict of tensors; save the adapter with save_pretrained"
         )
-    return {name: tensor.renamed(name) for name, tensor in content.items()}
+    return with_stripped_names(content, pickled)[0]
 
 
 def split_adapters(
@@ -79,6 +81,24 @@ def split_adapters(
             continue
         base[plain_name(name)] = tensor.renamed(plain_name(name))
     return base, adapters
+
+
+def is_peft_state(names: Iterable[str], adapted: bool) -> bool:
+    """Whether these are the names of a PEFT model's state, with an adapter that is not merged.
+
+    `adapted`: whether it is known that there is an adapter; the models of some classes have LoRA
+    of their own.
+    """
+    return any(
+        f".{PREFIX}" in f".{name}" or (adapted and _parse_adapter_tensor(name)) for name in names
+    )
+
+
+def contains_base(names: Collection[str]) -> bool:
+    """Whether a PEFT model's state has the base's weights, by the names of its tensors."""
+    adapted = {name.partition(".lora_")[0] for name in names if ".lora_A." in name}
+    weights = ({f"{module}.base_layer.weight", f"{module}.weight"} for module in adapted)
+    return bool(adapted) and not any(each.isdisjoint(names) for each in weights)
 
 
 def plain_name(name: str) -> str:

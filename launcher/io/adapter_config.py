@@ -6,13 +6,26 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
-from launcher.io.adapter import Adapter
+from launcher.io.adapter import PREFIX, Adapter
+from launcher.io.tensor import Tensor
 
 SUPPORTED_INITS = ("gaussian", "eva", "orthogonal", "mica")  # they leave the base unchanged
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# They begin with factors of the base, and train on the rest of it.
+INITS_FROM_BASE = ("pissa", "olora", "corda", "lora_ga")
+# Kinds of adapters that no weights of the model can express → why.
+NOT_WEIGHTS = {
+    **dict.fromkeys(
+        ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT"),
+        "it adds trained vectors before each prompt, and changes no weight of the model",
+    ),
+    "CARTRIDGE": "it adds trained keys and values before each prompt, and changes no weight",
+    "ADAPTION_PROMPT": "it adds trained prompts inside the attention layers, and changes no weight",
+    "XLORA": "X-LoRA mixes several LoRA adapters anew for each token, which no fixed weight does",
+}
 REFUSED_KEYS = {  # key → what it is, and why its weights are not base + delta
     "megatron_config": "layers of Megatron, a module that PEFT imports by its name",
     "alora_invocation_tokens": "activated LoRA, which is active only after its invocation tokens",
@@ -40,7 +53,12 @@ KNOWN_KEYS = {  # keys that are read, or that do not change the arithmetic of me
 def check_mergeable(adapter: Adapter) -> None:
     """Raises UserError unless the adapter adds low-rank deltas to its base."""
     config, file = adapter.config, adapter.origin / "adapter_config.json"
-    if (peft_type := config.get("peft_type")) != "LORA":
+    if (peft_type := config.get("peft_type")) in NOT_WEIGHTS:
+        raise UserError(
+            f"{file} has peft_type={peft_type}: {NOT_WEIGHTS[peft_type]} → serve it with PEFT, as "
+            "an adapter"
+        )
+    if peft_type != "LORA":
         raise UserError(
             f"{file} has peft_type={peft_type!r}; only LORA is supported, so {MERGE_WITH_PEFT}"
         )
@@ -53,10 +71,20 @@ def check_mergeable(adapter: Adapter) -> None:
         if config.get(key):
             raise UserError(f"{file} sets {key}: {description}; {MERGE_WITH_PEFT}")
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
+    if has_initial_factors(config):
+        name = str(init).partition("_niter_")[0].lower()
+        random = " (at random: they cannot be computed again)" if "_niter_" in str(init) else ""
         raise UserError(
-            f"{file} has init_lora_weights={init!r}: its deltas belong to a base that was changed "
-            "when training started; save it with path_initial_model_for_weight_conversion"
+            f"{file} has init_lora_weights={init!r}: training took its first factors out of the "
+            f"base{random}, and they are not beside it → put the adapter that was saved before "
+            f"training there, as {name}_init, or save this one with PEFT's "
+            "path_initial_model_for_weight_conversion"
+        )
+    if isinstance(init, str) and init.lower().startswith("loftq"):
+        raise UserError(
+            f"{file} has init_lora_weights={init!r}: its deltas belong to a base that was "
+            "quantized and changed when training started; save that base, and set "
+            "init_lora_weights=true"
         )
     if isinstance(init, str) and init.lower() not in SUPPORTED_INITS:
         raise UserError(
@@ -67,6 +95,11 @@ def check_mergeable(adapter: Adapter) -> None:
             f"{file} sets {', '.join(unknown)}, which this tool does not know and which may change "
             f"the merged weights; {MERGE_WITH_PEFT}"
         )
+
+
+def has_initial_factors(config: Mapping[str, Any]) -> bool:
+    """Whether training took the factors that it began with out of the base."""
+    return str(config.get("init_lora_weights")).lower().startswith(INITS_FROM_BASE)
 
 
 def _check_ranks(adapter: Adapter) -> None:
@@ -80,6 +113,42 @@ def _check_ranks(adapter: Adapter) -> None:
             f"{adapter.origin / 'adapter_config.json'} has the rank {highest}, and no tensor of "
             "the adapter has a dim of that size; use the config that was saved with these weights"
         )
+
+
+def inferred_settings(origin: Path, tensors: Mapping[str, Tensor], alpha: float) -> dict[str, Any]:
+    """adapter_config.json of an adapter that has none: of its tensors, by their names in PEFT's
+    files, and its alpha. The scale is alpha / rank. `origin`: for messages.
+
+    Raises UserError for settings that do not follow from names and shapes.
+    """
+    ranks: dict[str, int] = {}
+    saved = []
+    for name, tensor in tensors.items():
+        module, _, part = name.removeprefix(PREFIX).rpartition(".lora_")
+        if part in ("A.weight", "embedding_A"):
+            ranks[module] = tensor.shape[0]
+        elif not part:
+            saved.append(name.removeprefix(PREFIX).rpartition(".")[0])
+    hidden = next((m for m in ranks if m.endswith(("experts", ".base_layer"))), None)
+    hidden = next((name for name in saved if name.endswith("token_adapter")), hidden)
+    if hidden is not None or not ranks:
+        raise UserError(
+            f"{origin}: the settings of {hidden or 'the adapter'} do not follow from its shapes → "
+            "copy adapter_config.json from the training to that folder"
+        )
+    general = max({*ranks.values()}, key=[*ranks.values()].count)
+    patterns = {re.escape(module): rank for module, rank in ranks.items() if rank != general}
+    return {
+        "peft_type": "LORA",
+        "r": general,
+        "lora_alpha": alpha,
+        "rank_pattern": patterns,
+        "target_modules": sorted(ranks),
+        "modules_to_save": sorted(saved) or None,
+        "use_dora": any("lora_magnitude_vector" in name for name in tensors),
+        "lora_bias": any(name.endswith("lora_B.bias") for name in tensors),
+        "bias": "none",
+    }
 
 
 def rank_and_scale(config: dict[str, Any], module: str) -> tuple[int, float]:

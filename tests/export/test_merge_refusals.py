@@ -195,7 +195,11 @@ def test_token_indices_that_do_not_fit_are_refused(indices: list[int], tmp_path:
     valid = trained(tmp_path / "valid", "llama", target_modules=["q_proj"], **tokens)
     assert "3 tokens replaced" in merged(model("llama"), valid).actions.values()
     folder = altered(valid, tmp_path / "adapter", trainable_token_indices=indices)
-    message = "goes up to" if len(indices) == 3 else r"which fit neither .* \(2\)"
+    message = (
+        f"has {indices[2]}, but .* rows 0 to 100"
+        if len(indices) == 3
+        else r"which fit neither .* \(2\)"
+    )
     with pytest.raises(UserError, match=rf"{message}.*belong to another model"):
         merged(model("llama"), folder)
 

@@ -31,7 +31,14 @@ FOLDERS: dict[str, tuple[list[str], list[Kind]]] = {
     "model in shards": (["config.json", "model.safetensors.index.json"], [Kind.MODEL]),
     "model in pickles": (["config.json", "pytorch_model.bin"], [Kind.MODEL]),
     "model without weights": (["config.json"], [Kind.MODEL]),
-    "weights without a configuration": (["model.safetensors"], []),
+    "weights without a configuration": (["model.safetensors"], [Kind.STATE_DICT]),
+    "weights in a pickle": (["pytorch_model_fsdp.bin", "optimizer.bin"], [Kind.STATE_DICT]),
+    "state of a PEFT model": (["pytorch_model.bin", "adapter_config.json"], [Kind.STATE_DICT]),
+    "state of a PEFT model, in a model folder": (
+        ["pytorch_model.bin", "adapter_config.json", "config.json"],
+        [Kind.MODEL],
+    ),
+    "files of a trainer": (["optimizer.bin", "scheduler.bin", "training_args.bin"], []),
     "export": (
         ["config.json", "model.safetensors.index.json", "consolidation_manifest.json"],
         [Kind.MODEL],
@@ -70,7 +77,11 @@ TRAINERS: dict[str, tuple[list[str], list[Kind]]] = {
     "settings of an adapter": (["adapter_config.json", "latest"], [Kind.ZERO, Kind.ADAPTER]),
     "adapter of an unknown base": (
         ["adapter_config.json", "adapter_model.safetensors", "pytorch_model_fsdp_0/.metadata"],
-        [Kind.DCP, Kind.ADAPTER],
+        [Kind.ADAPTER, Kind.DCP],
+    ),
+    "adapter of ZeRO": (
+        ["adapter_config.json", "adapter_model.bin", "latest"],
+        [Kind.ADAPTER, Kind.ZERO],
     ),
 }
 
@@ -102,7 +113,7 @@ def test_complete_weights_come_before_sharded_state(tmp_path: Path, beside: str)
 
 
 def test_a_run_and_a_checkpoint_come_before_other_kinds(tmp_path: Path) -> None:
-    names = ["config.yaml", "checkpoints/", "manifest.json", "config.json", "model.safetensors"]
+    names = ["config.yaml", "checkpoints/", "manifest.json", "config.json"]
     kinds = [Kind.RUN, Kind.CHECKPOINT, Kind.ADAPTER, Kind.MODEL]
     assert kinds_of(make(tmp_path / "folder", [*names, "adapter_config.json"])) == kinds
 

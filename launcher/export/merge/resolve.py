@@ -211,10 +211,10 @@ def _token_edits(
                 f"{values.shape[1:]}, which fit neither trainable_token_indices ({len(indices)}) "
                 f"nor the base's {shape}; does the adapter belong to another model?"
             )
-        if not all(0 <= index < shape[0] for index in indices):
+        if wrong := [index for index in indices if not 0 <= index < shape[0]]:
             raise UserError(
-                f"{adapter.origin}: trainable_token_indices goes up to {max(indices)}, but {name} "
-                f"has {shape[0]} rows; does the adapter belong to another model?"
+                f"{adapter.origin}: trainable_token_indices has {wrong[0]}, but {name} has rows 0 "
+                f"to {shape[0] - 1}; does the adapter belong to another model?"
             )
         yield name, TrainedTokens(values, indices)
 

@@ -69,8 +69,7 @@ def tied_edits(
     inputs, outputs = edits.get(pair.embedding, []), edits.get(pair.head, [])
     shared = [e for e in (*inputs, *outputs) if isinstance(e, Replacement) and e.shared]
     shared = _single_replacement(shared, pair)
-    inputs = [*shared, *(e for e in inputs if not (isinstance(e, Replacement) and e.shared))]
-    outputs = [*shared, *(e for e in outputs if not (isinstance(e, Replacement) and e.shared))]
+    inputs, outputs = _with_shared(shared, inputs), _with_shared(shared, outputs)
     if not any(isinstance(edit, TrainedTokens) for edit in outputs):
         outputs += [edit for edit in inputs if isinstance(edit, TrainedTokens)]
     if ensured and not any(isinstance(edit, Replacement) and not edit.shared for edit in outputs):
@@ -79,6 +78,14 @@ def tied_edits(
         _same_edit(edit, other) for edit, other in zip(inputs, outputs, strict=True)
     )
     return inputs, inputs if same else outputs, same
+
+
+def _with_shared(shared: list[Replacement], edits: list[Edit]) -> list[Edit]:
+    """`edits` with the values of the shared parameter, unless the module has a copy of its own that
+    was trained (modules_to_save)."""
+    own = [each for each in edits if not (isinstance(each, Replacement) and each.shared)]
+    is_copy = any(isinstance(each, Replacement) for each in own)
+    return own if is_copy else [*shared, *own]
 
 
 def _single_replacement(shared: list[Replacement], pair: EmbeddingPair) -> list[Replacement]:

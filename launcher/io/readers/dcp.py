@@ -21,7 +21,13 @@ from launcher.folders.kind import ACCELERATE, UNREADABLE
 from launcher.io.readers.found import FoundModel
 from launcher.io.readers.torch_file import read_file, unpickle
 from launcher.io.readers.unpickle import Inert, is_shape, is_size
-from launcher.io.readers.wrapper_prefixes import skipped_note, strip_wrappers, stripped_names
+from launcher.io.readers.wrapper_prefixes import (
+    MODEL_KEYS,
+    NOT_WEIGHTS,
+    OPTIMIZER,
+    skipped_note,
+    stripped_names,
+)
 from launcher.io.tensor import Tensor
 from launcher.io.tensor.stored import Piece, Stored, box_pieces
 
@@ -73,9 +79,7 @@ def read_model(folder: Path) -> FoundModel:
     index = read_index(_dcp_folder(folder))
     names, notes = _names(index)
     tensors: dict[str, Tensor] = {}
-    short = stripped_names(names.values(), index.file)
-    for key in names:
-        name = short[names[key]]
+    for key, name in names.items():
         tensors[name] = _stored(name, index, index.tensors[key])
     return FoundModel(tensors, notes=notes)
 
@@ -97,28 +101,41 @@ def _dcp_folder(folder: Path) -> Path:
 
 def _names(index: Index) -> tuple[dict[str, str], tuple[str, ...]]:
     """(key → name in the model for its tensors, notes on entries that were left out)."""
-    path_of, file = index.paths, index.file
-    names = {key: path[0] for key, path in path_of.items() if len(path) == 1}
-    for depth in (1, 0):  # {"app": {"model": …}}; {"model": …} takes precedence
-        under_model = {
-            key: ".".join(path[depth + 1 :])
-            for key, path in path_of.items()
-            if len(path) > depth + 1 and path[depth] == "model" and not path[0].startswith("optim")
-        }
-        names = under_model or names
+    file = index.file
+    names = _model_names(index)
     not_tensors = names.keys() - index.tensors.keys()
     names = {key: name for key, name in names.items() if key not in not_tensors}
-    not_weights = {key for key, name in names.items() if strip_wrappers(name) is None}
-    names = {key: name for key, name in names.items() if key not in not_weights}
+    weights = stripped_names([*names.values()], file)
+    not_weights = {key for key, name in names.items() if name not in weights}
+    names = {key: weights[name] for key, name in names.items() if name in weights}
     if flattened := [name for name in names.values() if "_flat_param" in name]:
         raise UserError(
             f"{file} contains {flattened[0]}: a flattened parameter of FSDP1 (LOCAL_STATE_DICT), "
             "which cannot be split into its tensors; save with SHARDED_STATE_DICT"
         )
     if not names:
-        top_level = sorted({path[0] for path in path_of.values()})[:5]
+        top_level = sorted({path[0] for path in index.paths.values()})[:5]
         raise UserError(f"{file} contains no model, but {', '.join(top_level) or 'nothing'}")
-    return names, skipped_note(not_tensors | not_weights, "that are not weights")
+    return names, skipped_note(not_tensors | not_weights, NOT_WEIGHTS)
+
+
+def _model_names(index: Index) -> dict[str, str]:
+    """Key → name of what may be the model's: the entries under one of MODEL_KEYS, otherwise those
+    that are not nested, otherwise all that no optimizer has."""
+    paths = {key: p for key, p in index.paths.items() if not p[0].startswith(OPTIMIZER)}
+    for depth in (0, 1):  # {"model": …} takes precedence over {"app": {"model": …}}
+        for model in MODEL_KEYS:
+            found = {
+                key: ".".join(path[depth + 1 :])
+                for key, path in paths.items()
+                if len(path) > depth + 1 and path[depth] == model
+            }
+            if found.keys() & index.tensors.keys():
+                return found
+    flat = {key: path[0] for key, path in index.paths.items() if len(path) == 1}
+    if flat.keys() & index.tensors.keys():
+        return flat
+    return {key: ".".join(path) for key, path in paths.items()}
 
 
 def read_index(folder: Path) -> Index:

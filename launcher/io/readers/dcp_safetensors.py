@@ -50,15 +50,15 @@ def read_model(folder: Path, shapes: Shapes | None = None) -> FoundModel:
             assert isinstance(part, Stored)
             parts.setdefault(name, {}).setdefault(offsets[name], part)
     full = {name: _full_tensor(folder, name, tensor_parts) for name, tensor_parts in parts.items()}
-    tensors = with_stripped_names(full, folder)
+    tensors, notes = with_stripped_names(full, folder)
     if shapes is not None:
         _check_shapes(folder, tensors, shapes)
-        return FoundModel(tensors)
+        return FoundModel(tensors, notes=notes)
     note = (
         f"{folder} has files of {len(ranks)} rank(s); the format does not show whether these are "
         "all ranks"
     )
-    return FoundModel(tensors, notes=(note,))
+    return FoundModel(tensors, notes=(*notes, note))
 
 
 def _offsets(file: Path) -> dict[str, tuple[int, ...]]:

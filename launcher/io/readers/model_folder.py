@@ -6,16 +6,19 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 
 from launcher.errors import UserError
-from launcher.folders.model import single_weights_file
+from launcher.folders.model import is_weights_file, single_weights_file
 from launcher.folders.tensor_entries import read_weight_map
 from launcher.io.readers.found import FoundModel
 from launcher.io.readers.safetensors_file import read_header
 from launcher.io.readers.torch_file import read_file, tensors_in
-from launcher.io.readers.wrapper_prefixes import skipped_note, with_stripped_names
+from launcher.io.readers.wrapper_prefixes import (
+    skipped_note,
+    under_model_key,
+    with_stripped_names,
+)
 from launcher.io.tensor import InMemory, Tensor
 from launcher.io.tensor.stored import Stored
 
-NOT_MODELS = ("adapter_model", "training_args", "optimizer", "scheduler", "random_states")
 TORCH_FILES = ("pytorch_model.bin", "pytorch_model_fsdp.bin")
 Reader = Callable[[Path], dict[str, Tensor]]
 
@@ -27,18 +30,21 @@ def read_model(folder: Path) -> FoundModel:
     Raises UserError if a file is missing or damaged, or if the index and the files disagree.
     """
     if index := _index(folder, "safetensors"):
-        return FoundModel(_read_by_index(index, read_header))
+        tensors, not_weights = with_stripped_names(_read_by_index(index, read_header), folder)
+        return FoundModel(tensors, notes=not_weights)
     if _weights(folder, "safetensors"):
-        return FoundModel(read_header(single_weights_file(folder)))
+        state = read_header(single_weights_file(folder))
+        tensors, not_weights = with_stripped_names(state, folder)
+        return FoundModel(tensors, notes=not_weights)
     notes: list[str] = []
     if index := _index(folder, "bin"):
         state = _read_by_index(index, lambda file: _state_dict(file, notes))
     else:
         state = _state_dict(_only_torch_file(folder), notes)
-    tensors = with_stripped_names(state, folder)
+    tensors, not_weights = with_stripped_names(state, folder)
     aliases = find_aliases(tensors)
     unique = {name: tensor for name, tensor in tensors.items() if name not in aliases}
-    return FoundModel(unique, aliases, tuple(notes))
+    return FoundModel(unique, aliases, (*notes, *not_weights))
 
 
 def find_aliases(tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -75,11 +81,7 @@ def _index(folder: Path, extension: str) -> Path | None:
 
 
 def _weights(folder: Path, extension: str) -> list[Path]:
-    return [
-        path
-        for path in sorted(folder.glob(f"*.{extension}"))
-        if not path.name.startswith(NOT_MODELS)
-    ]
+    return [path for path in sorted(folder.glob(f"*.{extension}")) if is_weights_file(path.name)]
 
 
 def _only_torch_file(folder: Path) -> Path:
@@ -94,11 +96,11 @@ def _only_torch_file(folder: Path) -> Path:
 
 
 def _state_dict(file: Path, notes: list[str]) -> dict[str, Tensor]:
-    """The tensors of a torch file, with or without a "state_dict" entry around them. A note on what
-    is not a tensor is added to `notes`."""
+    """The tensors of a torch file, with or without an entry such as "state_dict" around them. A
+    note on what is not a tensor is added to `notes`."""
     content = read_file(file)
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    if isinstance(content, dict):
+        content = under_model_key(content)
     tensors, other_names = tensors_in(content, file)
     if not tensors:
         raise UserError(f"{file} contains no tensors by name: it is not a model")

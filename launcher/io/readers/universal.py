@@ -26,8 +26,8 @@ from launcher.io.readers.unpickler import named_damage
 from launcher.io.readers.zero import (
     NO_FROZEN,
     build_found_model,
-    compute_dtype,
     frozen_parameters,
+    in_compute_dtype,
     param_shapes,
     persistent_buffers,
 )
@@ -56,8 +56,7 @@ def _read_model(folder: Path, masters: bool) -> FoundModel:
     state = checkpoint.model_states[0]
     found = dict(_masters(checkpoint))
     if checkpoint.stage3:
-        dtype = None if masters else compute_dtype(state)
-        tensors = {name: tensor.to(dtype) if dtype else tensor for name, tensor in found.items()}
+        tensors = found if masters else in_compute_dtype(folder, state, found)
         tensors |= frozen_parameters(folder, checkpoint.model_states)
         tensors |= persistent_buffers(folder, state)
         has_frozen = state.get("frozen_param_shapes") is not None

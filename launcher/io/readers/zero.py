@@ -81,7 +81,19 @@ def build_found_model(
     )
 
 
-def compute_dtype(state: dict[str, Any]) -> torch.dtype | None:
+def in_compute_dtype(
+    folder: Path, state: dict[str, Any], masters: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The master weights of stage 3, each in the dtype of its parameter in training: that of the
+    empty tensor that `module` has in its place. The model may be in bf16 and its adapter in
+    fp32."""
+    general = _compute_dtype(state)
+    empty, _ = tensors_in(state["module"], folder)
+    dtypes = {name: empty[name].dtype if name in empty else general for name in masters}
+    return {name: tensor.to(dtypes[name] or tensor.dtype) for name, tensor in masters.items()}
+
+
+def _compute_dtype(state: dict[str, Any]) -> torch.dtype | None:
     """The dtype that training computed in; None if it is the dtype of the masters."""
     config = state.get("ds_config")
     config = config if isinstance(config, dict) else {}
@@ -213,7 +225,6 @@ def _stage3_tensors(checkpoint: ZeroCheckpoint, masters: bool) -> dict[str, Tens
     groups = param_shapes(state)
     rank_vectors = _flat_vectors(checkpoint, "fp32_flat_groups", len(groups))
     vectors = [_FlatVector.from_parts(folder, parts) for parts in rank_vectors]
-    dtype = None if masters else compute_dtype(state)
     tensors: dict[str, Tensor] = {}
     at = 0
     for shapes in groups:
@@ -223,8 +234,8 @@ def _stage3_tensors(checkpoint: ZeroCheckpoint, masters: bool) -> dict[str, Tens
     for vector in vectors:
         if vector.count != at:
             raise _length_error(folder, vector.count, at)
-    if dtype is not None:
-        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    if not masters:
+        tensors = in_compute_dtype(folder, state, tensors)
     frozen = frozen_parameters(folder, checkpoint.model_states)
     return tensors | frozen | persistent_buffers(folder, state)
 
