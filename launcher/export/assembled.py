@@ -10,6 +10,7 @@ import torch
 
 from launcher.errors import UserError
 from launcher.export import names
+from launcher.export.completeness import class_naming
 from launcher.export.merge.edits import same_values
 from launcher.export.merge.ties import find_embedding_pair
 from launcher.export.source import Source, model_home
@@ -62,12 +63,32 @@ def naming_of(source: Source, options: Options, disk: Iterable[str]) -> names.Na
     return names.find_naming(model_home(source), options.trust_remote_code, tuple(disk))
 
 
-def without_twin(tensors: Tensors, config: Config) -> tuple[Tensors, Config, tuple[str, ...]]:
-    """(tensors, config, notes) after removing a tied head that is stored in addition to the
-    embedding.
+def without_twins(
+    source: Source, base: Tensors, tensors: Tensors, config: Config
+) -> tuple[Tensors, Config, tuple[str, ...]]:
+    """(tensors, config, notes) after removing tied tensors that are stored in addition to those
+    they are tied to: a head, the embeddings of an encoder and a decoder.
 
-    It is removed if both are equal. Otherwise the config unties them.
+    They are removed if both are equal, unless the base has them. A head that differs is untied in
+    the config.
     """
+    pair = find_embedding_pair(tensors, config)
+    unknown = tensors.keys() - base.keys() - ({pair.head} if pair else set())
+    naming = class_naming(source.path, config) if unknown else None
+    tied = naming.model.all_tied_weights_keys if naming else {}
+    for alias, name in tied.items():
+        if name not in tensors or (pair is not None and alias == pair.head):
+            continue
+        if alias in base and alias not in tensors:
+            tensors = tensors | {alias: tensors[name].renamed(alias)}
+        twin = tensors.get(alias)
+        if twin is not None and alias not in base and same_values(twin, tensors[name]):
+            tensors = {each: tensor for each, tensor in tensors.items() if each != alias}
+    return _without_head(tensors, config)
+
+
+def _without_head(tensors: Tensors, config: Config) -> tuple[Tensors, Config, tuple[str, ...]]:
+    """The same for a head and the embedding that it is tied to."""
     pair = find_embedding_pair(tensors, config)
     if pair is None or not pair.tied or pair.head not in tensors:
         return tensors, config, ()
@@ -90,6 +111,9 @@ def with_vocabulary(
         return config, ()
     before = find_embedding_pair(base, config)
     if before is not None and base[before.embedding].shape[0] == rows:
+        return config, ()
+    naming = None if base else class_naming(source.path, config)
+    if naming is not None and naming.shapes.get(pair.embedding, ())[:1] == (rows,):
         return config, ()
     if rows < stated and source.kind == Kind.DCP_SAFETENSORS:
         raise UserError(

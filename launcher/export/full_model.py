@@ -15,7 +15,7 @@ from launcher.export.assembled import (
     naming_of,
     stated_dtype,
     with_vocabulary,
-    without_twin,
+    without_twins,
 )
 from launcher.export.completeness import known_tensors
 from launcher.export.merge.ties import HEAD
@@ -41,7 +41,7 @@ def full_model(
         gathered, notes = known_tensors(source.path, config, gathered)
     if source.partial or found.partial:
         gathered = _base_in_memory(source, base, gathered, options) | gathered
-    tensors, config, tie_notes = without_twin(gathered, config)
+    tensors, config, tie_notes = without_twins(source, base, gathered, config)
     config, vocabulary_notes = with_vocabulary(source, base, tensors, config)
     # DCP_SAFETENSORS does not show whether a rank's files are missing: shapes must be compared.
     known = config.get("model_type") in SAME_NAMES and source.kind != Kind.DCP_SAFETENSORS

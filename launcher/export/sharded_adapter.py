@@ -17,7 +17,7 @@ from launcher.export.assembled import (
     naming_of,
     stated_dtype,
     with_vocabulary,
-    without_twin,
+    without_twins,
 )
 from launcher.export.completeness import known_tensors
 from launcher.export.merge import Adapter, read_adapter, split_adapters
@@ -113,7 +113,7 @@ def frozen_base(
         raise UserError(
             f"{source.path} contains an adapter and no base weights; name them with --base FOLDER"
         )
-    tensors, config, tie_notes = without_twin(tensors, config)
+    tensors, config, tie_notes = without_twins(source, base, tensors, config)
     config, vocabulary_notes = with_vocabulary(source, base, tensors, config)
     notes = (*notes, *tie_notes, *vocabulary_notes)
     return FrozenBase(tensors, config, naming, frozenset(trained), notes, places=places)

@@ -11,7 +11,7 @@ from launcher.export.assembled import Assembled, Config, Options, naming_of
 from launcher.export.source import Source
 from launcher.folders.model_config import NESTED
 from launcher.folders.vocabulary import TIE
-from launcher.io.model_class import Places
+from launcher.io.model_class import Places, config_of
 
 # The keys of the composite's config.json that describe the text model if its own part lacks them.
 SHARED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -54,9 +54,7 @@ def text_model(source: Source, result: Assembled, options: Options) -> Assembled
 
 def _text_config(config: Config, places: Places, tied: bool) -> dict[str, Any]:
     """The config.json of the text model. `tied`: it has no head of its own."""
-    import transformers
-
-    values = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    values = config_of(config)
     text = dict(config[NESTED])
     shared = {key: config[key] for key in SHARED if key in config and text.get(key) is None}
     model_type = values.get_text_config(decoder=True).model_type

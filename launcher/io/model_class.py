@@ -79,6 +79,18 @@ def _renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
     return name
 
 
+def config_of(values: Mapping[str, Any]) -> Any:
+    """transformers' configuration from the contents of a `config.json`, in which infinity is an
+    object (`{"__float__": "Infinity"}`), as AutoConfig reads it.
+
+    Raises KeyError for a model_type that transformers does not have, and what the class raises.
+    """
+    import transformers
+
+    decoded = transformers.PreTrainedConfig._decode_special_floats(dict(values))
+    return transformers.CONFIG_MAPPING[values["model_type"]].from_dict(decoded)
+
+
 def causal_class(config: Any) -> Any:
     """The class that AutoModelForCausalLM picks for a configuration; None: it has none."""
     import transformers

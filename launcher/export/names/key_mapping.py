@@ -20,7 +20,7 @@ import torch
 from launcher.errors import UserError
 from launcher.export.names.trace import trace
 from launcher.folders.model_config import check_model_config, read_model_config
-from launcher.io.model_class import class_of_files, meta_model
+from launcher.io.model_class import class_of_files, config_of, meta_model
 from launcher.io.tensor import Tensor
 
 
@@ -207,9 +207,7 @@ def build_on_meta(config: dict[str, Any]) -> Any:
             f"{transformers.__version__} does not have; trust the folder's own code if it has any"
         )
     try:
-        # As AutoConfig reads a file: infinity is an object there.
-        values = transformers.PreTrainedConfig._decode_special_floats(config)
-        return _build(transformers.CONFIG_MAPPING[model_type].from_dict(values))
+        return _build(config_of(config))
     except UserError:
         raise
     except Exception as error:  # each class checks its values in its own way

@@ -8,7 +8,14 @@ from typing import Any
 
 from launcher.folders.model_config import NESTED
 from launcher.io.adapter import plain_name
-from launcher.io.model_class import Places, causal_class, find_places, named_class, text_class
+from launcher.io.model_class import (
+    Places,
+    causal_class,
+    config_of,
+    find_places,
+    named_class,
+    text_class,
+)
 from launcher.io.readers.found import FoundModel
 
 
@@ -47,7 +54,7 @@ def _composite(config: dict[str, Any]) -> Any:
     model_type = config.get("model_type", "null")
     if model_type not in transformers.CONFIG_MAPPING:
         return None
-    return transformers.CONFIG_MAPPING[model_type].from_dict(config)
+    return config_of(config)
 
 
 def _first_places(values: Any, candidates: list[Any]) -> Places | None:
