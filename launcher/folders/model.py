@@ -29,6 +29,8 @@ TOKENIZER_FILES = (
 )
 # The files of a hub repository that are downloaded.
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+# Also, if it has no safetensors.
+TORCH_WEIGHTS = ("pytorch_model*.bin", "adapter_model.bin")
 
 
 def is_hub_id(name_or_path: str) -> bool:
@@ -56,7 +58,11 @@ def model_folder(
 
     allowed = [*patterns, *["*.py"] * include_code]
     try:
-        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=allowed))
+        folder = Path(snapshot_download(name_or_path, revision=revision, allow_patterns=allowed))
+        if "*.safetensors" in patterns and not any(folder.glob("*.safetensors")):
+            allowed += TORCH_WEIGHTS
+            snapshot_download(name_or_path, revision=revision, allow_patterns=allowed)
+        return folder
     except (
         Exception
     ) as error:  # the hub client raises a dozen types, all with the same meaning here
