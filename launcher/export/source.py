@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, takewhile
 from pathlib import Path
@@ -17,6 +17,7 @@ from launcher.export.bases import (
     find_base,
     named_adapters,
 )
+from launcher.export.readers import Reader, kind_of, reader_of
 from launcher.folders import links, manifest
 from launcher.folders.adapter import SETTINGS, read_settings
 from launcher.folders.checkpoint import (
@@ -35,15 +36,12 @@ from launcher.folders.model import CONFIG, whole_model_folder
 from launcher.folders.run import RunDir
 from launcher.folders.tensor_entries import tensor_names
 from launcher.folders.unknown_source import check_folder, refusal
-from launcher.io.adapter import contains_base, is_peft_state, read_adapter
+from launcher.io.adapter import contains_base, is_peft_state
 from launcher.io.new_tokens import extend
-from launcher.io.readers import dcp, dcp_safetensors, universal, zero
+from launcher.io.readers import dcp
 from launcher.io.readers import model_folder as model_files
-from launcher.io.readers.found import FoundModel
 from launcher.io.tokenizer_files import SETTINGS as TOKENIZER
 from launcher.io.tokenizer_files import has_vocabulary, stated_template
-
-Reader = Callable[[bool], FoundModel]  # the argument: whether fp32 masters are wanted
 
 
 @dataclass(frozen=True)
@@ -125,11 +123,11 @@ def find_source(
         checkpoints = RunDir(path).checkpoints
         path, skipped = newest_checkpoint(checkpoints).path, describe_skipped(checkpoints)
     path = choose_adapter(_checkpoint_of(path), adapter_name)
-    kind = _kind_of(path)
+    kind = kind_of(path)
     if kind is Kind.CHECKPOINT:
         source = replace(_checkpoint_source(path, base, adapter_only), skipped=tuple(skipped))
     elif tag is not None or kind in SHARDED:
-        source = _sharded_source(path, *_reader(path, tag), base, adapter_only)
+        source = _sharded_source(path, *reader_of(path, tag), base, adapter_only)
     elif kind is Kind.ADAPTER:
         source = _adapter_source(path, base, adapter_only)
     elif kind is Kind.MODEL:
@@ -227,17 +225,6 @@ def _checkpoint_of(path: Path) -> Path:
     return path.parent if is_part else path
 
 
-def _kind_of(path: Path) -> Kind | None:
-    """The most specific kind of the folder. An adapter that was saved without gathering it (ZeRO-3)
-    has no elements: the sharded state beside it has them."""
-    kinds = kinds_of(path)
-    sharded = next((kind for kind in kinds if kind in SHARDED), None)
-    if sharded and kinds[0] is Kind.ADAPTER:
-        shapes = {tensor.shape for tensor in read_adapter(path).tensors.values()}
-        return sharded if (0,) in shapes else Kind.ADAPTER
-    return next(iter(kinds), None)
-
-
 def _adapter_source(path: Path, base: str | None, adapter_only: bool) -> Source:
     if adapter_only:
         recorded = read_settings(path / SETTINGS).get("base_model_name_or_path")
@@ -320,20 +307,3 @@ def _sharded_source(
         adapter_config=settings,
         extra_file_folders=tuple(folders),
     )
-
-
-def _reader(path: Path, tag: str | None) -> tuple[Kind, Reader]:
-    kinds = kinds_of(path)
-    if tag is not None and Kind.ZERO not in kinds:
-        raise UserError(
-            f"--tag {tag} needs a DeepSpeed checkpoint as SOURCE, and {path} is not one"
-        )
-    kind = next(kind for kind in kinds if kind in SHARDED)
-    readers: dict[Kind, Reader] = {
-        Kind.UNIVERSAL: lambda masters: universal.read_model(path, masters),
-        Kind.ZERO: lambda masters: zero.read_model(path, tag, masters),
-        Kind.DCP_SAFETENSORS: lambda _: dcp_safetensors.read_model(path),
-        Kind.DCP: lambda _: dcp.read_model(path),
-        Kind.STATE_DICT: lambda _: model_files.read_model(path),
-    }
-    return kind, readers[kind]

@@ -47,7 +47,7 @@ HUB_PATTERNS = (
     *("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.spm", "*.tiktoken"),
     "bpe.codes",
 )
-TORCH_PATTERNS = ("pytorch_model*.bin", "*.bin.index.json")
+TORCH_PATTERNS = ("pytorch_model*.bin", "*.bin.index.json", "adapter_model.bin")
 
 
 def is_hub_id(name_or_path: str) -> bool:
@@ -73,7 +73,10 @@ def model_folder(
         return Path(name_or_path)
     allowed = [*patterns, *["*.py"] * include_code]
     named = f"model.name_or_path={name_or_path}"
-    return _download(name_or_path, revision, allowed, None, named)
+    folder = _download(name_or_path, revision, allowed, None, named)
+    if "*.safetensors" in patterns and not any(folder.glob("*.safetensors")):
+        return _download(name_or_path, revision, [*allowed, *TORCH_PATTERNS], None, named)
+    return folder
 
 
 def whole_model_folder(name_or_path: str, revision: str | None) -> Path:

@@ -30,7 +30,7 @@ MAX_SIZE = 1 << 48  # of a tensor or a dim of one, in elements
 WIDTHS = {  # dtype in the format's spelling → bytes of an element
     "BOOL": 1, "U8": 1, "U16": 2, "U32": 4, "U64": 8, "I8": 1, "I16": 2, "I32": 4, "I64": 8,
     "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "F8_E4M3": 1, "F8_E5M2": 1,
-    "F8_E8M0": 1,
+    "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "F8_E8M0": 1, "F4": 0.5, "C64": 8,
 }  # fmt: skip
 
 

@@ -40,7 +40,15 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+# They are copied; nothing is computed with them.
+COPIED_DTYPES: dict[str, torch.dtype] = {
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F4": torch.float4_e2m1fn_x2,
+    "C64": torch.complex64,
+}
+CODES = {dtype: code for code, dtype in (DTYPES | COPIED_DTYPES).items()}
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
@@ -64,7 +72,8 @@ def header(tensors: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
     at = 0
     for name, dtype, shape in tensors:
         end = at + math.prod(shape) * dtype.itemsize
-        table[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        sizes = [*shape[:-1], shape[-1] * 2] if dtype == torch.float4_e2m1fn_x2 else list(shape)
+        table[name] = {"dtype": CODES[dtype], "shape": sizes, "data_offsets": [at, end]}
         at = end
     text = json.dumps(table, separators=(",", ":")).encode()
     padded = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8
@@ -79,11 +88,15 @@ def apply_umask(path: Path) -> None:
 
 
 def _stored(name: str, entry: TensorEntry) -> Tensor:
-    if entry.dtype not in DTYPES:
+    known, shape = DTYPES | COPIED_DTYPES, entry.shape
+    if entry.dtype not in known:
         raise UserError(
-            f"{entry.file}: {name} is of {entry.dtype:.80}, which is not one of {', '.join(DTYPES)}"
+            f"{entry.file}: {name} is of {entry.dtype:.80}, which is not one of {', '.join(known)}"
         )
-    dtype = DTYPES[entry.dtype]
-    count = math.prod(entry.shape)
-    pieces = run_pieces(entry.file, entry.begin, 0, count, entry.shape, dtype.itemsize)
-    return Stored(name, dtype, entry.shape, tuple(pieces))
+    dtype = known[entry.dtype]
+    if dtype == torch.float4_e2m1fn_x2:  # torch has two values in an element
+        if not shape or shape[-1] % 2:
+            raise UserError(f"{entry.file}: {name} of F4 has the shape {list(shape)}, an odd size")
+        shape = (*shape[:-1], shape[-1] // 2)
+    pieces = run_pieces(entry.file, entry.begin, 0, math.prod(shape), shape, dtype.itemsize)
+    return Stored(name, dtype, shape, tuple(pieces))

@@ -20,6 +20,13 @@ import torch
 
 from launcher.io.tensor.tiles import refuse_overflow, scratch, spans
 
+# Floating-point dtypes whose values mean nothing alone: the scales of blocks, packed pairs.
+NOT_CAST = (torch.float8_e8m0fnu, torch.float4_e2m1fn_x2)
+
+
+def is_castable(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype not in NOT_CAST
+
 
 @dataclass(frozen=True)
 class Tensor(ABC):
@@ -84,12 +91,12 @@ class Tensor(ABC):
         return replace(self, name=name)
 
     def to(self, dtype: torch.dtype) -> Tensor:
-        """The values in `dtype`. Returns `self` if it has that dtype or is not floating point.
+        """The values in `dtype`. Returns `self` if it has that dtype or is not castable.
 
         A computed tensor is rounded only once, to the last dtype that was requested: its class
         overrides this method.
         """
-        if self.dtype == dtype or not self.dtype.is_floating_point:
+        if self.dtype == dtype or not is_castable(self.dtype):
             return self
         return Cast(self.name, dtype, self.shape, self)
 
@@ -112,7 +119,7 @@ class RowSlice(Tensor):
         return self.source.reference(self.begin + first, self.begin + last)
 
     def to(self, dtype: torch.dtype) -> Tensor:
-        if dtype == self.dtype or not self.dtype.is_floating_point:
+        if dtype == self.dtype or not is_castable(self.dtype):
             return self
         return replace(self, dtype=dtype, source=self.source.to(dtype))
 
@@ -140,7 +147,7 @@ class ConcatRows(Tensor):
         return torch.cat([part.reference(top, bottom) for part, _, top, bottom in overlapping])
 
     def to(self, dtype: torch.dtype) -> Tensor:
-        if dtype == self.dtype or not self.dtype.is_floating_point:
+        if dtype == self.dtype or not is_castable(self.dtype):
             return self
         return replace(self, dtype=dtype, parts=tuple(part.to(dtype) for part in self.parts))
 

@@ -80,6 +80,8 @@ class Stored(Tensor):
                 begin = piece.begin + (row - piece.rows[0]) * (right - left) * width
                 data = read_buffered(piece.file, begin, (right - left) * width)
                 out[row - first, left:right] = torch.frombuffer(data, dtype=self.dtype)
+        if self.dtype == torch.float4_e2m1fn_x2:
+            return out.view(torch.uint8)
         return out.double() if self.dtype.is_floating_point else out
 
     def files(self) -> Iterator[Path]:
