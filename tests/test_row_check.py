@@ -52,7 +52,9 @@ MODELS = {
     "bert with is_decoder=false reads both sides": transformers.BertConfig(
         architectures=["BertLMHeadModel"]
     ),
-    "CLIPModel is not a causal language model": transformers.CLIPConfig(architectures=["CLIPModel"]),
+    "CLIPModel is not a causal language model": transformers.CLIPConfig(
+        architectures=["CLIPModel"]
+    ),
 }  # fmt: skip
 
 

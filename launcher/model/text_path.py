@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 
 def beyond_text(model: Any) -> dict[str, nn.Module]:
     """Path → module, for the outermost modules of a transformers model that are neither in its
     decoder nor its head. Empty for a model of text alone."""
     config = getattr(model, "config", None)
-    if config is None or config.get_text_config(decoder=True) is config:
+    if not isinstance(config, PreTrainedConfig) or config.get_text_config(decoder=True) is config:
         return {}
     decoder = model.get_decoder()
     ends = (decoder, model.get_input_embeddings(), model.get_output_embeddings())
@@ -21,6 +22,7 @@ def beyond_text(model: Any) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         is_inside = any(name.startswith(f"{path}.") for path in found)
-        if not is_inside and not any(id(each) in reached for each in module.modules()):
+        is_module = not isinstance(module, nn.ModuleList | nn.ModuleDict)  # not only a container
+        if is_module and not is_inside and not any(id(m) in reached for m in module.modules()):
             found[name] = module
     return found
