@@ -13,7 +13,6 @@ from __future__ import annotations
 import sys
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig
 
@@ -24,6 +23,7 @@ from launcher.data.tokenize import RowTokenizer
 from launcher.errors import REFUSED, UserError
 from launcher.export.exportable import check_exportable
 from launcher.folders.vocabulary import embedding_rows
+from launcher.io.model_class import trained_class
 from launcher.model.tokenizer import load_tokenizer
 from launcher.model.trainable import refuse_untrainable
 
@@ -44,7 +44,7 @@ def check_rows(config: Config) -> None:
     is not downloaded for this. Raises UserError for a bad one."""
     folder, code = Path(config.model.name_or_path), config.model.trust_remote_code
     if not code:  # which only the ranks run
-        refuse_untrainable(_read_config(folder), folder)
+        _check_trainable(folder)
     check_exportable(folder, code)
     if config.data.format == "text":
         return
@@ -55,11 +55,14 @@ def check_rows(config: Config) -> None:
             RowTokenizer(each, config.data, tokenizer, embedding_rows(folder))(first)
 
 
-def _read_config(folder: Path) -> Any:
+def _check_trainable(folder: Path) -> None:
+    """Raises UserError if config.json describes a model that the ranks would refuse."""
     try:
-        return AutoConfig.from_pretrained(folder)
+        architecture = AutoConfig.from_pretrained(folder)
+        trained_class(architecture)
     except Exception as error:  # each class checks its values in its own way
-        raise UserError(f"model.name_or_path={folder} cannot be read: {error}") from error
+        raise UserError(f"model.name_or_path={folder}: {error}") from error
+    refuse_untrainable(architecture, folder)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from launcher.errors import UserError
+from launcher.model.text_part import modules_beside_text
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -14,15 +15,16 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     `_no_split_modules`, embeddings and the like excepted.
 
     Where it lists none, they are the elements of the model's lists of modules. A layer is never
-    inside another. Raises UserError if the model has no such modules.
+    inside another, nor in a part that text does not reach. Raises UserError if the model has no
+    such modules.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
-    repeated = {
-        each for kind in model.modules() if isinstance(kind, nn.ModuleList) for each in kind
-    }
-    declared = [module for module in model.modules() if type(module).__name__ in names]
+    unreached = {module for part in modules_beside_text(model) for module in part.modules()}
+    modules = [module for module in model.modules() if module not in unreached]
+    repeated = {each for kind in modules if isinstance(kind, nn.ModuleList) for each in kind}
+    declared = [module for module in modules if type(module).__name__ in names]
     layers = outermost([module for module in declared if module in repeated] or declared)
-    layers = layers or outermost(module for module in model.modules() if module in repeated)
+    layers = layers or outermost(module for module in modules if module in repeated)
     if not layers:
         raise UserError(
             f"{type(model).__name__} does not declare which of its modules are layers "

@@ -12,6 +12,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from launcher.model.peft import PeftModel
+
 TEXT_INPUTS = ("input_ids", "inputs_embeds", "inputs")
 
 
@@ -29,11 +31,19 @@ def beside_text(model: nn.Module) -> list[str]:
     text = {id(p) for module in kept if module is not None for p in module.parameters()}
     found: list[str] = []
     for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):  # only a container
+            continue
         own = {id(p) for p in module.parameters()}
         has_tower = is_part or any(is_inside(tower, [name]) for tower in towers)
         if own and own.isdisjoint(text) and has_tower and not is_inside(name, found):
             found.append(name)
     return found
+
+
+def modules_beside_text(model: Any) -> list[nn.Module]:
+    """These modules, also of a model with an adapter."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return [base.get_submodule(path) for path in beside_text(base)]
 
 
 def is_inside(name: str, paths: Collection[str]) -> bool:

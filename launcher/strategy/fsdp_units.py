@@ -5,6 +5,8 @@
     decoder layers        while the layer before runs  while the layer behind runs
     last norm and head    while the last layer runs    still there
     the rest (the root)   first                        still there
+    what text does not    never                        never
+    reach
 
 A parameter that two of them share is in the root, with the unit or the part of a layer that has it:
 it is kept from the first use to the last. Examples are a head that is tied to the embedding, a bias
@@ -16,6 +18,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import nn
@@ -25,6 +28,7 @@ from torch.distributed.tensor import Shard as ShardPlacement
 
 from launcher.distributed.shards import sharded_dim
 from launcher.model.layers import decoder_layers
+from launcher.model.text_part import modules_beside_text
 
 MAX_PADDING = 0.1  # of a tensor, or of the model
 
@@ -34,7 +38,7 @@ def shard_units(model: nn.Module, frees: bool, options: dict[str, Any]) -> None:
 
     `frees`: a layer is freed after its forward, and gathered again for its backward.
     """
-    layers = decoder_layers(model)
+    layers, unreached = decoder_layers(model), _shard_unreached(model, frees, options)
     embedding, head = _ends(model)
     shared = _shared_parameters(model, [*layers, *filter(None, [embedding, head])])
     units = [part for layer in layers for part in _parts_apart(layer, shared)]
@@ -45,12 +49,26 @@ def shard_units(model: nn.Module, frees: bool, options: dict[str, Any]) -> None:
         _unit(embedding).set_unshard_in_backward(not _only_looks_up(embedding))
     tail: list[nn.Module] = []
     if head is not None and shared.isdisjoint(head.parameters()):
-        rest = _owners_of_other_parameters(model, [*layers, head, *filter(None, [embedding])])
+        others = [*unreached, *layers, head, *filter(None, [embedding])]
+        rest = _owners_of_other_parameters(model, others)
         tail = [*rest, head] if len(rest) == 1 else [head]
         fully_shard(tail, reshard_after_forward=False, **options)
     for before, after in itertools.pairwise([*units, *tail[:1]]):
         _unit(before).set_modules_to_forward_prefetch([_unit(after)])
         _unit(after).set_modules_to_backward_prefetch([_unit(before)])
+
+
+def _shard_unreached(model: nn.Module, frees: bool, options: dict[str, Any]) -> list[nn.Module]:
+    """Make a unit of each part that text does not reach, unless its parameters are ignored; return
+    the parts."""
+    parts, ignored = modules_beside_text(model), options.get("ignored_params") or ()
+    # When gradients are summed before they are reduced, FSDP2 casts those of a unit that has never
+    # been gathered, and fails, if the dtype of the reduction is another.
+    policy = replace(options["mp_policy"], reduce_dtype=None)
+    for part in parts:
+        if not all(parameter in ignored for parameter in part.parameters()):
+            fully_shard(part, reshard_after_forward=frees, **options | {"mp_policy": policy})
+    return parts
 
 
 def placement_function(num_shards: int) -> Callable[[nn.Parameter], ShardPlacement]:

@@ -20,6 +20,7 @@ from launcher.method.full import Full
 from launcher.method.lora import Lora
 from launcher.method.peft_tensors import in_model, lora_layers
 from launcher.model import load
+from launcher.model.layers import decoder_layers
 from launcher.model.load import build_model
 from tests.helpers.composites import load_composite, make_composite
 
@@ -42,6 +43,8 @@ def test_text_trains_no_tower(tmp_path: Path) -> None:
     """Of a composite that is trained itself: adapters there would stay zero, and weights decay."""
     folder = make_composite("gemma3", tmp_path)
     model, weights = build_model(ModelConfig(name_or_path=str(folder)), folder, 0, torch.float32)
+    text = set(model.get_submodule("model.language_model").modules())
+    assert text.issuperset(decoder_layers(model))
     full = Full(FullConfig(name="full"))
     full.prepare(model, 0, weights)
     trained = {name for name, each in model.named_parameters() if each.requires_grad}
