@@ -45,7 +45,7 @@ def wrap_new(model: nn.Module, config: LoraConfig, keep_tie: bool) -> PeftModel:
             f"method.target_modules={targets}: all-linear cannot be combined with other names"
         )
     beside = beside_text(model)
-    _refuse_beside(model, targets, beside)
+    _refuse_ineffective(model, targets, beside)
     sparse = find_targets(model, targets, config.target_router, config.modules_to_save, beside)
     peft_config = PeftConfig(
         r=config.rank,
@@ -71,11 +71,19 @@ def wrap_new(model: nn.Module, config: LoraConfig, keep_tie: bool) -> PeftModel:
     return wrapped
 
 
-def _refuse_beside(model: nn.Module, targets: list[str], beside: list[str]) -> None:
-    """Raises UserError for a name that only modules have which text does not reach."""
+def _refuse_ineffective(model: nn.Module, targets: list[str], beside: list[str]) -> None:
+    """Raises UserError for a name whose adapters would not learn: of modules that text does not
+    reach, or that are passed by."""
     names = [name for name, _ in model.named_modules()]
+    unadaptable = unadaptable_linears(model)
     for target in targets:
         found = [name for name in names if ends_in(name, target)]
+        if passed := next((name for name in found if name in unadaptable), None):
+            raise UserError(
+                f"method.target_modules: {type(model).__name__} computes with the weight of "
+                f"{passed} without calling it as a linear layer, so an adapter of {target} would "
+                "have no effect → leave it out, or all-linear"
+            )
         if found and all(is_inside(name, beside) for name in found):
             raise UserError(
                 f"method.target_modules: {target} is only in {found[0]}, which text does not pass "

@@ -7,6 +7,7 @@ from torch import nn
 
 from launcher.config.schema.method import QloraConfig
 from launcher.method.lora import Lora
+from launcher.model.adaptable import unadaptable_linears
 from launcher.model.load import Weights
 from launcher.model.quantized_linear import QuantizationFormat, quantize
 
@@ -27,7 +28,7 @@ class Qlora(Lora):
 
     def _quantize(self, model: nn.Module, weights: Weights | None, device: torch.device) -> None:
         """Runs after adapters are merged into the base, and before the new one is added."""
-        not_quantized = self.config.modules_to_save
+        not_quantized = [*self.config.modules_to_save, *unadaptable_linears(model)]
         quantization_format = self._quantization_format()
         self._description = quantize(model, quantization_format, weights, device, not_quantized)
         embedding = model.get_input_embeddings().weight  # type: ignore[operator]
