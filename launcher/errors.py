@@ -36,3 +36,9 @@ def shortened(error: UserError) -> str:
     return "\n".join(
         line if len(line) <= MAX_LINE else f"{line[:half]} … {line[-half:]}" for line in lines
     )
+
+
+def first_sentence(error: Exception) -> str:
+    """What a library's exception says, on one line, up to the end of its first sentence."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words.partition(". ")[0].rstrip(".:")

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from launcher.config.schema.model import ModelConfig
-from launcher.errors import UserError
+from launcher.errors import UserError, first_sentence
 from launcher.folders.model import CONFIG
 from launcher.folders.model_config import read_model_config
 from launcher.folders.tensor_entries import tensor_names
@@ -256,8 +256,11 @@ def model_on_meta(
     except UserError:
         raise
     except Exception as error:  # not a causal model, not with this attention, or of other values
+        reason = str(error)
+        if isinstance(error, ImportError):
+            reason = f"{first_sentence(error)} → install it for the ranks and for the export"
         raise UserError(
-            f"{folder} with model.attention={config.attention} cannot be built: {error}"
+            f"{folder} with model.attention={config.attention} cannot be built: {reason}"
         ) from error
     model.tie_weights()  # building on the meta device loses the tie
     remember_places(model, places)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from launcher.data.collate import MicroBatch, collate
-from launcher.errors import UserError
+from launcher.errors import UserError, first_sentence
 from launcher.model.attention import is_ours
 from launcher.model.packed_masks import give_masks
 from launcher.model.peft import PeftModel
@@ -67,23 +67,20 @@ def check_causality(
     computation.
 
     Every rank does the same. Raises UserError if the logits change (the model reads both sides, so
-    it would copy its targets), and if it does not compute logits from token ids alone.
+    it would copy its targets), and if it does not compute logits from token ids alone, or only of
+    rows of one length.
     """
     first, other = _documents(vocabulary)[:2]
     name = _name_of(model)
     model.eval()
-    try:
-        before, after = (
-            _logits(model, device, [[*first, *second]], packed=False)[:DOCUMENT_LENGTH]
-            for second in (first, other)
-        )
-        model.train()
-        _logits(model, device, [[*first, *other]], packed=False)  # some take one length only
-    except Exception as error:  # each class refuses in its own way
-        raise UserError(
-            f"{name} cannot be trained on text: it does not compute logits from any token ids "
-            f"({type(error).__name__}: {error}) → a causal language model"
-        ) from error
+    incapable = f"{name} does not compute logits from token ids alone"
+    before, after = (
+        _text_logits(model, device, [*first, *second], incapable) for second in (first, other)
+    )
+    model.train()
+    fixed = f"{name} takes no row of {2 * DOCUMENT_LENGTH} tokens in training, only of some lengths"
+    _text_logits(model, device, [*first, *other], fixed)
+    before, after = before[:DOCUMENT_LENGTH], after[:DOCUMENT_LENGTH]
     if _differ(before, after, TOLERANCES.get(dtype, HALF_TOLERANCE)):
         raise UserError(
             f"{name} is not causal: its logits depend on the tokens that they should predict → a "
@@ -115,7 +112,10 @@ def check_document_masking(
             )
         )
     except Exception as error:  # each class refuses in its own way
-        raise UserError(f"data.packing=true: {error} → data.packing=false") from error
+        raise UserError(
+            f"data.packing=true: {_name_of(model)} does not compute a sequence of several documents"
+            f" ({type(error).__name__}: {first_sentence(error)}) → data.packing=false"
+        ) from error
     model.train()
     same_shape = TOLERANCES.get(dtype, HALF_TOLERANCE)
     other_shape = TOLERANCES.get(dtype, HALF_SHAPE_TOLERANCE)
@@ -147,6 +147,17 @@ def _documents(vocabulary: int) -> list[list[int]]:
 
 def _differ(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
     return bool((one - other).abs().max() > tolerance * one.abs().max())
+
+
+def _text_logits(model: nn.Module, device: torch.device, row: list[int], refusal: str) -> Any:
+    """The logits of a row. Raises UserError with `refusal` if the model raises an exception."""
+    try:
+        return _logits(model, device, [row], packed=False)
+    except Exception as error:  # each class refuses in its own way
+        raise UserError(
+            f"{refusal} ({type(error).__name__}: {first_sentence(error)}) → another causal "
+            "language model"
+        ) from error
 
 
 def _logits(

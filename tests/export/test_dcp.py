@@ -20,6 +20,7 @@ from tests.helpers.checkpoints import save_and_answer
 from tests.helpers.exports import consolidate, plan_of, stored
 from tests.helpers.parts import Case
 from tests.helpers.stored_models import publish
+from tests.helpers.tiny_models import release
 
 
 def test_a_full_run_becomes_a_model_in_the_dtype_of_the_base(
@@ -79,3 +80,42 @@ def test_a_tensor_of_another_shape_is_refused(
     dcp.save({"model": tensors | {name: torch.ones(shape)}}, checkpoint_id=tmp_path)
     with pytest.raises(UserError, match=f"^{re.escape(expected)}$"):
         plan_of(tmp_path, base=str(tiny_untied))
+
+
+def trained_folder(base: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint of the model of `base` with all its parameters changed, by the names that
+    training gives them; what `from_pretrained` of its export should have."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    dcp.save({"model": dict(model.named_parameters())}, checkpoint_id=folder)
+    return dict(model.state_dict())
+
+
+@pytest.mark.parametrize("model_type", ["camembert", "xlm-roberta", "cohere"])
+def test_a_tied_parameter_has_the_name_of_the_base(model_type: str, tmp_path: Path) -> None:
+    """CamembertForCausalLM registers its head before its embedding, and stores the embedding."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    release(model_type, base)
+    expected = trained_folder(base, tmp_path / "step")
+    consolidate(tmp_path / "step", "--base", base, "--output", out)
+    assert stored(out).keys() == stored(base).keys()
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert loaded.config.pad_token_id == 0
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_trained_row_of_the_padding_token_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """YoutuForCausalLM clears the row of its `pad_token_id` in each `from_pretrained`."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    release("youtu", base)
+    expected = trained_folder(base, tmp_path / "step")
+    assert expected["lm_head.weight"][0].all()
+    consolidate(tmp_path / "step", "--base", base, "--output", out)
+    assert "pad_token_id=0 is now null" in capsys.readouterr().out
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert torch.equal(loaded.lm_head.weight, expected["lm_head.weight"])

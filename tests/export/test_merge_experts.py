@@ -10,6 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from launcher.errors import UserError
+from launcher.export.merge.target_parameters import REGISTRATION_ORDER
+from launcher.io.model_class import causal_class, meta_model
+from tests.helpers import tiny_models
 from tests.helpers.merging import assert_equal, by_peft, merged, model
 
 FAMILIES = {
@@ -96,3 +99,25 @@ def test_dora_on_single_experts_is_refused(tmp_path: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(UserError, match=r"experts\.0\.gate_proj was trained with DoRA"):
         merged(model("qwen3_moe"), folder)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param(name, marks=[] if name in ("nemotron_h", "gpt_oss") else pytest.mark.whole)
+        for name in tiny_models.model_types()
+    ],
+)
+def test_the_parameters_of_experts_are_registered_in_the_known_order(model_type: str) -> None:
+    """PEFT's wrappers of a module are nested in the order in which its parameters are registered,
+    and the names in its files do not show which is which."""
+    try:
+        config = tiny_models.tiny_config(model_type).get_text_config(decoder=True)
+        model = meta_model(causal_class(config), config)
+    except Exception as error:
+        pytest.skip(f"cannot be built: {error}")
+    for path, module in model.named_modules():
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+        known = [name for name in REGISTRATION_ORDER if name in names]
+        if len(known) == len(names):
+            assert names == known, path

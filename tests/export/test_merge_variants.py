@@ -80,6 +80,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
         },
     ),
+    "experts without gates, of equal shapes": (
+        "nemotron_h",
+        {"target_modules": [], "target_parameters": ["experts.up_proj", "experts.down_proj"]},
+    ),
 }
 
 

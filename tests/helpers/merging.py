@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from launcher.export.merge import Merged, merge, read_adapter
 from launcher.io.tensor import Tensor, in_memory
+from tests.helpers.tiny_models import tiny_config
 
 SIZES = {
     "vocab_size": 101,
@@ -55,6 +56,7 @@ def _model(kind: str) -> Any:
                 head_dim=8,
             )
         ),
+        "nemotron_h": lambda: tf.NemotronHForCausalLM(tiny_config("nemotron_h")),
         "wide": lambda: tf.LlamaForCausalLM(
             tf.LlamaConfig(**{**SIZES, **WIDE, "hidden_size": 512, "intermediate_size": 1408})
         ),
