@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from typing import Any
 
 import torch
 from torch import nn
@@ -43,13 +41,8 @@ def _computes_otherwise(linear: nn.Linear) -> bool:
 
 def _is_passed_by(module: nn.Module, child_name: str) -> bool:
     """Whether the code of `module` uses the weight of its child without calling the child."""
-    return _reads_weight(type(module), child_name)  # type: ignore[arg-type]
-
-
-@functools.cache
-def _reads_weight(kind: type[Any], child_name: str) -> bool:
     return any(
         f"self.{child_name}.weight" in inspect.getsource(method)
-        for name, method in inspect.getmembers(kind, inspect.isfunction)
+        for name, method in inspect.getmembers(type(module), inspect.isfunction)
         if method.__module__.startswith("transformers.") and "init" not in name
     )
