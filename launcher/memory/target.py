@@ -75,8 +75,8 @@ def choose(
         return Target(device=Device("CPU", False, False, usable), is_here=is_here, host=usable)
     device, *_ = (*visible_devices(), UNNAMED)
     is_here = device is not UNNAMED
-    if memory is not None:
-        device = dataclasses.replace(device, memory=memory)
+    # A plan compares with all of the memory: what others use may be free when the run starts.
+    device = dataclasses.replace(device, memory=memory or device.memory, in_use=0)
     return Target(device=device, is_here=is_here, host=usable_memory() if is_here else None)
 
 

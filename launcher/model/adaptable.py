@@ -3,10 +3,8 @@ them."""
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
-from typing import Any
 
 import torch
 from torch import nn
@@ -47,14 +45,9 @@ def _is_passed_by(module: nn.Module, child_name: str) -> bool:
     """Whether the code of `module` uses the weight of its child without calling the child."""
     if getattr(module, "slow_but_exact", None) is False:  # another way of BLOOM, which is off
         return False
-    return _reads_weight(type(module), child_name)  # type: ignore[arg-type]
-
-
-@functools.cache
-def _reads_weight(kind: type[Any], child_name: str) -> bool:
     used = re.compile(rf"self\.{child_name}\.weight\b(?!\.(dtype|device|shape)\b)")
     return any(
         used.search(inspect.getsource(method))
-        for name, method in inspect.getmembers(kind, inspect.isfunction)
+        for name, method in inspect.getmembers(type(module), inspect.isfunction)
         if method.__module__.startswith("transformers.") and "init" not in name
     )

@@ -199,7 +199,7 @@ def test_the_plan_is_printed_with_bars() -> None:
     ]
 
 
-T4 = Device("Tesla T4", True, False, 16 * GB)
+T4 = Device("Tesla T4", True, False, 16 * GB, in_use=10 * GB)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +240,7 @@ def test_a_plan_says_what_it_is_for(
     chosen = target.choose(asked, typed, spec, memory and memory * GB)
     world, notes = plannable_world(asked, chosen)
     assert chosen.describe(world).startswith(expected)
+    assert chosen.device.in_use == 0, "a plan compares with all of the memory"
     assert (world.gpus == 0) == ("CPU" in expected)
     is_counted_here = cluster.keys().isdisjoint({"nproc_per_node", "gpus_per_node"}) and not here
     assert bool(notes) == (is_counted_here and "GPU" in expected)
