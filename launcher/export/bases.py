@@ -11,6 +11,7 @@ from launcher.errors import UserError
 from launcher.folders.adapter import SETTINGS, read_settings
 from launcher.folders.kind import Kind, kinds_of
 from launcher.folders.model import CONFIG, model_folder
+from launcher.io.adapter_config import check_expressible
 
 INITIAL = ("*_init", "init*")  # folders of adapters that were saved before training
 
@@ -31,6 +32,7 @@ def base_of_adapter(settings: Path, base: str | None, above: tuple[Path, ...] = 
     trained on this one. Raises UserError if there is no such base.
     """
     config = read_settings(settings)
+    check_expressible(settings, config)
     folder = _base_folder(base, config.get("base_model_name_or_path"), config.get("revision"))
     if _is_adapter(folder):
         if folder in above:
