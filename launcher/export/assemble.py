@@ -14,6 +14,7 @@ from launcher.errors import UserError
 from launcher.export import names, quantized
 from launcher.export.assembled import Assembled, Config, Options, Tensors, naming_of
 from launcher.export.base_format import in_base_format
+from launcher.export.completeness import class_naming
 from launcher.export.full_model import full_model
 from launcher.export.merge import Adapter, Merged, merge, read_adapter, split_adapters
 from launcher.export.merge.edits import same_values
@@ -30,6 +31,7 @@ from launcher.export.source import Source, model_home
 from launcher.export.text_only import text_model
 from launcher.export.unwrapped import unwrapped_adapter, unwrapped_folder, unwrapped_state
 from launcher.folders.model_config import read_model_config
+from launcher.folders.tensor_entries import tensor_names
 from launcher.folders.vocabulary import config_value
 from launcher.io import adapter_places
 from launcher.io.model_class import Places
@@ -74,7 +76,7 @@ def assemble(source: Source, options: Options) -> Assembled:
     elif options.tied != "auto":
         raise UserError(f"--tied {options.tied} needs an adapter, and SOURCE has none")
     else:
-        result = Assembled(base, dict.fromkeys(base, "copied"), config)
+        result = _as_on_disk(source, base, config)
     actions = {n: done_before.get(n, a) if a == "copied" else a for n, a in result.actions.items()}
     result = replace(result, actions=actions)
     actions = label_dequantized(result)
@@ -107,6 +109,21 @@ def _dequantized(
             "quantization_config was left out of config.json: the weights are not quantized"
         )
     return base, plain, found, notes
+
+
+def _as_on_disk(source: Source, base: Tensors, config: Config) -> Assembled:
+    """The tensors of a model folder, copied. Torch files that a trainer saved (zero_to_fp32, FSDP's
+    FULL_STATE_DICT) may have the names in memory: these become the names on disk."""
+    result = Assembled(base, dict.fromkeys(base, "copied"), config)
+    naming = None if tensor_names(source.path) else class_naming(source.path, config)
+    if naming is None or not naming.shapes.keys() >= base.keys():
+        return result
+    tensors = names.naming_of_config(source.path, config).to_disk(base)
+    if tensors.keys() == base.keys():
+        return result
+    actions = {n: "copied" if base.get(n) == tensor else "renamed" for n, tensor in tensors.items()}
+    note = "the names in memory, as a trainer saved them, became the names on disk"
+    return Assembled(tensors, actions, config, (note,))
 
 
 def label_dequantized(result: Assembled) -> dict[str, str]:

@@ -12,6 +12,7 @@ from launcher.folders.adapter import SETTINGS, read_settings
 from launcher.folders.kind import Kind, kinds_of
 from launcher.folders.model import CONFIG, whole_model_folder
 from launcher.folders.unknown_source import explain
+from launcher.io.adapter_config import check_expressible
 
 INITIAL = ("*_init", "init*")  # folders of adapters that were saved before training
 
@@ -32,6 +33,7 @@ def base_of_adapter(settings: Path, base: str | None, above: tuple[Path, ...] = 
     trained on this one. Raises UserError if there is no such base.
     """
     config = read_settings(settings)
+    check_expressible(settings, config)
     folder = _base_folder(base, config.get("base_model_name_or_path"), config.get("revision"))
     if _is_adapter(folder):
         if folder in above:

@@ -53,15 +53,22 @@ KNOWN_KEYS = {  # keys that are read, or that do not change the arithmetic of me
 }  # fmt: skip
 
 
-def check_mergeable(adapter: Adapter) -> None:
-    """Raises UserError unless the adapter adds low-rank deltas to its base."""
-    config, file = adapter.config, adapter.origin / "adapter_config.json"
-    if (peft_type := config.get("peft_type")) in NOT_WEIGHTS:
+def check_expressible(file: Path, config: Mapping[str, Any]) -> None:
+    """Raises UserError for an adapter that no weights of the model can express. `file`: its
+    adapter_config.json."""
+    peft_type = config.get("peft_type")
+    if peft_type in NOT_WEIGHTS:
         raise UserError(
             f"{file} has peft_type={peft_type}: {NOT_WEIGHTS[peft_type]} → serve it with PEFT, as "
             "an adapter"
         )
-    if peft_type != "LORA":
+
+
+def check_mergeable(adapter: Adapter) -> None:
+    """Raises UserError unless the adapter adds low-rank deltas to its base."""
+    config, file = adapter.config, adapter.origin / "adapter_config.json"
+    check_expressible(file, config)
+    if (peft_type := config.get("peft_type")) != "LORA":
         raise UserError(
             f"{file} has peft_type={peft_type!r}; only LORA is supported, so {MERGE_WITH_PEFT}"
         )

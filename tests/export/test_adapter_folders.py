@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -121,14 +122,23 @@ def test_one_of_several_adapters_is_chosen_by_its_name(tiny_untied: Path, tmp_pa
     assert_same(found, merged_by_peft(tiny_untied, folder / "second"))
 
 
-@pytest.mark.parametrize("peft_type", ["PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "XLORA"])
+@pytest.mark.parametrize("kind", ["PrefixTuning", "PromptTuning", "PromptEncoder", "XLora"])
 def test_an_adapter_that_changes_no_weights_is_refused_with_the_reason(
-    peft_type: str, tiny_untied: Path, tmp_path: Path
+    kind: str, tiny_untied: Path, tmp_path: Path
 ) -> None:
-    folder = make_adapter(tiny_untied, tmp_path / "adapter", target_modules=TARGETS)
-    edit(folder / "adapter_config.json", peft_type=peft_type)
-    with pytest.raises(UserError, match=rf"peft_type={peft_type}: .* → serve it with PEFT"):
-        plan_of(folder)
+    settings: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    if kind == "XLora":
+        lora = make_adapter(tiny_untied, tmp_path / "lora", target_modules=TARGETS)
+        settings |= {"hidden_size": 48, "adapters": {"0": str(lora)}}
+    else:
+        settings["num_virtual_tokens"] = 3
+    model = load(tiny_untied)
+    model.config.use_cache = False
+    get_peft_model(model, getattr(peft, f"{kind}Config")(**settings)).save_pretrained(
+        tmp_path / "adapter"
+    )
+    with pytest.raises(UserError, match=r"has peft_type=[A-Z_]+: .* → serve it with PEFT"):
+        plan_of(tmp_path / "adapter")
 
 
 def test_a_saved_embedding_of_a_tied_base_is_merged_beside_its_head(

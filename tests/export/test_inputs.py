@@ -92,6 +92,22 @@ def test_infinity_in_a_config_is_read_as_transformers_writes_it(
     assert getattr(transformers, name).from_pretrained(tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", ["mllama", "mixtral"])
+def test_torch_files_with_the_names_in_memory_get_those_on_disk(kind: str, tmp_path: Path) -> None:
+    """As zero_to_fp32 and FSDP's FULL_STATE_DICT leave them."""
+    settings = TEXT | {"num_local_experts": 3}
+    model = made(kind, *TIED.get(kind, ("MixtralForCausalLM", settings)))
+    model.save_pretrained(tmp_path / "expected")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(tmp_path / "expected/config.json", folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    consolidate(folder, "--output", tmp_path / "out")
+    found, expected = stored(tmp_path / "out"), stored(tmp_path / "expected")
+    assert found.keys() == expected.keys() != model.state_dict().keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_tensors_of_every_dtype_of_the_format_are_copied(tiny_untied: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_untied, tmp_path / "model"))
     raw = torch.arange(240, dtype=torch.uint8).view(6, 40)
