@@ -36,6 +36,11 @@ def base_of_adapter(settings: Path, base: str | None, above: tuple[Path, ...] = 
     check_expressible(settings, config)
     folder = _base_folder(base, config.get("base_model_name_or_path"), config.get("revision"))
     if _is_adapter(folder):
+        if folder.resolve() == settings.parent.resolve():
+            raise UserError(
+                f"the base model {folder} is the adapter itself → name the model that it was "
+                "trained on with --base FOLDER"
+            )
         if folder in above:
             raise UserError(
                 f"{settings} names {folder} as its base, which was trained on this adapter → name "

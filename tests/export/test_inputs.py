@@ -137,7 +137,7 @@ def test_torch_files_of_the_hub_are_fetched_if_there_are_no_others(
 
     asked: list[list[str]] = []
 
-    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(name: str, revision: str | None, allow_patterns: list[str], **_: Any) -> str:
         asked.append(list(allow_patterns))
         return str(tmp_path)
 
