@@ -60,6 +60,7 @@ def assemble(source: Source, options: Options) -> Assembled:
     if is_merged or not options.base_format:
         base, config, found, changes = _dequantized(source, base, config, found)
         notes += changes
+    plain = base
     done_before: dict[str, str] = {}
     for earlier in source.earlier_adapters:
         merged = _assemble_adapters(replace(source, adapters=(earlier,)), base, config, Options())
@@ -83,7 +84,7 @@ def assemble(source: Source, options: Options) -> Assembled:
     result = replace(result, actions=actions, notes=(*notes, *result.notes))
     result = _with_explicit_tie(result)
     if options.base_format:
-        return in_base_format(result, base, stored, _read_config(source))
+        return in_base_format(result, plain, stored, _read_config(source))
     if options.text_only:
         result = text_model(source, result, options)
     return _in_dtype(result, options.dtype)
