@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from launcher.errors import UserError
@@ -121,6 +122,23 @@ def test_two_adapters_on_a_module_are_summed(tmp_path: Path, tiny: Path) -> None
     for name, tensor in model.named_parameters():
         torch.testing.assert_close(found[name], tensor.data, rtol=0, atol=1e-6)
         assert torch.equal(found[name], tensor) or "v_proj" in name
+
+
+def test_weights_of_gptq_are_only_copied(tmp_path: Path, tiny: Path) -> None:
+    base = Path(shutil.copytree(tiny, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq"}
+    (base / "config.json").write_text(json.dumps(config))
+    packed = {"model.layers.0.mlp.up_proj.qweight": torch.ones(4, 8, dtype=torch.int32)}
+    save_file(stored(base) | packed, base / "model.safetensors", {"format": "pt"})
+    for source in (base, make_adapter(tiny, tmp_path / "adapter")):
+        where = {"base": str(base)} if source != base else {}
+        with pytest.raises(UserError, match=r"quant_method gptq .* or --dtype base to copy"):
+            plan_of(source, **where)
+    consolidate(base, "--output", tmp_path / "out", "--dtype", "base")
+    found, expected = stored(tmp_path / "out"), stored(base)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 @pytest.mark.parametrize("kind", ["IA3", "LoHa", "OFT"])

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from launcher.errors import UserError
 from launcher.export.quantized.released import METHODS
 from launcher.export.quantized.settings import KEY
 from launcher.export.verify import verify
+from launcher.export.writing import write
 from tests.export.test_released_formats import random
 from tests.helpers.exports import consolidate, contents, make_adapter, merged_by_peft, stored
 from tests.helpers.stored_models import edit, publish
@@ -167,26 +169,20 @@ def test_a_trained_model_over_an_fp8_base(deepseek: Path, plain: Path, tmp_path:
     assert_same(stored(tmp_path / "base"), expected | unbuilt)
 
 
-def test_a_killed_export_of_an_fp8_folder_is_resumed(
+def test_an_interrupted_export_of_an_fp8_folder_is_resumed(
     deepseek: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from launcher.export.writing import write
-
     words = (deepseek, "--max-shard-size", "20KB", "--workers", "1", "--output")
     consolidate(*words, tmp_path / "whole")
-    original, calls = write._fill, []
-
-    def fail_late(*arguments: Any) -> Any:
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    monkeypatch.setattr(write, "_fill", fail_late)
-    with pytest.raises(KeyboardInterrupt):
-        consolidate(*words, tmp_path / "out")
-    monkeypatch.setattr(write, "_fill", original)
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "write_extra_files", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            consolidate(*words, tmp_path / "out")
+    first, *others = sorted((tmp_path / ".out.partial").glob("*.safetensors"))
+    kept = [file.stat().st_ino for file in others]
+    first.unlink()
     consolidate(*words, tmp_path / "out", "--resume")
+    assert [(tmp_path / "out" / file.name).stat().st_ino for file in others] == kept != []
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
