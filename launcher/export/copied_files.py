@@ -104,7 +104,7 @@ def describe_left(source: Source, options: Options, read: Set[Path]) -> tuple[st
     }
     for name in found.copied.keys() - copied.keys():
         other = f"the tokenizer is that of {tokenizer_folder(source)}"
-        left[name] = other if is_of_tokenizer(name) else "--text-only"
+        left[name] = other if is_of_tokenizer(name) else "does not apply to the export"
     by_reason: dict[str, list[str]] = {}
     for name, reason in sorted(left.items()):
         by_reason.setdefault(reason, []).append(name)

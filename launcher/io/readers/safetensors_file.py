@@ -44,7 +44,6 @@ DTYPES: dict[str, torch.dtype] = {
 COPIED_DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
     "F4": torch.float4_e2m1fn_x2,
     "C64": torch.complex64,
 }
