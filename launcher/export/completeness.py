@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from launcher.errors import UserError
 from launcher.export import names
 from launcher.export.quantized.released import PART
@@ -71,27 +73,42 @@ def check_complete(
 def known_tensors(
     folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """(those of a checkpoint's tensors that the class of `config` has, a note on the others).
+    """(those of a checkpoint's tensors that belong to the class of `config`, notes on the others).
 
-    What trainers put beside a model (a value head, buffers that are computed) is left out. Raises
-    UserError for another tensor that the class does not have: it is not known what it is. Without a
-    class that is known here, all are returned.
+    What trainers put beside a model (a value head, buffers that are computed) is left out. Tensors
+    that training added to a module of the class stay. Raises UserError for others: it is not known
+    what they are. Without a class that is known here, all are returned.
     """
     if (naming := class_naming(folder, config, tensors)) is None:
         return dict(tensors), ()
+    class_name = type(naming.model).__name__
     patterns = naming.model._keys_to_ignore_on_load_unexpected or ()
     apart = {name for name, memory, *_ in naming.renamed(tensors) if memory not in naming.shapes}
     beside = {name for name in apart if re.search(BESIDE, name)}
-    unknown = {n for n in apart - beside if not any(re.search(each, n) for each in patterns)}
-    if unknown:
+    added = {n for n in apart - beside if not any(re.search(each, n) for each in patterns)}
+    if unknown := sorted(name for name in added if not _is_in_module(naming.model, name)):
         more = ", …" if len(unknown) > LISTED else ""
         raise UserError(
-            f"{folder} contains {len(unknown)} tensor(s) that {type(naming.model).__name__}, the "
-            f"class of config.json, does not have ({', '.join(sorted(unknown)[:LISTED])}{more}) → "
-            "--base FOLDER, if the base has them; otherwise save the state of the model alone"
+            f"{folder} contains {len(unknown)} tensor(s) that {class_name}, the class of "
+            f"config.json, does not have ({', '.join(unknown[:LISTED])}{more}) → --base FOLDER, if "
+            "the base has them; otherwise save the state of the model alone"
         )
-    kept = {name: tensor for name, tensor in tensors.items() if name not in beside}
-    return kept, skipped_note(beside, f"that {type(naming.model).__name__} does not have")
+    notes = skipped_note(beside, f"that {class_name} does not have")
+    if added:
+        notes += (
+            f"{len(added)} tensor(s) that {class_name} does not have are exported with the module "
+            f"that has them: {min(added)}",
+        )
+    return {name: tensor for name, tensor in tensors.items() if name not in beside}, notes
+
+
+def _is_in_module(model: Any, name: str) -> bool:
+    """Whether a tensor of this name is part of a module of the model, and not of one more layer."""
+    modules = dict(model.named_modules())
+    path = name.rpartition(".")[0]
+    while path not in modules:
+        path = path.rpartition(".")[0]
+    return path != "" and not isinstance(modules[path], torch.nn.ModuleList)
 
 
 def class_naming(

@@ -184,10 +184,19 @@ def test_tensors_that_the_class_does_not_have_are_no_weights_of_it(
     plan = plan_of(folder)
     assert plan.actions.keys() == full[0].keys()
     assert any("LlamaForCausalLM does not have: v_head" in note for note in plan.notes)
-    folder = small_files(tiny_untied, tmp_path / "with copies")
-    dcp.save({"model": full[0] | copies}, checkpoint_id=folder)
-    with pytest.raises(UserError, match=r"21 tensor\(s\) that LlamaForCausalLM.*does not have"):
-        plan_of(folder)
+    layer = {"model.layers.2.mlp.up_proj.weight": torch.ones(2, 3)}
+    for others, count in ((copies, 21), (layer, 1)):
+        folder = small_files(tiny_untied, tmp_path / f"with {count}")
+        dcp.save({"model": full[0] | others}, checkpoint_id=folder)
+        message = rf"{count} tensor\(s\) that LlamaForCausalLM.*does not have"
+        with pytest.raises(UserError, match=message):
+            plan_of(folder)
+    own = {"model.norm.seen": torch.tensor(3)}
+    folder = small_files(tiny_untied, tmp_path / "with a buffer")
+    dcp.save({"model": full[0] | own}, checkpoint_id=folder)
+    plan = plan_of(folder)
+    assert "model.norm.seen" in plan.actions
+    assert any("exported with the module that has them: model.norm.seen" in n for n in plan.notes)
 
 
 def test_an_adapter_of_a_wrapped_model_is_merged(
