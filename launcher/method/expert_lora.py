@@ -24,8 +24,8 @@ from torch.nn.functional import grouped_mm, pad
 from transformers.integrations.moe import _grouped_mm
 
 from launcher.method.peft_tensors import ADAPTER_NAME
-from launcher.model.peft import ParamWrapper
-from launcher.model.sparse import is_grouped
+from launcher.model.peft import ParamWrapper, PeftModel
+from launcher.model.sparse import is_grouped, unadaptable_experts
 
 MULTIPLE = 8  # grouped products need ranks of 16 bytes: 8 elements of 16 bits
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
@@ -35,7 +35,7 @@ Remake = Callable[[torch.Tensor], torch.Tensor]  # source → the rows that were
 
 def fuse_experts(model: nn.Module) -> str | None:
     """Change the classes of the adapted experts of `model`. Returns a description for the log if
-    some experts are left to PEFT."""
+    some experts are left to PEFT, or cannot have an adapter."""
     left: dict[str, None] = {}
     wrappers: list[Any] = [module for module in model.modules() if type(module) is ParamWrapper]
     for wrapper in wrappers:
@@ -51,12 +51,18 @@ def fuse_experts(model: nn.Module) -> str | None:
         for side, kind in (("lora_A", ExpertsA), ("lora_B", ExpertsB)):
             module = getattr(wrapper, side)[ADAPTER_NAME]
             module.__class__, module.experts = kind, wrapper.num_experts
-    if not left:
-        return None
-    return (
-        f"{', '.join(left)} compute in their own way, so the adapters of these experts are added "
-        "to a copy of all their weights in each forward"
-    )
+    lines = []
+    if left:
+        lines.append(
+            f"{', '.join(left)} compute in their own way, so the adapters of these experts are "
+            "added to a copy of all their weights in each forward"
+        )
+    if isinstance(model, PeftModel) and (without := unadaptable_experts(model)):
+        lines.append(
+            f"{', '.join(without)} get no adapter, because their matrices are those of all experts "
+            "in one → method=full or method=freeze trains them"
+        )
+    return "; ".join(lines) or None
 
 
 class ExpertsA(nn.Linear):

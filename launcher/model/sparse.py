@@ -39,6 +39,18 @@ def sparse_blocks(model: nn.Module) -> list[SparseBlock]:
     return blocks
 
 
+def unadaptable_experts(model: nn.Module) -> list[str]:
+    """The classes of experts whose weights are neither stacks nor linear layers (DBRX): PEFT has no
+    adapter for them."""
+    kinds = {
+        type(block.experts).__name__: None
+        for block in sparse_blocks(model)
+        if not (block.stacks or isinstance(block.experts, nn.Linear))
+        and any(p.ndim == 2 for p in block.experts.parameters(recurse=False))
+    }
+    return list(kinds)
+
+
 def is_grouped(experts: nn.Module) -> bool:
     """Whether transformers can compute `experts` by grouped matrix products; other experts compute
     in a way of their own."""

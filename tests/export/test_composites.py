@@ -145,19 +145,34 @@ def test_paths_of_expert_parameters_become_those_of_the_composite(
     assert torch.allclose(logits(adapted), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["text", "composite"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("qwen3_5", "text"), ("qwen3_5", "composite"), ("mistral3", "composite")],
+)
 def test_one_can_chat_with_either_adapter(
-    bases: dict[str, Path], tmp_path: Path, kind: str
+    bases: dict[str, Path], tmp_path: Path, name: str, kind: str
 ) -> None:
-    base = bases["qwen3_5"]
+    base = bases[name]
     model = (
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         if kind == "text"
-        else load_composite("qwen3_5", base)
+        else load_composite(name, base)
     )
     expected = logits(make_adapter(model, tmp_path / "adapter"))
     talk = ChatModel(find_target(tmp_path / "adapter", base))
     assert torch.allclose(logits(talk.model), expected, atol=1e-4)
+
+
+def test_an_embedding_with_rows_for_images_is_no_resized_vocabulary(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """Llama 3.2 Vision: exported without its base, too."""
+    state = load_composite("mllama", bases["mllama"]).state_dict()
+    dcp.save({"model": state}, checkpoint_id=tmp_path / "dcp")
+    shutil.copy(bases["mllama"] / "config.json", tmp_path / "dcp")
+    consolidate(tmp_path / "dcp", "--output", tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["text_config"]["vocab_size"] == 259
 
 
 def test_a_head_that_no_class_builds_is_copied_into_a_full_run(tmp_path: Path) -> None:
