@@ -13,7 +13,7 @@ from launcher.config.schema.model import ModelConfig
 from launcher.errors import UserError
 from launcher.model.attention import describe_attention
 from launcher.model.load import build_model
-from launcher.training.model_checks import check_causality
+from launcher.training.model_checks import check_causality, check_document_masking
 from tests.helpers.tiny_models import release, tiny_config
 
 CPU = torch.device("cpu")
@@ -36,13 +36,42 @@ def test_the_config_is_enough_to_refuse(config: Any, message: str, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("model_type", "message"),
-    [("cpmant", "CpmAntForCausalLM is not causal: its logits depend on the tokens that")],
+    [
+        ("cpmant", "CpmAntForCausalLM is not causal: its logits depend on the tokens that"),
+        (
+            "reformer",
+            r"^ReformerModelWithLMHead takes no row of 16 tokens in training, only of some lengths "
+            r"\(ValueError: [^.]*\) → another causal language model$",
+        ),
+    ],
 )
-def test_a_model_that_reads_both_sides_is_refused(model_type: str, message: str) -> None:
+def test_a_model_of_both_sides_or_of_one_length_is_refused(model_type: str, message: str) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32)
     with pytest.raises(UserError, match=message):
         check_causality(model, CPU, 259, torch.float32)
+
+
+def test_a_class_that_packed_documents_stop_is_named() -> None:
+    model = AutoModelForCausalLM.from_config(tiny_config("zaya"), dtype=torch.float32)
+    sentence = (
+        r"^data.packing=true: ZayaForCausalLM does not compute a sequence of several documents "
+        r"\(RuntimeError: .*\) → data.packing=false$"
+    )
+    with pytest.raises(UserError, match=sentence):
+        check_document_masking(model, CPU, 259, torch.float32)
+
+
+def test_a_missing_package_is_named_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_timm(*_: Any, **__: Any) -> None:
+        raise ImportError("\nTower requires the timm library but it was not found. You can:\n`pip")
+
+    tiny_config("llama").save_pretrained(tmp_path)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", without_timm)
+    with pytest.raises(UserError, match=r"the timm library but it was not found → install it for"):
+        build_model(ModelConfig(name_or_path=str(tmp_path)), tmp_path, 0, torch.float32)
 
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "bloom", "mamba2", "bert"])
