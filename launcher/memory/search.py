@@ -39,6 +39,7 @@ REFERENCE = "fsdp"  # the strategy under which rows and recomputation are varied
 RECOMPUTED = ("off", "2", "full")  # training.activation_checkpointing
 STRATEGY, PRECISION = "strategy", "precision"
 ROWS, RECOMPUTE = "training.micro_batch_size", "training.activation_checkpointing"
+LEFT_OUT = " is left out: "  # in a note, before the reason
 Point = tuple[str, int]  # recomputation, rows of a micro-batch
 
 
@@ -215,8 +216,9 @@ class Search:
         found = self._whole([*configs, *corners], wanted)
         known = [found[names.index(reference)], *found[len(configs) :]]
         for choice, pair in zip([least[0], *choices], known, strict=True):
-            if pair is None:
-                raise UserError("\n".join(self.notes))
+            if pair is None:  # mostly for the same reason under every strategy
+                reasons = dict.fromkeys(note.partition(LEFT_OUT)[2] for note in self.notes)
+                raise UserError("\n".join(reasons))
             self._corners[choice, rows[0]] = pair[0]
             if wider:
                 self._corners[choice, wider] = pair[1]
@@ -274,7 +276,7 @@ class Search:
                 pairs.append((few, more))
             else:
                 error = few if isinstance(few, UserError) else more
-                self.notes.append(f"strategy={config.strategy.name} is left out: {error}")
+                self.notes.append(f"strategy={config.strategy.name}{LEFT_OUT}{error}")
                 pairs.append(None)
         return pairs
 

@@ -14,6 +14,7 @@ import torch
 from launcher.cluster.gpu_specs import spec_named
 from launcher.config import Config, store
 from launcher.config.rules.rule import World
+from launcher.errors import UserError
 from launcher.memory import load_and_save, zero3
 from launcher.memory.dry_run import fake_model
 from launcher.memory.estimate import Amounts, Estimate, Trace
@@ -159,6 +160,19 @@ def test_offloading_is_tried_where_nothing_else_fits(tmp_path: Path) -> None:
     assert ("fsdp", "pure_bf16") in tried
     assert search(Memory(gpu=500, host=RANKS * 1000 - 100)) == []
     assert ("zero3_offload", "pure_bf16") not in tried  # refused by a rule
+
+
+def test_a_model_that_no_strategy_can_trace_is_refused_once(tmp_path: Path) -> None:
+    asked = config(tmp_path, method={"name": "full"})
+    world, _ = plannable_world(asked)
+
+    class Refusing(Tracers):
+        def answer(self, requests: Any) -> Any:
+            return [UserError("no causal language model") for _ in requests]
+
+    search = Search(asked, (), world, Memory(gpu=10**12), Refusing(world))
+    with pytest.raises(UserError, match=r"^no causal language model$"):
+        search.run(H100)
 
 
 def test_a_search_reports_rules_that_refuse_everything(tmp_path: Path, tracers: Tracers) -> None:
