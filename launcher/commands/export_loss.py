@@ -73,9 +73,10 @@ def evaluate(config: DataConfig, source: Source, output: Path, options: Options)
         reason = f"no library loads {source.path} ({source.kind.value}) as a model"
         return Losses(rows.summary, rows.targets, result, None, reason)
     try:
-        before = mean_loss(Model(source.base, source.adapters), rows, device, code)
+        before_merge = Model(source.base, source.adapters, source.earlier_adapters)
+        before = mean_loss(before_merge, rows, device, code)
     except UserError as error:
         return Losses(rows.summary, rows.targets, result, None, str(error))
-    names = " + ".join(map(str, (source.base, *source.adapters)))
+    names = " + ".join(map(str, (source.base, *source.earlier_adapters, *source.adapters)))
     compared = f"{names}, not merged" if source.adapters else names
     return Losses(rows.summary, rows.targets, result, before, compared)

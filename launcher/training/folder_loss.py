@@ -28,6 +28,7 @@ class Model:
 
     folder: Path
     adapters: tuple[Path, ...] = ()
+    earlier_adapters: tuple[Path, ...] = ()  # that are merged into its weights first, in order
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def _load(model: Model, trust_remote_code: bool) -> nn.Module:
             local_files_only=True,
             trust_remote_code=trust_remote_code,
         )
+        for folder in model.earlier_adapters:
+            loaded = _with_adapters(loaded, (folder,)).merge_and_unload()
         return _with_adapters(loaded, adapters) if adapters else loaded
     except UserError:
         raise
@@ -97,7 +100,7 @@ def _load(model: Model, trust_remote_code: bool) -> nn.Module:
         raise UserError(f"{names} cannot be loaded: {_one_line(error)}") from error
 
 
-def _with_adapters(model: Any, adapters: Sequence[Path]) -> nn.Module:
+def _with_adapters(model: Any, adapters: Sequence[Path]) -> Any:
     """The model with PEFT's layers, whose deltas are summed."""
     from launcher.model.peft import PeftModel
 
@@ -109,7 +112,7 @@ def _with_adapters(model: Any, adapters: Sequence[Path]) -> nn.Module:
     for name, folder in zip(names[1:], adapters[1:], strict=True):
         wrapped.load_adapter(str(folder), adapter_name=name)
     wrapped.base_model.set_adapter(names)
-    return wrapped  # type: ignore[no-any-return]
+    return wrapped
 
 
 def _one_line(error: Exception) -> str:
