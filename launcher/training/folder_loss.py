@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoTokenizer
 
 from launcher.config.schema.data import DataConfig
@@ -77,7 +76,7 @@ def mean_loss(model: Model, rows: Rows, device: str, trust_remote_code: bool = F
     return torch.stack(losses).double().sum().item() / rows.targets
 
 
-def _load(model: Model, trust_remote_code: bool) -> nn.Module:
+def _load(model: Model, trust_remote_code: bool) -> Any:
     adapters = model.adapters
     try:
         if trust_remote_code:
