@@ -67,6 +67,27 @@ def test_the_losses_are_those_of_the_export_and_of_base_plus_adapter(
     assert found["tokens"] > sum(map(len, TEXTS)) / 4
 
 
+def test_a_chain_of_adapters_is_merged_before_the_last_one(
+    rows: Path, tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = make_adapter(tiny, tmp_path / "first", noise=0.3)
+    consolidate(first, "--output", tmp_path / "base")
+    capsys.readouterr()
+    last = make_adapter(tmp_path / "base", tmp_path / "last", noise=0.3)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
+    expected = loss_of(
+        PeftModel.from_pretrained(base, last), TEXTS, AutoTokenizer.from_pretrained(tiny)
+    )
+    settings = json.loads((last / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(first)
+    (last / "adapter_config.json").write_text(json.dumps(settings))
+    words = (last, "--evaluate", rows / "texts.jsonl", "--output", tmp_path / "out")
+    found = evaluation(capsys, *words)
+    assert found["source"] == pytest.approx(expected, rel=1e-2)
+    assert found["result"] == pytest.approx(expected, rel=1e-2)
+    assert found["compared_with"] == f"{tiny} + {first} + {last}, not merged"
+
+
 def test_conversations_are_read_and_two_adapters_are_summed(
     rows: Path, tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
