@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from launcher.strategy.fsdp_units import describe_padding, split_dim
 from launcher.training.loss import token_loss
 from tests.helpers import parts
 from tests.helpers.parts import Case
+from tests.helpers.tiny_models import release
 
 
 @pytest.mark.parametrize(
@@ -199,3 +201,29 @@ def test_hsdp_sums_over_replicas_once_a_step(
     for sums, micro_batches, units in ranks.run(4, sums_between_replicas, case):
         assert micro_batches == 3
         assert sums == units == 3, "two layers and the rest, of a tied model"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "method", "recomputed"),
+    [
+        ("inkling_text", "full", "off"),
+        ("roberta-prelayernorm", "full", "off"),
+        ("roberta-prelayernorm", "lora", "full"),
+        ("zamba", "full", "full"),
+    ],
+)
+def test_shared_parameters_and_a_normed_embedding_have_the_losses_of_a_plain_loop(
+    ranks: Any, rows_file: Path, tmp_path: Path, model_type: str, method: str, recomputed: str
+) -> None:
+    """A norm inside the embedding, a bias that the head and its parent have, an attention block
+    that two layers have."""
+    release(model_type, tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings |= {key: 0.0 for key in settings if "dropout" in key}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    case = Case(tmp_path, rows_file, method=method, steps=3)
+    expected = parts.expected_losses(case)
+    for found in ranks.run(
+        2, parts.losses, case.with_training(activation_checkpointing=recomputed)
+    ):
+        assert found == pytest.approx(expected, rel=1e-4)
