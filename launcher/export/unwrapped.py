@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launcher.export.assembled import Config, Tensors
 from launcher.export.completeness import BESIDE, class_naming
-from launcher.export.names.wrapper import common_prefixes, find_wrapper, known_names
+from launcher.export.names.wrapper import are_on_disk, common_prefixes, find_wrapper, known_names
 from launcher.io.adapter import PREFIX, plain_name
 from launcher.io.model_class import Places
 from launcher.io.readers.found import FoundModel
@@ -64,6 +64,8 @@ def _wrapper(
         return ""
     if any(name in base for name in names) or (naming := class_naming(folder, config)) is None:
         return find_wrapper(names, base)
+    if are_on_disk(names, naming):
+        return ""
     known = known_names(naming) | base.keys()
     return find_wrapper(names, known | ({*map(places.inner, naming.shapes)} if places else set()))
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from launcher.export.verify import verify
 from launcher.folders.model import model_folder
 from tests.helpers.exports import consolidate, stored
+from tests.helpers.tiny_models import release
 
 TEXT: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -151,3 +152,11 @@ def test_torch_files_of_the_hub_are_fetched_if_there_are_no_others(
     model_folder("owner/name", None)
     assert len(asked) == 4
     assert "pytorch_model*.bin" not in asked[3]
+
+
+def test_a_prefix_of_all_names_of_a_class_is_not_a_wrapper(tmp_path: Path) -> None:
+    release("inkling2_text", tmp_path / "base")
+    before = stored(tmp_path / "base")
+    assert all(name.startswith("model.llm.") for name in before)
+    consolidate(tmp_path / "base", "--output", tmp_path / "out")
+    assert stored(tmp_path / "out").keys() == before.keys()

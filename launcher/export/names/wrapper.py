@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator
 
 from launcher.export.names.key_mapping import Naming
@@ -25,6 +26,16 @@ def known_names(naming: Naming) -> set[str]:
     models lack that."""
     body = f"{naming.model.base_model_prefix}."
     return {*naming.shapes, *(name.removeprefix(body) for name in naming.shapes)}
+
+
+def are_on_disk(names: Collection[str], naming: Naming) -> bool:
+    """Whether the class's own conversions turn all `names` into those of its tensors: the files of
+    some models (Inkling) have a prefix of their own."""
+    patterns = [re.compile(p) for each in naming.conversions for p in each.source_patterns]
+    return all(
+        memory in naming.shapes and any(pattern.search(name) for pattern in patterns)
+        for name, memory, *_ in naming.renamed(names)
+    )
 
 
 def common_prefixes(names: Iterable[str]) -> Iterator[str]:
