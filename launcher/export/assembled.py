@@ -133,10 +133,3 @@ def with_vocabulary(
         )
     note = f"the vocabulary was resized from {stated} to {rows} rows"
     return config | config_changes(config, vocab_size=rows), (note,)
-
-
-def stated_dtype(config: Config) -> torch.dtype | None:
-    """The dtype of the weights by the config, None if it names none."""
-    text = config.get("dtype") or config.get("torch_dtype")
-    dtype = getattr(torch, str(text).removeprefix("torch."), None)
-    return dtype if isinstance(dtype, torch.dtype) else None

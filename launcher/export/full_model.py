@@ -18,7 +18,6 @@ from launcher.export.assembled import (
     Options,
     Tensors,
     naming_of,
-    stated_dtype,
     with_vocabulary,
     without_twins,
 )
@@ -28,6 +27,7 @@ from launcher.export.source import Source, model_home
 from launcher.folders.kind import Kind
 from launcher.folders.vocabulary import config_changes, config_value
 from launcher.io.readers.found import FoundModel
+from launcher.io.stated_dtype import stated_dtype
 from launcher.io.tensor import Tensor
 
 

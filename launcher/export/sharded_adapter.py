@@ -15,7 +15,6 @@ from launcher.export.assembled import (
     Options,
     Tensors,
     naming_of,
-    stated_dtype,
     with_vocabulary,
     without_twins,
 )
@@ -28,12 +27,13 @@ from launcher.export.source import Source
 from launcher.folders.adapter import read_settings
 from launcher.folders.model_config import read_model_config
 from launcher.folders.vocabulary import config_value
-from launcher.io.adapter import PREFIX, plain_name
+from launcher.io.adapter import PARAMETER_SUFFIX, PREFIX, plain_name
 from launcher.io.adapter_config import inferred_settings, is_saved
 from launcher.io.adapter_places import in_composite
 from launcher.io.model_class import Places
 from launcher.io.readers.found import FoundModel
 from launcher.io.readers.wrapper_prefixes import QUANTIZATION_STATE
+from launcher.io.stated_dtype import stated_dtype
 from launcher.io.tensor import Tensor
 
 LISTED = 5  # names in a message
@@ -123,8 +123,7 @@ def frozen_base(
 def fits(adapter: Adapter, base: Iterable[str], config: Config) -> bool:
     """Whether `base`, which `config` describes, has a weight for each module that the adapter
     names."""
-    ending = r"\.(lora_|token_adapter\.|base_layer\.|weight$|bias$).*"
-    modules = {re.sub(ending, "", name.removeprefix(PREFIX)) for name in adapter.tensors}
+    modules = {re.sub(PARAMETER_SUFFIX, "", n.removeprefix(PREFIX)) for n in adapter.tensors}
     known = _names(base, config)
     return all(f"{module}.weight" in known for module in modules)
 
