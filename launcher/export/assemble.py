@@ -27,7 +27,8 @@ from launcher.export.sharded_adapter import (
     frozen_base,
     sharded_adapter,
 )
-from launcher.export.source import Source, model_home
+from launcher.export.source import Source
+from launcher.export.source_folders import model_home
 from launcher.export.text_only import text_model
 from launcher.export.unwrapped import unwrapped_adapter, unwrapped_folder, unwrapped_state
 from launcher.folders.model_config import read_model_config

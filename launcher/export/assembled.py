@@ -13,7 +13,8 @@ from launcher.export import names
 from launcher.export.completeness import class_naming
 from launcher.export.merge.edits import same_values
 from launcher.export.merge.ties import find_embedding_pair
-from launcher.export.source import Source, model_home
+from launcher.export.source import Source
+from launcher.export.source_folders import model_home
 from launcher.folders.kind import Kind
 from launcher.folders.model import MAX_SHARD_BYTES
 from launcher.folders.vocabulary import config_changes, config_value

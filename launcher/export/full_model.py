@@ -23,7 +23,8 @@ from launcher.export.assembled import (
 )
 from launcher.export.completeness import known_tensors
 from launcher.export.merge.ties import HEAD, find_embedding_pair
-from launcher.export.source import Source, model_home
+from launcher.export.source import Source
+from launcher.export.source_folders import model_home
 from launcher.folders.kind import Kind
 from launcher.folders.vocabulary import config_changes, config_value
 from launcher.io.readers.found import FoundModel

@@ -66,7 +66,8 @@ def sharded_adapter(source: Source, adapter_tensors: dict[str, Tensors]) -> Adap
     name = source.adapter_name or listed
     if name not in adapter_tensors:
         raise UserError(
-            f"--adapter-name {name}: {source.path} contains no such adapter, but {listed}"
+            f"--adapter-name {name}: {source.path} contains no such adapter, but {listed} "
+            "→ one of them"
         )
     tensors = adapter_tensors[name]
     if source.adapter_config is not None:
@@ -141,19 +142,25 @@ def adapter_only_result(source: Source) -> Assembled:
 
     Raises UserError if the source contains no adapter, or several.
     """
+    none = f"--adapter-only: SOURCE {source.path} contains no adapter → leave the option out"
     if source.read is not None:
         found = source.read(False)
         model_tensors, adapter_tensors = split_adapters(found.tensors)
         if not adapter_tensors:
-            raise UserError(f"--adapter-only: SOURCE {source.path} contains no adapter")
+            raise UserError(none)
         adapter = sharded_adapter(source, adapter_tensors)
         tensors = adapter.tensors | _saved_with_adapter(adapter, model_tensors)
         action = "gathered"
     elif len(source.adapters) == 1:
         adapter, action = read_adapter(source.adapters[0]), "copied"
         tensors = adapter.tensors
+    elif source.adapters:
+        raise UserError(
+            f"--adapter-only writes one adapter, and --adapter names {len(source.adapters)} → one "
+            f"of them as SOURCE: shardway consolidate {source.adapters[0]} --adapter-only"
+        )
     else:
-        raise UserError(f"--adapter-only: SOURCE {source.path} contains no adapter")
+        raise UserError(none)
     adapter = in_composite(replace(adapter, tensors=tensors), _places(source))
     return Assembled(adapter.tensors, dict.fromkeys(adapter.tensors, action), adapter.config)
 

@@ -17,8 +17,7 @@ ACCEPTED = (
     "(adapter_config.json), a model (config.json), or a sharded checkpoint of DeepSpeed (latest, "
     "*_model_states.pt) or torch (.metadata)"
 )
-ADAPTER_FILES, ARCHIVES = LEFT["of an adapter"], LEFT["archives"]
-STATES = LEFT["of a trainer"]
+OF_ADAPTERS, ARCHIVES, STATES = (LEFT[key] for key in ("of an adapter", "archives", "of a trainer"))
 IN_TORCH = ("*.pth", "*.pt", "*.ckpt", "*.pkl")
 # Weights that are not read: names of files → what they are, and what to do.
 FORMATS: dict[tuple[str, ...], str] = {
@@ -109,7 +108,7 @@ def _explain_names(folder: Path, names: list[str]) -> str:
         )
     if ADAPTER in names:
         return "is an adapter → the model that it was trained on"
-    if found := [name for name in weights if matches(name, ADAPTER_FILES)]:
+    if found := [name for name in weights if matches(name, OF_ADAPTERS)]:
         return f"contains {found[0]} and no {ADAPTER} → the {ADAPTER} of the adapter beside it"
     if weights and not (folder / CONFIG).exists():
         return f"contains {weights[0]} and no {CONFIG} → the {CONFIG} of its model beside it"
