@@ -104,7 +104,7 @@ def _explain_names(folder: Path, names: list[str]) -> str:
     if found := [name for name in weights if matches(name, IN_TORCH)]:
         return (
             f"contains {found[0]}, and it is not known what is in a torch file of this name → if "
-            f"it is the model's state dict, name it pytorch_model.bin, beside the model's {CONFIG}"
+            f"it is the model's state dict, rename it to pytorch_model.bin, beside its {CONFIG}"
         )
     if ADAPTER in names:
         return "is an adapter → the model that it was trained on"
