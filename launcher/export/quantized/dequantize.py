@@ -15,6 +15,7 @@ from launcher.export.quantized import released
 from launcher.export.quantized.blockwise import EightBitWeight, FourBitWeight, NestedScales
 from launcher.export.quantized.round_trip import RoundTrip4Bit, RoundTrip8Bit
 from launcher.folders.quantization import quantization_of, without_quantization
+from launcher.io.readers.wrapper_prefixes import QUANTIZATION_STATE
 from launcher.io.stated_dtype import stated_dtype
 from launcher.io.tensor import Tensor
 from launcher.io.tensor.views import transpose
@@ -25,9 +26,6 @@ REASONS = {  # of formats that stay refused
     "awq": ": its integers are packed in the order of its kernels, over scaled inputs",
 }
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(?:nf4|fp4)")
-_HELPER = re.compile(
-    r".+\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+|SCB|weight_format)"
-)
 _ROW_MAJOR = 0  # the only weight_format that bitsandbytes still writes
 
 # Models whose linear weights are Conv1D [in, out]; transformers transposes and then quantizes them.
@@ -105,7 +103,9 @@ def _dequantize_bitsandbytes(
             weight = name.removesuffix("SCB") + "weight"
             weights[weight] = _take_eight_bit(weight, remaining.pop(name), remaining, config)
     for name, tensor in remaining.items():
-        if _HELPER.fullmatch(name) or (weights and tensor.dtype in (torch.int8, torch.uint8)):
+        if re.fullmatch(QUANTIZATION_STATE, name) or (
+            weights and tensor.dtype in (torch.int8, torch.uint8)
+        ):
             raise UserError(
                 f"{name} is part of a quantized weight of which other parts are missing; "
                 f"is a shard missing?"
