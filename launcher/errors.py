@@ -38,7 +38,12 @@ def shortened(error: UserError) -> str:
     )
 
 
+def one_line(error: BaseException, length: int = 400) -> str:
+    """The first `length` characters of what a library's exception says, without line breaks; its
+    type if it says nothing."""
+    return " ".join(str(error).split())[:length] or type(error).__name__
+
+
 def first_sentence(error: Exception) -> str:
     """What a library's exception says, on one line, up to the end of its first sentence."""
-    words = " ".join(str(error).split()) or type(error).__name__
-    return words.partition(". ")[0].rstrip(".:")
+    return one_line(error, MAX_LINE).partition(". ")[0].rstrip(".:")

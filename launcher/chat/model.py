@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from launcher.chat.options import Conversation, Options, check_conversation
 from launcher.chat.target import ChatTarget
-from launcher.errors import UserError
+from launcher.errors import UserError, one_line
 from launcher.io.answer_end import end_tokens
 from launcher.io.limits import render_within_limits
 from launcher.io.model_class import class_to_load
@@ -160,7 +160,7 @@ def _load_tokenizer(folder: Path) -> Any:
             folder, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # each tokenizer class raises its own errors
-        message = _one_line(error)
+        message = one_line(error)
         raise UserError(f"the tokenizer in {folder} cannot be loaded: {message}") from error
     if not tokenizer.chat_template:
         raise UserError(
@@ -190,7 +190,7 @@ def _load_model(target: ChatTarget, dtype: str | torch.dtype, device: str) -> An
     except UserError:
         raise
     except Exception as error:  # a damaged folder raises many kinds of errors
-        raise UserError(f"{target.describe()} cannot be loaded: {_one_line(error)}") from error
+        raise UserError(f"{target.describe()} cannot be loaded: {one_line(error)}") from error
 
 
 def _merge_adapter(model: Any, folder: Path) -> Any:
@@ -208,11 +208,5 @@ def _merge_adapter(model: Any, folder: Path) -> Any:
 def _as_user_error(error: BaseException) -> BaseException:
     """A UserError if memory ran out; any other error unchanged."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return UserError(f"there is not enough memory for this answer: {_one_line(error)}")
+        return UserError(f"there is not enough memory for this answer: {one_line(error)}")
     return error
-
-
-def _one_line(error: BaseException) -> str:
-    """The first 400 characters of an error's message, without line breaks."""
-    text = str(error).strip()
-    return " ".join(text.split())[:400] or type(error).__name__

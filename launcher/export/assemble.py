@@ -27,10 +27,12 @@ from launcher.export.sharded_adapter import (
     frozen_base,
     sharded_adapter,
 )
-from launcher.export.source import Source, model_home
+from launcher.export.source import Source
+from launcher.export.source_folders import model_home
 from launcher.export.text_only import text_model
 from launcher.export.unwrapped import unwrapped_adapter, unwrapped_folder, unwrapped_state
 from launcher.folders.model_config import read_model_config
+from launcher.folders.quantization import quantization_of, read_quantization
 from launcher.folders.tensor_entries import tensor_names
 from launcher.folders.vocabulary import config_value
 from launcher.io import adapter_places
@@ -95,7 +97,7 @@ def _dequantized(
 ) -> tuple[Tensors, Config, FoundModel | None, list[str]]:
     """(base, config, found, notes): all in floating point. A checkpoint without a base may contain
     quantized weights itself, or plain ones beside the config.json of a quantized model."""
-    scheme = quantized.read_quantization(model_home(source), config)
+    scheme = read_quantization(model_home(source), config)
     tensors, plain = quantized.dequantize_tensors(base, config, scheme)
     is_changed, base = tensors != base, tensors
     if found is not None and (not base or quantized.has_unscaled(found.tensors)):
@@ -240,9 +242,9 @@ def _quantization_scheme(source: Source) -> Config | None:
         return source.scheme
     for folder in source.extra_file_folders:
         if folder != source.base and (folder / "config.json").is_file():
-            scheme = read_model_config(folder / "config.json").get("quantization_config")
+            scheme = quantization_of(read_model_config(folder / "config.json"))
             if scheme is not None:
-                return dict(scheme)
+                return scheme
     return None
 
 

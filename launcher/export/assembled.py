@@ -13,7 +13,8 @@ from launcher.export import names
 from launcher.export.completeness import class_naming
 from launcher.export.merge.edits import same_values
 from launcher.export.merge.ties import find_embedding_pair
-from launcher.export.source import Source, model_home
+from launcher.export.source import Source
+from launcher.export.source_folders import model_home
 from launcher.folders.kind import Kind
 from launcher.folders.model import MAX_SHARD_BYTES
 from launcher.folders.vocabulary import config_changes, config_value
@@ -133,10 +134,3 @@ def with_vocabulary(
         )
     note = f"the vocabulary was resized from {stated} to {rows} rows"
     return config | config_changes(config, vocab_size=rows), (note,)
-
-
-def stated_dtype(config: Config) -> torch.dtype | None:
-    """The dtype of the weights by the config, None if it names none."""
-    text = config.get("dtype") or config.get("torch_dtype")
-    dtype = getattr(torch, str(text).removeprefix("torch."), None)
-    return dtype if isinstance(dtype, torch.dtype) else None

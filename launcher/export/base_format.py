@@ -12,8 +12,8 @@ from launcher.export.quantized.blockwise import EightBitWeight, FourBitWeight
 from launcher.export.quantized.released import ACTIVATION
 from launcher.export.quantized.requantize import Layout, NewNumbers, NewScales
 from launcher.export.quantized.scaled import ScaledWeight
-from launcher.export.quantized.settings import KEY
 from launcher.folders.model_config import NESTED
+from launcher.folders.quantization import KEY
 from launcher.io.tensor import Tensor
 from launcher.io.tensor.layouts import Transposed
 from launcher.io.tensor.views import reshape, transpose

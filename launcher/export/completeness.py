@@ -17,7 +17,7 @@ import torch
 from launcher.errors import UserError
 from launcher.export import names
 from launcher.export.quantized.released import PART
-from launcher.export.quantized.settings import quantization_of
+from launcher.folders.quantization import quantization_of
 from launcher.io.adapter import is_peft_state
 from launcher.io.completeness import missing_parameters
 from launcher.io.readers.wrapper_prefixes import skipped_note

@@ -3,7 +3,6 @@ model."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Set
 from fnmatch import fnmatch
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 
 from launcher.errors import UserError
 from launcher.export.assembled import Options
-from launcher.export.source import Source, model_home, tokenizer_folder
-from launcher.folders import regular
+from launcher.export.source import Source
+from launcher.export.source_folders import model_home, tokenizer_folder
 from launcher.folders.json_file import (
     IDS,
     NUMBER,
@@ -20,6 +19,7 @@ from launcher.folders.json_file import (
     TEXT,
     Field,
     check_fields,
+    read_json,
     read_object,
 )
 from launcher.folders.model import GENERATION_CONFIG, MODELOPT
@@ -137,11 +137,8 @@ def _check_json(path: Path, name: str) -> None:
     pattern = next((pattern for pattern in OBJECTS if fnmatch(name, pattern)), None)
     if pattern is not None:
         check_fields(path, read_object(path), OBJECTS[pattern])
-        return
-    try:
-        json.loads(regular.read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: it is not JSON: {error!s:.200}") from error
+    else:
+        read_json(path)
 
 
 def _check_tokenizer(path: Path) -> None:

@@ -18,16 +18,17 @@ from launcher.export.assembled import (
     Options,
     Tensors,
     naming_of,
-    stated_dtype,
     with_vocabulary,
     without_twins,
 )
 from launcher.export.completeness import known_tensors
 from launcher.export.merge.ties import HEAD, find_embedding_pair
-from launcher.export.source import Source, model_home
+from launcher.export.source import Source
+from launcher.export.source_folders import model_home
 from launcher.folders.kind import Kind
 from launcher.folders.vocabulary import config_changes, config_value
 from launcher.io.readers.found import FoundModel
+from launcher.io.stated_dtype import stated_dtype
 from launcher.io.tensor import Tensor
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import UserError
+from launcher.errors import UserError, one_line
 from launcher.folders.adapter import SETTINGS as ADAPTER
 from launcher.folders.json_file import read_object
 from launcher.folders.model import CONFIG, GENERATION_CONFIG
@@ -34,10 +34,10 @@ def open_small_files(folder: Path) -> tuple[str, ...]:
         except Exception as error:  # each class raises its own errors
             if not classes and not isinstance(error, ImportError):
                 raise UserError(
-                    f"{folder}: {label} does not load in {_library()}: {_one_line(error)} → the "
+                    f"{folder}: {label} does not load in {_library()}: {one_line(error)} → the "
                     "files as the base has them"
                 ) from error
-            reason = f"it needs code of {folder}" if classes else _one_line(error)
+            reason = f"it needs code of {folder}" if classes else one_line(error)
             notes.append(f"{label} was not opened: {reason}")
     return (*notes, f"{', '.join(opened)} load") if opened else tuple(notes)
 
@@ -64,10 +64,6 @@ def _library() -> str:
     import transformers
 
     return f"transformers {transformers.__version__}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _open_adapter_config(folder: Path) -> Any:

@@ -20,7 +20,8 @@ from launcher.export.copied_files import check_copied_files, describe_left, find
 from launcher.export.merge.ties import find_embedding_pair
 from launcher.export.modelfile import make_modelfile
 from launcher.export.shard_plan import assign_shards, natural_sort_key
-from launcher.export.source import Source, model_home, template_folder, tokenizer_folder
+from launcher.export.source import Source
+from launcher.export.source_folders import model_home, template_folder, tokenizer_folder
 from launcher.export.stop_tokens import Stops, with_stops
 from launcher.folders import versions
 from launcher.folders.brief import brief
@@ -104,7 +105,7 @@ def make_plan(source: Source, options: Options | None = None) -> Plan:
     possible."""
     options = options or Options()
     assembled = assemble(source, options)
-    _check(source, assembled, options)
+    _check(source, assembled)
     tensors = [
         assembled.tensors[name].renamed(name)
         for name in sorted(assembled.tensors, key=natural_sort_key)
@@ -139,7 +140,7 @@ def make_plan(source: Source, options: Options | None = None) -> Plan:
     return Plan(source, options, stops.config, shards, assembled.actions, notes, generated)
 
 
-def _check(source: Source, assembled: Assembled, options: Options) -> None:
+def _check(source: Source, assembled: Assembled) -> None:
     if not assembled.tensors:
         raise UserError(f"SOURCE {source.path} contains no tensor")
     if empty := [name for name, tensor in assembled.tensors.items() if tensor.shape == (0,)]:
@@ -150,7 +151,10 @@ def _check(source: Source, assembled: Assembled, options: Options) -> None:
         )
     for name, tensor in assembled.tensors.items():
         if tensor.dtype not in CODES:
-            raise UserError(f"{name} is of {tensor.dtype}, which safetensors cannot store")
+            raise UserError(
+                f"{name} is of {tensor.dtype}, which safetensors cannot store → SOURCE with it in "
+                "another dtype"
+            )
 
 
 def _describe_rows(source: Source, assembled: Assembled) -> tuple[str, ...]:

@@ -15,7 +15,6 @@ from launcher.export.assembled import (
     Options,
     Tensors,
     naming_of,
-    stated_dtype,
     with_vocabulary,
     without_twins,
 )
@@ -28,12 +27,13 @@ from launcher.export.source import Source
 from launcher.folders.adapter import read_settings
 from launcher.folders.model_config import read_model_config
 from launcher.folders.vocabulary import config_value
-from launcher.io.adapter import PREFIX, plain_name
+from launcher.io.adapter import PARAMETER_SUFFIX, PREFIX, plain_name
 from launcher.io.adapter_config import inferred_settings, is_saved
 from launcher.io.adapter_places import in_composite
 from launcher.io.model_class import Places
 from launcher.io.readers.found import FoundModel
 from launcher.io.readers.wrapper_prefixes import QUANTIZATION_STATE
+from launcher.io.stated_dtype import stated_dtype
 from launcher.io.tensor import Tensor
 
 LISTED = 5  # names in a message
@@ -66,7 +66,8 @@ def sharded_adapter(source: Source, adapter_tensors: dict[str, Tensors]) -> Adap
     name = source.adapter_name or listed
     if name not in adapter_tensors:
         raise UserError(
-            f"--adapter-name {name}: {source.path} contains no such adapter, but {listed}"
+            f"--adapter-name {name}: {source.path} contains no such adapter, but {listed} "
+            "→ one of them"
         )
     tensors = adapter_tensors[name]
     if source.adapter_config is not None:
@@ -123,8 +124,7 @@ def frozen_base(
 def fits(adapter: Adapter, base: Iterable[str], config: Config) -> bool:
     """Whether `base`, which `config` describes, has a weight for each module that the adapter
     names."""
-    ending = r"\.(lora_|token_adapter\.|base_layer\.|weight$|bias$).*"
-    modules = {re.sub(ending, "", name.removeprefix(PREFIX)) for name in adapter.tensors}
+    modules = {re.sub(PARAMETER_SUFFIX, "", n.removeprefix(PREFIX)) for n in adapter.tensors}
     known = _names(base, config)
     return all(f"{module}.weight" in known for module in modules)
 
@@ -142,19 +142,25 @@ def adapter_only_result(source: Source) -> Assembled:
 
     Raises UserError if the source contains no adapter, or several.
     """
+    none = f"--adapter-only: SOURCE {source.path} contains no adapter → leave the option out"
     if source.read is not None:
         found = source.read(False)
         model_tensors, adapter_tensors = split_adapters(found.tensors)
         if not adapter_tensors:
-            raise UserError(f"--adapter-only: SOURCE {source.path} contains no adapter")
+            raise UserError(none)
         adapter = sharded_adapter(source, adapter_tensors)
         tensors = adapter.tensors | _saved_with_adapter(adapter, model_tensors)
         action = "gathered"
     elif len(source.adapters) == 1:
         adapter, action = read_adapter(source.adapters[0]), "copied"
         tensors = adapter.tensors
+    elif source.adapters:
+        raise UserError(
+            f"--adapter-only writes one adapter, and --adapter names {len(source.adapters)} → one "
+            f"of them as SOURCE: shardway consolidate {source.adapters[0]} --adapter-only"
+        )
     else:
-        raise UserError(f"--adapter-only: SOURCE {source.path} contains no adapter")
+        raise UserError(none)
     adapter = in_composite(replace(adapter, tensors=tensors), _places(source))
     return Assembled(adapter.tensors, dict.fromkeys(adapter.tensors, action), adapter.config)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,6 @@ from launcher.io.new_tokens import extend
 from launcher.io.readers import dcp
 from launcher.io.readers import model_folder as model_files
 from launcher.io.tokenizer_files import SETTINGS as TOKENIZER
-from launcher.io.tokenizer_files import has_vocabulary, stated_template
 
 
 @dataclass(frozen=True)
@@ -134,48 +132,22 @@ def find_source(
         source = _model_source(path, base, adapters, adapter_only, alpha)
     else:
         raise refusal(path)
+    _check_options(source, adapters, alpha)
+    return replace(source, adapter_name=adapter_name, alpha=alpha)
+
+
+def _check_options(source: Source, adapters: Sequence[Path], alpha: float | None) -> None:
+    """Raises UserError for an option that would be ignored."""
     if adapters and source.kind is not Kind.MODEL:
         raise UserError(
-            f"--adapter {adapters[0]} needs a model folder as SOURCE, and {path} is not one"
+            f"--adapter {adapters[0]} needs a model folder as SOURCE, and {source.path} is not one "
+            f"→ leave it out, or shardway consolidate MODEL --adapter {adapters[0]}"
         )
     if alpha is not None and (source.read is None or source.adapter_config is not None):
         raise UserError(
             f"--alpha {alpha:g} needs an adapter whose adapter_config.json is not known, and "
-            f"{source.adapter_config or path} has its alpha → leave --alpha out"
+            f"{source.adapter_config or source.path} has its alpha → leave --alpha out"
         )
-    return replace(source, adapter_name=adapter_name, alpha=alpha)
-
-
-def tokenizer_folder(source: Source) -> Path | None:
-    """The folder of the tokenizer, None if there is none: the first with settings and a vocabulary.
-    The training's folder comes before the base's: its tokenizer may have more tokens.
-
-    Without such a folder it is the first with a vocabulary, or else with settings: some classes
-    need no vocabulary.
-    """
-    folders = _tokenizer_folders(source)
-    complete = (f for f in folders if (f / TOKENIZER).is_file() and has_vocabulary(f))
-    with_vocabulary = (f for f in folders if has_vocabulary(f))
-    with_settings = (f for f in folders if (f / TOKENIZER).is_file())
-    return next(chain(complete, with_vocabulary, with_settings), None)
-
-
-def template_folder(source: Source) -> Path | None:
-    """The training's folder if it has a chat template but no vocabulary, and so not the tokenizer;
-    None otherwise."""
-    if (tokenizer := tokenizer_folder(source)) is None:
-        return None
-    before = takewhile(lambda folder: folder != tokenizer, _tokenizer_folders(source))
-    return next((folder for folder in before if stated_template(folder) is not None), None)
-
-
-def _tokenizer_folders(source: Source) -> tuple[Path, ...]:
-    return (*source.extra_file_folders, *([source.base] if source.base else []))
-
-
-def model_home(source: Source) -> Path:
-    """The folder whose files describe the model: that of the base, or the first with a config."""
-    return source.base or next(f for f in source.extra_file_folders if (f / CONFIG).is_file())
 
 
 def _checkpoint_source(path: Path, base: str | None, adapter_only: bool) -> Source:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import UserError
+from launcher.errors import UserError, one_line
 from launcher.export.copied_files import check_copied_files
-from launcher.export.source import Source, model_home, template_folder, tokenizer_folder
+from launcher.export.source import Source
+from launcher.export.source_folders import model_home, template_folder, tokenizer_folder
 from launcher.folders.json_file import dump_like, read_object
 from launcher.folders.model import GENERATION_CONFIG
 from launcher.io.answer_end import end_tokens
@@ -84,7 +85,7 @@ def _trained_tokenizer(source: Source, trust_remote_code: bool) -> tuple[Any, tu
     try:
         loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # each tokenizer class raises its own errors
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if settings is not None:
             raise UserError(
                 f"{settings} has a chat template and no vocabulary, and the tokenizer in {folder} "

@@ -76,12 +76,18 @@ def check_fields(path: Path, content: Mapping[str, Any], fields: Mapping[str, Fi
             raise DamagedFile(path, f"is damaged: {key} is {shown}, expected {expected}")
 
 
+def read_json(path: Path) -> Any:
+    """The value in `path`. Raises DamagedFile if it cannot be read or is not JSON."""
+    try:
+        return json.loads(regular.read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = reason_unreadable(path) or f"cannot be read: {error!s:.200}"
+        raise DamagedFile(path, reason) from error
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The object in `path`. Raises DamagedFile if it cannot be read or is not an object."""
-    try:
-        content = json.loads(regular.read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DamagedFile(path, reason_unreadable(path) or f"cannot be read: {error}") from error
+    content = read_json(path)
     if not isinstance(content, dict):
         raise DamagedFile(path, f"contains a {type(content).__name__}, expected an object")
     return content

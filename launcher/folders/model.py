@@ -80,7 +80,7 @@ def model_folder(
 
 
 def whole_model_folder(name_or_path: str, revision: str | None) -> Path:
-    """As `model_folder`, with every file that is no weight, and with the weights of the model: in
+    """As `model_folder`, with all files but weights, and of these those of the model: in
     safetensors, or else in torch files."""
     if not is_hub_id(name_or_path):
         return Path(name_or_path)

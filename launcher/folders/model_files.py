@@ -1,21 +1,18 @@
-"""Which files of a model folder are copied with its weights: all that are no weights, no state of a
-trainer and not hidden. Imports no torch."""
+"""Which files of a model folder are copied with its weights: all but other weights, the state of a
+trainer and hidden files. Imports no torch."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-from launcher.errors import UserError
-from launcher.folders import regular
 from launcher.folders.adapter import SETTINGS
 from launcher.folders.checkpoint import MANIFEST as CHECKPOINT
 from launcher.folders.extended_model import RECORD as NEW_TOKENS
-from launcher.folders.json_file import is_object, list_of
+from launcher.folders.json_file import DamagedFile, is_object, list_of, read_json
 from launcher.folders.model import CONFIG, WEIGHT_FILES
 from launcher.folders.tensor_entries import is_inside
 from launcher.folders.unreadable import is_file
@@ -24,7 +21,7 @@ EXPORT_MANIFEST = "consolidation_manifest.json"
 MODULES = "modules.json"  # of sentence-transformers: its modules, some of which have own weights
 MAX_BYTES = 10**8  # of a file: larger ones are data
 MAX_FILES = 1000  # of a subfolder
-# What an export writes anew.
+# What an export writes itself.
 WRITTEN = (CONFIG, EXPORT_MANIFEST, NEW_TOKENS, "*.index.json", "Modelfile")
 # Of a trainer's folder, whose other files are not the model's, these are.
 DESCRIBING = (*("*.json", "*.jinja", "*.txt", "*.py", "*.md"), "LICENSE*", "NOTICE*")
@@ -130,11 +127,8 @@ def _modules(folder: Path) -> set[str]:
     """The subfolders that modules.json lists. Raises UserError if it is of another form."""
     if not (file := folder / MODULES).is_file():
         return set()
-    try:
-        content = json.loads(regular.read_text(file))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged: it is not JSON: {error!s:.200}") from error
+    content = read_json(file)
     if not list_of(is_object)(content):
-        raise UserError(f"{file} is damaged: it is not a list of modules")
+        raise DamagedFile(file, "is damaged: it is not a list of modules")
     paths = (module.get("path") for module in content)
     return {path for path in paths if isinstance(path, str) and is_inside(path)}

@@ -17,8 +17,7 @@ ACCEPTED = (
     "(adapter_config.json), a model (config.json), or a sharded checkpoint of DeepSpeed (latest, "
     "*_model_states.pt) or torch (.metadata)"
 )
-ADAPTER_FILES, ARCHIVES = LEFT["of an adapter"], LEFT["archives"]
-STATES = LEFT["of a trainer"]
+OF_ADAPTERS, ARCHIVES, STATES = (LEFT[key] for key in ("of an adapter", "archives", "of a trainer"))
 IN_TORCH = ("*.pth", "*.pt", "*.ckpt", "*.pkl")
 # Weights that are not read: names of files → what they are, and what to do.
 FORMATS: dict[tuple[str, ...], str] = {
@@ -105,11 +104,11 @@ def _explain_names(folder: Path, names: list[str]) -> str:
     if found := [name for name in weights if matches(name, IN_TORCH)]:
         return (
             f"contains {found[0]}, and it is not known what is in a torch file of this name → if "
-            f"it is the model's state dict, name it pytorch_model.bin, beside the model's {CONFIG}"
+            f"it is the model's state dict, rename it to pytorch_model.bin, beside its {CONFIG}"
         )
     if ADAPTER in names:
         return "is an adapter → the model that it was trained on"
-    if found := [name for name in weights if matches(name, ADAPTER_FILES)]:
+    if found := [name for name in weights if matches(name, OF_ADAPTERS)]:
         return f"contains {found[0]} and no {ADAPTER} → the {ADAPTER} of the adapter beside it"
     if weights and not (folder / CONFIG).exists():
         return f"contains {weights[0]} and no {CONFIG} → the {CONFIG} of its model beside it"

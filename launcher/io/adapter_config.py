@@ -24,7 +24,7 @@ NOT_WEIGHTS = {
     ),
     "CARTRIDGE": "it adds trained keys and values before each prompt, and changes no weight",
     "ADAPTION_PROMPT": "it adds trained prompts inside the attention layers, and changes no weight",
-    "XLORA": "X-LoRA mixes several LoRA adapters anew for each token, which no fixed weight does",
+    "XLORA": "X-LoRA weighs several LoRA adapters for each token, which no fixed weight does",
 }
 REFUSED_KEYS = {  # key → what it is, and why its weights are not base + delta
     "megatron_config": "layers of Megatron, a module that PEFT imports by its name",

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from launcher.errors import UserError
+from launcher.errors import UserError, one_line
 from launcher.io.adapter import PREFIX, read_adapter
 
 T = TypeVar("T")
@@ -207,7 +207,7 @@ def class_and_places(config: Any) -> tuple[Any, Places | None]:
     except UserError:
         raise
     except Exception as error:  # of other values, or for lack of a library
-        raise UserError(f"{name} cannot be built: {' '.join(str(error).split())}") from error
+        raise UserError(f"{name} cannot be built: {one_line(error)}") from error
     raise UserError(
         f"{name} is not a causal language model → a model that AutoModelForCausalLM has "
         "(…ForCausalLM), or a composite that generates text"

@@ -11,10 +11,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +40,11 @@ from launcher.folders.model import (
     single_weights_file,
 )
 from launcher.folders.model_config import read_model_config
+from launcher.folders.model_files import matches
 from launcher.folders.tensor_entries import TensorEntry, tensor_entries
 from launcher.folders.vocabulary import HEAD_MODULES, config_changes, is_embedding, stated_tie
+from launcher.io.new_rows import chunks, with_new_rows
 from launcher.io.readers.safetensors_file import header, read_header
-from launcher.io.tensor import ConcatRows, RowSlice, Tensor, in_memory
-
-CHUNK_ROWS = 2**14  # of a tensor, in memory while it is read or copied
 
 
 @dataclass(frozen=True)
@@ -244,60 +242,17 @@ def _write_shard(file: Path, resized: set[str], vocabulary: NewVocabulary, copy:
     """Write `copy` of a weights file with new rows. Returns how many bytes it has more."""
     before = read_header(file)
     tensors = [
-        _with_new_rows(tensor, vocabulary) if name in resized else tensor
+        with_new_rows(tensor, vocabulary.old_ids, vocabulary.new_rows, vocabulary.rows)
+        if name in resized
+        else tensor
         for name, tensor in before.items()
     ]
     with copy.open("wb") as stream:
         stream.write(header([(t.name, t.dtype, t.shape) for t in tensors]))
         for tensor in tensors:
-            for values in _chunks(tensor):
+            for values in chunks(tensor):
                 stream.write(values.view(torch.uint8).numpy().data)
     return sum(tensor.nbytes for tensor in tensors) - sum(t.nbytes for t in before.values())
-
-
-def _with_new_rows(tensor: Tensor, vocabulary: NewVocabulary) -> Tensor:
-    """`tensor` [rows, width] or [rows] with the mean of its used rows as its new rows."""
-    mean = _mean_row(tensor, vocabulary.old_ids)
-    parts: list[Tensor] = []
-    at = 0
-    for first, last in _runs(vocabulary.new_rows):
-        if at < first:
-            shape = (first - at, *tensor.shape[1:])
-            parts.append(RowSlice(tensor.name, tensor.dtype, shape, tensor, at))
-        values = mean.expand(last - first, -1).reshape(last - first, *tensor.shape[1:])
-        parts.append(in_memory(tensor.name, values, Path()))
-        at = last
-    if at < vocabulary.rows:
-        shape = (vocabulary.rows - at, *tensor.shape[1:])
-        parts.append(RowSlice(tensor.name, tensor.dtype, shape, tensor, at))
-    shape = (vocabulary.rows, *tensor.shape[1:])
-    return ConcatRows(tensor.name, tensor.dtype, shape, tuple(parts))
-
-
-def _mean_row(tensor: Tensor, rows: list[int]) -> torch.Tensor:
-    """The mean of `rows` [1, columns], computed in fp32."""
-    total, wanted = torch.zeros(tensor.columns), torch.tensor(rows)
-    for first in range(0, tensor.rows, CHUNK_ROWS):
-        last = min(first + CHUNK_ROWS, tensor.rows)
-        inside = wanted[(wanted >= first) & (wanted < last)] - first
-        total += tensor.read(first, last)[inside].float().sum(0)
-    return (total / len(rows)).to(tensor.dtype)[None]
-
-
-def _runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
-    """Sorted numbers as ranges [first, last)."""
-    runs: list[tuple[int, int]] = []
-    for number in numbers:
-        if runs and runs[-1][1] == number:
-            runs[-1] = runs[-1][0], number + 1
-        else:
-            runs.append((number, number + 1))
-    return runs
-
-
-def _chunks(tensor: Tensor) -> Iterator[torch.Tensor]:
-    for first in range(0, tensor.rows, CHUNK_ROWS):
-        yield tensor.read(first, min(first + CHUNK_ROWS, tensor.rows))
 
 
 def _resized_index(index: Path, added_bytes: int) -> dict[str, Any]:
@@ -315,7 +270,7 @@ def _link_other_files(base: Path, folder: Path) -> None:
     excluded = (*WEIGHT_FILES, *TOKENIZER_FILES, "*.index.json", TEMPLATES, ".*")
     for path in base.iterdir():
         copy = folder / path.name
-        if not copy.exists() and not any(fnmatch(path.name, p) for p in excluded):
+        if not copy.exists() and not matches(path.name, excluded):
             copy.symlink_to(path.resolve())
 
 

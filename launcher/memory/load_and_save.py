@@ -14,8 +14,8 @@ from launcher.config.schema.training import CheckpointConfig
 from launcher.errors import UserError
 from launcher.folders.json_file import read_object_or_empty
 from launcher.folders.model import CONFIG, model_folder
-from launcher.folders.vocabulary import config_value
 from launcher.io.conversion import published_tensors
+from launcher.io.stated_dtype import stated_dtype
 from launcher.io.weight_views import LazyWeight
 from launcher.memory.fake_weights import FakeWeight
 from launcher.model.folder import SafetensorsFolder
@@ -73,10 +73,8 @@ def export_bytes(config: Config, model: nn.Module) -> int:
         patterns=("config.json",),
     )
     described = read_object_or_empty(folder / CONFIG)
-    stated = config_value(described, "dtype") or config_value(described, "torch_dtype")
-    dtype = getattr(torch, str(stated), None)
-    itemsize = dtype.itemsize if isinstance(dtype, torch.dtype) else torch.float32.itemsize
-    return itemsize * sum(parameter.numel() for parameter in model.parameters())
+    dtype = stated_dtype(described) or torch.float32
+    return dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
 
 
 def save_bytes(

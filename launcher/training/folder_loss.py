@@ -14,7 +14,7 @@ from launcher.config.schema.data import DataConfig
 from launcher.data.collate import IGNORED, MicroBatch, collate
 from launcher.data.dataset import load_data
 from launcher.data.source import find_problems
-from launcher.errors import UserError
+from launcher.errors import UserError, one_line
 from launcher.folders.vocabulary import embedding_rows
 from launcher.io.adapter import check_modules, read_adapter
 from launcher.io.model_class import class_to_load
@@ -72,7 +72,7 @@ def mean_loss(model: Model, rows: Rows, device: str, trust_remote_code: bool = F
     try:
         losses = [token_loss(loaded, batch.to(torch.device(device))) for batch in rows.batches]
     except Exception as error:  # each model raises its own errors
-        raise UserError(f"{model.folder} cannot be evaluated: {_one_line(error)}") from error
+        raise UserError(f"{model.folder} cannot be evaluated: {one_line(error)}") from error
     return torch.stack(losses).double().sum().item() / rows.targets
 
 
@@ -96,7 +96,7 @@ def _load(model: Model, trust_remote_code: bool) -> Any:
         raise
     except Exception as error:  # a damaged folder raises many kinds of errors
         names = ", ".join(map(str, (model.folder, *adapters)))
-        raise UserError(f"{names} cannot be loaded: {_one_line(error)}") from error
+        raise UserError(f"{names} cannot be loaded: {one_line(error)}") from error
 
 
 def _with_adapters(model: Any, adapters: Sequence[Path]) -> Any:
@@ -112,7 +112,3 @@ def _with_adapters(model: Any, adapters: Sequence[Path]) -> Any:
         wrapped.load_adapter(str(folder), adapter_name=name)
     wrapped.base_model.set_adapter(names)
     return wrapped
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

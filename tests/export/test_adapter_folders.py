@@ -14,6 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from launcher.errors import UserError
+from launcher.export.assembled import Options
+from launcher.export.plan import make_plan
 from launcher.export.source import find_source
 from tests.helpers.chat import edit
 from tests.helpers.exports import make_adapter, merged_by_peft, plan_of, stored
@@ -163,3 +165,11 @@ def test_the_adapter_of_a_checkpoint_is_exported_as_the_checkpoint(
     """With its tokenizer, its new tokens and the ends of its answers."""
     checkpoint = moved("lora-zero3-bf16", tmp_path, tiny) / "checkpoints/step-000005"
     assert find_source(checkpoint / "adapter") == find_source(checkpoint)
+
+
+def test_adapter_only_writes_one_adapter(tiny_untied: Path, tmp_path: Path) -> None:
+    adapters = [make_adapter(tiny_untied, tmp_path / name) for name in ("one", "two")]
+    with pytest.raises(UserError, match=r"writes one adapter, and --adapter names 2 → one of them"):
+        make_plan(find_source(tiny_untied, adapters=adapters), Options(adapter_only=True))
+    with pytest.raises(UserError, match="contains no adapter → leave the option out"):
+        make_plan(find_source(tiny_untied), Options(adapter_only=True))

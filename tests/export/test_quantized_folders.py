@@ -23,9 +23,9 @@ from launcher.config.rules.model import DEQUANTIZED
 from launcher.config.rules.table import RULES
 from launcher.errors import UserError
 from launcher.export.quantized.released import METHODS
-from launcher.export.quantized.settings import KEY
 from launcher.export.verify import verify
 from launcher.export.writing import write
+from launcher.folders.quantization import KEY
 from tests.export.test_released_formats import random
 from tests.helpers.exports import consolidate, contents, make_adapter, merged_by_peft, stored
 from tests.helpers.stored_models import edit, publish

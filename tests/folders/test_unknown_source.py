@@ -30,7 +30,7 @@ FOLDERS: dict[str, tuple[tuple[str, ...], str]] = {
         ("consolidated.00.pth", "params.json", "tokenizer.model"),
         "weights as Meta releases them → the same model in the layout of Hugging Face",
     ),
-    "one .pth file": (("model.pth", *SETTINGS), r"model\.pth.*name it pytorch_model\.bin"),
+    "one .pth file": (("model.pth", *SETTINGS), r"model\.pth.*rename it to pytorch_model\.bin"),
     "Lightning": (("epoch=3-step=100.ckpt",), "beside the model's config.json"),
     "a trainer's output": (
         ("checkpoint-9/config.json", "checkpoint-9/model.safetensors", "runs/events",

@@ -12,7 +12,7 @@ from launcher.folders import paths
 from launcher.folders.adapter import adapter_settings
 from launcher.folders.json_file import read_object_or_empty
 from launcher.folders.model import CONFIG, MODELOPT, is_hub_id
-from launcher.folders.model_config import NESTED
+from launcher.folders.quantization import quantization_of
 from launcher.folders.vocabulary import find_missing_head, find_separate_head, is_embedding
 
 FLASH_ATTENTION = "flash_attention_2"
@@ -33,11 +33,9 @@ def _has_no_safetensors(config: Config, world: World) -> bool:
 def _quantization(config: Config) -> str | None:
     """The method by which the weights of a local folder are quantized, None if they are not."""
     folder = Path(config.model.name_or_path)
-    settings = read_object_or_empty(folder / CONFIG)
-    for level in (settings, settings.get(NESTED)):
-        scheme = level.get("quantization_config") if isinstance(level, dict) else None
-        if isinstance(scheme, dict):
-            return str(scheme["quant_method"]) if "quant_method" in scheme else "an unknown method"
+    scheme = quantization_of(read_object_or_empty(folder / CONFIG))
+    if scheme is not None:
+        return str(scheme["quant_method"]) if "quant_method" in scheme else "an unknown method"
     return "modelopt" if (folder / MODELOPT).is_file() else None
 
 

@@ -3,6 +3,5 @@ quantization on other weights."""
 
 from launcher.export.quantized.dequantize import dequantize_tensors, quantize_round_trip
 from launcher.export.quantized.released import has_unscaled
-from launcher.export.quantized.settings import read_quantization
 
-__all__ = ["dequantize_tensors", "has_unscaled", "quantize_round_trip", "read_quantization"]
+__all__ = ["dequantize_tensors", "has_unscaled", "quantize_round_trip"]

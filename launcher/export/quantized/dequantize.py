@@ -14,12 +14,9 @@ from launcher.errors import UserError
 from launcher.export.quantized import released
 from launcher.export.quantized.blockwise import EightBitWeight, FourBitWeight, NestedScales
 from launcher.export.quantized.round_trip import RoundTrip4Bit, RoundTrip8Bit
-from launcher.export.quantized.settings import (
-    is_plain_float8,
-    quantization_of,
-    stated_dtype,
-    without_quantization,
-)
+from launcher.folders.quantization import quantization_of, without_quantization
+from launcher.io.readers.wrapper_prefixes import QUANTIZATION_STATE
+from launcher.io.stated_dtype import stated_dtype
 from launcher.io.tensor import Tensor
 from launcher.io.tensor.views import transpose
 
@@ -29,9 +26,6 @@ REASONS = {  # of formats that stay refused
     "awq": ": its integers are packed in the order of its kernels, over scaled inputs",
 }
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(?:nf4|fp4)")
-_HELPER = re.compile(
-    r".+\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+|SCB|weight_format)"
-)
 _ROW_MAJOR = 0  # the only weight_format that bitsandbytes still writes
 
 # Models whose linear weights are Conv1D [in, out]; transformers transposes and then quantizes them.
@@ -63,10 +57,10 @@ def dequantize_tensors(
     Raises UserError for a format that is not known here, and for entries that belong to no weight.
     """
     scheme = quantization or quantization_of(config)
-    method = None if scheme is None else _method({"quantization_config": scheme})
+    method = None if scheme is None else _method(scheme)
     new_config = without_quantization(config)
     if method in (None, "bitsandbytes"):
-        if released.has_unscaled(tensors) and not is_plain_float8(config):
+        if released.has_unscaled(tensors) and not _is_plain_float8(config):
             dtype = _released_dtype(tensors, config)
             return released.dequantize(tensors, released.Scheme("fp8"), dtype), new_config
         return _dequantize_bitsandbytes(tensors, config), new_config
@@ -83,10 +77,15 @@ def dequantize_tensors(
     return released.dequantize(tensors, released.read_scheme(scheme), dtype), new_config
 
 
+def _is_plain_float8(config: dict[str, Any]) -> bool:
+    """Whether config.json states that the values are FP8 without scales."""
+    return str(stated_dtype(config)).startswith("torch.float8")
+
+
 def _released_dtype(tensors: dict[str, Tensor], config: dict[str, Any]) -> torch.dtype:
     """The dtype of the model that was quantized: the config's, otherwise that of most tensors that
     are not quantized, as transformers takes it (gpt-oss states none)."""
-    if (stated := stated_dtype(config)) is not None:
+    if (stated := stated_dtype(config)) in WIDE:
         return stated
     wide = [t.dtype for n, t in tensors.items() if t.dtype in WIDE and not released.is_part(n)]
     return max(WIDE, key=wide.count) if wide else torch.bfloat16
@@ -104,7 +103,9 @@ def _dequantize_bitsandbytes(
             weight = name.removesuffix("SCB") + "weight"
             weights[weight] = _take_eight_bit(weight, remaining.pop(name), remaining, config)
     for name, tensor in remaining.items():
-        if _HELPER.fullmatch(name) or (weights and tensor.dtype in (torch.int8, torch.uint8)):
+        if re.fullmatch(QUANTIZATION_STATE, name) or (
+            weights and tensor.dtype in (torch.int8, torch.uint8)
+        ):
             raise UserError(
                 f"{name} is part of a quantized weight of which other parts are missing; "
                 f"is a shard missing?"
@@ -130,7 +131,7 @@ def quantize_round_trip(
     Raises UserError for a scheme of another library and for a model that transformers does not
     have.
     """
-    method = _method({"quantization_config": scheme})
+    method = _method(scheme)
     four_bit, eight_bit = scheme.get("load_in_4bit"), scheme.get("load_in_8bit")
     kind = scheme.get("bnb_4bit_quant_type", "fp4")
     nested = bool(scheme.get("bnb_4bit_use_double_quant"))
@@ -157,10 +158,7 @@ def quantize_round_trip(
     return result
 
 
-def _method(config: dict[str, Any]) -> str | None:
-    quantization = config.get("quantization_config")
-    if quantization is None:
-        return None
+def _method(quantization: dict[str, Any]) -> str:
     if "quant_method" in quantization:
         return str(quantization["quant_method"])
     loads = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
@@ -170,13 +168,13 @@ def _method(config: dict[str, Any]) -> str | None:
 def _take_four_bit(name: str, packed_state: Tensor, remaining: dict[str, Tensor]) -> FourBitWeight:
     """The weight `name`. Its parts are removed from `remaining`."""
     state = json.loads(bytes(packed_state.read_all().tolist()))
-    weight = _take(remaining, name, name)
-    absmax = _take(remaining, f"{name}.absmax", name)
-    values = _take(remaining, f"{name}.quant_map", name).read_all()
+    weight = released.take_part(remaining, name, name)
+    absmax = released.take_part(remaining, f"{name}.absmax", name)
+    values = released.take_part(remaining, f"{name}.quant_map", name).read_all()
     nested = None
     if f"{name}.nested_absmax" in remaining:
-        outer_absmax = _take(remaining, f"{name}.nested_absmax", name)
-        codes = _take(remaining, f"{name}.nested_quant_map", name).read_all()
+        outer_absmax = released.take_part(remaining, f"{name}.nested_absmax", name)
+        codes = released.take_part(remaining, f"{name}.nested_quant_map", name).read_all()
         nested = NestedScales(
             outer_absmax, codes, state["nested_blocksize"], state["nested_offset"]
         )
@@ -195,7 +193,7 @@ def _take_eight_bit(
     name: str, absmax: Tensor, remaining: dict[str, Tensor], config: dict[str, Any]
 ) -> EightBitWeight:
     """The weight `name`. Its parts are removed from `remaining`."""
-    weight = _take(remaining, name, name)
+    weight = released.take_part(remaining, name, name)
     layout = remaining.pop(name.removesuffix("weight") + "weight_format", None)
     if layout is not None and int(layout.read_all()) != _ROW_MAJOR:
         raise UserError(
@@ -211,18 +209,12 @@ def _take_eight_bit(
 
 
 def _config_dtype(config: dict[str, Any]) -> torch.dtype:
-    if (stated := stated_dtype(config)) is not None:
+    if (stated := stated_dtype(config)) in WIDE:
         return stated
     raise UserError(
         "config.json names no dtype, and 8-bit weights do not store it; add dtype: bfloat16, "
         "float16 or float32, the dtype that the model was trained in"
     )
-
-
-def _take(remaining: dict[str, Tensor], name: str, weight: str) -> Tensor:
-    if name not in remaining:
-        raise UserError(f"{weight} is quantized but {name} is missing; is a shard missing?")
-    return remaining.pop(name)
 
 
 def _linear_weights(

@@ -141,7 +141,7 @@ def _take_packed(
 ) -> ScaledWeight:
     """`name`: ends in "weight". Its parts are removed from `remaining`."""
     packed, scales, stated = (
-        _take(remaining, f"{name}_{part}", name) for part in ("packed", "scale", "shape")
+        take_part(remaining, f"{name}_{part}", name) for part in ("packed", "scale", "shape")
     )
     zeros = remaining.pop(f"{name}_zero_point", None)
     order = remaining.pop(f"{name}_g_idx", None)
@@ -165,7 +165,7 @@ def _take_packed(
 def _take_mxfp4(name: str, remaining: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
     """Experts [experts, in, out], which are stored as [experts, out, groups of the inputs, bytes]
     and exponents [experts, out, groups of the inputs]."""
-    blocks, scales = (_take(remaining, f"{name}_{part}", name) for part in ("blocks", "scales"))
+    blocks, scales = (take_part(remaining, f"{name}_{part}", name) for part in ("blocks", "scales"))
     experts, rows, groups, width = (*blocks.shape, 0, 0, 0)[:4]
     if len(blocks.shape) != 4 or scales.shape != (experts, rows, groups):
         raise UserError(
@@ -244,7 +244,9 @@ def _words(columns: int, bits: int) -> int:
     return -(-columns * bits // WORD_BITS)
 
 
-def _take(remaining: dict[str, Tensor], name: str, weight: str) -> Tensor:
+def take_part(remaining: dict[str, Tensor], name: str, weight: str) -> Tensor:
+    """The part `name` of a quantized weight, removed from `remaining`. Raises UserError if it is
+    missing."""
     if name not in remaining:
         raise UserError(f"{weight} is quantized but {name} is missing; is a shard missing?")
     return remaining.pop(name)

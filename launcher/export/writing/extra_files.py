@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher.export.copied_files import find_copied_files
 from launcher.export.plan import Plan
-from launcher.export.source import model_home
+from launcher.export.source_folders import model_home
 from launcher.folders.adapter import SETTINGS
 from launcher.folders.json_file import dump_like, read_object
 from launcher.folders.model import CONFIG, INDEX

@@ -1,11 +1,10 @@
-"""How config.json, or the file that ModelOpt writes beside it, states a quantization."""
+"""How config.json, or the file that ModelOpt writes beside it, states a quantization. Imports no
+torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
-
-import torch
+from typing import Any
 
 from launcher.folders.json_file import read_object
 from launcher.folders.model import MODELOPT
@@ -25,8 +24,8 @@ def read_quantization(folder: Path, config: dict[str, Any]) -> dict[str, Any] | 
 
 def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
     """`quantization_config` of a model, or of the text model of a composite."""
-    for level in (config, config.get(NESTED) or {}):
-        if (found := level.get(KEY)) is not None:
+    for level in (config, config.get(NESTED)):
+        if isinstance(level, dict) and isinstance(found := level.get(KEY), dict):
             return dict(found)
     return None
 
@@ -37,16 +36,3 @@ def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(text := kept.get(NESTED), dict) and KEY in text:
         kept[NESTED] = {key: value for key, value in text.items() if key != KEY}
     return kept
-
-
-def is_plain_float8(config: dict[str, Any]) -> bool:
-    """Whether config.json states that the values are FP8 without scales."""
-    return str(config.get("dtype") or config.get("torch_dtype")).startswith("float8")
-
-
-def stated_dtype(config: dict[str, Any]) -> torch.dtype | None:
-    for level in (config, config.get(NESTED) or {}):
-        name = level.get("dtype") or level.get("torch_dtype")
-        if name in ("bfloat16", "float16", "float32"):
-            return cast("torch.dtype", getattr(torch, name))
-    return None
