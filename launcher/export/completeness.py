@@ -17,6 +17,7 @@ import torch
 from launcher.errors import UserError
 from launcher.export import names
 from launcher.export.quantized.released import PART
+from launcher.folders.brief import listed
 from launcher.folders.quantization import quantization_of
 from launcher.io.adapter import is_peft_state
 from launcher.io.completeness import missing_parameters
@@ -87,10 +88,9 @@ def known_tensors(
     beside = {name for name in apart if re.search(BESIDE, name)}
     added = {n for n in apart - beside if not any(re.search(each, n) for each in patterns)}
     if unknown := sorted(name for name in added if not _is_in_module(naming.model, name)):
-        more = ", …" if len(unknown) > LISTED else ""
         raise UserError(
             f"{folder} contains {len(unknown)} tensor(s) that {class_name}, the class of "
-            f"config.json, does not have ({', '.join(unknown[:LISTED])}{more}) → --base FOLDER, if "
+            f"config.json, does not have ({listed(unknown, LISTED)}) → --base FOLDER, if "
             "the base has them; otherwise save the state of the model alone"
         )
     notes = skipped_note(beside, f"that {class_name} does not have")

@@ -25,6 +25,7 @@ from launcher.export.merge.ties import HEAD
 from launcher.export.names import Naming
 from launcher.export.source import Source
 from launcher.folders.adapter import read_settings
+from launcher.folders.brief import listed
 from launcher.folders.model_config import read_model_config
 from launcher.folders.vocabulary import config_value
 from launcher.io.adapter import PARAMETER_SUFFIX, PREFIX, plain_name
@@ -57,16 +58,16 @@ def sharded_adapter(source: Source, adapter_tensors: dict[str, Tensors]) -> Adap
     Raises UserError if one of several adapters has to be chosen, or if its configuration is
     missing.
     """
-    listed = ", ".join(sorted(adapter_tensors))
+    found = ", ".join(sorted(adapter_tensors))
     if source.adapter_name is None and len(adapter_tensors) > 1:
         raise UserError(
-            f"{source.path} contains {len(adapter_tensors)} adapters ({listed}) → choose one of "
+            f"{source.path} contains {len(adapter_tensors)} adapters ({found}) → choose one of "
             "them with --adapter-name"
         )
-    name = source.adapter_name or listed
+    name = source.adapter_name or found
     if name not in adapter_tensors:
         raise UserError(
-            f"--adapter-name {name}: {source.path} contains no such adapter, but {listed} "
+            f"--adapter-name {name}: {source.path} contains no such adapter, but {found} "
             "→ one of them"
         )
     tensors = adapter_tensors[name]
@@ -187,10 +188,9 @@ def _with_trained(
             result[name] = tensor if like is None else tensor.to(like.dtype)
             trained.add(name)
     if unmatched:
-        listed = ", ".join(sorted(unmatched)[:LISTED]) + (", …" if len(unmatched) > LISTED else "")
         raise UserError(
             f"{source.path} contains {len(unmatched)} tensor(s) that the base model {source.base} "
-            f"does not have ({listed}); does it belong to another model?"
+            f"does not have ({listed(sorted(unmatched), LISTED)}); does it belong to another model?"
         )
     return result, trained
 

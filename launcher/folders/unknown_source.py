@@ -8,6 +8,7 @@ from pathlib import Path
 
 from launcher.errors import UserError
 from launcher.folders.adapter import SETTINGS as ADAPTER
+from launcher.folders.brief import listed
 from launcher.folders.kind import SHARDED, Kind, kinds_of
 from launcher.folders.model import CONFIG, TOKENIZER_FILES, WEIGHT_FILES, is_hub_id
 from launcher.folders.model_files import LEFT, matches
@@ -104,7 +105,8 @@ def _explain_names(folder: Path, names: list[str]) -> str:
     if found := [name for name in weights if matches(name, IN_TORCH)]:
         return (
             f"contains {found[0]}, and it is not known what is in a torch file of this name → if "
-            f"it is the model's state dict, rename it to pytorch_model.bin, beside its {CONFIG}"
+            "it is the model's state dict, rename it to pytorch_model.bin, beside the model's "
+            f"{CONFIG}"
         )
     if ADAPTER in names:
         return "is an adapter → the model that it was trained on"
@@ -118,12 +120,12 @@ def _explain_names(folder: Path, names: list[str]) -> str:
         return f"contains {found[0]}, an archive → unpack it, and name the folder that is in it"
     if states:
         return (
-            f"contains the state of a trainer ({_enumerate(states)}) and no weights → the folder "
-            "with the weights of this step"
+            f"contains the state of a trainer ({listed(states, LISTED)}) and no weights → the "
+            "folder with the weights of this step"
         )
     if any(matches(name, TOKENIZER_FILES) for name in names):
         return "contains a tokenizer and no weights → the folder of the model"
-    return f"contains nothing that is exported ({_enumerate(names)}) → {ACCEPTED}"
+    return f"contains nothing that is exported ({listed(names, LISTED)}) → {ACCEPTED}"
 
 
 def is_incomplete(folder: Path) -> bool:
@@ -166,7 +168,3 @@ def _explain_file(path: Path) -> str:
     if matches(path.name, (*WEIGHT_FILES, "*.json")):
         return f"a file of a model → its folder, {path.absolute().parent}"
     return f"a file → {ACCEPTED}"
-
-
-def _enumerate(names: list[str]) -> str:
-    return ", ".join(names[:LISTED]) + (", …" if len(names) > LISTED else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launcher.errors import UserError
+from launcher.folders.brief import listed
 from launcher.io.adapter import Adapter
 from launcher.io.adapter_config import rank_and_scale
 from launcher.io.tensor import Tensor
@@ -84,10 +85,9 @@ def collect_factors(adapter: Adapter, module: str, parts: dict[str, Tensor]) -> 
 
 def unmatched_error(adapter: Adapter, keys: list[str]) -> UserError:
     """The error for adapter tensors that match nothing in the base."""
-    listed = ", ".join(sorted(keys)[:LISTED]) + (", …" if len(keys) > LISTED else "")
     return UserError(
         f"{adapter.origin}: {len(keys)} of {len(adapter.tensors)} tensors fit nothing in the base "
-        f"({listed}); does the adapter belong to another model?"
+        f"({listed(sorted(keys), LISTED)}); does the adapter belong to another model?"
     )
 
 

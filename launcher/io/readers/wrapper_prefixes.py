@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
+from launcher.folders.brief import listed
 from launcher.io.tensor import Tensor
 
 # The entries of a checkpoint that trainers save the model under. The first that is there is it.
@@ -73,7 +74,8 @@ def stripped_names(names: Collection[str], origin: Path) -> dict[str, str]:
             continue
         if short in original:
             raise UserError(
-                f"{origin} contains both {original[short]} and {name}, which are the same weight"
+                f"{origin} contains both {original[short]} and {name}, which are the same weight "
+                "→ SOURCE without one of them"
             )
         result[name], original[short] = short, name
     return result
@@ -94,6 +96,5 @@ def skipped_note(names: Iterable[str], description: str) -> tuple[str, ...]:
     skipped = sorted(names)
     if not skipped:
         return ()
-    shown = ", ".join(skipped[:3]) + (", …" if len(skipped) > 3 else "")
     entries = f"{len(skipped)} entr{'y' if len(skipped) == 1 else 'ies'}"
-    return (f"left out {entries} {description}: {shown}",)
+    return (f"left out {entries} {description}: {listed(skipped, 3)}",)
