@@ -86,9 +86,11 @@ def page(above: str, rows: dict[str, Row]) -> str:
     """A page of the documentation: `above` up to the mark, then the counts and the rows."""
     whole = sum(row.is_whole for row in rows.values())
     lost = sum(row.is_lost for row in rows.values())
+    unbuilt = sum(row.lora.startswith("unbuilt") for row in rows.values())
+    refused = len(rows) - whole - lost - unbuilt
     lines = [
         f"Of {len(rows)} model types of transformers {transformers.__version__}, {whole} are",
-        f"whole, {len(rows) - whole - lost} refused under a method or two, and {lost} lost.",
+        f"whole, {refused} refused under one method or both, {lost} lost, and {unbuilt} unbuilt.",
         "",
         "| model type | class of the folder | lora | full | packing | attention | reason |",
         "|---|---|---|---|---|---|---|",

@@ -39,7 +39,6 @@ REFERENCE = "fsdp"  # the strategy under which rows and recomputation are varied
 RECOMPUTED = ("off", "2", "full")  # training.activation_checkpointing
 STRATEGY, PRECISION = "strategy", "precision"
 ROWS, RECOMPUTE = "training.micro_batch_size", "training.activation_checkpointing"
-LEFT_OUT = " is left out: "  # in a note, before the reason
 Point = tuple[str, int]  # recomputation, rows of a micro-batch
 
 
@@ -72,6 +71,7 @@ class Search:
         self._corners: dict[Point, Amounts] = {}
         self._are_allowed = False  # some configurations, by the rules
         self._problems: dict[str, None] = {}  # what the rules say about the others
+        self._trace_errors: dict[str, None] = {}  # why strategies are left out
 
     def run(self, gpu: GpuSpec) -> list[FoundRun]:
         """The configurations that fit, the fastest first; the first of equals is the one that
@@ -217,8 +217,7 @@ class Search:
         known = [found[names.index(reference)], *found[len(configs) :]]
         for choice, pair in zip([least[0], *choices], known, strict=True):
             if pair is None:  # mostly for the same reason under every strategy
-                reasons = dict.fromkeys(note.partition(LEFT_OUT)[2] for note in self.notes)
-                raise UserError("\n".join(reasons))
+                raise UserError("\n".join(self._trace_errors))
             self._corners[choice, rows[0]] = pair[0]
             if wider:
                 self._corners[choice, wider] = pair[1]
@@ -276,7 +275,8 @@ class Search:
                 pairs.append((few, more))
             else:
                 error = few if isinstance(few, UserError) else more
-                self.notes.append(f"strategy={config.strategy.name}{LEFT_OUT}{error}")
+                self._trace_errors[str(error)] = None
+                self.notes.append(f"strategy={config.strategy.name} is left out: {error}")
                 pairs.append(None)
         return pairs
 

@@ -50,8 +50,8 @@ def most_gathered(model: nn.Module, config: Config) -> int:
 
 
 def gathered_ahead(engine: Any, most: int, itemsize: float) -> Callable[[], int]:
-    """Says how many bytes of weights would be gathered now, beside those that are: up to `most`
-    elements together. `engine`: DeepSpeed's. `itemsize`: bytes of an element, on average."""
+    """A function that returns how many bytes of weights prefetching would add now to those that are
+    gathered: `most` elements in all. `engine`: DeepSpeed's. `itemsize`: mean bytes of one."""
     coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
     gathered = "_PartitionedParameterCoordinator__n_available_params"
     return lambda: round(max(0, most - getattr(coordinator, gathered)) * itemsize)

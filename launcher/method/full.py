@@ -8,7 +8,7 @@ from torch import nn
 from launcher.config.schema.method import FullConfig
 from launcher.method.base import CPU, NoAdapterMethod
 from launcher.model.load import Weights
-from launcher.model.text_part import beside_text
+from launcher.model.text_part import non_text_paths
 
 
 class Full(NoAdapterMethod):
@@ -27,7 +27,7 @@ class Full(NoAdapterMethod):
         device: torch.device = CPU,
     ) -> nn.Module:
         model.requires_grad_(True)
-        for path in beside_text(model):
+        for path in non_text_paths(model):
             model.get_submodule(path).requires_grad_(False)
             self.is_partial = True
         return model

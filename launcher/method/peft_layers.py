@@ -31,7 +31,7 @@ from launcher.model.peft import (
     keep_target_names,
 )
 from launcher.model.sparse import is_grouped, sparse_blocks
-from launcher.model.text_part import beside_text, is_inside
+from launcher.model.text_part import is_within, non_text_paths
 
 
 def wrap_new(model: nn.Module, config: LoraConfig, keep_tie: bool) -> PeftModel:
@@ -44,15 +44,15 @@ def wrap_new(model: nn.Module, config: LoraConfig, keep_tie: bool) -> PeftModel:
         raise UserError(
             f"method.target_modules={targets}: all-linear cannot be combined with other names"
         )
-    beside = beside_text(model)
-    _refuse_ineffective(model, targets, beside)
-    sparse = find_targets(model, targets, config.target_router, config.modules_to_save, beside)
+    non_text = non_text_paths(model)
+    _refuse_ineffective(model, targets, non_text)
+    sparse = find_targets(model, targets, config.target_router, config.modules_to_save, non_text)
     peft_config = PeftConfig(
         r=config.rank,
         lora_alpha=config.resolved_alpha(),
         lora_dropout=config.dropout,
         target_modules="all-linear" if is_all else targets,
-        exclude_modules=_excluded(model, targets, beside) or None,
+        exclude_modules=_excluded(model, targets, non_text) or None,
         use_rslora=config.rslora,
         use_dora=config.dora,
         rank_pattern=dict(config.rank_pattern),
@@ -71,7 +71,7 @@ def wrap_new(model: nn.Module, config: LoraConfig, keep_tie: bool) -> PeftModel:
     return wrapped
 
 
-def _refuse_ineffective(model: nn.Module, targets: list[str], beside: list[str]) -> None:
+def _refuse_ineffective(model: nn.Module, targets: list[str], non_text: list[str]) -> None:
     """Raises UserError for a name whose adapters would not learn: of modules that text does not
     reach, or that are passed by."""
     names = [name for name, _ in model.named_modules()]
@@ -84,21 +84,21 @@ def _refuse_ineffective(model: nn.Module, targets: list[str], beside: list[str])
                 f"{passed} without calling it as a linear layer, so an adapter of {target} would "
                 "have no effect → leave it out, or all-linear"
             )
-        if found and all(is_inside(name, beside) for name in found):
+        if found and all(is_within(name, non_text) for name in found):
             raise UserError(
                 f"method.target_modules: {target} is only in {found[0]}, which text does not pass "
                 "through, so its adapter would not learn → names of the text model, or all-linear"
             )
 
 
-def _excluded(model: nn.Module, targets: list[str], beside: list[str]) -> list[str]:
+def _excluded(model: nn.Module, targets: list[str], non_text: list[str]) -> list[str]:
     """The modules among `targets` that get no adapter: those that text does not reach, and, of
     all-linear, those that an adapter would break or that would pass it by."""
     is_all = targets == ["all-linear"]
     inside = [
         name
         for name, module in model.named_modules()
-        if is_inside(name, beside)
+        if is_within(name, non_text)
         and (isinstance(module, nn.Linear) if is_all else any(ends_in(name, t) for t in targets))
     ]
     return [*(unadaptable_linears(model) if is_all else []), *inside]
@@ -184,7 +184,7 @@ def _check_targets(model: PeftModel, targets: list[str], sparse: Targets | None)
     """Every entry must match a module, and export must be able to merge every match."""
     adapted = model.base_model.targeted_module_names
     for target in targets if sparse is None else ():
-        matches = [name for name in adapted if name == target or name.endswith(f".{target}")]
+        matches = [name for name in adapted if ends_in(name, target)]
         if target != "all-linear" and not matches:
             raise UserError(f"method.target_modules: no module is named {target}")
     for layer in model.modules():

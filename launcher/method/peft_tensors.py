@@ -14,7 +14,7 @@ from launcher.io.adapter_places import inner_tensors, outer_settings, outer_tens
 from launcher.io.model_class import places_of
 from launcher.method.initial_delta import LowRankDelta, ScaledDeltas
 from launcher.model.peft import LoraLayer, PeftModel, get_peft_model_state_dict
-from launcher.model.text_part import beside_text, is_inside
+from launcher.model.text_part import is_within, non_text_paths
 
 ADAPTER_NAME = "default"
 
@@ -102,10 +102,10 @@ def in_model(model: PeftModel, saved: dict[str, torch.Tensor]) -> dict[str, torc
     base = model.get_base_model()
     places = places_of(base)
     saved = saved if places is None else inner_tensors(saved, places)
-    beside = [PREFIX + path for path in beside_text(base)]
+    non_text = [PREFIX + path for path in non_text_paths(base)]
     adapted = [PREFIX + name for name in lora_layers(model)]
     return {
         name: tensor
         for name, tensor in saved.items()
-        if not is_inside(name, beside) or is_inside(name, adapted)
+        if not is_within(name, non_text) or is_within(name, adapted)
     }

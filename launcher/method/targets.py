@@ -17,7 +17,7 @@ from torch import nn
 from launcher.errors import UserError
 from launcher.model.peft import PeftConfig, linear_layers, renamed_targets
 from launcher.model.sparse import SparseBlock, sparse_blocks
-from launcher.model.text_part import is_inside
+from launcher.model.text_part import is_within
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ def find_targets(
     wanted: list[str],
     target_router: bool,
     modules_to_save: list[str],
-    beside: list[str],
+    non_text: list[str],
 ) -> Targets | None:
     """What `method.target_modules` selects in a mixture of experts; None for other models, in which
-    PEFT finds it. Modules that are trained in full, and those in `beside`, get no adapter.
+    PEFT finds it. Modules that are trained in full, and those in `non_text`, get no adapter.
 
     Raises UserError for a name that matches nothing, and for a router that is not asked for.
     """
@@ -61,7 +61,7 @@ def find_targets(
     if target_router:
         router_modules, router_parameters = _router_targets(routers)
         modules, parameters = modules + router_modules, parameters + router_parameters
-    modules = [name for name in modules if not is_inside(name, beside)]
+    modules = [name for name in modules if not is_within(name, non_text)]
     return Targets(_outside(modules, modules_to_save), _outside(parameters, modules_to_save))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from launcher.config.schema.method import FreezeConfig, LoraConfig, MethodConfig
+from launcher.method.targets import ends_in
 
 
 def train_vocabulary(config: MethodConfig, model: Any) -> MethodConfig:
@@ -38,5 +39,5 @@ def _modules(model: Any) -> list[Any]:
 
 
 def _with(named: list[str], added: list[str]) -> list[str]:
-    missing = [n for n in added if not any(n == m or n.endswith(f".{m}") for m in named)]
+    missing = [n for n in added if not any(ends_in(n, m) for m in named)]
     return [*named, *missing]

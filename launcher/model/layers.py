@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from launcher.errors import UserError
-from launcher.model.text_part import modules_beside_text
+from launcher.model.text_part import non_text_modules
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -19,8 +19,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     such modules.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
-    unreached = {module for part in modules_beside_text(model) for module in part.modules()}
-    modules = [module for module in model.modules() if module not in unreached]
+    non_text = {module for part in non_text_modules(model) for module in part.modules()}
+    modules = [module for module in model.modules() if module not in non_text]
     repeated = {each for kind in modules if isinstance(kind, nn.ModuleList) for each in kind}
     declared = [module for module in modules if type(module).__name__ in names]
     layers = outermost([module for module in declared if module in repeated] or declared)

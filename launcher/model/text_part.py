@@ -1,7 +1,7 @@
-"""Which modules of a composite no text passes through: vision towers, projectors.
+"""Which modules of a composite compute nothing for text: vision and audio towers, projectors.
 
-A composite whose causal class is its own (Gemma 3) is trained whole. Its towers compute nothing for
-text, so they are neither trained nor adapted: an optimizer with weight decay would change them.
+They are neither trained nor adapted if a composite is trained as its own class (Gemma 3): an
+optimizer with weight decay would change them.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from launcher.io.model_class import begins
 from launcher.model.peft import PeftModel
 
 TEXT_INPUTS = ("input_ids", "inputs_embeds", "inputs")
 
 
-def beside_text(model: nn.Module) -> list[str]:
+def non_text_paths(model: nn.Module) -> list[str]:
     """The paths of the outermost modules with parameters that text does not reach."""
     if not isinstance(model, PreTrainedModel):
         return []
@@ -31,24 +32,24 @@ def beside_text(model: nn.Module) -> list[str]:
     text = {id(p) for module in kept if module is not None for p in module.parameters()}
     found: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList | nn.ModuleDict):  # only a container
+        if not name or isinstance(module, nn.ModuleList | nn.ModuleDict):  # only containers
             continue
         own = {id(p) for p in module.parameters()}
-        has_tower = is_part or any(is_inside(tower, [name]) for tower in towers)
-        if own and own.isdisjoint(text) and has_tower and not is_inside(name, found):
+        has_tower = is_part or any(is_within(tower, [name]) for tower in towers)
+        if own and own.isdisjoint(text) and has_tower and not is_within(name, found):
             found.append(name)
     return found
 
 
-def modules_beside_text(model: Any) -> list[nn.Module]:
-    """These modules, also of a model with an adapter."""
+def non_text_modules(model: Any) -> list[nn.Module]:
+    """The modules at `non_text_paths`, also of a model with an adapter."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return [base.get_submodule(path) for path in beside_text(base)]
+    return [base.get_submodule(path) for path in non_text_paths(base)]
 
 
-def is_inside(name: str, paths: Collection[str]) -> bool:
+def is_within(name: str, paths: Collection[str]) -> bool:
     """Whether a module or parameter is one of `paths` or inside one."""
-    return any(f"{name}.".startswith(f"{path}.") for path in paths)
+    return any(begins(name, path) for path in paths)
 
 
 def _is_tower(module: Any) -> bool:

@@ -28,7 +28,7 @@ from launcher.distributed.process_group import RankInfo
 from launcher.distributed.shards import Shard, local_box, local_part, shard_of
 from launcher.io.weight_views import read_into
 from launcher.model.load import Weights
-from launcher.model.text_part import modules_beside_text
+from launcher.model.text_part import non_text_modules
 from launcher.strategy.base import (
     OptimizerBuilder,
     PendingSum,
@@ -225,8 +225,8 @@ class Fsdp:
         if not frees_layers:
             options |= {"ignored_params": frozen or None}
         # Adapters without their frozen weights are small: one group, one message a step.
-        unreached = {p for part in modules_beside_text(self.model) for p in part.parameters()}
-        if frees_layers or not frozen - unreached:
+        non_text = {p for part in non_text_modules(self.model) for p in part.parameters()}
+        if frees_layers or not frozen - non_text:
             frees = isinstance(self.config, FsdpConfig) and self.config.reshard_after_forward
             shard_units(self.model, frees and frees_layers, options)
         # Moves the parameters that it manages, and all buffers, to the device.

@@ -28,7 +28,7 @@ from torch.distributed.tensor import Shard as ShardPlacement
 
 from launcher.distributed.shards import sharded_dim
 from launcher.model.layers import decoder_layers
-from launcher.model.text_part import modules_beside_text
+from launcher.model.text_part import non_text_modules
 
 MAX_PADDING = 0.1  # of a tensor, or of the model
 
@@ -38,7 +38,7 @@ def shard_units(model: nn.Module, frees: bool, options: dict[str, Any]) -> None:
 
     `frees`: a layer is freed after its forward, and gathered again for its backward.
     """
-    layers, unreached = decoder_layers(model), _shard_unreached(model, frees, options)
+    layers, non_text = decoder_layers(model), _shard_non_text(model, frees, options)
     embedding, head = _ends(model)
     shared = _shared_parameters(model, [*layers, *filter(None, [embedding, head])])
     units = [part for layer in layers for part in _parts_apart(layer, shared)]
@@ -49,7 +49,7 @@ def shard_units(model: nn.Module, frees: bool, options: dict[str, Any]) -> None:
         _unit(embedding).set_unshard_in_backward(not _only_looks_up(embedding))
     tail: list[nn.Module] = []
     if head is not None and shared.isdisjoint(head.parameters()):
-        others = [*unreached, *layers, head, *filter(None, [embedding])]
+        others = [*non_text, *layers, head, *filter(None, [embedding])]
         rest = _owners_of_other_parameters(model, others)
         tail = [*rest, head] if len(rest) == 1 else [head]
         fully_shard(tail, reshard_after_forward=False, **options)
@@ -58,10 +58,10 @@ def shard_units(model: nn.Module, frees: bool, options: dict[str, Any]) -> None:
         _unit(after).set_modules_to_backward_prefetch([_unit(before)])
 
 
-def _shard_unreached(model: nn.Module, frees: bool, options: dict[str, Any]) -> list[nn.Module]:
+def _shard_non_text(model: nn.Module, frees: bool, options: dict[str, Any]) -> list[nn.Module]:
     """Make a unit of each part that text does not reach, unless its parameters are ignored; return
     the parts."""
-    parts, ignored = modules_beside_text(model), options.get("ignored_params") or ()
+    parts, ignored = non_text_modules(model), options.get("ignored_params") or ()
     # When gradients are summed before they are reduced, FSDP2 casts those of a unit that has never
     # been gathered, and fails, if the dtype of the reduction is another.
     policy = replace(options["mp_policy"], reduce_dtype=None)

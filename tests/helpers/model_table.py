@@ -49,8 +49,8 @@ class Ranks(Protocol):
 
 @dataclass
 class Row:
-    """What became of a model type. `lora`, `full` and `packing`: "yes", "refused: …", or
-    "lost: …", which is a fault."""
+    """What became of a model type. `lora`, `full` and `packing`: "yes", "refused: …", "unbuilt: …"
+    (nothing was tried), or "lost: …", which is a fault."""
 
     model_type: str
     model_class: str = ""

@@ -15,7 +15,7 @@ from launcher.config.schema.method import FullConfig, LoraConfig
 from launcher.errors import UserError
 from launcher.folders.adapter import WEIGHTS
 from launcher.method import build_method
-from launcher.model.text_part import beside_text
+from launcher.model.text_part import non_text_paths
 from tests.helpers.tiny_models import tiny_config
 
 TOWERS = {
@@ -36,7 +36,7 @@ def build(model_type: str) -> Any:
 @pytest.mark.parametrize("model_type", TOWERS)
 def test_what_full_does_not_train_has_no_gradient(model_type: str) -> None:
     model = build(model_type)
-    assert set(beside_text(model)) == TOWERS[model_type]
+    assert set(non_text_paths(model)) == TOWERS[model_type]
     model(input_ids=torch.arange(3, 40).view(1, -1)).logits.square().sum().backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.zero_grad()
