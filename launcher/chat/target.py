@@ -24,6 +24,7 @@ from launcher.folders.kind import Kind, kinds_of
 from launcher.folders.model import CONFIG, INDEX
 from launcher.folders.model_config import read_model_config
 from launcher.folders.model_files import EXPORT_MANIFEST
+from launcher.folders.quantization import quantization_of
 from launcher.folders.run import RunDir
 from launcher.folders.tensor_entries import read_weight_map
 
@@ -162,7 +163,7 @@ def _adapter_on_base(
             f"consolidate {adapter} --adapter-only --output DIR"
         )
     check_weights(model)
-    if read_model_config(model / CONFIG).get("quantization_config"):
+    if quantization_of(read_model_config(model / CONFIG)):
         raise UserError(
             f"the base {model} is quantized, but an adapter needs the 16-bit model; name that "
             "with --base DIR"

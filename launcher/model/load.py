@@ -23,6 +23,7 @@ from launcher.config.schema.model import ModelConfig
 from launcher.errors import UserError, first_sentence
 from launcher.folders.model import CONFIG
 from launcher.folders.model_config import read_model_config
+from launcher.folders.quantization import quantization_of
 from launcher.folders.tensor_entries import tensor_names
 from launcher.folders.vocabulary import TIE
 from launcher.io.completeness import missing_buffers, missing_parameters, tied_names
@@ -161,7 +162,7 @@ def find_weights(
         if len(inside.sources) > len(found.sources):
             found = inside
     settings = read_model_config(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    if settings.get("quantization_config"):
+    if quantization_of(settings):
         found.obstacle = "a model with quantized weights"
     return found
 
