@@ -36,6 +36,8 @@ from launcher.folders.quantization import quantization_of, read_quantization
 from launcher.folders.tensor_entries import tensor_names
 from launcher.folders.vocabulary import config_value
 from launcher.io import adapter_places
+from launcher.io.adapter import contains_base
+from launcher.io.adapter_config import check_only_lora
 from launcher.io.model_class import Places
 from launcher.io.readers import model_folder
 from launcher.io.readers.found import FoundModel
@@ -146,6 +148,8 @@ def _assemble_sharded(
 ) -> Assembled:
     """From a sharded checkpoint of a full model, or of a model with an adapter."""
     model_tensors, adapter_tensors = split_adapters(found.tensors)
+    check_only_lora(source.path, found.tensors)
+    has_base = contains_base(found.tensors)
     places = names.places_in(config, source.trained_class)
     where = source.path, config, base
     found = unwrapped_state(*where, replace(found, tensors=model_tensors), places)
@@ -154,7 +158,10 @@ def _assemble_sharded(
         if source.alpha is not None or source.adapter_name is not None:
             raise UserError(f"{source.path} contains no adapter → leave out its options")
         return full_model(source, base, found, config, options)
-    adapter = _unwrapped(where, sharded_adapter(source, adapter_tensors), places)
+    adapter = sharded_adapter(source, adapter_tensors)
+    if has_base:  # without the first factors that PiSSA and others took out of it
+        adapter = replace(adapter, config={**adapter.config, "init_lora_weights": True})
+    adapter = _unwrapped(where, adapter, places)
     frozen = frozen_base(source, base, found, adapter, config, options, places)
     return _merge_adapters(source, base, frozen, [adapter], options)
 

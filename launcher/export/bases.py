@@ -85,7 +85,8 @@ def choose_adapter(folder: Path, name: str | None) -> Path:
             )
         return folder
     if name in found:
-        return folder / name
+        is_whole = any((folder / name).glob("adapter_model.*"))
+        return folder / name if is_whole else folder  # a state of both may be in the folder
     if not {Kind.RUN, Kind.CHECKPOINT}.isdisjoint(kinds) or (Kind.ADAPTER in kinds and not found):
         raise UserError(
             f"--adapter-name {name}: {folder} contains a single adapter → leave the option out"

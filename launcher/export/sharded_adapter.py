@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from launcher.errors import UserError
 from launcher.export import names
@@ -24,7 +25,7 @@ from launcher.export.merge.edits import same_values
 from launcher.export.merge.ties import HEAD
 from launcher.export.names import Naming
 from launcher.export.source import Source
-from launcher.folders.adapter import read_settings
+from launcher.folders.adapter import SETTINGS, read_settings
 from launcher.folders.brief import listed
 from launcher.folders.model_config import read_model_config
 from launcher.folders.vocabulary import config_value
@@ -38,6 +39,7 @@ from launcher.io.stated_dtype import stated_dtype
 from launcher.io.tensor import Tensor
 
 LISTED = 5  # names in a message
+DEFAULT = "default"  # PEFT's name of an adapter that has none
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,27 @@ def sharded_adapter(source: Source, adapter_tensors: dict[str, Tensors]) -> Adap
             "→ one of them"
         )
     tensors = adapter_tensors[name]
-    if source.adapter_config is not None:
-        return Adapter(source.path, read_settings(source.adapter_config), tensors)
+    settings = _settings_of(source, name, is_alone=len(adapter_tensors) == 1)
+    if settings is not None:
+        return Adapter(source.path, read_settings(settings), tensors)
     if source.alpha is None:
+        file = "adapter_config.json" if len(adapter_tensors) == 1 else f"{name}/{SETTINGS}"
         raise UserError(
-            f"{source.path} contains LoRA tensors, but there is no adapter_config.json beside it: "
+            f"{source.path} contains LoRA tensors, but there is no {file} beside it: "
             "alpha is unknown → copy the file from the training to that folder, or name the alpha "
             "with --alpha"
         )
     return Adapter(source.path, inferred_settings(source.path, tensors, source.alpha), tensors)
+
+
+def _settings_of(source: Source, name: str, is_alone: bool) -> Path | None:
+    """The adapter_config.json of the adapter `name`. PEFT writes that of an adapter which is not
+    "default" in a folder of its name. `is_alone`: the state contains no other adapter."""
+    top = source.adapter_config
+    own = (top.parent if top is not None else source.path) / name / SETTINGS
+    if name != DEFAULT and own.is_file():
+        return own
+    return top if is_alone or name == DEFAULT else None
 
 
 def frozen_base(

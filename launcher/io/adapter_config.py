@@ -3,9 +3,10 @@ supported."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ MERGE_WITH_PEFT = (
     "merge it with PEFT and consolidate the result → peft.AutoPeftModelForCausalLM"
     '.from_pretrained(ADAPTER, dtype="auto").merge_and_unload().save_pretrained(MODEL)'
 )
+READ_METHODS = ("LORA", "ADALORA", "TRAINABLE_TOKENS")  # by the prefix of their tensors: lora_ …
 KNOWN_KEYS = {  # keys that are read, or that do not change the arithmetic of merging
     "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type",
     "inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
@@ -105,6 +107,26 @@ def check_mergeable(adapter: Adapter) -> None:
             f"{file} sets {', '.join(unknown)}, which this tool does not know and which may change "
             f"the merged weights; {MERGE_WITH_PEFT}"
         )
+
+
+def check_only_lora(folder: Path, names: Collection[str]) -> None:
+    """Raises UserError if the state of a PEFT model has the tensors of another method: without its
+    formula they would be left unmerged. `folder`: for the message."""
+    if not any(f".{PREFIX}" in f".{name}" or ".base_layer." in name for name in names):
+        return
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    prefixes = {
+        prefix: method.value
+        for method, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items()
+        if method.value not in READ_METHODS
+    }
+    for name, prefix in itertools.product(sorted(names), prefixes):
+        if f".{prefix}" in f".{name}":
+            raise UserError(
+                f"{folder} contains {name}, of an adapter with peft_type={prefixes[prefix]!r}; "
+                f"only LORA is supported, so {MERGE_WITH_PEFT}"
+            )
 
 
 def has_initial_factors(config: Mapping[str, Any]) -> bool:

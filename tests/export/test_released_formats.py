@@ -83,13 +83,16 @@ def test_fp8_is_dequantized_as_transformers_does(
     assert_bits(found[name], expected)
 
 
-def test_the_last_blocks_of_fp8_may_be_smaller() -> None:
-    """DeepSeek's kv_a_proj_with_mqa has 576 rows, which transformers' own tool does not divide."""
-    weight, inverse = fp8(80, 100), scales(3, 4)
-    rows, columns = torch.arange(80) // 32, torch.arange(100) // 32
+@pytest.mark.parametrize("block", [(32, 32), (1, 64), (1, 32), (64, 1)])
+def test_the_last_blocks_of_fp8_may_be_smaller(block: tuple[int, int]) -> None:
+    """DeepSeek's kv_a_proj_with_mqa has 576 rows, which transformers' own tool does not divide. Two
+    blocks of 64 and 36 columns are not two of 50."""
+    height, width = block
+    weight, inverse = fp8(80, 100), scales(-(-80 // height), -(-100 // width))
+    rows, columns = torch.arange(80) // height, torch.arange(100) // width
     expected = (weight.float() * inverse[rows][:, columns]).to(BF16)
     parts = {"a.weight": weight, "a.weight_scale_inv": inverse}
-    found = dequantized(parts, quant_method="fp8", weight_block_size=[32, 32])
+    found = dequantized(parts, quant_method="fp8", weight_block_size=[*block])
     assert_bits(found["a.weight"], expected)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -256,3 +256,68 @@ def test_an_adapter_in_fp32_on_a_model_in_bf16_keeps_its_bits(
     for out in ("file", "state"):
         found = stored(tmp_path / out)
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), out
+
+
+@pytest.mark.parametrize("place", ["pytorch_model.bin", "dcp"])
+def test_the_state_of_another_method_is_refused(
+    tiny_untied: Path, tmp_path: Path, place: str
+) -> None:
+    """It is below the modules of the class, and was taken for a part of them."""
+    settings = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    model = AutoModelForCausalLM.from_pretrained(tiny_untied, dtype="auto")
+    state = get_peft_model(model, settings).state_dict()
+    folder = small_files(tiny_untied, tmp_path / "model")
+    if place == "dcp":
+        plain = {name.removeprefix("base_model.model."): each for name, each in state.items()}
+        dcp.save({"model": plain}, checkpoint_id=folder)
+    else:
+        torch.save(state, folder / place)
+    with pytest.raises(UserError, match=r"ia3_l.*peft_type='IA3'.*merge_and_unload"):
+        plan_of(folder)
+
+
+def test_the_base_in_a_state_lacks_the_first_factors_already(
+    tiny_untied: Path, tmp_path: Path
+) -> None:
+    """With or without these beside it: nothing is taken out of the base again."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_untied, dtype=torch.float32)
+    settings = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
+    wrapped = get_peft_model(model, settings)
+    folder = small_files(tiny_untied, tmp_path / "model")
+    wrapped.save_pretrained(folder / "pissa_init")
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1)
+    torch.save(wrapped.state_dict(), folder / "pytorch_model.bin")
+    shutil.copy(folder / "pissa_init/adapter_config.json", folder)
+    expected = wrapped.merge_and_unload().state_dict()
+    for number in range(2):
+        consolidate(folder, "--output", tmp_path / "out", "--overwrite")
+        for name, tensor in stored(tmp_path / "out").items():  # in bf16, as config.json says
+            assert torch.allclose(tensor.float(), expected[name], atol=5e-3), (number, name)
+        shutil.rmtree(folder / "pissa_init", ignore_errors=True)
+
+
+def test_each_adapter_of_a_state_has_its_own_settings(tiny_untied: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_untied, dtype=torch.float32)
+    wrapped = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]))
+    wrapped.add_adapter("other", LoraConfig(r=2, lora_alpha=64, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    folder = small_files(tiny_untied, tmp_path / "model")
+    torch.save(wrapped.state_dict(), folder / "pytorch_model.bin")
+    wrapped.save_pretrained(tmp_path / "saved")
+    shutil.copy(tmp_path / "saved/adapter_config.json", folder)
+    with pytest.raises(UserError, match=r"no other/adapter_config\.json beside it.*--alpha"):
+        plan_of(folder, adapter_name="other")
+    (folder / "other").mkdir()
+    shutil.copy(tmp_path / "saved/other/adapter_config.json", folder / "other")
+    words = ("--adapter-name", "other", "--output", tmp_path / "out", "--dtype", "fp32")
+    consolidate(folder, *words)
+    wrapped.set_adapter("other")
+    expected = wrapped.merge_and_unload(adapter_names=["other"]).state_dict()
+    for name, tensor in stored(tmp_path / "out").items():
+        assert torch.allclose(tensor, expected[name], atol=1e-6), name

@@ -201,7 +201,7 @@ def _grid(name: str, shape: tuple[int, ...], values: Tensor, scheme: Scheme) -> 
     *matrices, rows, columns = (1, *shape)[-max(2, len(shape)) :]
     down, across = _grid_shape(name, tuple(matrices), rows, values)
     for height, width in scheme.blocks:
-        if (-(-rows // height), -(-columns // width)) == (down, across) and down < rows:
+        if (-(-rows // height), -(-columns // width)) == (down, across):
             return Grid(reshape(values, (*matrices, down, across)), rows, (height, width))
     if rows % down or columns % across:
         raise UserError(
