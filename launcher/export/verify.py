@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from launcher.folders.json_file import is_object, is_text, read_object
 from launcher.folders.model import CONFIG, INDEX
 from launcher.folders.model_config import read_model_config
 from launcher.folders.model_files import EXPORT_MANIFEST as MANIFEST
+from launcher.folders.model_files import matches
 from launcher.folders.tensor_entries import read_weight_map
 from launcher.io.cpus import usable_cpus
 from launcher.io.readers.safetensors_file import read_header
 from launcher.io.tensor import Tensor
+
+LOADED = ("adapter_config.json", "adapter_model.*", "*.bin")  # beside a model's safetensors
 
 
 def verify(folder: Path) -> str:
@@ -33,6 +37,7 @@ def verify(folder: Path) -> str:
         )
     shards = {n for n in written["files"] if n.endswith(".safetensors") and "/" not in n}
     _compare_contents(folder, written, shards)
+    _refuse_added(folder, written["files"].keys())
     summary = check_structure(folder, shards)
     opened = open_small_files(folder)
     if not (folder / CONFIG).is_file():  # an adapter
@@ -66,6 +71,20 @@ def check_structure(folder: Path, shards: set[str]) -> str:
         f"{folder}: whole. {sum(map(len, headers.values()))} tensors, {total / 1e6:,.1f} MB in "
         f"{len(headers)} file(s), the largest {largest / 1e6:,.1f} MB"
     )
+
+
+def _refuse_added(folder: Path, written: Collection[str]) -> None:
+    """Raises UserError for files that libraries would load and that are not part of the export."""
+    added = sorted(
+        path.name
+        for path in folder.iterdir()
+        if matches(path.name, LOADED) and path.name not in written
+    )
+    if added:
+        raise UserError(
+            f"{folder} contains {', '.join(added)}, not written with it, and libraries would load "
+            "it → move it elsewhere"
+        )
 
 
 def _compare_contents(folder: Path, written: dict[str, Any], shards: set[str]) -> None:

@@ -483,11 +483,12 @@ class TestVerification:
             (lambda out: first_shard(out).write_bytes(first_shard(out).read_bytes()[:-3]), "bytes"),
             (lambda out: (out / "tokenizer.json").unlink(), r"tokenizer\.json is missing"),
             (lambda out: shutil.copy(first_shard(out), out / "b.safetensors"), r"b\.safetensors"),
+            (lambda out: (out / "adapter_config.json").touch(), r"adapter_config\.json, not wri"),
             (lambda out: first_shard(out).unlink(), "is missing"),
             (lambda out: (out / "config.json").write_text("{}"), "config.json has"),
             (lambda out: flip_first_byte(first_shard(out)), "header"),
         ],
-        ids=["cut", "no-tokenizer", "stray", "no-shard", "config", "header"],
+        ids=["cut", "no-tokenizer", "stray", "adapter", "no-shard", "config", "header"],
     )  # fmt: skip
     def test_other_damage_is_named(self, exported: Path, damage: Any, told: str) -> None:
         damage(exported)
