@@ -158,10 +158,7 @@ def _assemble_sharded(
         if source.alpha is not None or source.adapter_name is not None:
             raise UserError(f"{source.path} contains no adapter → leave out its options")
         return full_model(source, base, found, config, options)
-    adapter = sharded_adapter(source, adapter_tensors)
-    if has_base:  # without the first factors that PiSSA and others took out of it
-        adapter = replace(adapter, config={**adapter.config, "init_lora_weights": True})
-    adapter = _unwrapped(where, adapter, places)
+    adapter = _unwrapped(where, sharded_adapter(source, adapter_tensors, has_base), places)
     frozen = frozen_base(source, base, found, adapter, config, options, places)
     return _merge_adapters(source, base, frozen, [adapter], options)
 

@@ -30,7 +30,7 @@ def base_of_adapter(settings: Path, base: str | None, above: tuple[Path, ...] = 
     which was merged into its own base first.
 
     `base`: the base, instead of the one that the settings name. `above`: the adapters that were
-    trained on this one. Raises UserError if there is no such base.
+    trained on this one. Raises UserError if the base does not exist.
     """
     config = read_settings(settings)
     check_expressible(settings, config)
@@ -73,7 +73,8 @@ def named_adapters(folder: Path) -> list[str]:
 
 def choose_adapter(folder: Path, name: str | None) -> Path:
     """The folder of the adapter `name`, which is in `folder`; `folder` itself if there is only one
-    adapter, or none. Raises UserError if one has to be chosen, or if there is no such."""
+    adapter, or none. Raises UserError if one has to be chosen, or if `name` is not among
+    them."""
     found = named_adapters(folder)
     listed = ", ".join(found)
     kinds = kinds_of(folder)

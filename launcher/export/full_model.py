@@ -77,7 +77,7 @@ def full_model(
 
 def _completed(source: Source, base: Tensors, trained: Tensors, options: Options) -> Tensors:
     """The model by its names in memory: `trained`, and the base's tensors for the rest. Raises
-    UserError if there is no base."""
+    UserError without a base."""
     if not base:
         raise UserError(
             f"{source.path} contains a part of the model that {model_home(source) / 'config.json'} "

@@ -29,7 +29,7 @@ from launcher.folders.adapter import SETTINGS, read_settings
 from launcher.folders.brief import listed
 from launcher.folders.model_config import read_model_config
 from launcher.folders.vocabulary import config_value
-from launcher.io.adapter import PARAMETER_SUFFIX, PREFIX, plain_name
+from launcher.io.adapter import ADAPTER_NAME, PARAMETER_SUFFIX, PREFIX, plain_name
 from launcher.io.adapter_config import inferred_settings, is_saved
 from launcher.io.adapter_places import in_composite
 from launcher.io.model_class import Places
@@ -39,7 +39,6 @@ from launcher.io.stated_dtype import stated_dtype
 from launcher.io.tensor import Tensor
 
 LISTED = 5  # names in a message
-DEFAULT = "default"  # PEFT's name of an adapter that has none
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,10 @@ class FrozenBase:
     places: Places | None = None  # of the model that was trained alone, if it was
 
 
-def sharded_adapter(source: Source, adapter_tensors: dict[str, Tensors]) -> Adapter:
+def sharded_adapter(source: Source, adapter_tensors: dict[str, Tensors], has_base: bool) -> Adapter:
     """The adapter of a sharded checkpoint of a PEFT model. `adapter_tensors`: by adapter name.
+    `has_base`: the checkpoint contains its base, without the first factors that PiSSA and others
+    took out of it.
 
     Raises UserError if one of several adapters has to be chosen, or if its configuration is
     missing.
@@ -75,7 +76,8 @@ def sharded_adapter(source: Source, adapter_tensors: dict[str, Tensors]) -> Adap
     tensors = adapter_tensors[name]
     settings = _settings_of(source, name, is_alone=len(adapter_tensors) == 1)
     if settings is not None:
-        return Adapter(source.path, read_settings(settings), tensors)
+        config = read_settings(settings) | ({"init_lora_weights": True} if has_base else {})
+        return Adapter(source.path, config, tensors)
     if source.alpha is None:
         file = "adapter_config.json" if len(adapter_tensors) == 1 else f"{name}/{SETTINGS}"
         raise UserError(
@@ -91,9 +93,9 @@ def _settings_of(source: Source, name: str, is_alone: bool) -> Path | None:
     "default" in a folder of its name. `is_alone`: the state contains no other adapter."""
     top = source.adapter_config
     own = (top.parent if top is not None else source.path) / name / SETTINGS
-    if name != DEFAULT and own.is_file():
+    if name != ADAPTER_NAME and own.is_file():
         return own
-    return top if is_alone or name == DEFAULT else None
+    return top if is_alone or name == ADAPTER_NAME else None
 
 
 def frozen_base(
@@ -163,7 +165,7 @@ def adapter_only_result(source: Source) -> Assembled:
         model_tensors, adapter_tensors = split_adapters(found.tensors)
         if not adapter_tensors:
             raise UserError(none)
-        adapter = sharded_adapter(source, adapter_tensors)
+        adapter = sharded_adapter(source, adapter_tensors, has_base=False)  # it leaves it
         tensors = adapter.tensors | _saved_with_adapter(adapter, model_tensors)
         action = "gathered"
     elif len(source.adapters) == 1:

@@ -24,7 +24,7 @@ def is_file(path: Path) -> bool:
 
 
 def reason_unreadable(path: Path, error: Exception | None = None) -> str | None:
-    """The rest of a sentence that begins with the path of a file, None if it is no such file.
+    """The rest of a sentence that begins with the path of a file, None for any other file.
 
     `error`: what reading it raised.
     """

@@ -16,6 +16,7 @@ from launcher.io.readers.wrapper_prefixes import with_stripped_names
 from launcher.io.tensor import Tensor
 
 PREFIX = "base_model.model."
+ADAPTER_NAME = "default"  # PEFT's name of an adapter that has none
 PARAMETER_SUFFIX = r"\.(lora_|token_adapter\.|base_layer\.|weight$|bias$).*"  # after a module name
 UNNAMED_TENSOR = (  # as in PEFT's files: without the adapter's name
     r".+\.(lora_[AB]\.(weight|bias)|lora_embedding_[AB]|lora_magnitude_vector|"
@@ -126,7 +127,7 @@ def _parse_adapter_tensor(name: str) -> tuple[str, str] | None:
     Some trainers save the tensors without the adapter's name: it is "default" then.
     """
     if re.fullmatch(UNNAMED_TENSOR, name):
-        return "default", PREFIX + name
+        return ADAPTER_NAME, PREFIX + name
     for pattern, file_name in (
         (r"(.+)\.modules_to_save\.([^.]+)\.(.+)", r"\1.\3"),
         (r"(.+\.lora_magnitude_vector)\.([^.]+)(?:\.weight)?()", r"\1"),

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.functional import grouped_mm, pad
 from transformers.integrations.moe import _grouped_mm
 
-from launcher.method.peft_tensors import ADAPTER_NAME
+from launcher.io.adapter import ADAPTER_NAME
 from launcher.model.peft import ParamWrapper, PeftModel
 from launcher.model.sparse import is_grouped, unadaptable_experts
 

@@ -9,14 +9,12 @@ import torch
 
 from launcher.errors import UserError
 from launcher.folders.adapter import SETTINGS, read_settings
-from launcher.io.adapter import PREFIX
+from launcher.io.adapter import ADAPTER_NAME, PREFIX
 from launcher.io.adapter_places import inner_tensors, outer_settings, outer_tensors
 from launcher.io.model_class import places_of
 from launcher.method.initial_delta import LowRankDelta, ScaledDeltas
 from launcher.model.peft import LoraLayer, PeftModel, get_peft_model_state_dict
 from launcher.model.text_part import is_within, non_text_paths
-
-ADAPTER_NAME = "default"
 
 
 def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:

@@ -154,7 +154,7 @@ def test_a_device_says_what_it_computes_in(
 
 def test_memory_that_others_hold_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = on(monkeypatch, PLAIN, "0")
-    assert [each.free for each in gpus.visible_devices()] == [80 * GIB], "CUDA itself is no other"
+    assert [each.free for each in gpus.visible_devices()] == [80 * GIB], "CUDA's own"
     driver.in_use = 60 * GIB
     assert [each.free for each in gpus.visible_devices()] == [20 * GIB]
 

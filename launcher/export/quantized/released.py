@@ -43,7 +43,7 @@ class Scheme:
     """What quantization_config says about the weights."""
 
     method: str
-    blocks: tuple[tuple[int, int], ...] = ()  # rows and columns of a block, where it is no divisor
+    blocks: tuple[tuple[int, int], ...] = ()  # rows and columns; the last may be smaller
     bits: tuple[int, ...] = ()  # of packed integers
     symmetric: bool = True
 

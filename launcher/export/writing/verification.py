@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -19,9 +18,9 @@ class Verification:
     """Two checks of each file of a plan: the disk returns what was written, and random rows
     computed a second time are the same."""
 
-    def __init__(self, plan: Plan, folder: Path) -> None:
-        self.plan, self.folder = plan, folder
-        self._seed = plan.identity()
+    def __init__(self, plan: Plan, folder: Path, identity: str) -> None:
+        """`identity`: the plan's, which chooses the rows."""
+        self.plan, self.folder, self._seed = plan, folder, identity
         self._read_back: dict[str, tuple[int, int]] = {}  # file → its state when it was read
         self._recomputations: list[Future[int]] = []
         self._pool = ThreadPoolExecutor(1, "recompute", torch.set_num_threads, (1,))
@@ -50,15 +49,8 @@ class Verification:
         for recomputation in self._recomputations:
             recomputation.result()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Drop the checks that have not begun."""
         self._pool.shutdown(cancel_futures=True)
 
 

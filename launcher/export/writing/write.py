@@ -12,6 +12,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -85,7 +86,7 @@ def write(plan: Plan, output: Path, options: WriteOptions | None = None) -> Repo
     partial, identity = journal.partial_folder(output), plan.identity()
     with journal.open_journal(partial, identity, options.resume, options.overwrite) as log:
         try:
-            with Verification(plan, partial) as verification:
+            with closing(Verification(plan, partial, identity)) as verification:
                 check = verification.add if options.verify else None
                 report = _write_files(plan, partial, log, options, check)
                 write_extra_files(plan, partial)
