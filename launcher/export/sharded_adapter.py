@@ -165,7 +165,7 @@ def adapter_only_result(source: Source) -> Assembled:
         model_tensors, adapter_tensors = split_adapters(found.tensors)
         if not adapter_tensors:
             raise UserError(none)
-        adapter = sharded_adapter(source, adapter_tensors, has_base=False)  # it leaves it
+        adapter = sharded_adapter(source, adapter_tensors, has_base=False)  # for the plain base
         tensors = adapter.tensors | _saved_with_adapter(adapter, model_tensors)
         action = "gathered"
     elif len(source.adapters) == 1:
