@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import itertools
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from launcher.config import Config, overrides, store
@@ -29,6 +32,7 @@ from launcher.errors import UserError
 from launcher.folders import paths
 
 FOLDER_OPTIONS = ("--config-dir", "-cd", "--config-path", "-cp")
+FOLDER_ARGUMENTS = {"config_dir", "config_path", "config_name"}
 
 
 @dataclass(frozen=True)
@@ -46,39 +50,19 @@ def compose_command_line() -> list[Config]:
     Raises UserError if Hydra or the schema refuses one. Exits after --help, --cfg and --info, which
     Hydra answers itself. In `sys.argv`, `•••` then stands for secrets.
     """
-    composed: list[Any] = []  # plain mappings; the schema checks them outside Hydra's job
-    printed = io.StringIO()  # by --cfg and the like
-
-    @hydra.main(version_base="1.3", config_path=str(paths.resource("conf")), config_name="config")
-    def collect(raw: DictConfig) -> None:
-        composed.append(OmegaConf.to_container(raw, resolve=True))
-
     register_resolvers()
-    original_argv = list(sys.argv)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise here instead of printing a stack and exiting
-    with tempfile.TemporaryDirectory(prefix="shardway-") as scratch:
-        defaults = [
-            "hydra.run.dir=.",  # Shardway creates the run folder, so Hydra must not create one
-            f"hydra.sweep.dir={scratch}",
-            "hydra.output_subdir=null",
-            "hydra/job_logging=none",
-            "hydra/hydra_logging=none",
-        ]
-        try:
-            options, words = _split_command_line()
-            files, multirun = _files_of(options), bool({"--multirun", "-m"} & {*options})
-            sys.argv = [*options, *defaults, *complete(words, files, multirun)]
-            try:
-                with redirect_stdout(printed):
-                    collect()
-            finally:
-                print(masked_yaml(printed.getvalue()), end="")
-        except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(hydra_message(error)) from error
-        finally:
-            sys.argv = original_argv
-    if not composed:
-        sys.exit(0)
+    options, words = _split_command_line()
+    given, unknown = get_args_parser().parse_known_args(options[1:])
+    files = _files_of(given)
+    asked = {name for name, value in vars(given).items() if value}
+    try:
+        words = complete(words, files, given.multirun)
+        if asked <= FOLDER_ARGUMENTS and not unknown and not any(map(_is_for_hydra, words)):
+            composed = [_compose_once(words, files)]
+        else:
+            composed = _run_hydra([*options, *words])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(hydra_message(error)) from error
     configs = [store.build(raw) for raw in composed]
     secrets = {name for config in configs for name in secret_names(config.cluster)}
     sys.argv = overrides.masked(sys.argv, secrets)  # it is recorded
@@ -93,11 +77,75 @@ def compose(words: list[str]) -> Config:
     and OmegaConf's own errors.
     """
     register_resolvers()
-    folder = str(paths.resource("conf"))
-    words = complete(words, Files(folder))
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=folder):
-        composed: Any = OmegaConf.to_container(hydra.compose("config", words), resolve=True)
-    return store.build(composed)
+    files = Files(str(paths.resource("conf")))
+    return store.build(_compose_once(complete(words, files), files))
+
+
+def _compose_once(words: list[str], files: Files) -> Any:
+    """The plain mapping of one run. The schema checks it later.
+
+    Hydra's program composes a run twice, the first time only to see whether it is a sweep.
+    """
+    with _opened(files) as program:
+        raw = program.compose_config(
+            files.primary, words, run_mode=RunMode.RUN, with_log_configuration=False
+        )
+        HydraConfig.instance().set_config(raw)  # for `${hydra:…}` in a file
+        with open_dict(raw):
+            del raw["hydra"]
+        return OmegaConf.to_container(raw, resolve=True)
+
+
+def _run_hydra(argv: list[str]) -> list[Any]:
+    """The plain mappings of a sweep's runs; none where Hydra has answered (--help, --cfg)."""
+    composed: list[Any] = []
+    printed = io.StringIO()  # by --cfg and the like
+
+    @hydra.main(version_base="1.3", config_path=str(paths.resource("conf")), config_name="config")
+    def collect(raw: DictConfig) -> None:
+        composed.append(OmegaConf.to_container(raw, resolve=True))
+
+    original_argv = list(sys.argv)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise here instead of printing a stack and exiting
+    with tempfile.TemporaryDirectory(prefix="shardway-") as scratch:
+        sys.argv = [
+            *argv,
+            "hydra.run.dir=.",  # Shardway creates the run folder, so Hydra must not create one
+            f"hydra.sweep.dir={scratch}",
+            "hydra.output_subdir=null",
+            "hydra/job_logging=none",
+            "hydra/hydra_logging=none",
+        ]
+        try:
+            with redirect_stdout(printed):
+                collect()
+        finally:
+            sys.argv = original_argv
+            print(masked_yaml(printed.getvalue()), end="")
+    if not composed:
+        sys.exit(0)
+    return composed
+
+
+def _is_for_hydra(word: str) -> bool:
+    """Whether an override sets Hydra itself, such as hydra.mode=MULTIRUN."""
+    return re.match(r"[~+]*hydra[./@=]", word) is not None
+
+
+@contextmanager
+def _opened(files: Files) -> Iterator[Any]:
+    """Hydra with the folders of `files` to compose from."""
+    if files.more and not Path(files.more).is_dir():
+        raise UserError(f"--config-dir {files.more} is not a folder")
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=files.folder):
+        program: Any = GlobalHydra.instance().hydra
+        if files.more:
+            loader = program.config_loader
+            folders = loader.get_search_path()
+            added = f"file://{Path(files.more).absolute()}"
+            folders.prepend("command-line", added, SearchPathQuery(provider="schema"))
+            loader.repository.initialize_sources(folders)
+        yield program
 
 
 def register_resolvers() -> None:
@@ -132,11 +180,8 @@ def _applies(implied: Implied, words: list[str], files: Files) -> bool:
     """
     if implied.replaces is None:
         return True
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=files.folder):
-        loader: Any = GlobalHydra.instance().config_loader()
-        if files.more:
-            loader.get_search_path().append("command-line", f"file://{Path(files.more).absolute()}")
-            loader.repository.initialize_sources(loader.get_search_path())
+    with _opened(files) as program:
+        loader = program.config_loader
         runs = itertools.product(*overrides.sweeps_of_groups(words, loader))
         applies = {_is_default(implied, loader, files.primary, list(run)) for run in runs}
     if len(applies) > 1:
@@ -175,9 +220,8 @@ def _split_command_line() -> tuple[list[str], list[str]]:
     return options, words
 
 
-def _files_of(options: list[str]) -> Files:
-    """The files that Hydra will compose with the options of a command line."""
-    given, _ = get_args_parser().parse_known_args(options[1:])
+def _files_of(given: argparse.Namespace) -> Files:
+    """The files that Hydra composes with the options of a command line."""
     folder = Path(__file__).parent / (given.config_path or paths.resource("conf"))
     return Files(str(folder), given.config_name or "config", given.config_dir)
 
