@@ -22,6 +22,7 @@ from pyarrow import json as arrow_json
 
 from launcher.errors import UserError
 from launcher.folders import regular
+from launcher.io import arrow
 from launcher.run.metrics import MAX_STEP, PACE_STEPS, Record, is_evaluation, number, parse_record
 
 MAX_POINTS = 2_000  # of a curve
@@ -293,7 +294,8 @@ def _fast_columns(block: bytes) -> dict[str, Values] | None:
         return None
     if not 0 <= compute.min(steps).as_py() <= compute.max(steps).as_py() < MAX_STEP:
         return None
-    return {name: table[name].to_numpy().astype(np.float64) for name in SCHEMA.names}
+    columns = {name: table[name].cast(pa.float64()) for name in SCHEMA.names}
+    return {name: arrow.floats(column.combine_chunks()) for name, column in columns.items()}
 
 
 def _columns(records: list[Record]) -> dict[str, Values]:
