@@ -54,10 +54,8 @@ class TokenizedRows:
             for number in range(reader.num_record_batches):
                 ids, loss_mask = reader.get_batch(number).columns
                 mask_values = arrow.values(loss_mask.values, np.uint8).view(np.bool_)
-                offsets, values = (
-                    arrow.values(ids.offsets, np.int32),
-                    arrow.values(ids.values, np.int32),
-                )
+                offsets = arrow.values(ids.offsets, np.int32)
+                values = arrow.values(ids.values, np.int32)
                 self._chunks.append((offsets, values, mask_values))
         lengths = [np.diff(offsets) for offsets, _, _ in self._chunks]
         self._first_rows = np.cumsum([0, *map(len, lengths)])  # number of each chunk's first row
