@@ -23,6 +23,10 @@ COMMANDS = {
     "verify": ("launcher.commands.verify", "check an exported folder against its manifest"),
     "chat": ("launcher.commands.chat", "chat with an export, a model or an adapter"),
     "serve": ("launcher.commands.serve", "serve an exported folder with an OpenAI-compatible API"),
+    "import": (
+        "launcher.commands.import_settings",
+        "print the command for a file of LLaMA-Factory",
+    ),
     "fetch": ("launcher.commands.fetch", "download the demo model (or the tiny test model)"),
     "data": ("launcher.commands.data_preview", "preview rows, loss mask, lengths and padding"),
     "plan": ("launcher.commands.plan", "memory that a run needs, or what fits (--search); no GPU"),

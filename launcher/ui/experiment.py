@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from launcher.config import store
+from launcher.config import experiment, store
 from launcher.errors import UserError
 from launcher.folders import paths
 from launcher.ui import form, override_syntax
@@ -16,7 +15,6 @@ from launcher.ui.implied import with_implied
 from launcher.ui.roots import NAME_PATTERN, Roots
 
 FOLDER = "experiments"  # in the first root; Hydra expects the group's folder in it
-HEADER = "# @package _global_\n# shardway train --config-dir {folder} experiment={name}\n"
 
 
 def names(roots: Roots) -> list[str]:
@@ -53,25 +51,16 @@ def _to_yaml(name: str, check: FormCheck) -> str:
     )
     chosen = {group: files[group] for group in HYDRA_GROUPS}
     unchanged = form.leaves_with(chosen)
-    changed: dict[str, Any] = {}
-    for key, value in store.leaves(check.config).items():
-        if (key not in unchanged or unchanged[key] != value) and "." in key:
-            _set_nested(changed, key.split("."), value)
-    defaults = [
-        {f"override /{group}": file}
-        for group, file in chosen.items()
-        if file != form.default_files()[group]
-    ]
-    body = {"defaults": [*defaults, "_self_"], **changed}
-    return HEADER.format(folder=FOLDER, name=name) + yaml.safe_dump(
-        body, sort_keys=False, allow_unicode=True
-    )
-
-
-def _set_nested(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[keys[-1]] = value
+    changed = {
+        key: value
+        for key, value in store.leaves(check.config).items()
+        if (key not in unchanged or unchanged[key] != value) and "." in key
+    }
+    replaced = {
+        group: file for group, file in chosen.items() if file != form.default_files()[group]
+    }
+    header = f"shardway train --config-dir {FOLDER} experiment={name}"
+    return experiment.to_yaml(header, replaced, changed)
 
 
 def load(roots: Roots, name: str) -> tuple[Values, str]:
