@@ -15,7 +15,7 @@ from launcher.cluster.gpu_specs import spec_named
 from launcher.config import Config, store
 from launcher.config.rules.rule import World
 from launcher.errors import UserError
-from launcher.memory import load_and_save, zero3
+from launcher.memory import load_and_save, zero
 from launcher.memory.dry_run import fake_model
 from launcher.memory.estimate import Amounts, Estimate, Trace
 from launcher.memory.planning import Memory, plan_run, plannable_world
@@ -83,6 +83,7 @@ def whole(asked: Config, tracers: Tracers) -> Trace:
         ("llama", "full", "fsdp"),
         pytest.param("llama", "lora", "ddp", marks=pytest.mark.whole),
         pytest.param("llama", "full", "zero2", marks=pytest.mark.whole),
+        pytest.param("llama", "qlora", "fsdp", marks=pytest.mark.whole),
         pytest.param("llama", "lora", "zero3", marks=pytest.mark.whole),
         pytest.param("experts", "full", "fsdp", marks=pytest.mark.whole),
         pytest.param("llama", "freeze", "hsdp", marks=pytest.mark.whole),
@@ -203,13 +204,13 @@ def test_zero3_keeps_the_layers_that_are_used_again_soon(
     extra = {"zero_optimization": {"stage3_max_reuse_distance": distance}}
     asked = config(tmp_path, strategy={"name": "zero3", "extra": extra})
     built = fake_model(asked)
-    assert zero3.layers_kept_gathered(built, asked) == kept
-    assert zero3.keeps_all_gathered(built, asked) is keeps_all
+    assert zero.layers_kept_gathered(built, asked) == kept
+    assert zero.keeps_all_gathered(built, asked) is keeps_all
     assert cut_layers(built, asked, more=0, min_layers=1) == (LAYERS, max(3, 2 + kept))
-    assert zero3.without_prefetch(asked).strategy.prefetch_bucket_size == 0  # type: ignore[attr-defined]
+    assert zero.without_prefetch(asked).strategy.prefetch_bucket_size == 0  # type: ignore[attr-defined]
     other = dataclasses.replace(asked, strategy=config(tmp_path).strategy)
-    assert zero3.without_prefetch(other) == other
-    assert zero3.layers_kept_gathered(fake_model(other), other) == 0
+    assert zero.without_prefetch(other) == other
+    assert zero.layers_kept_gathered(fake_model(other), other) == 0
 
 
 @pytest.mark.parametrize(
@@ -225,9 +226,42 @@ def test_zero3_gathers_ahead_up_to_a_limit(
     bucket: int, live: int, distance: int, most: int, tmp_path: Path
 ) -> None:
     limits = {"stage3_max_live_parameters": live, "stage3_max_reuse_distance": distance}
-    zero = {"name": "zero3", "prefetch_bucket_size": bucket, "extra": {"zero_optimization": limits}}
-    asked = config(tmp_path, strategy=zero)
-    assert zero3.most_gathered(fake_model(asked), asked) == most
+    options = {"prefetch_bucket_size": bucket, "extra": {"zero_optimization": limits}}
+    asked = config(tmp_path, strategy={"name": "zero3", **options})
+    assert zero.most_gathered(fake_model(asked), asked) == most
+
+
+BUCKET = {"reduce_bucket_size": 460_000}  # elements: the gradients of two and a half layers
+
+
+@pytest.mark.parametrize(
+    ("method", "strategy", "layers"),
+    [("full", "zero2", 3), ("full", "zero3", 3), ("lora", "zero2", 0), ("full", "fsdp", 0)],
+)
+def test_traces_have_the_layers_that_fill_a_bucket(
+    method: str, strategy: str, layers: int, tmp_path: Path
+) -> None:
+    options = BUCKET if strategy.startswith("zero") else {}
+    asked = config(tmp_path, method={"name": method}, strategy={"name": strategy, **options})
+    built = fake_model(asked)
+    assert zero.layers_in_a_bucket(built, asked) == layers
+    if strategy == "zero2":
+        assert cut_layers(built, asked, more=0, min_layers=1) == (LAYERS, max(3, 2 + layers))
+
+
+def test_a_search_counts_loading_and_the_first_bucket(tmp_path: Path) -> None:
+    """With short rows on many ranks, zero2 needs most while it loads: the model in fp32."""
+    typed = {"activation_checkpointing": "full", "micro_batch_size": 1, "global_batch_size": 128}
+    zero2 = {"name": "zero2", "reduce_bucket_size": 190_000}
+    asked = config(tmp_path, method={"name": "full"}, strategy=zero2, data={"max_length": 8},
+                   training=typed, cluster={"nproc_per_node": 64})  # fmt: skip
+    world, _ = plannable_world(asked)
+    words = ("strategy", "precision", *(f"training.{key}" for key in typed))
+    with Tracers(world) as started:
+        (found,) = Search(asked, words, world, Memory(gpu=10**12), started).run(H100)
+    exact = plan_run(asked)
+    assert found.phase == exact.phase == "loading"
+    assert found.peak == pytest.approx(exact.peak, rel=0.02)
 
 
 @pytest.mark.whole
