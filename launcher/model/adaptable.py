@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import re
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,7 +48,8 @@ def _is_passed_by(module: nn.Module, child_name: str) -> bool:
     if getattr(module, "slow_but_exact", None) is False:  # another way of BLOOM, which is off
         return False
     used = re.compile(rf"self\.{child_name}\.weight\b(?!\.(dtype|device|shape)\b)")
-    return any(used.search(source) for source in _sources(type(module)))
+    kind: Any = type(module)
+    return any(used.search(source) for source in _sources(kind))
 
 
 @cache  # a model has few classes and many layers, and reading source takes long
