@@ -9,6 +9,7 @@ needs its own process, because it creates a process group that sends nothing and
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -96,6 +97,7 @@ def dry_run(config: Config, nodes: int, nproc_per_node: int) -> MemoryUsage:
     rank_info = join_fake_ranks(nodes, nproc_per_node)
     precision = precision_of(config.precision)
     with patched_deepspeed(config):
+        gc.freeze()  # DeepSpeed collects garbage, and need not look at what was imported
         model = fake_model(config)
         reads_all = load_and_save.reads_whole_model(config, model)
         export = load_and_save.export_bytes(config, model)
@@ -215,12 +217,12 @@ def _build_method(config: MethodConfig, keep_tie: bool) -> Method:
 @contextmanager
 def patched_deepspeed(config: Config) -> Iterator[None]:
     """Inside, if DeepSpeed trains: without checks that need an answer of the other ranks, or the
-    features of a GPU."""
+    features of a GPU, and without compiling."""
     if not isinstance(config.strategy, ZeroConfig):
         yield
         return
     from deepspeed.accelerator import get_accelerator
-    from deepspeed.runtime import bf16_optimizer
+    from deepspeed.runtime import bf16_optimizer, compiler
     from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
     from deepspeed.runtime.zero import stage3, stage_1_and_2, utils
 
@@ -231,6 +233,8 @@ def patched_deepspeed(config: Config) -> Iterator[None]:
     for engine in (stage3.DeepSpeedZeroOptimizer_Stage3, stage_1_and_2.DeepSpeedZeroOptimizer):
         engine.has_overflow = lambda *_, **__: False
     get_accelerator().is_fp16_supported = lambda: True
+    # Of an optimizer that no run has; importing torch's compiler for it takes seconds.
+    compiler.compile = lambda *_, **__: lambda function: function
     # The engine moves the model to the device where it already is, and torch cannot swap fake
     # parameters.
     move = nn.Module.to

@@ -159,7 +159,8 @@ class FakeTensors(FakeTensorMode):
         if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
             return self._grouped_mm(*args, **(kwargs or {}))
         try:
-            return super().__torch_dispatch__(func, types, args, kwargs or {})
+            # What the super class calls, without its guard against Dynamo.
+            return self.dispatch(func, types, args, kwargs or {})
         except DynamicOutputShapeException as error:
             raise UserError(
                 f"this model cannot be planned: the size of the result of {error} depends on values"

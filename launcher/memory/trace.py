@@ -40,8 +40,9 @@ from launcher.memory.estimate import SEPARATOR, Amounts, Trace
 from launcher.memory.fake_weights import FakeWeights, make_parameters_fake
 from launcher.memory.mem_tracker import FakeTensors, bytes_of
 from launcher.memory.work import WorkTracker
-from launcher.memory.zero3 import (
+from launcher.memory.zero import (
     gathered_ahead,
+    layers_in_a_bucket,
     layers_kept_gathered,
     most_gathered,
     without_prefetch,
@@ -88,6 +89,8 @@ def trace(
     """
     precision = precision_of(config.precision)
     with patched_deepspeed(config):
+        gc.collect()
+        gc.freeze()  # what was imported: DeepSpeed and the tracker collect often
         model = fake_model(config)
         reads_all = load_and_save.reads_whole_model(config, model)
         most, config = most_gathered(model, config), without_prefetch(config)
@@ -103,7 +106,7 @@ def trace(
             sizes = _sizes(assembled, precision.compute)
             if most:
                 ahead = gathered_ahead(strategy.model, most, sizes["working"] / sizes["elements"])
-                tracker.ahead = lambda: 0 if _is_of_optimizer(tracker.phase) else ahead()
+                tracker.ahead = lambda: ahead() if _is_computing(tracker.phase) else 0
             amounts, wider = _train(config, assembled, layers, rank_info, tracker, wider_rows)
     sizes["loading"] = load_and_save.whole_model_bytes(config, model) if reads_all else 0
     sizes["layers"] = used
@@ -122,7 +125,8 @@ def cut_layers(model: nn.Module, config: Config, more: int, min_layers: int) -> 
     every = config.training.activation_checkpointing
     if every.isdigit() and int(every) % period:
         period *= int(every)
-    min_layers = max(min_layers, BLOCKS - 1 + layers_kept_gathered(model, config))
+    like_others = max(layers_kept_gathered(model, config), layers_in_a_bucket(model, config))
+    min_layers = max(min_layers, BLOCKS - 1 + like_others)
     blocks = max(BLOCKS, -(-(min_layers - alone) // period)) + more
     keep = alone + blocks * period
     holders = [each for each in model.modules() if isinstance(each, nn.ModuleList)]
@@ -164,8 +168,9 @@ def _train(
 ) -> tuple[Amounts, Amounts]:
     """Run the steps. Returns what they need, and what they would need with `wider_rows`.
 
-    `peak1/…`: memory by phase in a step of one micro-batch, `peak2/…`: of several. The first step
-    has two, because DeepSpeed records in the first micro-batch what it keeps in later ones.
+    `peak1/…`: memory by phase, loading included, if steps have one micro-batch; `peak2/…`: if they
+    have several. The first step has two, because DeepSpeed records in the first micro-batch what it
+    keeps in later ones.
     """
     strategy = assembled.strategy
 
@@ -185,7 +190,8 @@ def _train(
         )
         return amounts | {f"peak{count}/{phase}": peak for phase, peak in tracker.peaks.items()}
 
-    tracker.phase = "forward"  # loading needs less than training
+    loading = {f"peak{count}/loading": float(tracker.peak) for count in (1, 2)}
+    tracker.phase = "forward"
     gc.freeze()  # what a step will not free, so that collecting its garbage takes no time
     before_first = bytes_of(optimizer_tensors(strategy.optimizer))
     with _marks(layers, tracker):
@@ -203,13 +209,17 @@ def _train(
 
     def both(amounts: Amounts) -> Amounts:
         later = {f"peak2{p}": amounts[f"peak1{p}"] + more for p, more in added.items()}
-        return amounts | later | weights
+        return amounts | later | weights | loading
 
     return both(one), both(wider) if wider else {}
 
 
 def _is_peak(name: str) -> bool:
     return name.startswith("peak")
+
+
+def _is_computing(phase: str) -> bool:
+    return phase.startswith(("forward", "backward"))
 
 
 def _is_of_optimizer(name: str) -> bool:

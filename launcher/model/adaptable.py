@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import inspect
 import re
+from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,8 +48,15 @@ def _is_passed_by(module: nn.Module, child_name: str) -> bool:
     if getattr(module, "slow_but_exact", None) is False:  # another way of BLOOM, which is off
         return False
     used = re.compile(rf"self\.{child_name}\.weight\b(?!\.(dtype|device|shape)\b)")
-    return any(
-        used.search(inspect.getsource(method))
-        for name, method in inspect.getmembers(type(module), inspect.isfunction)
+    kind: Any = type(module)
+    return any(used.search(source) for source in _sources(kind))
+
+
+@cache  # a model has few classes and many layers, and reading source takes long
+def _sources(kind: type) -> list[str]:
+    """The source of each method that `kind` has from transformers."""
+    return [
+        inspect.getsource(method)
+        for name, method in inspect.getmembers(kind, inspect.isfunction)
         if method.__module__.startswith("transformers.") and "init" not in name
-    )
+    ]

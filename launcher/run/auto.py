@@ -129,8 +129,7 @@ def _choose_strategy(
     resumed: Config | None,
 ) -> tuple[StrategyConfig, str]:
     footprint = None if model is None else estimate(config, model)
-    fullest = min(devices, key=lambda device: device.free)
-    too_large = _excess(config, footprint, fullest)
+    too_large = _excess(config, footprint, devices)
     if resumed is not None:
         kept = dataclasses.replace(config, strategy=resumed.strategy)
         if not broken_rules(kept, world, WORLD_RULES):
@@ -140,37 +139,46 @@ def _choose_strategy(
         return _strategy("single"), f"there is one rank{too_large}"
     if config.optimizer.name == "adafactor":
         return _strategy("ddp"), f"optimizer=adafactor needs complete tensors{too_large}"
-    if footprint is None or not fullest.free:
+    if footprint is None or not _least(devices).free:
         unknown = "the memory of a rank" if footprint else "the size of the model"
         return _strategy("fsdp"), f"{unknown} is not known"
     if not too_large:
         needed = _size(footprint.complete())
-        return _strategy("ddp"), f"a complete train state needs about {needed} of {_room(fullest)}"
-    return _choose_sharded(config, footprint, fullest, world)
+        return _strategy("ddp"), f"a complete train state needs about {needed} of {_room(devices)}"
+    return _choose_sharded(config, footprint, devices, world)
 
 
-def _room(device: Device) -> str:
+def _least(devices: Sequence[Device]) -> Device:
+    """The device with the least memory that a rank can have."""
+    return min(devices, key=lambda device: device.free)
+
+
+def _room(devices: Sequence[Device]) -> str:
     """The memory of the rank that has the least of it, as text."""
+    device, sizes = _least(devices), {_size(each.memory or 0) for each in devices}
     text = f"every rank's {_size(device.memory or 0)}"
+    if len(sizes) > 1:
+        text = f"the {_size(device.memory or 0)} of {device.name}, the least of all ranks"
     return f"{text}, {_size(device.in_use)} of them in use already" if device.in_use else text
 
 
-def _excess(config: Config, footprint: Footprint | None, device: Device) -> str:
+def _excess(config: Config, footprint: Footprint | None, devices: Sequence[Device]) -> str:
     """What to add if a rank cannot hold the complete train state; empty if it can, or if that is
     not known."""
-    if footprint is None or not device.free or footprint.complete() <= USABLE * device.free:
+    free = _least(devices).free
+    if footprint is None or not free or footprint.complete() <= USABLE * free:
         return ""
     return (
         f", although a complete train state needs about {_size(footprint.complete())} of "
-        f"{_room(device)}{_ways_out(config)}"
+        f"{_room(devices)}{_ways_out(config)}"
     )
 
 
 def _choose_sharded(
-    config: Config, footprint: Footprint, device: Device, world: World
+    config: Config, footprint: Footprint, devices: Sequence[Device], world: World
 ) -> tuple[StrategyConfig, str]:
-    needed, usable = _size(footprint.complete()), USABLE * device.free
-    too_large = f"a complete train state needs about {needed} of {_room(device)}"
+    needed, usable = _size(footprint.complete()), USABLE * _least(devices).free
+    too_large = f"a complete train state needs about {needed} of {_room(devices)}"
     per_node = world.nproc_per_node
     node = footprint.sharded(per_node)
     if world.nodes > 1 and per_node > 1 and node <= usable:

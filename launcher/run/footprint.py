@@ -34,6 +34,15 @@ CHUNK_ELEMENTS = 2**25  # as launcher/model/chunked_loss.py, which imports torch
 CHUNK_BYTES = 16  # logits, their softmax and gradient, with what is left of the chunk before
 LOGITS_BYTES = 12  # the same for each of the whole logits
 LAYER = re.compile(r"\.(\d+)\.")
+# Types of models for which transformers has no other attention than eager, which keeps the scores
+# of all pairs of tokens.
+EAGER_TYPES = frozenset({
+    "big_bird", "blip", "bloom", "codegen", "cpmant", "deepseek_v4", "flint", "gemma2", "git",
+    "got_ocr2", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "granite_swa",
+    "granitemoe_swa", "hy_v4", "inkling2", "inkling2_text", "megatron-bert", "mimo_v2_flash",
+    "mpt", "openai-gpt", "pp_chart2table", "reformer", "rembert", "roformer", "trocr",
+    "vaultgemma", "xglm", "xlm", "xlnet",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ def estimate(config: Config, folder: Path) -> Footprint | None:
     does not say enough."""
     described = read_object_or_empty(folder / CONFIG)
     dims = _read_dims(described)
-    shapes = _read_shapes(folder, described, dims)
+    shapes, beside = _split_composite(described, _read_shapes(folder, described, dims))
     if dims is None or not shapes:
         return None
     compute = COMPUTE_BYTES[config.precision.name]
@@ -80,6 +89,7 @@ def estimate(config: Config, folder: Path) -> Footprint | None:
     if config.method.name != "full":
         total = sum(map(math.prod, shapes.values()))
         frozen = _frozen_bytes(config, shapes, total, trained, compute)
+    frozen += sum(map(math.prod, beside.values())) * compute
     # Master weight, gradient (summed in the master's dtype) and moments.
     shared = frozen + trained * (2 * master + _moments(config, master))
     layer = _bytes_of_largest_layer(shapes, compute)
@@ -92,7 +102,7 @@ def estimate(config: Config, folder: Path) -> Footprint | None:
         shared=math.ceil(shared),
         # The head stays from forward to backward.
         gathered=math.ceil(gathered_layers * layer + head),
-        working=_working_bytes(config, dims, compute),
+        working=_working_bytes(config, dims, compute, _score_bytes(config, described, compute)),
     )
 
 
@@ -118,6 +128,35 @@ def _read_shapes(folder: Path, described: dict[str, Any], dims: Dims | None) -> 
     if config_value(described, "quantization_config") is None and (found := tensor_entries(folder)):
         return {name: entry.shape for name, entry in found.items()}
     return {} if dims is None else _llama_shapes(described, dims)
+
+
+def _split_composite(described: dict[str, Any], shapes: Shapes) -> tuple[Shapes, Shapes]:
+    """The tensors of the text model, which are those beside its embedding and its head, and the
+    others of a composite: towers for pictures and sound, which stay frozen."""
+    embeddings = [name for name in shapes if is_embedding(name)]
+    if not isinstance(described.get("text_config"), dict) or len(embeddings) != 1:
+        return shapes, {}
+    (embedding,) = embeddings
+    path = ".".join(embedding.split(".")[:-2])
+    text = {
+        name: shape
+        for name, shape in shapes.items()
+        if not path or name.startswith(f"{path}.") or shape == shapes[embedding]
+    }
+    return text, {name: shape for name, shape in shapes.items() if name not in text}
+
+
+def _score_bytes(config: Config, described: dict[str, Any], compute: int) -> int:
+    """Bytes that attention keeps for each pair of tokens; 0 if it does not keep their scores."""
+    sections = (described, described.get("text_config"))
+    kinds = {each.get("model_type") for each in sections if isinstance(each, dict)}
+    choice = config.model.attention
+    if choice != "eager" and (choice != "sdpa" or EAGER_TYPES.isdisjoint(kinds)):
+        return 0
+    if "gpt_oss" in kinds:
+        return 2 * compute  # its softmax is not in fp32
+    is_capped = "gemma2" in kinds or config_value(described, "attn_logit_softcapping")
+    return (3 if is_capped else 2) * compute + 4
 
 
 def _llama_shapes(described: dict[str, Any], dims: Dims) -> Shapes:
@@ -222,13 +261,12 @@ def _bytes_of_largest_layer(shapes: Shapes, compute: int) -> int:
     return compute * max(sizes.values(), default=0)
 
 
-def _working_bytes(config: Config, dims: Dims, compute: int) -> int:
+def _working_bytes(config: Config, dims: Dims, compute: int, score_bytes: int) -> int:
     training, data = config.training, config.data
     length = -(-data.max_length // data.pad_to_multiple_of) * data.pad_to_multiple_of
     tokens = training.micro_batch_size * length
     layer = tokens * compute * (KEPT_WIDTHS * dims.width + KEPT_MLP_WIDTHS * dims.mlp_width)
-    if config.model.attention == "eager":
-        layer += training.micro_batch_size * dims.heads * length**2 * (2 * compute + 4)
+    layer += training.micro_batch_size * dims.heads * length**2 * score_bytes
     kept = min(_kept_layers(training, dims.layers), _layers_with_backward(config, dims.layers))
     between = (dims.layers - kept) * tokens * compute * dims.width
     return kept * layer + between + _head_bytes(config, dims, compute, tokens)

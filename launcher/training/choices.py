@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from launcher.config import Config
 from launcher.config.rules.rule import Machine, World
 from launcher.config.rules.table import RULES, broken_rules
 from launcher.config.schema.precision import PRECISIONS
-from launcher.config.schema.strategy import STRATEGIES
+from launcher.config.schema.strategy import STRATEGIES, HsdpConfig
 from launcher.config.store import ConfigError
 from launcher.distributed.agreement import agree
 from launcher.distributed.process_group import RankInfo
+from launcher.errors import UserError
 from launcher.folders.model import model_folder
 from launcher.folders.run import RunDir
 from launcher.io.host_memory import usable_memory
@@ -32,10 +33,11 @@ def settle(
     """`config` without auto, and this process with the arithmetic that it asks for. `log` receives
     what was chosen, and what makes a run on GPUs slow. Collective, through `store`.
 
-    Raises UserError on all ranks if a choice breaks a rule between settings.
+    Raises UserError on all ranks if a choice breaks a rule between settings, or if it needs
+    machines with as many ranks each and they have not.
     """
     device = device_of(rank_info)
-    if auto.is_open(config):
+    if auto.is_open(config) or _copies_are_of_machines(config):
         choice = _agree(run, config, device, rank_info, store)
         config = choice.config
         for line in choice.lines:
@@ -70,35 +72,60 @@ def _agree(
     """What rank 0 chooses from the devices of all ranks, and freezes."""
 
     def decide(said: list[str]) -> str:
-        devices = [Device(**json.loads(each)) for each in said]
-        choice = _choose(run, config, devices, rank_info)
+        answers = [json.loads(each) for each in said]
+        devices = [Device(**each["device"]) for each in answers]
+        ranks_of_machines = {each["ranks"] for each in answers}
+        choice = _choose(run, config, devices, rank_info, ranks_of_machines)
         sections = {
             "precision": dataclasses.asdict(choice.config.precision),
             "strategy": dataclasses.asdict(choice.config.strategy),
         }
         return json.dumps({**sections, "lines": choice.lines})
 
-    said, minutes = json.dumps(dataclasses.asdict(device)), config.launch.rendezvous_minutes
+    said = json.dumps({"device": dataclasses.asdict(device), "ranks": rank_info.local_world_size})
+    minutes = config.launch.rendezvous_minutes
     text = agree(store, rank_info.rank, rank_info.world_size, "auto", said, decide, minutes)
     choice = _parse(config, json.loads(text))
-    if rank_info.is_main or (not config.launch.shared_disk and rank_info.local_rank == 0):
+    writes = rank_info.is_main or (not config.launch.shared_disk and rank_info.local_rank == 0)
+    if auto.is_open(config) and writes:
         create.write_choice(run, choice.config, rank_info.world_size)
     return choice
 
 
-def _choose(run: RunDir, config: Config, devices: list[Device], rank_info: RankInfo) -> Choice:
-    """Raises UserError if config.json cannot be read, or if the choice breaks a rule."""
-    source, per_node = config.model, rank_info.local_world_size
+def _choose(
+    run: RunDir,
+    config: Config,
+    devices: list[Device],
+    rank_info: RankInfo,
+    ranks_of_machines: Collection[int],
+) -> Choice:
+    """What is auto in `config`. Raises UserError if config.json cannot be read, or if the choice
+    breaks a rule, or needs as many ranks on each machine."""
+    is_even = len(ranks_of_machines) == 1
+    # Where machines differ there are no groups of a machine's ranks, as on a single one.
+    source, per_node = config.model, min(ranks_of_machines) if is_even else len(devices)
     gpus = per_node if rank_info.device.type == "cuda" else 0
     # What is installed has been checked; rank 0 would look whether the run folder is new.
     machine = Machine(gpus=gpus, flash_attention=True, liger=True, triton_interpreter=True)
     world = World(rank_info.world_size // per_node, per_node, machine, rank=1)
     folder = model_folder(source.name_or_path, source.revision, patterns=("config.json",))
     choice = auto.choose(config, devices, world, folder, resume.resumed_config(config, run))
+    if not is_even and _copies_are_of_machines(choice.config):
+        counts = " and ".join(map(str, sorted(ranks_of_machines)))
+        raise UserError(
+            f"strategy={choice.config.strategy.name} keeps a copy on the ranks of each machine, "
+            f"and these have {counts} ranks → strategy=fsdp, or a strategy.shard_size"
+        )
     rules = tuple(rule for rule in RULES if not rule.broken(config, world))
     if problems := broken_rules(choice.config, world, rules):
         raise ConfigError(choice.explain(problems))
     return choice
+
+
+def _copies_are_of_machines(config: Config) -> bool:
+    """Whether the ranks of a machine share a copy of the state, however many they are."""
+    strategy = config.strategy
+    return isinstance(strategy, HsdpConfig) and strategy.shard_size is None
 
 
 def _parse(config: Config, text: dict[str, Any]) -> Choice:

@@ -109,10 +109,11 @@ def bytes_read(rank_info: RankInfo, case: Case) -> tuple[int, int]:
     return weights.folder.bytes_read, whole * torch.bfloat16.itemsize
 
 
-@pytest.mark.parametrize("method", ["full", "freeze", "lora", "qlora"])
-@pytest.mark.parametrize(
-    ("strategy", "world"), [("ddp", 2), ("fsdp", 2), ("fsdp", 3), ("zero3", 3)]
-)
+PARTS = [("ddp", 2), ("fsdp", 2), ("fsdp", 3), ("zero3", 3)]
+READERS = [(method, *each) for method in ("full", "freeze", "lora", "qlora") for each in PARTS]
+
+
+@pytest.mark.parametrize(("method", "strategy", "world"), [*READERS, ("qlora", "fsdp", 4)])
 def test_a_rank_reads_only_its_own_part(
     ranks: Any, tiny: Path, rows_file: Path, method: str, strategy: str, world: int
 ) -> None:

@@ -8,12 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from launcher.commands.plan import plan_run
 from launcher.config import Config, store
 from launcher.model import chunked_loss
-from launcher.run.footprint import CHUNK_ELEMENTS, estimate
+from launcher.model.text_part import non_text_modules
+from launcher.run.footprint import CHUNK_ELEMENTS, EAGER_TYPES, estimate
 from tests.helpers.compose import composed_raw
+from tests.helpers.composites import load_composite, make_composite
 
 BAND = (0.97, 1.35)  # of the plan's peak: seldom below it, never far above
 SMALL = {
@@ -115,6 +122,61 @@ def test_shapes_come_from_the_files_where_they_are(tiny: Path) -> None:
     # 61,056 - 11,520 parameters, each with a master, a gradient, two moments and a working copy.
     assert footprint.replica == 49_536 * (4 + 4 + 8 + 2)
     assert footprint.shared == 49_536 * (4 + 4 + 8)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl"])
+def test_towers_of_a_composite_are_frozen(name: str, tmp_path: Path) -> None:
+    folder = make_composite(name, tmp_path)
+    composite = load_composite(name, folder)
+    beside = non_text_modules(composite)
+    frozen = sum(each.numel() for module in beside for each in module.parameters())
+    frozen += 64  # of a head in the files that no class builds
+    trained = sum(each.numel() for each in composite.parameters()) + 64 - frozen
+    footprint = estimate(config_of(folder, method={"name": "full"}), folder)
+    assert footprint is not None
+    assert footprint.shared == trained * (4 + 4 + 8) + frozen * 2
+    few = {"name": "lora", "target_modules": ["q_proj"], "rank": 2}
+    adapted = estimate(config_of(folder, method=few), folder)
+    assert adapted is not None
+    adapters = 2 * sum(
+        sum(each.weight.shape)
+        for path, each in composite.named_modules()
+        if path.endswith("q_proj") and not any(part in path for part in ("vision", "visual"))
+    )
+    assert adapted.shared == (trained + frozen) * 2 + adapters * (4 + 4 + 8)
+
+
+# Peaks of `shardway plan`, 2026-12-01: 8 layers, 2,048 tokens, 4 ranks, strategy=ddp method=lora.
+EAGER = {**SMALL, "hidden_size": 1024, "num_key_value_heads": 4}
+GEMMA2 = {"intermediate_size": 4096, "head_dim": 128, "tie_word_embeddings": True}
+GPT_OSS = {"intermediate_size": 1024, "head_dim": 64, "num_attention_heads": 16,
+           "num_local_experts": 8, "num_experts_per_tok": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "gigabytes"), [("gemma2", GEMMA2, 4.42), ("gpt_oss", GPT_OSS, 3.05)]
+)
+def test_scores_are_counted_where_a_family_has_only_eager_attention(
+    tmp_path: Path, kind: str, sizes: dict[str, Any], gigabytes: float
+) -> None:
+    folder = model(tmp_path, {**EAGER, **sizes, "model_type": kind})
+    footprint = estimate(config_of(folder, method={"name": "lora"}), folder)
+    assert footprint is not None
+    assert BAND[0] < footprint.complete() / (gigabytes * 1e9) < BAND[1]
+
+
+@pytest.mark.whole
+def test_the_families_without_another_attention_are_those_of_transformers() -> None:
+    found = set()
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    for kind, name in (pair for mapping in mappings for pair in mapping.items()):
+        built = getattr(transformers, name, None)
+        if built is None or built._supports_sdpa:
+            continue
+        described = transformers.CONFIG_MAPPING[kind]()
+        heads = getattr(described.get_text_config(decoder=True), "num_attention_heads", None)
+        found |= {kind} if heads and not described.is_encoder_decoder else set()
+    assert found == EAGER_TYPES
 
 
 def test_more_ranks_need_less_and_longer_rows_more(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,16 +44,24 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def settle(
-    monkeypatch: pytest.MonkeyPatch, run: RunDir, config: Config, devices: list[Device]
+    monkeypatch: pytest.MonkeyPatch,
+    run: RunDir,
+    config: Config,
+    devices: list[Device],
+    ranks_of_machines: Sequence[int] = (),
 ) -> list[Config | str]:
-    """What each rank has afterwards: its configuration, or the message of a refusal."""
+    """What each rank has afterwards: its configuration, or the message of a refusal. All ranks are
+    on one machine, unless `ranks_of_machines` says how many are on each."""
+    counts = ranks_of_machines or [len(devices)]
+    places = [(at, count) for count in counts for at in range(count)]
     monkeypatch.setattr(choices, "device_of", lambda rank_info: devices[rank_info.rank])
     shared, results = dist.HashStore(), [""] * len(devices)
     lines: list[str] = []
 
     def rank_of(rank: int) -> None:
         device = torch.device("cuda", rank) if devices[rank].is_gpu else torch.device("cpu")
-        info = RankInfo(rank, rank, len(devices), len(devices), device)
+        local_rank, count = places[rank]
+        info = RankInfo(rank, local_rank, len(devices), count, device)
         log = lines.append if rank == 0 else lambda line: None
         try:
             results[rank] = choices.settle(run, config, info, shared, log)  # type: ignore[call-overload]
@@ -79,6 +88,58 @@ def test_all_ranks_have_what_all_gpus_know_and_it_is_frozen(
     assert "T4 does not compute in bf16" in lines[0]
     assert lines[1].startswith("strategy=auto: ddp, because a complete train state needs about")
     assert "data.packing=true" in lines[2]
+
+
+A100 = GPUS[0]
+FULL = {"method": {"name": "full"}}
+
+
+@pytest.mark.parametrize(
+    ("devices", "machines", "chosen"),
+    [
+        ([A100] * 4, (2, 2), ("bf16", "hsdp")),
+        ([A100] * 3, (2, 1), ("bf16", "fsdp")),  # no groups of as many ranks
+        ([*[A100] * 2, *[GPUS[1]] * 2], (2, 2), ("fp16", "hsdp")),
+    ],
+)
+def test_the_least_of_machines_that_differ_decides(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny: Path,
+    run: RunDir,
+    devices: list[Device],
+    machines: tuple[int, ...],
+    chosen: tuple[str, str],
+) -> None:
+    needed = 900_000  # bytes of the state of the tiny model: a machine of two holds it, no rank
+    monkeypatch.setattr("launcher.run.auto.USABLE", needed / (min(d.free for d in devices)))
+    batch = {"max_steps": 1, "global_batch_size": len(devices)}
+    config = unchosen(tiny, **FULL, data={"max_length": 8})
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, **batch))
+    frozen = create.freeze_config(run, config)
+    *results, _, line, _ = settle(monkeypatch, run, frozen, devices, machines)
+    assert results == [store.load(run.config)] * len(devices)
+    assert isinstance(results[0], Config)
+    assert (results[0].precision.name, results[0].strategy.name) == chosen
+    least = "the 16.0 GB of T4, the least of all ranks" if chosen[0] == "fp16" else "every rank's"
+    assert least in str(line)
+
+
+@pytest.mark.parametrize("machines", [(2, 1), (1, 2)])
+def test_copies_of_machines_that_differ_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tiny: Path, run: RunDir, machines: tuple[int, ...]
+) -> None:
+    config = unchosen(tiny, **FULL)
+    for shard_size, is_refused in ((None, True), (3, False)):
+        strategy = {"name": "hsdp", "shard_size": shard_size}
+        hsdp = store.build(composed_raw(strategy=strategy)).strategy
+        precise = store.build(composed_raw(precision={"name": "bf16"})).precision
+        asked = dataclasses.replace(config, strategy=hsdp, precision=precise)
+        results = settle(monkeypatch, run, asked, [A100] * 3, machines)[:3]
+        if is_refused:
+            assert len(set(map(str, results))) == 1
+            assert "these have 1 and 2 ranks → strategy=fsdp" in str(results[0])
+        else:
+            assert results == [asked] * 3
 
 
 def test_a_choice_that_breaks_a_rule_is_refused_on_all_ranks(

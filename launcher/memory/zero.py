@@ -1,14 +1,17 @@
-"""What zero3 keeps gathered, from DeepSpeed's settings: how many layers a short trace must have.
+"""What DeepSpeed keeps, from its settings: how many layers a short trace must have.
 
-DeepSpeed keeps a weight after its forward if fewer than `stage3_max_reuse_distance` elements are
+zero3 keeps a weight after its forward if fewer than `stage3_max_reuse_distance` elements are
 used before its next use, in the backward (partitioned_param_coordinator.py). Between the two are
 the layers behind it, and the head, each of them twice. So the last layers of a model stay gathered,
 or all of them if it is small enough; further layers in front change nothing.
 
-With `strategy.prefetch_bucket_size` it gathers at least one weight ahead whenever a module is
+With `strategy.prefetch_bucket_size` zero3 gathers at least one weight ahead whenever a module is
 called, also one without weights, up to `stage3_max_live_parameters` elements: a lead that grows
 over several layers, more than a trace has. So traces run without, and count what would be gathered
 on top of what is.
+
+Every stage collects gradients in a bucket of `strategy.reduce_bucket_size` elements: until it is
+full for the first time, they take more memory with each layer, and then no more.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from torch import nn
 from launcher.config import Config
 from launcher.config.deepspeed import engine_config
 from launcher.config.schema.precision import PrecisionConfig
-from launcher.config.schema.strategy import Zero3Config
+from launcher.config.schema.strategy import Zero3Config, ZeroConfig
 from launcher.model.layers import decoder_layers
 
 
@@ -72,6 +75,15 @@ def layers_kept_gathered(model: nn.Module, config: Config) -> int:
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     behind = 2 * (0 if head is None else _elements(head))
     return max(0, -(-(distance - behind) // (2 * _elements(decoder_layers(model)[-1]))))
+
+
+def layers_in_a_bucket(model: nn.Module, config: Config) -> int:
+    """How many layers of `model` have the gradients that DeepSpeed collects before it reduces them;
+    0 under other strategies, and if only adapters or some layers are trained, which are few."""
+    strategy = config.strategy
+    if not isinstance(strategy, ZeroConfig) or config.method.name != "full":
+        return 0
+    return -(-strategy.reduce_bucket_size // _elements(decoder_layers(model)[-1]))
 
 
 def _reuse_distance(config: Config) -> int | None:
