@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from launcher.errors import UserError, one_line
+from launcher.io.absent_towers import towers_may_be_absent
 from launcher.io.adapter import PREFIX, read_adapter
 
 T = TypeVar("T")
@@ -274,8 +275,9 @@ def _prefixes(inner: Any, outer: Any) -> tuple[tuple[str, str], ...] | None:
 
 
 def meta_model(model_class: Any, config: Any) -> Any:
-    """A model of transformers' class, without data."""
-    with torch.device("meta"):  # eager attention needs no other library
+    """A model of transformers' class, without data, and without the towers that need a package
+    which is not installed."""
+    with towers_may_be_absent(), torch.device("meta"):  # eager attention needs no other library
         return model_class._from_config(config, attn_implementation="eager")
 
 

@@ -26,6 +26,7 @@ from launcher.folders.model_config import read_model_config
 from launcher.folders.quantization import quantization_of
 from launcher.folders.tensor_entries import tensor_names
 from launcher.folders.vocabulary import TIE
+from launcher.io.absent_towers import absent_towers, towers_may_be_absent
 from launcher.io.completeness import missing_buffers, missing_parameters, tied_names
 from launcher.io.conversion import Conversion, find_sources, find_sources_in
 from launcher.io.model_class import (
@@ -126,6 +127,11 @@ def build_model(
         files = SafetensorsFolder(folder)
     except OSError as error:
         raise _unreadable(folder, error) from error
+    for path, reason in absent_towers(model).items():
+        print(
+            f"{folder}: {path} is left out ({reason}); text does not pass through it, and an "
+            "export copies its tensors from the base"
+        )
     conversion = find_weights(model, folder, files, dtype)
     obstacle = conversion.obstacle
     if obstacle is None:
@@ -190,14 +196,15 @@ def _load_whole(
     if places is not None:
         ties = {places.outer(target): places.outer(source) for target, source in ties.items()}
         attention = EAGER  # of the composite, which computes nothing
-    loaded, info = loader.from_pretrained(
-        folder,
-        dtype=load_dtype,
-        attn_implementation=attention,
-        trust_remote_code=config.trust_remote_code,
-        ignore_mismatched_sizes=True,  # the check names them
-        output_loading_info=True,
-    )
+    with towers_may_be_absent():
+        loaded, info = loader.from_pretrained(
+            folder,
+            dtype=load_dtype,
+            attn_implementation=attention,
+            trust_remote_code=config.trust_remote_code,
+            ignore_mismatched_sizes=True,  # the check names them
+            output_loading_info=True,
+        )
     if places is None:
         check_loaded(ties, loaded, info, folder)
         return loaded
@@ -252,7 +259,8 @@ def model_on_meta(
     refuse_untrainable(architecture, folder)
     attention = choose_attention(config.attention, architecture, packed)
     try:
-        with init_empty_weights(include_buffers=False), no_init_weights():
+        empty = init_empty_weights(include_buffers=False)
+        with towers_may_be_absent(), empty, no_init_weights():
             model = build(dtype=dtype, attn_implementation=attention)
     except UserError:
         raise
