@@ -36,7 +36,7 @@ def towers_may_be_absent() -> Iterator[None]:
     auto: Any = transformers.AutoModel
     original, build = vars(auto)["from_config"], auto.from_config
 
-    def from_config(_: Any, config: Any, **options: Any) -> Any:
+    def from_config(_: Any, /, config: Any, **options: Any) -> Any:
         try:
             return build(config, **options)
         except ImportError as error:

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from launcher.io.adapter import PREFIX, Adapter
 from launcher.io.adapter_config import module_value
-from launcher.io.model_class import Places, begins
+from launcher.io.model_class import Places
+from launcher.io.module_paths import begins, ends_in
 
 T = TypeVar("T")
 Rename = Callable[[str], str]
@@ -134,4 +135,4 @@ def _is_target(module: str, targets: str | Iterable[str]) -> bool:
     """Whether PEFT adapts the module (`check_target_module_exists`)."""
     if isinstance(targets, str):
         return targets == "all-linear" or re.fullmatch(targets, module) is not None
-    return any(module == target or module.endswith(f".{target}") for target in targets)
+    return any(ends_in(module, target) for target in targets)

@@ -22,6 +22,7 @@ import torch
 from launcher.errors import UserError, one_line
 from launcher.io.absent_towers import towers_may_be_absent
 from launcher.io.adapter import PREFIX, read_adapter
+from launcher.io.module_paths import begins
 
 T = TypeVar("T")
 ATTRIBUTE = "shardway_places"  # of a model that is trained alone: its `Places`
@@ -69,11 +70,6 @@ class Places:
     def contains(self, name: str) -> bool:
         """Whether a name of the composite is one of a part that the inner class has."""
         return any(begins(name, outer) for _, outer in self.prefixes)
-
-
-def begins(name: str, path: str) -> bool:
-    """Whether `name` is `path` or inside it."""
-    return not path or name == path or name.startswith(f"{path}.")
 
 
 def _renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from launcher.errors import UserError
+from launcher.io.module_paths import ends_in
 from launcher.io.weight_views import LazyWeight, read_flat_range
 from launcher.model.lazy_weight import InParts
 from launcher.model.load import Weights
@@ -167,7 +168,7 @@ def quantize(
 def _find_linears(model: nn.Module, keep: list[str]) -> Iterator[tuple[str, nn.Linear]]:
     head = model.get_output_embeddings()  # type: ignore[operator]
     for name, module in list(model.named_modules()):
-        is_kept = any(name == suffix or name.endswith(f".{suffix}") for suffix in keep)
+        is_kept = any(ends_in(name, suffix) for suffix in keep)
         if isinstance(module, nn.Linear) and module is not head and not is_kept:
             yield name, module
 
