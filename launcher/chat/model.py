@@ -199,12 +199,15 @@ def _merge_adapter(model: Any, folder: Path) -> Any:
     """Add the adapter to the model's weights. Raises UserError for what consolidate refuses."""
     from launcher.io.adapter import check_modules, read_adapter
     from launcher.io.adapter_config import check_mergeable
-    from launcher.model.peft import PeftModel  # only adapters need it
+    from launcher.model.peft import PeftModel, shares_adapted_weights  # only adapters need it
 
     adapter = read_adapter(folder)
     check_mergeable(adapter)
     check_modules(adapter, {name for name, _ in model.named_modules()})
-    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
+    adapted = PeftModel.from_pretrained(model, str(folder))
+    if shares_adapted_weights(adapted):  # PEFT would merge the delta at each place
+        return adapted
+    return adapted.merge_and_unload(safe_merge=True)
 
 
 def _as_user_error(error: BaseException) -> BaseException:

@@ -84,7 +84,8 @@ class QuantizedLinear(nn.Linear):
     def __init__(self, plain: nn.Linear, packed: torch.Tensor, scales: Scales) -> None:
         nn.Module.__init__(self)  # nn.Linear's would create a weight
         self.in_features, self.out_features = plain.in_features, plain.out_features
-        self.weight = nn.Parameter(packed, requires_grad=False)
+        is_shared = isinstance(packed, nn.Parameter)
+        self.weight = packed if is_shared else nn.Parameter(packed, requires_grad=False)
         self.bias = plain.bias
         self.scales = scales
 
@@ -129,7 +130,11 @@ def quantize(
     """
     slots = weights.by_parameter() if weights else {}
     before = after = count = 0
+    made: dict[int, QuantizedLinear] = {}  # by the weight, which several layers may share
     for name, module in _find_linears(model, keep):
+        if (twin := made.get(id(module.weight))) is not None:
+            _replace(model, name, QuantizedLinear(twin, twin.weight, twin.scales))
+            continue
         slot, shape = slots.get(id(module.weight)), module.weight.shape
         block = format.block_size(shape)
         if module.weight.numel() % block:
@@ -154,8 +159,8 @@ def quantize(
         for moved in (slot, slots.get(id(module.bias))):
             if moved is not None:
                 moved.module = replacement
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, replacement)
+        made[id(module.weight)] = replacement
+        _replace(model, name, replacement)
         count, after = count + 1, after + packed.nbytes + scales.nbytes
     if count == 0:
         raise UserError(f"{type(model).__name__} has no linear layer to quantize; method=lora")
@@ -163,6 +168,11 @@ def quantize(
         f"{count} linear weights, {before / 1e6:,.1f} MB, quantized to {after / 1e6:,.1f} MB; each "
         "rank reads its part of them"
     )
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
 
 
 def _find_linears(model: nn.Module, keep: list[str]) -> Iterator[tuple[str, nn.Linear]]:

@@ -154,6 +154,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
         "n_mamba_heads": 2,
     },
+    "zamba2": {  # two blocks, one of them at two depths
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "hybrid"],
+        "num_hidden_layers": 5,
+        "num_mem_blocks": 2,
+    },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"moe_num_experts": 4, "ffn_hidden_size": 16},
