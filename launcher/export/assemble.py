@@ -46,7 +46,7 @@ from launcher.folders.vocabulary import config_value
 from launcher.io import adapter_places
 from launcher.io.adapter import contains_base
 from launcher.io.adapter_config import check_only_lora
-from launcher.io.model_class import Places
+from launcher.io.places import Places
 from launcher.io.readers import model_folder
 from launcher.io.readers.found import FoundModel
 from launcher.io.readers.strided import Strided

@@ -30,7 +30,6 @@ from launcher.io.absent_towers import absent_towers, towers_may_be_absent
 from launcher.io.completeness import missing_buffers, missing_parameters, tied_names
 from launcher.io.conversion import Conversion, find_sources, find_sources_in
 from launcher.io.model_class import (
-    Places,
     causal_class,
     class_and_places,
     meta_model,
@@ -39,6 +38,7 @@ from launcher.io.model_class import (
     remember_places,
     trained_config,
 )
+from launcher.io.places import Places
 from launcher.io.weight_views import LazyWeight, read_full
 from launcher.model.attention import EAGER, choose_attention
 from launcher.model.completeness import (
@@ -296,11 +296,11 @@ def _builder(
 
 
 def _tie_as_composite(architecture: Any, folder: Path) -> None:
-    """Tie the head of the text model if the composite's config does. Many are tied by default, and
-    have a head in their files."""
+    """Tie the head of the text model, or not, if the composite's config and the files agree. Many
+    composites are tied by default, and have a head in their files."""
     has_head = any(name.rpartition("lm_head")[2] == ".weight" for name in tensor_names(folder))
-    if getattr(architecture, TIE, False) and not has_head:
-        architecture.get_text_config(decoder=True).tie_word_embeddings = True
+    if (is_tied := bool(getattr(architecture, TIE, False))) != has_head:
+        architecture.get_text_config(decoder=True).tie_word_embeddings = is_tied
 
 
 def _unreadable(folder: Path, error: Exception) -> UserError:

@@ -99,7 +99,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "encoder_config": {"hidden_size_global": WIDTH},
         "decoder_config": {"hidden_size_global": WIDTH},
     },
+    "chameleon": {"vocabulary_map": {"<image>": 3}},
     "codegen": {"rotary_dim": 4},
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": MROPE}}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": MROPE}},
     "dots1": {"n_shared_experts": 1},
     "dots3_note": {
@@ -127,6 +129,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "inkling2_text": INKLING,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8},
+    "perception_lm": {"vision_config": {"model_args": {"embed_dim": WIDTH}}},
     "phi4_multimodal": {
         "audio_config": {
             "nemo_conv_channels": 16,
@@ -136,6 +139,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
             "feature_layer": -1,
         },
     },
+    "qwen2_5_omni_thinker": {"text_config": {"rope_parameters": MROPE}},
     "qwen2_5_vl": {"text_config": {"rope_parameters": MROPE}},
     "qwen2_vl": {"text_config": {"rope_parameters": MROPE}},
     "qwen4_exp": {"text_config": QSA},
@@ -170,9 +174,15 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "attention_types": [[["global", "local"], 1]],
         "attention_layers": ["global", "local"],
     },
+    "fast_vlm": {
+        "vision_config": {"hidden_size": WIDTH, "architecture": "test_efficientnet"},
+    },
     "gemma3n": {"vision_config": {"architecture": "test_efficientnet"}},
     "glm4v": {"text_config": {"rope_parameters": HALF_MROPE}},
     "glm4v_moe": {"text_config": {"rope_parameters": HALF_MROPE}},
+    "glm46v": {"text_config": {"rope_parameters": HALF_MROPE}},
+    "glmga": {"text_config": {"rope_parameters": HALF_MROPE}},
+    "glm_ocr": {"text_config": {"rope_parameters": HALF_MROPE}},
     "gptj": {"rotary_dim": 4},
     "glm4_moe_lite": MLA,
     "glm_moe_dsa": MLA,
@@ -203,9 +213,14 @@ OPTIONAL = {"sliding_window", "attention_chunk_size", "q_lora_rank", "v_head_dim
 # Composites that AutoModelForCausalLM does not have: with a text model that it has, or trained
 # themselves.
 IMAGE_TEXT = (
-    "glm4v", "glm4v_moe", "idefics3", "internvl", "kimi_k25", "lfm2_vl", "llava", "llava_next",
-    "llava_onevision", "mistral3", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_vl",
-    "qwen3_vl_moe", "smolvlm",
+    "aria", "aya_vision", "chameleon", "cohere2_vision", "cohere_compass", "deepseek_vl",
+    "exaone4_5", "fast_vlm", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga", "granite_docling",
+    "granite_speech", "hyperclovax_vision_v2", "idefics", "idefics2", "idefics3", "internvl",
+    "kimi_k25", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llava", "llava_next", "llava_next_video",
+    "llava_onevision", "minicpmv4_6", "minimax_m3_vl", "mistral3", "mistral4", "muse_glimmer",
+    "ovis2", "paligemma", "perception_lm", "qianfan_ocr", "qwen2_5_omni", "qwen2_5_omni_thinker",
+    "qwen2_5_vl", "qwen2_audio", "qwen2_vl", "qwen3_asr", "qwen3_omni_moe_thinker", "qwen3_vl",
+    "qwen3_vl_moe", "smolvlm", "video_llama_3", "video_llava", "vipllava", "voxtral",
 )  # fmt: skip
 
 

@@ -119,3 +119,22 @@ def test_a_text_model_that_needs_a_missing_package_is_not_left_out(
     with pytest.raises(ImportError, match="the text model needs a package"):
         meta_model(Gemma3nForConditionalGeneration, config)
     assert vars(transformers.AutoModel)["from_config"] is original
+
+
+@pytest.mark.parametrize(
+    ("model_type", "trained"),
+    [
+        ("aya_vision", "AyaVisionForConditionalGeneration"),  # it does not scale the logits
+        ("glmga", "Glm46VForConditionalGeneration"),  # a class of another type's config
+        ("cohere_compass", "CohereCompassForCausalLM"),
+    ],
+)
+def test_the_class_that_is_trained_computes_the_logits_of_the_composite(
+    model_type: str, trained: str, tmp_path: Path
+) -> None:
+    composite = getattr(transformers, release(model_type, tmp_path))
+    model = build(tmp_path)
+    assert type(model).__name__ == trained
+    whole = composite.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert torch.allclose(logits(model), logits(whole), atol=1e-5)
+    check_exportable(tmp_path)

@@ -39,12 +39,13 @@ def with_stored_names(
     tensors: dict[str, Tensor] = {}
     for name, tensor in adapter.tensors.items():
         match = _module(name)
-        if match is None or (module := moved.get(match[1])) is None:
+        if match is None or match[1] not in moved:
             tensors[name] = tensor
             continue
-        twin = adapter.tensors.get(f"{PREFIX}{module}{name.removeprefix(PREFIX + match[1])}")
+        alias, module = match[1], moved[match[1]]
+        twin = adapter.tensors.get(PREFIX + module + name.removeprefix(PREFIX + alias))
         if twin is None or not same_values(twin, tensor):
-            raise _different(adapter, match[1], module)
+            raise _different(adapter, alias, module)
     return replace(adapter, tensors=tensors)
 
 
