@@ -14,8 +14,6 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from launcher.config import Config, store
 from launcher.config.schema.data import HUB
 from launcher.data import source
@@ -23,9 +21,8 @@ from launcher.data.tokenize import RowTokenizer
 from launcher.errors import REFUSED, UserError
 from launcher.export.exportable import check_exportable
 from launcher.folders.vocabulary import embedding_rows
-from launcher.io.model_class import trained_class
+from launcher.model.architecture import find_class
 from launcher.model.tokenizer import load_tokenizer
-from launcher.model.trainable import refuse_untrainable
 
 ROWS = 256  # of each source
 
@@ -44,7 +41,7 @@ def check_rows(config: Config) -> None:
     is not downloaded for this. Raises UserError for a bad one."""
     folder, code = Path(config.model.name_or_path), config.model.trust_remote_code
     if not code:  # which only the ranks run
-        _check_trainable(folder)
+        find_class(config.model, folder)
     check_exportable(folder, code)
     if config.data.format == "text":
         return
@@ -53,16 +50,6 @@ def check_rows(config: Config) -> None:
         if each.format != "text" and not (each.path or "").startswith(HUB):
             first = list(islice(source.iter_rows(each, by_line=False), ROWS))
             RowTokenizer(each, config.data, tokenizer, embedding_rows(folder))(first)
-
-
-def _check_trainable(folder: Path) -> None:
-    """Raises UserError if config.json describes a model that the ranks would refuse."""
-    try:
-        architecture = AutoConfig.from_pretrained(folder)
-        trained_class(architecture)
-    except Exception as error:  # each class checks its values in its own way
-        raise UserError(f"model.name_or_path={folder}: {error}") from error
-    refuse_untrainable(architecture, folder)
 
 
 if __name__ == "__main__":

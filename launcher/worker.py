@@ -222,6 +222,8 @@ def _train(
     if checkpoint is not None:
         done = load.restore(checkpoint, state, config.resume_force)
         run.log(f"resumed from {checkpoint.path.name}: {done.step} steps, {done.tokens:,} tokens")
+        if frozen := load.describe_frozen_since(checkpoint, state):
+            run.log(frozen)
     if config.training.compile == "auto":
         (batch, *_) = loaders.training.step_batch(done.step).micro_batches
         run.log(f"compile: {choose_compile(state.strategy, batch, device)}")

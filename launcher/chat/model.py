@@ -21,6 +21,7 @@ from transformers.utils import logging
 from launcher.chat.options import Conversation, Options, check_conversation
 from launcher.chat.target import ChatTarget
 from launcher.errors import UserError, one_line
+from launcher.io.absent_towers import towers_may_be_absent
 from launcher.io.answer_end import end_tokens
 from launcher.io.limits import render_within_limits
 from launcher.io.model_class import class_to_load
@@ -172,14 +173,15 @@ def _load_tokenizer(folder: Path) -> Any:
 
 def _load_model(target: ChatTarget, dtype: str | torch.dtype, device: str) -> Any:
     try:
-        model, info = class_to_load(target.model, target.adapter).from_pretrained(
-            target.model,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with towers_may_be_absent():
+            model, info = class_to_load(target.model, target.adapter).from_pretrained(
+                target.model,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
         if missing := sorted(info["missing_keys"]):  # they would be initialized at random
             raise UserError(
                 f"{target.model} lacks {', '.join(missing[:3])} ({len(missing)} tensors)"
@@ -197,12 +199,15 @@ def _merge_adapter(model: Any, folder: Path) -> Any:
     """Add the adapter to the model's weights. Raises UserError for what consolidate refuses."""
     from launcher.io.adapter import check_modules, read_adapter
     from launcher.io.adapter_config import check_mergeable
-    from launcher.model.peft import PeftModel  # only adapters need it
+    from launcher.model.peft import PeftModel, shares_adapted_weights  # only adapters need it
 
     adapter = read_adapter(folder)
     check_mergeable(adapter)
     check_modules(adapter, {name for name, _ in model.named_modules()})
-    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
+    adapted = PeftModel.from_pretrained(model, str(folder))
+    if shares_adapted_weights(adapted):  # PEFT would merge the delta at each place
+        return adapted
+    return adapted.merge_and_unload(safe_merge=True)
 
 
 def _as_user_error(error: BaseException) -> BaseException:

@@ -136,6 +136,18 @@ def restore(checkpoint: Checkpoint, train_state: TrainState, force: bool) -> Pro
     return Progress(trainer["step"], trainer["tokens"])
 
 
+def describe_frozen_since(checkpoint: Checkpoint, train_state: TrainState) -> str | None:
+    """A log line if an earlier version also trained the modules that text does not reach: their
+    weights in the checkpoint, which weight decay alone has changed, are not read."""
+    is_partial = train_state.method.is_partial and checkpoint.adapter is None
+    if not is_partial or _read_trainer(checkpoint).get("partial", True):
+        return None
+    return (
+        f"{checkpoint.path.name} is of a version that gave vision and audio towers to the "
+        "optimizer; text does not reach them, so they are frozen with the base's weights"
+    )
+
+
 def _restore_random_states(checkpoint: Checkpoint, rank_info: RankInfo) -> None:
     rank, file = rank_info.rank, checkpoint.rng
     old = checkpoint.old_rng(rank)

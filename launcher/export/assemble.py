@@ -12,13 +12,21 @@ import torch
 
 from launcher.errors import UserError
 from launcher.export import names, quantized
-from launcher.export.assembled import Assembled, Config, Options, Tensors, naming_of
+from launcher.export.assembled import (
+    Assembled,
+    Config,
+    Options,
+    Tensors,
+    naming_of,
+    tied_layers,
+)
 from launcher.export.base_format import in_base_format
 from launcher.export.completeness import class_naming
 from launcher.export.full_model import full_model
 from launcher.export.merge import Adapter, Merged, merge, read_adapter, split_adapters
 from launcher.export.merge.edits import same_values
 from launcher.export.merge.initial_factors import without_initial
+from launcher.export.merge.tied_adapters import with_stored_names
 from launcher.export.merge.ties import find_embedding_pair
 from launcher.export.sharded_adapter import (
     FrozenBase,
@@ -38,7 +46,7 @@ from launcher.folders.vocabulary import config_value
 from launcher.io import adapter_places
 from launcher.io.adapter import contains_base
 from launcher.io.adapter_config import check_only_lora
-from launcher.io.model_class import Places
+from launcher.io.places import Places
 from launcher.io.readers import model_folder
 from launcher.io.readers.found import FoundModel
 from launcher.io.readers.strided import Strided
@@ -192,6 +200,9 @@ def _merge_adapters(
     """`frozen` with the adapters merged. `disk`: the tensors of the base folder, {} if the weights
     are in the checkpoint."""
     weights, note = _merge_target(source, frozen, options)
+    if frozen.naming is not None:
+        tied = tied_layers(frozen.naming)
+        adapters = [with_stored_names(adapter, weights.keys(), tied) for adapter in adapters]
     merged: Merged = merge(weights, frozen.config, adapters, options.tied, options.device)
     tensors, notes = merged.tensors, (*frozen.notes, *note, *merged.notes)
     if weights is not frozen.tensors:  # computed in training's dtype, written in the base's

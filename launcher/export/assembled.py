@@ -71,6 +71,12 @@ def naming_of(source: Source, options: Options, disk: Iterable[str]) -> names.Na
     return names.find_naming(model_home(source), options.trust_remote_code, tuple(disk))
 
 
+def tied_layers(naming: names.Naming) -> dict[str, str]:
+    """Another name of a parameter → the name that is saved, without embedding and head."""
+    tied = naming.model.all_tied_weights_keys
+    return {alias: name for alias, name in tied.items() if alias not in naming.resizable}
+
+
 def without_twins(
     source: Source, base: Tensors, tensors: Tensors, config: Config
 ) -> tuple[Tensors, Config, tuple[str, ...]]:

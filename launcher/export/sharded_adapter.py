@@ -32,7 +32,7 @@ from launcher.folders.vocabulary import config_value
 from launcher.io.adapter import ADAPTER_NAME, PARAMETER_SUFFIX, PREFIX, plain_name
 from launcher.io.adapter_config import inferred_settings, is_saved
 from launcher.io.adapter_places import in_composite
-from launcher.io.model_class import Places
+from launcher.io.places import Places
 from launcher.io.readers.found import FoundModel
 from launcher.io.readers.wrapper_prefixes import QUANTIZATION_STATE
 from launcher.io.stated_dtype import stated_dtype

@@ -11,7 +11,8 @@ from launcher.export.assembled import Assembled, Config, Options, naming_of
 from launcher.export.source import Source
 from launcher.folders.model_config import NESTED
 from launcher.folders.vocabulary import TIE
-from launcher.io.model_class import Places, config_of
+from launcher.io.model_class import config_of
+from launcher.io.places import Places
 
 # The keys of the composite's config.json that describe the text model if its own part lacks them.
 SHARED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")

@@ -11,7 +11,7 @@ from launcher.export.assembled import Config, Tensors
 from launcher.export.completeness import BESIDE, class_naming
 from launcher.export.names.wrapper import are_on_disk, common_prefixes, find_wrapper, known_names
 from launcher.io.adapter import PREFIX, plain_name
-from launcher.io.model_class import Places
+from launcher.io.places import Places
 from launcher.io.readers.found import FoundModel
 
 ADAPTER_PART = r"(\.base_layer)*\.(lora_|token_adapter\.).*"

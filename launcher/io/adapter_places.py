@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from launcher.io.adapter import PREFIX, Adapter
 from launcher.io.adapter_config import module_value
-from launcher.io.model_class import Places, begins
+from launcher.io.module_paths import begins, ends_in
+from launcher.io.places import Places
 
 T = TypeVar("T")
 Rename = Callable[[str], str]
@@ -26,8 +27,8 @@ CHANGED_SETTINGS = (
 def in_composite(adapter: Adapter, places: Places | None) -> Adapter:
     """`adapter` by the composite's names. It is returned as it is if it has them, or if there is no
     composite (`places` is None)."""
-    names = [name.removeprefix(PREFIX) for name in adapter.tensors]
-    if places is None or any(places.is_outer(name) for name in names):
+    names = (name.removeprefix(PREFIX) for name in adapter.tensors)
+    if places is None or places.renaming(names) is None:
         return adapter
     tensors = outer_tensors(adapter.tensors, places)
     return replace(
@@ -134,4 +135,4 @@ def _is_target(module: str, targets: str | Iterable[str]) -> bool:
     """Whether PEFT adapts the module (`check_target_module_exists`)."""
     if isinstance(targets, str):
         return targets == "all-linear" or re.fullmatch(targets, module) is not None
-    return any(module == target or module.endswith(f".{target}") for target in targets)
+    return any(ends_in(module, target) for target in targets)

@@ -25,7 +25,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from launcher.io.completeness import missing_parameters
-from launcher.io.model_class import Places
+from launcher.io.places import Places
 from launcher.io.weight_views import Cut, Joined, LazyWeight, Permuted, Reshaped, stored_parts
 
 aten = torch.ops.aten

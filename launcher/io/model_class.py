@@ -12,76 +12,18 @@ and plan ask here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from launcher.errors import UserError, one_line
+from launcher.errors import UserError, first_sentence, one_line
+from launcher.io.absent_towers import towers_may_be_absent
 from launcher.io.adapter import PREFIX, read_adapter
+from launcher.io.head_output import differs_behind_head
+from launcher.io.places import Places, renamed
 
-T = TypeVar("T")
 ATTRIBUTE = "shardway_places"  # of a model that is trained alone: its `Places`
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where the parts of a model are in the composite that contains it."""
-
-    inner_class: str  # of the part that is trained alone
-    outer_class: str  # of the composite
-    prefixes: tuple[tuple[str, str], ...]  # (path in the inner class, path in the outer one)
-    others: frozenset[str]  # modules of the outer class that the inner class does not have
-
-    def outer(self, name: str) -> str:
-        """The composite's name of a parameter or module of the inner class. A name that is the
-        composite's already is returned as it is."""
-        if self.is_outer(name):
-            return name
-        return _renamed(name, self.prefixes)
-
-    def inner(self, name: str) -> str:
-        """The reverse. A name that is the inner class's already is returned as it is."""
-        return _renamed(name, tuple((outer, inner) for inner, outer in self.prefixes))
-
-    def is_outer(self, name: str) -> bool:
-        """Whether only the composite has the name."""
-        moved = [outer for inner, outer in self.prefixes if inner != outer]
-        return any(begins(name, path) for path in (*moved, *self.roots))
-
-    @cached_property
-    def roots(self) -> tuple[str, ...]:
-        """The modules of the composite that the inner class does not have, without those inside
-        one of them: a vision tower, a projector."""
-        parts = [outer for _, outer in self.prefixes]
-        apart = {name for name in self.others if not any(begins(part, name) for part in parts)}
-        return tuple(sorted(name for name in apart if name.rpartition(".")[0] not in apart))
-
-    def outer_names(self, tensors: Mapping[str, T]) -> dict[str, T]:
-        """`tensors` by the composite's names. They are left as they are if some have these."""
-        if any(self.is_outer(name) for name in tensors):
-            return dict(tensors)
-        return {self.outer(name): tensor for name, tensor in tensors.items()}
-
-    def contains(self, name: str) -> bool:
-        """Whether a name of the composite is one of a part that the inner class has."""
-        return any(begins(name, outer) for _, outer in self.prefixes)
-
-
-def begins(name: str, path: str) -> bool:
-    """Whether `name` is `path` or inside it."""
-    return not path or name == path or name.startswith(f"{path}.")
-
-
-def _renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
-    """`name` with the first path of `pairs` that it begins with replaced."""
-    for old, new in pairs:
-        if begins(name, old):
-            rest = name.removeprefix(old).removeprefix(".")
-            return ".".join(filter(None, (new, rest)))
-    return name
 
 
 def config_of(values: Mapping[str, Any]) -> Any:
@@ -140,8 +82,8 @@ def trained_class(config: Any) -> Any:
 def trained_config(trained: Any, config: Any) -> Any:
     """The configuration by which the class that is trained is built: `config`, or that of its text
     model."""
-    is_text = trained.config_class is not type(config)
-    return config.get_text_config(decoder=True) if is_text else config
+    text = config.get_text_config(decoder=True)
+    return text if trained.config_class is type(text) else config
 
 
 def named_class(config: Any) -> Any:
@@ -200,13 +142,16 @@ def class_and_places(config: Any) -> tuple[Any, Places | None]:
         if inner is not None:
             return inner, _places_of_causal(inner, outer, config)
         text = text_class(config)
-        if None not in (text, outer) and (places := find_places(text, outer, config)):
+        if None not in (text, outer) and (places := find_places(text, outer, config, True)):
             return text, places
         if outer is not None and _has_head(outer, config):
             return outer, None
     except UserError:
         raise
-    except Exception as error:  # of other values, or for lack of a library
+    except ImportError as error:
+        reason = f"{first_sentence(error)} → install it for the ranks and for the export"
+        raise UserError(f"{name} cannot be built: {reason}") from error
+    except Exception as error:  # of other values
         raise UserError(f"{name} cannot be built: {one_line(error)}") from error
     raise UserError(
         f"{name} is not a causal language model → a model that AutoModelForCausalLM has "
@@ -229,21 +174,38 @@ def _places_of_causal(inner: Any, outer: Any, config: Any) -> Places | None:
 
 def _has_head(model_class: Any, config: Any) -> bool:
     """Whether a class of `config` generates: it has a head with a row for each token."""
-    if model_class.config_class is not type(config) or not model_class.can_generate():
+    generates = model_class.can_generate() and hasattr(model_class, "prepare_inputs_for_generation")
+    if not generates or not _is_of(model_class, config):
         return False
     model = meta_model(model_class, config)
     return model.get_output_embeddings() is not None
 
 
-def find_places(inner_class: Any, outer_class: Any, config: Any) -> Places | None:
+def _is_of(model_class: Any, config: Any) -> bool:
+    """Whether a class is built from a configuration; some are built from those of other types."""
+    import transformers
+
+    autos = transformers.AutoModelForImageTextToText, transformers.AutoModelForMultimodalLM
+    return model_class.config_class is type(config) or any(
+        _auto_class(auto, config) is model_class for auto in autos
+    )
+
+
+def find_places(
+    inner_class: Any, outer_class: Any, config: Any, same_logits: bool = False
+) -> Places | None:
     """Where the parts of `inner_class` are in `outer_class`, which `config` describes; None if
-    these are not exactly one place with the same parameters for each part."""
+    these are not exactly one place with the same parameters for each part.
+
+    `same_logits`: None, too, if only one of the two scales or caps its logits (Aya Vision: its text
+    model does).
+    """
     outer = meta_model(outer_class, config)
     inner = meta_model(inner_class, trained_config(inner_class, config))
     prefixes = _prefixes(inner, outer)
-    if prefixes is None:
+    if prefixes is None or (same_logits and differs_behind_head(inner, outer)):
         return None
-    paths = {_renamed(name, prefixes) for name, _ in inner.named_modules() if name}
+    paths = {renamed(name, prefixes) for name, _ in inner.named_modules() if name}
     others = {name for name, _ in outer.named_modules() if name} - paths
     places = Places(inner_class.__name__, outer_class.__name__, prefixes, frozenset(others))
     shapes = {name: value.shape for name, value in outer.state_dict().items()}
@@ -274,8 +236,9 @@ def _prefixes(inner: Any, outer: Any) -> tuple[tuple[str, str], ...] | None:
 
 
 def meta_model(model_class: Any, config: Any) -> Any:
-    """A model of transformers' class, without data."""
-    with torch.device("meta"):  # eager attention needs no other library
+    """A model of transformers' class, without data, and without the towers that need a package
+    which is not installed."""
+    with towers_may_be_absent(), torch.device("meta"):  # eager attention needs no other library
         return model_class._from_config(config, attn_implementation="eager")
 
 

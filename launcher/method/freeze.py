@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import nn
 
 from launcher.config.schema.method import FreezeConfig
 from launcher.errors import UserError
+from launcher.io.module_paths import ends_in
 from launcher.method.base import CPU, NoAdapterMethod
 from launcher.model.layers import decoder_layers
 from launcher.model.load import Weights
+from launcher.model.text_part import non_text_paths, refuse_non_text
 
 
 class Freeze(NoAdapterMethod):
@@ -30,14 +30,16 @@ class Freeze(NoAdapterMethod):
         weights: Weights | None = None,
         device: torch.device = CPU,
     ) -> nn.Module:
-        """Raises UserError for a name that matches no module, and if the model has fewer layers
-        than are to be trained."""
+        """Raises UserError for a name that matches no module, or only modules that text does not
+        reach, and if the model has fewer layers than are to be trained."""
         model.requires_grad_(False)
         for layer in self._select_layers(model):
             for module in self._select_within(layer):
                 module.requires_grad_(True)
         for module in self._select_outside_layers(model):
             module.requires_grad_(True)
+        for path in non_text_paths(model):  # also inside a module that is named
+            model.get_submodule(path).requires_grad_(False)
         return model
 
     def _select_layers(self, model: nn.Module) -> list[nn.Module]:
@@ -58,8 +60,12 @@ class Freeze(NoAdapterMethod):
     def _select_outside_layers(self, model: nn.Module) -> list[nn.Module]:
         inside = {id(m) for layer in decoder_layers(model) for m in layer.modules()}
         outside = {name: m for name, m in model.named_modules() if id(m) not in inside}
-        names = self.config.extra_modules
-        return _find_modules(outside, names, "method.extra_modules", "outside the layers")
+        names, key = self.config.extra_modules, "method.extra_modules"
+        non_text = non_text_paths(model)
+        for wanted in names:
+            found = [name for name in outside if ends_in(name, wanted)]
+            refuse_non_text(key, wanted, found, non_text)
+        return _find_modules(outside, names, key, "outside the layers")
 
 
 def _find_modules(
@@ -72,7 +78,7 @@ def _find_modules(
         matches = [
             module
             for name, module in modules.items()
-            if re.fullmatch(rf"(.*\.)?{re.escape(wanted)}", name) and _has_parameters(module)
+            if ends_in(name, wanted) and _has_parameters(module)
         ]
         if not matches:
             available = sorted(

@@ -36,6 +36,7 @@ from launcher.method.peft_tensors import (
     to_peft_names,
     trained_deltas,
 )
+from launcher.method.shared_adapters import share_adapters
 from launcher.method.targets import portable
 from launcher.model.load import Weights
 from launcher.model.peft import LoraLayer, ModulesToSaveWrapper, PeftModel
@@ -146,7 +147,7 @@ class Lora:
         else:
             wrapped = wrap_new(model, config, keep_tie)
         self._check_modules_to_save(wrapped)
-        _check_shared_weights(wrapped)
+        share_adapters(wrapped, config)
         return wrapped
 
     def _check_modules_to_save(self, model: PeftModel) -> None:
@@ -234,18 +235,6 @@ def _without_shared_memory(tensors: dict[str, torch.Tensor]) -> dict[str, torch.
 def _is_tied(model: Any) -> bool:
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
-
-
-def _check_shared_weights(model: PeftModel) -> None:
-    """Raises UserError if two adapters change one weight: the base has it under one name only."""
-    first: dict[int, str] = {}
-    for name, layer in lora_layers(model).items():
-        weight = getattr(layer.get_base_layer(), "weight", None)
-        if weight is not None and first.setdefault(id(weight), name) != name:
-            raise UserError(
-                f"{name} and {first[id(weight)]} share a weight, to which two adapters cannot be "
-                "merged → method.target_modules without it, or method=full"
-            )
 
 
 def _materialize(layer: LoraLayer) -> None:

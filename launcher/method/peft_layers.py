@@ -11,12 +11,12 @@ from torch import nn
 
 from launcher.config.schema.method import LoraConfig
 from launcher.errors import UserError
+from launcher.io.module_paths import ends_in
 from launcher.method import existing_adapter
 from launcher.method.peft_tensors import ADAPTER_NAME
 from launcher.method.targets import (
     Targets,
     check_experts,
-    ends_in,
     find_targets,
     from_portable,
     shorten,
@@ -31,7 +31,7 @@ from launcher.model.peft import (
     keep_target_names,
 )
 from launcher.model.sparse import is_grouped, sparse_blocks
-from launcher.model.text_part import is_within, non_text_paths
+from launcher.model.text_part import is_within, non_text_paths, refuse_non_text
 
 
 def wrap_new(model: nn.Module, config: LoraConfig, keep_tie: bool) -> PeftModel:
@@ -44,20 +44,21 @@ def wrap_new(model: nn.Module, config: LoraConfig, keep_tie: bool) -> PeftModel:
         raise UserError(
             f"method.target_modules={targets}: all-linear cannot be combined with other names"
         )
-    non_text = non_text_paths(model)
-    _refuse_ineffective(model, targets, non_text)
+    non_text, unadaptable = non_text_paths(model), unadaptable_linears(model)
+    _refuse_ineffective(model, targets, non_text, unadaptable)
+    saved = _saved_modules(model, config.modules_to_save, non_text)
     sparse = find_targets(model, targets, config.target_router, config.modules_to_save, non_text)
     peft_config = PeftConfig(
         r=config.rank,
         lora_alpha=config.resolved_alpha(),
         lora_dropout=config.dropout,
         target_modules="all-linear" if is_all else targets,
-        exclude_modules=_excluded(model, targets, non_text) or None,
+        exclude_modules=_excluded(model, targets, non_text, unadaptable) or None,
         use_rslora=config.rslora,
         use_dora=config.dora,
         rank_pattern=dict(config.rank_pattern),
         alpha_pattern=config.resolved_alpha_pattern(),
-        modules_to_save=list(config.modules_to_save) or None,
+        modules_to_save=saved or None,
         ensure_weight_tying=keep_tie,
         task_type="CAUSAL_LM",
     )
@@ -71,11 +72,12 @@ def wrap_new(model: nn.Module, config: LoraConfig, keep_tie: bool) -> PeftModel:
     return wrapped
 
 
-def _refuse_ineffective(model: nn.Module, targets: list[str], non_text: list[str]) -> None:
+def _refuse_ineffective(
+    model: nn.Module, targets: list[str], non_text: list[str], unadaptable: list[str]
+) -> None:
     """Raises UserError for a name whose adapters would not learn: of modules that text does not
     reach, or that are passed by."""
     names = [name for name, _ in model.named_modules()]
-    unadaptable = unadaptable_linears(model)
     for target in targets:
         found = [name for name in names if ends_in(name, target)]
         if passed := next((name for name in found if name in unadaptable), None):
@@ -84,14 +86,26 @@ def _refuse_ineffective(model: nn.Module, targets: list[str], non_text: list[str
                 f"{passed} without calling it as a linear layer, so an adapter of {target} would "
                 "have no effect → leave it out, or all-linear"
             )
-        if found and all(is_within(name, non_text) for name in found):
-            raise UserError(
-                f"method.target_modules: {target} is only in {found[0]}, which text does not pass "
-                "through, so its adapter would not learn → names of the text model, or all-linear"
-            )
+        refuse_non_text("method.target_modules", target, found, non_text)
 
 
-def _excluded(model: nn.Module, targets: list[str], non_text: list[str]) -> list[str]:
+def _saved_modules(model: nn.Module, wanted: list[str], non_text: list[str]) -> list[str]:
+    """`wanted`, modules to train in full, with a name that is also one of a module that text does
+    not reach replaced by the paths of the others. Raises UserError for a name of such modules
+    alone."""
+    names = [name for name, _ in model.named_modules()]
+    saved: list[str] = []
+    for each in wanted:
+        found = [name for name in names if name.endswith(each)]  # as PEFT compares them
+        refuse_non_text("method.modules_to_save", each, found, non_text)
+        text = [name for name in found if not is_within(name, non_text)]
+        saved += [each] if text == found else text
+    return saved
+
+
+def _excluded(
+    model: nn.Module, targets: list[str], non_text: list[str], unadaptable: list[str]
+) -> list[str]:
     """The modules among `targets` that get no adapter: those that text does not reach, and, of
     all-linear, those that an adapter would break or that would pass it by."""
     is_all = targets == ["all-linear"]
@@ -101,7 +115,7 @@ def _excluded(model: nn.Module, targets: list[str], non_text: list[str]) -> list
         if is_within(name, non_text)
         and (isinstance(module, nn.Linear) if is_all else any(ends_in(name, t) for t in targets))
     ]
-    return [*(unadaptable_linears(model) if is_all else []), *inside]
+    return [*(unadaptable if is_all else []), *inside]
 
 
 def wrap_existing(model: nn.Module, config: LoraConfig, folder: Path) -> PeftModel:

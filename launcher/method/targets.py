@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from launcher.errors import UserError
+from launcher.io.module_paths import ends_in
 from launcher.model.peft import PeftConfig, linear_layers, renamed_targets
 from launcher.model.sparse import SparseBlock, sparse_blocks
 from launcher.model.text_part import is_within
@@ -112,11 +113,6 @@ def _outside(paths: Iterable[str], modules_to_save: list[str]) -> list[str]:
     return [
         path for path in paths if not any(f".{saved}." in f".{path}." for saved in modules_to_save)
     ]
-
-
-def ends_in(path: str, name: str) -> bool:
-    """Whether `name` is the path, or the end of it."""
-    return path == name or path.endswith(f".{name}")
 
 
 def shorten(model: nn.Module, parameters: list[str]) -> list[str]:

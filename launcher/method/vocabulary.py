@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from launcher.config.schema.method import FreezeConfig, LoraConfig, MethodConfig
-from launcher.method.targets import ends_in
+from launcher.io.module_paths import ends_in
 
 
 def train_vocabulary(config: MethodConfig, model: Any) -> MethodConfig:

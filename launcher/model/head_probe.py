@@ -5,13 +5,12 @@ It is tried on the model: a forward without the layers, in which the head return
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from launcher.io.head_output import output_behind
 from launcher.model.logit_transform import LogitTransform, find_transform
 from launcher.model.peft import PeftModel
 
@@ -30,7 +29,7 @@ def reason_for_whole_logits(model: nn.Module, head: nn.Module) -> str | None:
         return f"{name} does not declare which of its modules computes the hidden states"
     output = torch.zeros(())
     try:
-        logits, input_shapes = _output_with(model, bare, head, output)
+        logits, input_shapes = output_behind(model, bare, head, output)
     except Exception as error:  # slicing or splitting a 0-d output raises various errors
         return f"{name} computes with the logits ({type(error).__name__}: {error})"
     if input_shapes != [(1, 2, head.in_features)]:
@@ -48,58 +47,11 @@ def transform_behind(model: nn.Module, head: nn.Module) -> LogitTransform | None
         return None
     output = torch.zeros(())
     try:
-        summed, input_shapes = _output_with(model, bare, head, output)
+        summed, input_shapes = output_behind(model, bare, head, output)
         if output._version or summed.ndim or input_shapes != [(1, 2, head.in_features)]:
             return None
         return find_transform(
-            lambda logits: _output_with(model, bare, head, logits)[0], head.out_features
+            lambda logits: output_behind(model, bare, head, logits)[0], head.out_features
         )
     except Exception:  # as in reason_for_whole_logits, which reports it
         return None
-
-
-def _output_with(
-    model: nn.Module, bare: Any, head: nn.Module, output: torch.Tensor
-) -> tuple[Any, list[tuple[int, ...]]]:
-    """What the model returns as logits if its head returns `output` for two positions, and the
-    shapes that the head gets. `bare`: the model without adapters."""
-    assert isinstance(head, nn.Linear)
-    hidden = torch.zeros(1, 2, head.in_features)
-    input_shapes: list[tuple[int, ...]] = []
-
-    def stand_in(head_input: torch.Tensor) -> torch.Tensor:
-        input_shapes.append(tuple(head_input.shape))
-        return output
-
-    with (
-        torch.no_grad(),
-        _replaced_forward(bare.base_model, lambda *_, **__: _HiddenStates(hidden)),
-        _replaced_forward(head, stand_in),
-    ):
-        found = model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits
-    return found, input_shapes
-
-
-class _HiddenStates:
-    """A stand-in for the output of the layers, with hidden states and nothing else."""
-
-    def __init__(self, hidden: torch.Tensor) -> None:
-        self.last_hidden_state = hidden
-
-    def __getitem__(self, index: Any) -> Any:
-        return (self.last_hidden_state,)[index]
-
-    def __getattr__(self, name: str) -> None:
-        return None
-
-
-@contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    original = vars(module).get("forward")  # set on the instance, if at all
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if original is not None:
-            module.forward = original

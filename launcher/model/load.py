@@ -6,9 +6,8 @@ and each rank then reads its own rows from the safetensors files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,21 +23,17 @@ from launcher.errors import UserError, first_sentence
 from launcher.folders.model import CONFIG
 from launcher.folders.model_config import read_model_config
 from launcher.folders.quantization import quantization_of
-from launcher.folders.tensor_entries import tensor_names
-from launcher.folders.vocabulary import TIE
+from launcher.io.absent_towers import absent_towers, towers_may_be_absent
 from launcher.io.completeness import missing_buffers, missing_parameters, tied_names
 from launcher.io.conversion import Conversion, find_sources, find_sources_in
 from launcher.io.model_class import (
-    Places,
-    causal_class,
-    class_and_places,
     meta_model,
     named_class,
     places_of,
     remember_places,
-    trained_config,
 )
 from launcher.io.weight_views import LazyWeight, read_full
+from launcher.model.architecture import find_class, unreadable
 from launcher.model.attention import EAGER, choose_attention
 from launcher.model.completeness import (
     check_loaded,
@@ -48,7 +43,6 @@ from launcher.model.completeness import (
 )
 from launcher.model.folder import MB, ModelTensors, SafetensorsFolder, describe_unused
 from launcher.model.lazy_weight import InParts, alone
-from launcher.model.trainable import refuse_untrainable
 
 
 @dataclass
@@ -125,7 +119,12 @@ def build_model(
     try:
         files = SafetensorsFolder(folder)
     except OSError as error:
-        raise _unreadable(folder, error) from error
+        raise unreadable(folder, error) from error
+    for path, reason in absent_towers(model).items():
+        print(
+            f"{folder}: {path} is left out ({reason}); text does not pass through it, and an "
+            "export copies its tensors from the base"
+        )
     conversion = find_weights(model, folder, files, dtype)
     obstacle = conversion.obstacle
     if obstacle is None:
@@ -190,14 +189,15 @@ def _load_whole(
     if places is not None:
         ties = {places.outer(target): places.outer(source) for target, source in ties.items()}
         attention = EAGER  # of the composite, which computes nothing
-    loaded, info = loader.from_pretrained(
-        folder,
-        dtype=load_dtype,
-        attn_implementation=attention,
-        trust_remote_code=config.trust_remote_code,
-        ignore_mismatched_sizes=True,  # the check names them
-        output_loading_info=True,
-    )
+    with towers_may_be_absent():
+        loaded, info = loader.from_pretrained(
+            folder,
+            dtype=load_dtype,
+            attn_implementation=attention,
+            trust_remote_code=config.trust_remote_code,
+            ignore_mismatched_sizes=True,  # the check names them
+            output_loading_info=True,
+        )
     if places is None:
         check_loaded(ties, loaded, info, folder)
         return loaded
@@ -241,18 +241,11 @@ def model_on_meta(
     Buffers are real, because rotary frequencies are not in the files. Raises UserError for a model
     that cannot be built.
     """
-    code = config.trust_remote_code
-    try:
-        if (folder / CONFIG).is_file():
-            read_model_config(folder / CONFIG)
-        architecture = AutoConfig.from_pretrained(folder, trust_remote_code=code)
-    except Exception as error:  # each class checks its values in its own way
-        raise _unreadable(folder, error) from error
-    build, places = _builder(config, folder, architecture)
-    refuse_untrainable(architecture, folder)
+    architecture, build, places = find_class(config, folder)
     attention = choose_attention(config.attention, architecture, packed)
     try:
-        with init_empty_weights(include_buffers=False), no_init_weights():
+        empty = init_empty_weights(include_buffers=False)
+        with towers_may_be_absent(), empty, no_init_weights():
             model = build(dtype=dtype, attn_implementation=attention)
     except UserError:
         raise
@@ -266,34 +259,3 @@ def model_on_meta(
     model.tie_weights()  # building on the meta device loses the tie
     remember_places(model, places)
     return model
-
-
-def _builder(
-    config: ModelConfig, folder: Path, architecture: Any
-) -> tuple[Callable[..., Any], Places | None]:
-    """What builds the model that is trained, and where that is in the class of the folder. Raises
-    UserError for a class that cannot be trained, or whose training could not be exported."""
-    from_config, places = AutoModelForCausalLM.from_config, None
-    if config.trust_remote_code and hasattr(architecture, "auto_map"):
-        return partial(from_config, architecture, trust_remote_code=True), None
-    try:
-        trained, places = class_and_places(architecture)
-    except UserError as error:
-        raise UserError(f"model.name_or_path={folder}: {error}") from error
-    if places is not None:
-        _tie_as_composite(architecture, folder)
-    if causal_class(architecture) is trained:
-        return partial(from_config, architecture, trust_remote_code=False), places
-    return partial(trained._from_config, trained_config(trained, architecture)), places
-
-
-def _tie_as_composite(architecture: Any, folder: Path) -> None:
-    """Tie the head of the text model if the composite's config does. Many are tied by default, and
-    have a head in their files."""
-    has_head = any(name.rpartition("lm_head")[2] == ".weight" for name in tensor_names(folder))
-    if getattr(architecture, TIE, False) and not has_head:
-        architecture.get_text_config(decoder=True).tie_word_embeddings = True
-
-
-def _unreadable(folder: Path, error: Exception) -> UserError:
-    return UserError(f"model.name_or_path={folder} cannot be read: {error or repr(error)}")

@@ -56,6 +56,13 @@ def linear_layers(model: Any) -> list[str]:
     return [name for name, _ in model.named_modules() if name in found]
 
 
+def shares_adapted_weights(model: PeftModel) -> bool:
+    """Whether several adapted layers have one weight: blocks that a model repeats."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    weights = [id(getattr(layer.get_base_layer(), "weight", layer)) for layer in layers]
+    return len({*weights}) < len(weights)
+
+
 def renamed_targets(model: nn.Module) -> set[str]:
     """The names of modules that PEFT takes for those of transformers 4, and renames."""
     model_type = getattr(model.config, "model_type", None)
@@ -86,4 +93,5 @@ __all__ = [
     "keep_target_names",
     "linear_layers",
     "renamed_targets",
+    "shares_adapted_weights",
 ]

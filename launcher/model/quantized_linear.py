@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from launcher.errors import UserError
+from launcher.io.module_paths import ends_in
 from launcher.io.weight_views import LazyWeight, read_flat_range
 from launcher.model.lazy_weight import InParts
 from launcher.model.load import Weights
@@ -83,7 +84,8 @@ class QuantizedLinear(nn.Linear):
     def __init__(self, plain: nn.Linear, packed: torch.Tensor, scales: Scales) -> None:
         nn.Module.__init__(self)  # nn.Linear's would create a weight
         self.in_features, self.out_features = plain.in_features, plain.out_features
-        self.weight = nn.Parameter(packed, requires_grad=False)
+        is_shared = isinstance(packed, nn.Parameter)
+        self.weight = packed if is_shared else nn.Parameter(packed, requires_grad=False)
         self.bias = plain.bias
         self.scales = scales
 
@@ -128,7 +130,11 @@ def quantize(
     """
     slots = weights.by_parameter() if weights else {}
     before = after = count = 0
+    made: dict[int, QuantizedLinear] = {}  # by the weight, which several layers may share
     for name, module in _find_linears(model, keep):
+        if (twin := made.get(id(module.weight))) is not None:
+            _replace(model, name, QuantizedLinear(twin, twin.weight, twin.scales))
+            continue
         slot, shape = slots.get(id(module.weight)), module.weight.shape
         block = format.block_size(shape)
         if module.weight.numel() % block:
@@ -153,8 +159,8 @@ def quantize(
         for moved in (slot, slots.get(id(module.bias))):
             if moved is not None:
                 moved.module = replacement
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, replacement)
+        made[id(module.weight)] = replacement
+        _replace(model, name, replacement)
         count, after = count + 1, after + packed.nbytes + scales.nbytes
     if count == 0:
         raise UserError(f"{type(model).__name__} has no linear layer to quantize; method=lora")
@@ -164,10 +170,15 @@ def quantize(
     )
 
 
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
+
+
 def _find_linears(model: nn.Module, keep: list[str]) -> Iterator[tuple[str, nn.Linear]]:
     head = model.get_output_embeddings()  # type: ignore[operator]
     for name, module in list(model.named_modules()):
-        is_kept = any(name == suffix or name.endswith(f".{suffix}") for suffix in keep)
+        is_kept = any(ends_in(name, suffix) for suffix in keep)
         if isinstance(module, nn.Linear) and module is not head and not is_kept:
             yield name, module
 

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from launcher.io.model_class import begins
+from launcher.errors import UserError
+from launcher.io.module_paths import begins
 from launcher.model.peft import PeftModel
 
 TEXT_INPUTS = ("input_ids", "inputs_embeds", "inputs")
@@ -45,6 +46,16 @@ def non_text_modules(model: Any) -> list[nn.Module]:
     """The modules at `non_text_paths`, also of a model with an adapter."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return [base.get_submodule(path) for path in non_text_paths(base)]
+
+
+def refuse_non_text(setting: str, name: str, found: list[str], non_text: Collection[str]) -> None:
+    """Raises UserError if text reaches none of the modules `found` that `name` selects in
+    `setting`. `non_text`: see `non_text_paths`."""
+    if found and all(is_within(path, non_text) for path in found):
+        raise UserError(
+            f"{setting}: {name} is only in {found[0]}, which text does not pass through, so it "
+            "would not learn → modules of the text model"
+        )
 
 
 def is_within(name: str, paths: Collection[str]) -> bool:

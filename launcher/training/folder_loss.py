@@ -16,6 +16,7 @@ from launcher.data.dataset import load_data
 from launcher.data.source import find_problems
 from launcher.errors import UserError, one_line
 from launcher.folders.vocabulary import embedding_rows
+from launcher.io.absent_towers import towers_may_be_absent
 from launcher.io.adapter import check_modules, read_adapter
 from launcher.io.model_class import class_to_load
 from launcher.training.loss import token_loss
@@ -83,12 +84,13 @@ def _load(model: Model, trust_remote_code: bool) -> Any:
             from transformers import AutoModelForCausalLM as model_class
         else:
             model_class = class_to_load(model.folder, adapters[0] if adapters else None)
-        loaded: Any = model_class.from_pretrained(
-            model.folder,
-            dtype="auto",
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-        )
+        with towers_may_be_absent():
+            loaded: Any = model_class.from_pretrained(
+                model.folder,
+                dtype="auto",
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+            )
         for folder in model.earlier_adapters:
             loaded = _with_adapters(loaded, (folder,)).merge_and_unload()
         return _with_adapters(loaded, adapters) if adapters else loaded

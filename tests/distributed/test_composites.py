@@ -12,9 +12,22 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from launcher.checkpoint.load import describe_frozen_since
+from launcher.distributed.process_group import RankInfo
 from launcher.folders import manifest
 from launcher.folders.adapter import WEIGHTS
-from tests.helpers.checkpoints import END, QUESTION, STOP, run_steps, save_and_answer, six_steps
+from launcher.folders.checkpoint import Checkpoint
+from launcher.method import full
+from tests.helpers import parts
+from tests.helpers.checkpoints import (
+    END,
+    QUESTION,
+    STOP,
+    restore,
+    run_steps,
+    save_and_answer,
+    six_steps,
+)
 from tests.helpers.composites import COMPOSITES, load_composite, make_composite
 from tests.helpers.exports import consolidate, stored
 from tests.helpers.parts import Case
@@ -174,3 +187,30 @@ def with_names_of_earlier_versions(adapter: Path) -> None:
     tensors = load_file(adapter / WEIGHTS)
     renamed = {name.replace(".language_model.", "."): each for name, each in tensors.items()}
     save_file(renamed, adapter / WEIGHTS, {"format": "pt"})
+
+
+def train_as_before(rank_info: RankInfo, case: Case, folder: Path) -> list[float]:
+    """As versions did that trained towers, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(full, "non_text_paths", lambda model: [])
+        return run_steps(rank_info, case, folder, 0, 1)
+
+
+def resume_and_describe(rank_info: RankInfo, case: Case, folder: Path) -> str | None:
+    state, _ = parts.set_up(rank_info, case)
+    restore(state, folder, 1)
+    return describe_frozen_since(Checkpoint(folder / "checkpoints/step-000001"), state)
+
+
+def test_a_run_that_trained_its_towers_is_resumed_with_a_sentence(
+    ranks: Any, bases: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    case = Case(
+        bases["gemma3"], rows_file, method="full", strategy="zero2", steps=2, global_batch_size=4
+    )
+    ranks.run(2, train_as_before, case, tmp_path / "old")
+    line, _ = ranks.run(2, resume_and_describe, case, tmp_path / "old")
+    assert line is not None
+    assert "step-000001 is of a version that gave vision and audio towers" in line
+    ranks.run(2, run_steps, case, tmp_path / "new", 0, 1)
+    assert ranks.run(2, resume_and_describe, case, tmp_path / "new") == [None, None]

@@ -25,6 +25,7 @@ from launcher.config.schema.model import ModelConfig
 from launcher.data.collate import IGNORED, collate
 from launcher.distributed.process_group import RankInfo
 from launcher.errors import UserError
+from launcher.io.absent_towers import towers_may_be_absent
 from launcher.io.model_class import causal_class, named_class, places_of
 from launcher.model.load import build_model
 from launcher.model.recurrent import separate_documents
@@ -182,11 +183,12 @@ def _loaded(folder: Path, **options: Any) -> Any:
     AutoModelForCausalLM does not have it, or fills parameters at random."""
     config = AutoConfig.from_pretrained(folder)
     options |= {"dtype": torch.float32, "output_loading_info": True}
-    if causal_class(config):
-        model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
-        if not info["missing_keys"]:
-            return model
-    return named_class(config).from_pretrained(folder, **options)[0]
+    with towers_may_be_absent():
+        if causal_class(config):
+            model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+            if not info["missing_keys"]:
+                return model
+        return named_class(config).from_pretrained(folder, **options)[0]
 
 
 def train_and_resume(rank_info: RankInfo, case: Case, folder: Path) -> Trained:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from launcher.io.absent_towers import absent_towers, towers_may_be_absent
 from launcher.model.tiny import byte_tokenizer
 
 VOCABULARY, WIDTH, LAYERS = 259, 32, 2
@@ -97,7 +99,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "encoder_config": {"hidden_size_global": WIDTH},
         "decoder_config": {"hidden_size_global": WIDTH},
     },
+    "chameleon": {"vocabulary_map": {"<image>": 3}},
     "codegen": {"rotary_dim": 4},
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": MROPE}}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": MROPE}},
     "dots1": {"n_shared_experts": 1},
     "dots3_note": {
@@ -125,6 +129,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "inkling2_text": INKLING,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8},
+    "perception_lm": {"vision_config": {"model_args": {"embed_dim": WIDTH}}},
     "phi4_multimodal": {
         "audio_config": {
             "nemo_conv_channels": 16,
@@ -134,6 +139,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
             "feature_layer": -1,
         },
     },
+    "qwen2_5_omni_thinker": {"text_config": {"rope_parameters": MROPE}},
     "qwen2_5_vl": {"text_config": {"rope_parameters": MROPE}},
     "qwen2_vl": {"text_config": {"rope_parameters": MROPE}},
     "qwen4_exp": {"text_config": QSA},
@@ -152,6 +158,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
         "n_mamba_heads": 2,
     },
+    "zamba2": {  # two blocks, one of them at two depths
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "hybrid"],
+        "num_hidden_layers": 5,
+        "num_mem_blocks": 2,
+    },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"moe_num_experts": 4, "ffn_hidden_size": 16},
@@ -163,8 +174,15 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "attention_types": [[["global", "local"], 1]],
         "attention_layers": ["global", "local"],
     },
+    "fast_vlm": {
+        "vision_config": {"hidden_size": WIDTH, "architecture": "test_efficientnet"},
+    },
+    "gemma3n": {"vision_config": {"architecture": "test_efficientnet"}},
     "glm4v": {"text_config": {"rope_parameters": HALF_MROPE}},
     "glm4v_moe": {"text_config": {"rope_parameters": HALF_MROPE}},
+    "glm46v": {"text_config": {"rope_parameters": HALF_MROPE}},
+    "glmga": {"text_config": {"rope_parameters": HALF_MROPE}},
+    "glm_ocr": {"text_config": {"rope_parameters": HALF_MROPE}},
     "gptj": {"rotary_dim": 4},
     "glm4_moe_lite": MLA,
     "glm_moe_dsa": MLA,
@@ -195,9 +213,14 @@ OPTIONAL = {"sliding_window", "attention_chunk_size", "q_lora_rank", "v_head_dim
 # Composites that AutoModelForCausalLM does not have: with a text model that it has, or trained
 # themselves.
 IMAGE_TEXT = (
-    "glm4v", "glm4v_moe", "idefics3", "internvl", "kimi_k25", "lfm2_vl", "llava", "llava_next",
-    "llava_onevision", "mistral3", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_vl",
-    "qwen3_vl_moe", "smolvlm",
+    "aria", "aya_vision", "chameleon", "cohere2_vision", "cohere_compass", "deepseek_vl",
+    "exaone4_5", "fast_vlm", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga", "granite_docling",
+    "granite_speech", "hyperclovax_vision_v2", "idefics", "idefics2", "idefics3", "internvl",
+    "kimi_k25", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llava", "llava_next", "llava_next_video",
+    "llava_onevision", "minicpmv4_6", "minimax_m3_vl", "mistral3", "mistral4", "muse_glimmer",
+    "ovis2", "paligemma", "perception_lm", "qianfan_ocr", "qwen2_5_omni", "qwen2_5_omni_thinker",
+    "qwen2_5_vl", "qwen2_audio", "qwen2_vl", "qwen3_asr", "qwen3_omni_moe_thinker", "qwen3_vl",
+    "qwen3_vl_moe", "smolvlm", "video_llama_3", "video_llava", "vipllava", "voxtral",
 )  # fmt: skip
 
 
@@ -256,15 +279,16 @@ def release(model_type: str, folder: Path, seed: int = 1) -> str:
     """Write a random model of `model_type` to `folder`, as its authors would release it; return
     its class. Raises what transformers raises.
 
-    Of a class that needs a package which is not installed, or the config of a part, only the config
-    is written.
+    A tower that needs a package which is not installed has one tensor, which no class here builds.
+    Of the config of a part, only the config is written.
     """
     config = tiny_config(model_type)
     kind = _released_class(config)
     byte_tokenizer().save_pretrained(folder)
     torch.manual_seed(seed)
     try:
-        model = kind(config)
+        with towers_may_be_absent():
+            model = kind(config)
     except (ImportError, AttributeError):
         config.architectures = [kind.__name__]
         config.save_pretrained(folder)
@@ -274,6 +298,10 @@ def release(model_type: str, folder: Path, seed: int = 1) -> str:
             if parameter.is_floating_point() and not parameter.any():  # biases that start at zero
                 parameter.normal_(std=0.02)
     model.save_pretrained(folder)
+    if towers := absent_towers(model):
+        file = folder / "model.safetensors"
+        values = {f"{path}.timm_model.conv.weight": torch.randn(4, 3, 2, 2) for path in towers}
+        save_file(load_file(file) | values, file, {"format": "pt"})
     return kind.__name__
 
 

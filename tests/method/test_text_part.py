@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from launcher.config.schema.method import FullConfig, LoraConfig
+from launcher.config.schema.method import FreezeConfig, FullConfig, LoraConfig
 from launcher.errors import UserError
 from launcher.folders.adapter import WEIGHTS
 from launcher.method import build_method
@@ -82,3 +83,44 @@ def test_an_adapter_that_earlier_versions_gave_to_a_tower_is_left_out(
 
 def paths_of(model: torch.nn.Module, name: str) -> list[str]:
     return [path for path, _ in model.named_modules() if path.endswith(f".{name}")]
+
+
+@pytest.mark.parametrize("name", ["vision_tower", "multi_modal_projector", "fc1"])
+def test_training_a_tower_in_full_is_refused(name: str) -> None:
+    says = rf"{name} is only in model\.\S*{name}, which text does not pass through.* → modules of"
+    model = build("gemma3")
+    lora = LoraConfig(name="lora", target_modules=["q_proj"], modules_to_save=[name])
+    with pytest.raises(UserError, match=f"^method.modules_to_save: {says}"):
+        build_method(lora).prepare(model, 0)
+    freeze = FreezeConfig(name="freeze", layers=1, extra_modules=[name])
+    with pytest.raises(UserError, match=f"^method.extra_modules: {says}"):
+        build_method(freeze).prepare(build("gemma3"), 0)
+
+
+@pytest.mark.parametrize("name", ["model", "q_proj"])
+def test_freeze_trains_no_tower_inside_a_module_or_of_the_same_name(name: str) -> None:
+    """`model` contains the tower."""
+    model = build("gemma3")
+    modules = {"extra_modules": ["model"]} if name == "model" else {"modules": ["q_proj"]}
+    build_method(FreezeConfig(name="freeze", layers=1, **modules)).prepare(model, 0)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all("language_model" in name or name.startswith("lm_head") for name in trained)
+
+
+def test_a_module_of_the_text_model_is_trained_in_full_without_its_namesake_of_a_tower(
+    tmp_path: Path,
+) -> None:
+    model = build("gemma3")
+    assert [path for path in paths_of(model, "k_proj") if path.startswith("model.vision_tower")]
+    config = LoraConfig(name="lora", target_modules=["q_proj"], modules_to_save=["k_proj"])
+    method = build_method(config)
+    wrapped = method.prepare(model, 0)
+    trained = {name: p.detach() for name, p in wrapped.named_parameters() if p.requires_grad}
+    full = [name for name in trained if "modules_to_save" in name]
+    assert len(full) == len([p for p in paths_of(build("gemma3"), "k_proj") if "language" in p])
+    assert all("language_model" in name for name in full)
+    method.write(wrapped, trained, tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(build("gemma3"), str(tmp_path / "adapter"))
+    values = dict(loaded.named_parameters())
+    assert all(torch.equal(values[name], value) for name, value in trained.items())

@@ -9,15 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
+from transformers.models.gemma3n.modeling_gemma3n import (
+    Gemma3nForConditionalGeneration,
+    Gemma3nTextModel,
+)
+from transformers.utils import is_timm_available
 
 from launcher.config.schema.model import ModelConfig
 from launcher.export.exportable import check_exportable
-from launcher.io.model_class import places_of
+from launcher.io.absent_towers import absent_towers
+from launcher.io.model_class import meta_model, places_of
 from launcher.model import load
 from launcher.model.layers import decoder_layers
 from launcher.model.load import build_model
 from tests.helpers.composites import load_composite, make_composite
+from tests.helpers.tiny_models import release, tiny_config
 
 TRAINED = {"llava": "Qwen2ForCausalLM", "mistral3": "MistralForCausalLM"}
 
@@ -84,3 +92,49 @@ def test_a_whole_composite_is_read_where_slices_cannot_be(
     monkeypatch.setattr(load, "_optional_parameter", lambda model, tensors: "a parameter")
     model = build(folder)
     assert torch.allclose(logits(model), logits(load_composite("llava", folder)), atol=1e-6)
+
+
+def test_a_tower_that_needs_a_missing_package_is_left_out_and_copied(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gemma 3n without timm: the text is computed, and each tensor of the tower is exported."""
+    release("gemma3n", tmp_path)
+    model = build(tmp_path)
+    said = capsys.readouterr().out
+    if not is_timm_available():
+        assert "model.vision_tower is left out (TimmWrapperModel requires the timm library" in said
+        assert absent_towers(model).keys() == {"model.vision_tower"}
+    assert torch.isfinite(logits(model)).all()
+    check_exportable(tmp_path)
+
+
+def test_a_text_model_that_needs_a_missing_package_is_not_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def without_package(*_: Any, **__: Any) -> None:
+        raise ImportError("the text model needs a package")
+
+    monkeypatch.setattr(Gemma3nTextModel, "_from_config", without_package)
+    config, original = tiny_config("gemma3n"), vars(transformers.AutoModel)["from_config"]
+    with pytest.raises(ImportError, match="the text model needs a package"):
+        meta_model(Gemma3nForConditionalGeneration, config)
+    assert vars(transformers.AutoModel)["from_config"] is original
+
+
+@pytest.mark.parametrize(
+    ("model_type", "trained"),
+    [
+        ("aya_vision", "AyaVisionForConditionalGeneration"),  # it does not scale the logits
+        ("glmga", "Glm46VForConditionalGeneration"),  # a class of another type's config
+        ("cohere_compass", "CohereCompassForCausalLM"),
+    ],
+)
+def test_the_class_that_is_trained_computes_the_logits_of_the_composite(
+    model_type: str, trained: str, tmp_path: Path
+) -> None:
+    composite = getattr(transformers, release(model_type, tmp_path))
+    model = build(tmp_path)
+    assert type(model).__name__ == trained
+    whole = composite.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert torch.allclose(logits(model), logits(whole), atol=1e-5)
+    check_exportable(tmp_path)

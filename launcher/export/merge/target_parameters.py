@@ -17,6 +17,7 @@ from launcher.export.merge.experts import deltas_per_expert
 from launcher.export.merge.factors import Factors
 from launcher.export.merge.lora import Delta
 from launcher.io.adapter import Adapter
+from launcher.io.module_paths import ends_in
 from launcher.io.tensor import Tensor
 
 # Model types whose experts are [experts, in, out].
@@ -43,7 +44,7 @@ def take_edits(
         names = [
             name
             for name in shapes
-            if name.rpartition(".")[0] == module and _is_targeted(name, targets)
+            if name.rpartition(".")[0] == module and any(ends_in(name, t) for t in targets)
         ]
         if not names:
             continue
@@ -106,10 +107,6 @@ def _assign(
 def _may_fit(shape: tuple[int, ...], factors: Factors) -> bool:
     delta_shape = (factors.b.shape[0], factors.a.shape[1])
     return delta_shape == shape[-2:] or (len(shape) == 3 and delta_shape == shape[:0:-1])
-
-
-def _is_targeted(name: str, targets: tuple[str, ...]) -> bool:
-    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def _strip_base_layers(module: str) -> str:

@@ -9,13 +9,13 @@ from typing import Any
 from launcher.folders.model_config import NESTED
 from launcher.io.adapter import plain_name
 from launcher.io.model_class import (
-    Places,
     causal_class,
     config_of,
     find_places,
     named_class,
     text_class,
 )
+from launcher.io.places import Places
 from launcher.io.readers.found import FoundModel
 
 
@@ -70,10 +70,11 @@ def _first_places(values: Any, candidates: list[Any]) -> Places | None:
 def in_composite(found: FoundModel, places: Places | None) -> FoundModel:
     """`found`, a model without its adapter, by the composite's names. It is returned as it is if it
     has them, or if there is not a composite (`places` is None)."""
-    if places is None or not found.tensors or any(map(places.is_outer, found.tensors)):
+    outer = places.renaming(found.tensors) if places and found.tensors else None
+    if outer is None:
         return found
-    tensors = {places.outer(name): tensor for name, tensor in found.tensors.items()}
-    aliases = {places.outer(name): places.outer(other) for name, other in found.aliases.items()}
-    trained = found.trained and frozenset(places.outer(plain_name(n)) for n in found.trained)
+    tensors = {outer(name): tensor for name, tensor in found.tensors.items()}
+    aliases = {outer(name): outer(other) for name, other in found.aliases.items()}
+    trained = found.trained and frozenset(outer(plain_name(n)) for n in found.trained)
     renamed = {name: tensor.renamed(name) for name, tensor in tensors.items()}
     return replace(found, tensors=renamed, aliases=aliases, trained=trained, partial=True)
