@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -148,6 +148,43 @@ def read_weight_map(index: Path) -> dict[str, str]:
         if not is_inside(file):
             raise UserError(f"{index} lists {file}, which lies outside the folder")
     return weight_map
+
+
+def check_index(
+    index: Path, file_of: Mapping[str, str], names: Mapping[str, Collection[str]]
+) -> None:
+    """Raises UserError unless the files have the tensors that `index` lists there, each once and no
+    other, and are all that libraries would read.
+
+    Args:
+        file_of: Name of a tensor → name of its file, as the index lists it.
+        names: Name of each file that the index lists → the names of its tensors.
+    """
+    folder, whole = index.parent, index.name.removesuffix(".index.json")
+    if whole not in names and (folder / whole).is_file():
+        raise UserError(
+            f"{folder} contains {whole} and {index.name}, which lists other files: transformers "
+            f"would read the one and vLLM the other → {folder} without one of them"
+        )
+    found: dict[str, str] = {}
+    for file, tensors in names.items():
+        for name in tensors:
+            if name in found:
+                raise UserError(
+                    f"{name} is in both {found[name]} and {file} of {folder}: it is unclear which "
+                    "of them is the model's → the same download or copy once more"
+                )
+            found[name] = file
+    if missing := sorted(name for name, file in file_of.items() if found.get(name) != file):
+        raise UserError(
+            f"{index} lists {missing[0]} ({len(missing)} such tensors) in {file_of[missing[0]]}, "
+            "which does not contain it: the index is stale → the one that belongs to the files"
+        )
+    if extra := sorted(found.keys() - file_of.keys()):
+        raise UserError(
+            f"{folder / found[extra[0]]} contains {extra[0]} ({len(extra)} such tensors), which "
+            f"{index.name} does not list: the index is stale → the one that belongs to the files"
+        )
 
 
 def is_inside(name: str) -> bool:

@@ -24,9 +24,19 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
+from launcher.errors import UserError, first_sentence
 from launcher.io.completeness import missing_parameters
 from launcher.io.places import Places
-from launcher.io.weight_views import Cut, Joined, LazyWeight, Permuted, Reshaped, stored_parts
+from launcher.io.weight_views import (
+    DIFFERENT_SHAPES,
+    Cut,
+    Joined,
+    LazyWeight,
+    Permuted,
+    Reshaped,
+    different_shapes,
+    stored_parts,
+)
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -44,6 +54,9 @@ class Conversion:
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     # Name in memory, shape in the files, shape in memory
     mismatched: list[tuple[str, torch.Size, torch.Size]] = field(default_factory=list)
+    # Name in memory → why no parameter can be made of the tensors in the files, of which some are
+    # missing or have other shapes
+    unfit: dict[str, str] = field(default_factory=dict)
     # Stored tensors that the model does not have: vision towers, heads for several tokens
     unused: set[str] = field(default_factory=set)
     # Why some parameters cannot be read in slices: the first of them, and what transformers does
@@ -54,7 +67,8 @@ def find_sources(model: Any, stored: Mapping[str, LazyWeight], dtype: torch.dtyp
     """The sources of the parameters and persistent buffers of `model`, a transformers model.
 
     `stored`: the tensors of its folder by name. Nothing is read, and `model` stays as it is.
-    `dtype`: that in which `from_pretrained` would load it.
+    `dtype`: that in which `from_pretrained` would load it. Raises UserError for tensors with which
+    transformers fails.
     """
     found, weights = Conversion(), dict(stored.items())
     symbols = {name: Symbol(weight, weight.dtype) for name, weight in weights.items()}
@@ -65,8 +79,18 @@ def find_sources(model: Any, stored: Mapping[str, LazyWeight], dtype: torch.dtyp
         ignore_mismatched_sizes=True,
     )
     with _restored(model, found), _quiet():
-        info, _ = convert_and_load_state_dict_in_model(model, symbols, config)
+        try:
+            info, _ = convert_and_load_state_dict_in_model(model, symbols, config)
+        except Exception as error:  # of any kind: the tables are made for published files
+            raise UserError(
+                f"transformers cannot read the files as {type(model).__name__} "
+                f"({type(error).__name__}: {first_sentence(error)}): they have a parameter twice, "
+                "in two layouts, for example → the files as they were published"
+            ) from error
     found.mismatched = sorted(info.mismatched_keys)
+    for name, error in info.conversion_errors.items():
+        if different := re.search(f"^ValueError: ({DIFFERENT_SHAPES}.*)$", error, re.MULTILINE):
+            found.unfit[name] = different[1]
     if info.conversion_errors:
         name, error = min(info.conversion_errors.items())
         operation = re.search(r"Error: (\w+) on tensors", error)
@@ -93,6 +117,7 @@ def find_sources_in(
             for name, in_files, in_memory in whole.mismatched
             if places.contains(name)
         ],
+        unfit={places.inner(n): why for n, why in whole.unfit.items() if places.contains(n)},
     )
     if missing_parameters(model, found.sources.keys()):
         found.obstacle = whole.obstacle
@@ -159,6 +184,8 @@ def _cat(symbols: list[Symbol], dim: int = 0) -> LazyWeight:
 
 
 def _stack(symbols: list[Symbol], dim: int = 0) -> LazyWeight:
+    if len({each.shape for each in symbols}) > 1:
+        raise different_shapes(each.weight for each in symbols)
     dim %= symbols[0].ndim + 1
     shapes = [(*each.shape[:dim], 1, *each.shape[dim:]) for each in symbols]
     slices = [Reshaped(each.weight, shape) for each, shape in zip(symbols, shapes, strict=True)]

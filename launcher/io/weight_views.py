@@ -12,12 +12,14 @@ import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 
 from launcher.io.boxes import Box, boxes, intersection, runs
+
+DIFFERENT_SHAPES = "tensors of the shapes"  # how a message begins: they cannot be joined
 
 
 class LazyWeight(Protocol):
@@ -67,7 +69,7 @@ class Joined(View):
         sizes = [weight.shape[dim] for weight in weights]
         others = {(*weight.shape[:dim], *weight.shape[dim + 1 :]) for weight in weights}
         if len(others) != 1:
-            raise ValueError(f"tensors of the shapes {[list(weight.shape) for weight in weights]}")
+            raise different_shapes(weights)
         first = weights[0].shape
         self.shape = torch.Size((*first[:dim], sum(sizes), *first[dim + 1 :]))
         self.dtype = functools.reduce(torch.promote_types, (weight.dtype for weight in weights))
@@ -147,6 +149,12 @@ class Reshaped(View):
         for begin, box in runs((offsets, tuple(out.shape)), tuple(self.shape)):
             run = _box_of(out, box)
             run.copy_(read_flat_range(self._weight, begin, run.numel()).view(run.shape))
+
+
+def different_shapes(weights: Iterable[LazyWeight]) -> ValueError:
+    """The error for weights that do not fit beside each other."""
+    shapes = dict.fromkeys(str(list(weight.shape)) for weight in weights)
+    return ValueError(f"{DIFFERENT_SHAPES} {' and '.join(shapes)}")
 
 
 def read_full(weight: LazyWeight) -> torch.Tensor:

@@ -56,22 +56,52 @@ def refuse_mismatched(
     for name, in_file, in_model in mismatched:
         raise UserError(
             f"model.name_or_path={folder}: {name} has the shape {list(in_file)} in the files, but "
-            f"config.json describes {list(in_model)} → the config.json that belongs to the files"
+            f"config.json describes {list(in_model)} → all files of the model, and the config.json "
+            "that belongs to them"
         )
 
 
-def refuse_missing(names: Iterable[str], folder: Path) -> None:
-    """Raises UserError if there are `names`: parameters that the files lack."""
+def refuse_unfit(unfit: Mapping[str, str], folder: Path) -> None:
+    """Raises UserError if there are any: name in memory → why it cannot be made of the files."""
+    for name, reason in sorted(unfit.items()):
+        more = f" ({len(unfit)} such parameters)" if len(unfit) > 1 else ""
+        raise UserError(
+            f"model.name_or_path={folder}: {name} cannot be made of {reason} in the files{more}: "
+            "some are missing or damaged → a folder with all tensors"
+        )
+
+
+def refuse_missing(names: Iterable[str], folder: Path, unused: Iterable[str] = ()) -> None:
+    """Raises UserError if there are `names`: parameters that the files lack. `unused`: the stored
+    tensors that the model does not have."""
     missing = sorted(names)
     if not missing:
         return
     is_head = any(HEAD_MODULES & {*name.split(".")} for name in missing)
     tie = f", or tie_word_embeddings=true in {folder}/config.json if the head is the embedding"
     more = f" and {len(missing) - MAX_NAMES} more" if len(missing) > MAX_NAMES else ""
+    lacks = f"the files contain no {', '.join(missing[:MAX_NAMES])}{more}"
+    if other := _under_another_prefix(missing, unused):
+        raise UserError(
+            f"model.name_or_path={folder}: {lacks}, but {other} → the config.json that belongs to "
+            f"the files; if a wrapper prefixed the names, shardway consolidate {folder} --output "
+            "DIR removes that"
+        )
     raise UserError(
-        f"model.name_or_path={folder}: the files contain no {', '.join(missing[:MAX_NAMES])}{more},"
-        f" which would be random → a folder with all tensors{tie * is_head}"
+        f"model.name_or_path={folder}: {lacks}, which would be random → a folder with all "
+        f"tensors{tie * is_head}"
     )
+
+
+def _under_another_prefix(missing: list[str], unused: Iterable[str]) -> str | None:
+    """A stored tensor that has the name of one of `missing`, but for the first parts."""
+    stored = sorted(unused)
+    for name in missing:
+        ends = [name, name.partition(".")[2]]
+        for end in (end for end in ends if end.count(".") > 0):
+            if found := next((other for other in stored if other.endswith(f".{end}")), None):
+                return found
+    return None
 
 
 def untied_error(folder: Path, target: str, source: str) -> UserError:

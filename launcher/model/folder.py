@@ -10,7 +10,13 @@ from torch import nn
 
 from launcher.errors import UserError
 from launcher.folders.model import single_weights_file
-from launcher.folders.tensor_entries import INDEX, TensorEntry, file_entries, read_weight_map
+from launcher.folders.tensor_entries import (
+    INDEX,
+    TensorEntry,
+    check_index,
+    file_entries,
+    read_weight_map,
+)
 from launcher.io.conversion import Conversion
 from launcher.io.readers.safetensors_file import DTYPES
 from launcher.io.weight_views import LazyWeight
@@ -24,9 +30,8 @@ class SafetensorsFolder(Mapping[str, FileWeight]):
     """The tensors of a model folder by name."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises UserError if a file is damaged, if the index lists a file or a tensor that is
-        missing, if there are several files and no index, or for a dtype that torch does not
-        have."""
+        """Raises UserError if a file is damaged, if index and files disagree, if there are several
+        files and no index, or for a dtype that torch does not have."""
         self.folder = folder
         index = folder / INDEX
         if index.is_file():
@@ -76,11 +81,7 @@ def _indexed_entries(index: Path) -> dict[str, TensorEntry]:
     if missing:
         raise UserError(f"{index} lists files that are missing: {', '.join(missing)}")
     entries = {file: file_entries(folder / file) for file in files}
-    if lost := [name for name, file in file_of.items() if name not in entries[file]]:
-        raise UserError(
-            f"{index} lists {lost[0]} in {file_of[lost[0]]}, which does not contain it: the index "
-            "is stale"
-        )
+    check_index(index, file_of, entries)
     return {name: entries[file][name] for name, file in file_of.items()}
 
 

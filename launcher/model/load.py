@@ -40,6 +40,7 @@ from launcher.model.completeness import (
     check_ties,
     refuse_mismatched,
     refuse_missing,
+    refuse_unfit,
 )
 from launcher.model.folder import MB, ModelTensors, SafetensorsFolder, describe_unused
 from launcher.model.lazy_weight import InParts, alone
@@ -127,10 +128,12 @@ def build_model(
         )
     conversion = find_weights(model, folder, files, dtype)
     obstacle = conversion.obstacle
+    refuse_unfit(conversion.unfit, folder)
     if obstacle is None:
         tensors = ModelTensors(files, model, conversion)
         names = conversion.sources.keys() | {name for name, *_ in conversion.mismatched}
-        refuse_missing([*missing_parameters(model, names), *missing_buffers(model, names)], folder)
+        lacking = [*missing_parameters(model, names), *missing_buffers(model, names)]
+        refuse_missing(lacking, folder, conversion.unused)
         refuse_mismatched(conversion.mismatched, folder)
         check_ties(model, conversion.sources, folder, in_parts)
         _load_buffers(model, conversion)
@@ -189,15 +192,18 @@ def _load_whole(
     if places is not None:
         ties = {places.outer(target): places.outer(source) for target, source in ties.items()}
         attention = EAGER  # of the composite, which computes nothing
-    with towers_may_be_absent():
-        loaded, info = loader.from_pretrained(
-            folder,
-            dtype=load_dtype,
-            attn_implementation=attention,
-            trust_remote_code=config.trust_remote_code,
-            ignore_mismatched_sizes=True,  # the check names them
-            output_loading_info=True,
-        )
+    try:
+        with towers_may_be_absent():
+            loaded, info = loader.from_pretrained(
+                folder,
+                dtype=load_dtype,
+                attn_implementation=attention,
+                trust_remote_code=config.trust_remote_code,
+                ignore_mismatched_sizes=True,  # the check names them
+                output_loading_info=True,
+            )
+    except Exception as error:  # each conversion and quantization fails in its own way
+        raise unreadable(folder, error) from error
     if places is None:
         check_loaded(ties, loaded, info, folder)
         return loaded

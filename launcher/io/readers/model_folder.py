@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launcher.errors import UserError
 from launcher.folders.model import is_weights_file, single_weights_file
-from launcher.folders.tensor_entries import read_weight_map
+from launcher.folders.tensor_entries import check_index, read_weight_map
 from launcher.folders.unknown_source import explain
 from launcher.folders.unreadable import reason_unreadable
 from launcher.io.readers.found import FoundModel
@@ -118,25 +118,7 @@ def _read_by_index(index: Path, read: Reader) -> dict[str, Tensor]:
     files = sorted(set(weight_map.values()))
     _check_listed(index, files)
     contents = {name: read(index.parent / name) for name in files}
-    file_of: dict[str, str] = {}
-    for file, tensors in contents.items():
-        for name in tensors:
-            if name in file_of:
-                raise UserError(
-                    f"{name} is in both {file_of[name]} and {file} of {index.parent}: it is "
-                    "unclear which of them is the model's"
-                )
-            file_of[name] = file
-    if missing := sorted(name for name, file in weight_map.items() if file_of.get(name) != file):
-        raise UserError(
-            f"{index} lists {missing[0]} ({len(missing)} such tensors) in {weight_map[missing[0]]},"
-            " which does not contain it: the index is stale"
-        )
-    if extra := sorted(file_of.keys() - weight_map.keys()):
-        raise UserError(
-            f"{index.parent / file_of[extra[0]]} contains {extra[0]} ({len(extra)} such tensors), "
-            f"which {index.name} does not list: the index is stale"
-        )
+    check_index(index, weight_map, contents)
     return {name: contents[file][name] for name, file in weight_map.items()}
 
 
