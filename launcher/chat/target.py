@@ -20,6 +20,7 @@ from launcher.folders.checkpoint import (
     newest_checkpoint,
 )
 from launcher.folders.extended_model import extended_folder
+from launcher.folders.file_names import PICKLES
 from launcher.folders.kind import Kind, kinds_of
 from launcher.folders.model import CONFIG, INDEX
 from launcher.folders.model_config import read_model_config
@@ -29,7 +30,6 @@ from launcher.folders.run import RunDir
 from launcher.folders.tensor_entries import read_weight_map
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 UNFINISHED_NAME = r"\.?step-\d+(\.partial)?"  # of a checkpoint without a manifest
 ACCEPTED_FOLDERS = "a model folder, an export, a PEFT adapter, a Shardway checkpoint or a run"
 

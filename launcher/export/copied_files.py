@@ -12,6 +12,7 @@ from launcher.errors import UserError
 from launcher.export.assembled import Options
 from launcher.export.source import Source
 from launcher.export.source_folders import model_home, tokenizer_folder
+from launcher.folders.file_names import matches
 from launcher.folders.json_file import (
     IDS,
     NUMBER,
@@ -23,7 +24,7 @@ from launcher.folders.json_file import (
     read_object,
 )
 from launcher.folders.model import GENERATION_CONFIG, MODELOPT
-from launcher.folders.model_files import files_of, is_describing, matches
+from launcher.folders.model_files import files_of, is_describing
 from launcher.folders.unreadable import reason_unreadable
 from launcher.io.tokenizer_files import is_of_tokenizer, tokenizer_files
 

@@ -12,11 +12,11 @@ from launcher.export.opened import open_small_files
 from launcher.export.writing import readback
 from launcher.folders import manifest
 from launcher.folders.brief import brief
+from launcher.folders.file_names import matches
 from launcher.folders.json_file import is_object, is_text, read_object
 from launcher.folders.model import CONFIG, INDEX
 from launcher.folders.model_config import read_model_config
 from launcher.folders.model_files import EXPORT_MANIFEST as MANIFEST
-from launcher.folders.model_files import matches
 from launcher.folders.tensor_entries import read_weight_map
 from launcher.io.cpus import usable_cpus
 from launcher.io.readers.safetensors_file import read_header

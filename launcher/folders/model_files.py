@@ -6,14 +6,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 
-from launcher.folders.adapter import SETTINGS
-from launcher.folders.checkpoint import MANIFEST as CHECKPOINT
 from launcher.folders.extended_model import RECORD as NEW_TOKENS
+from launcher.folders.file_names import (
+    ARCHIVES,
+    HIDDEN,
+    OF_ADAPTERS,
+    OF_TRAINERS,
+    WEIGHT_FILES,
+    matches,
+)
 from launcher.folders.json_file import DamagedFile, is_object, list_of, read_json
-from launcher.folders.model import CONFIG, WEIGHT_FILES
+from launcher.folders.model import CONFIG
 from launcher.folders.tensor_entries import is_inside
 from launcher.folders.unreadable import is_file
 
@@ -27,16 +32,10 @@ WRITTEN = (CONFIG, EXPORT_MANIFEST, NEW_TOKENS, "*.index.json", "Modelfile")
 DESCRIBING = (*("*.json", "*.jinja", "*.txt", "*.py", "*.md"), "LICENSE*", "NOTICE*")
 # What stays where it is: reason → names of files and subfolders.
 LEFT = {
-    "hidden": (".*", "__pycache__"),
-    "of an adapter": (SETTINGS, "adapter_model*"),
-    "of a trainer": (
-        *("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "random_states*"),
-        *("training_args.bin", "trainer_state.json", "trainer.json", "trainer_log.jsonl"),
-        *("*_results.json", "latest", "latest_universal", "zero_to_*.py", "ds_config*.json"),
-        *("*deepspeed*.json", CHECKPOINT, "events.out.tfevents.*", "checkpoint-*", "global_step*"),
-        *("runs", "logs", "wandb", "mlruns"),
-    ),
-    "archives": ("*.zip", "*.tar", "*.tar.*", "*.tgz", "*.7z"),
+    "hidden": HIDDEN,
+    "of an adapter": OF_ADAPTERS,
+    "of a trainer": OF_TRAINERS,
+    "archives": ARCHIVES,
     "other weights": WEIGHT_FILES,
 }
 
@@ -75,10 +74,6 @@ def is_describing(path: Path) -> bool:
         and not matches(path.name, WRITTEN)
         and _reason(path.name) is None
     )
-
-
-def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _add(result: ModelFiles, name: str, path: Path) -> None:
