@@ -78,6 +78,7 @@ def consolidate(arguments: argparse.Namespace) -> None:
         arguments.adapter_only,
         arguments.adapter_name,
         arguments.alpha,
+        arguments.model_key,
     )
     plan = make_plan(source, options)
     write_options = _write_options(arguments)
@@ -207,6 +208,11 @@ def _add_source_options(result: argparse.ArgumentParser) -> None:
         type=number(float, 0),
         metavar="ALPHA",
         help="lora_alpha of an adapter in a state dict without adapter_config.json",
+    )
+    add(
+        "--model-key",
+        metavar="KEY",
+        help="which model of a state that contains several, such as ema (default: the trained one)",
     )
     add("--tag", help="which checkpoint of a DeepSpeed folder (default: the one `latest` names)")
     add("--trust-remote-code", action="store_true", help="run the model folder's own Python code")

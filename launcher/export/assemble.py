@@ -56,7 +56,7 @@ def assemble(source: Source, options: Options) -> Assembled:
     notes: list[str] = []
     base: Tensors = {}
     if source.base:
-        base, base_notes = _read_base(source.base, config)
+        base, base_notes = _read_base(source, config)
         notes += base_notes
     stored = base
     found = source.read(options.dtype == torch.float32) if source.read else None
@@ -256,10 +256,12 @@ def _read_config(source: Source) -> Config:
     return read_model_config(model_home(source) / "config.json")
 
 
-def _read_base(path: Path, config: Config) -> tuple[Tensors, tuple[str, ...]]:
+def _read_base(source: Source, config: Config) -> tuple[Tensors, tuple[str, ...]]:
     """(the tensors of the base folder, notes). A torch file also stores a tied head, which is left
     out."""
-    found = model_folder.read_model(path)
+    path = model_home(source)
+    is_source = path == source.path  # a model folder whose weights are taken as they are
+    found = model_folder.read_model(path, source.model_key if is_source else None)
     tensors = found.tensors
     if not config_value(config, "tie_word_embeddings"):
         tensors = tensors | {a: tensors[name].renamed(a) for a, name in found.aliases.items()}

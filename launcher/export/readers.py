@@ -25,9 +25,10 @@ def kind_of(path: Path) -> Kind | None:
     return next(iter(kinds), None)
 
 
-def reader_of(path: Path, tag: str | None) -> tuple[Kind, Reader]:
-    """The kind and the reader of a trainer's state. `tag`: which checkpoint of DeepSpeed. Raises
-    UserError for a tag in a folder of another kind."""
+def reader_of(path: Path, tag: str | None, key: str | None) -> tuple[Kind, Reader]:
+    """The kind and the reader of a trainer's state. `tag`: which checkpoint of DeepSpeed. `key`: of
+    the model, in a state that contains several. Raises UserError for a tag in a folder of another
+    kind."""
     kinds = kinds_of(path)
     if tag is not None and Kind.ZERO not in kinds:
         raise UserError(
@@ -37,8 +38,8 @@ def reader_of(path: Path, tag: str | None) -> tuple[Kind, Reader]:
     readers: dict[Kind, Reader] = {
         Kind.UNIVERSAL: lambda masters: universal.read_model(path, masters),
         Kind.ZERO: lambda masters: zero.read_model(path, tag, masters),
-        Kind.DCP_SAFETENSORS: lambda _: dcp_safetensors.read_model(path),
-        Kind.DCP: lambda _: dcp.read_model(path),
-        Kind.STATE_DICT: lambda _: model_folder.read_model(path),
+        Kind.DCP_SAFETENSORS: lambda _: dcp_safetensors.read_model(path, key=key),
+        Kind.DCP: lambda _: dcp.read_model(path, key),
+        Kind.STATE_DICT: lambda _: model_folder.read_model(path, key),
     }
     return kind, readers[kind]
