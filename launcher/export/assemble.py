@@ -182,8 +182,8 @@ def _unwrapped(
 ) -> Adapter:
     """`adapter` by the names of the base's class. `where`: the source, its config, its base."""
     adapter = without_initial(adapter)
-    tensors = unwrapped_adapter(*where, adapter.tensors, places)
-    return adapter_places.in_composite(replace(adapter, tensors=tensors), places)
+    adapter = unwrapped_adapter(*where, adapter, places)
+    return adapter_places.in_composite(adapter, places)
 
 
 def _merge_adapters(

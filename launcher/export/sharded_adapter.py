@@ -25,6 +25,7 @@ from launcher.export.merge.edits import same_values
 from launcher.export.merge.ties import HEAD
 from launcher.export.names import Naming
 from launcher.export.source import Source
+from launcher.export.unwrapped import unwrapped_adapter
 from launcher.folders.adapter import SETTINGS, read_settings
 from launcher.folders.brief import listed
 from launcher.folders.model_config import read_model_config
@@ -178,14 +179,13 @@ def adapter_only_result(source: Source) -> Assembled:
         )
     else:
         raise UserError(none)
-    adapter = in_composite(replace(adapter, tensors=tensors), _places(source))
+    adapter = replace(adapter, tensors=tensors)
+    if source.base_config is not None:
+        config = read_model_config(source.base_config)
+        places = names.places_in(config, source.trained_class)
+        adapter = unwrapped_adapter(source.path, config, {}, adapter, places)
+        adapter = in_composite(adapter, places)
     return Assembled(adapter.tensors, dict.fromkeys(adapter.tensors, action), adapter.config)
-
-
-def _places(source: Source) -> Places | None:
-    if source.base_config is None:
-        return None
-    return names.places_in(read_model_config(source.base_config), source.trained_class)
 
 
 def _with_trained(
