@@ -229,6 +229,11 @@ def _shards_message(path: Path, run: Path | None) -> str:
 def _not_usable_message(path: Path, kinds: list[Kind]) -> str:
     if re.fullmatch(UNFINISHED_NAME, path.absolute().name):
         return f"{path} is not a finished checkpoint (no {MANIFEST}); name an earlier one"
+    if Kind.STATE_DICT in kinds:
+        return (
+            f"{path} contains weights and no {CONFIG}; make a model folder first: shardway "
+            f"consolidate {path} --base MODEL --output DIR"
+        )
     if kinds or any(path.glob("global_step*")):
         return (
             f"{path} contains the shards of a trainer; make a model folder first: shardway "

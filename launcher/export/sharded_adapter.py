@@ -31,7 +31,7 @@ from launcher.folders.brief import listed
 from launcher.folders.model_config import read_model_config
 from launcher.folders.vocabulary import config_value
 from launcher.io.adapter import ADAPTER_NAME, PARAMETER_SUFFIX, PREFIX, plain_name
-from launcher.io.adapter_config import inferred_settings, is_saved
+from launcher.io.adapter_config import check_only_lora, inferred_settings, is_saved
 from launcher.io.adapter_places import in_composite
 from launcher.io.model_class import Places
 from launcher.io.readers.found import FoundModel
@@ -163,6 +163,7 @@ def adapter_only_result(source: Source) -> Assembled:
     none = f"--adapter-only: SOURCE {source.path} contains no adapter → leave the option out"
     if source.read is not None:
         found = source.read(False)
+        check_only_lora(source.path, found.tensors)
         model_tensors, adapter_tensors = split_adapters(found.tensors)
         if not adapter_tensors:
             raise UserError(none)

@@ -14,7 +14,7 @@ from launcher.folders.unreadable import reason_unreadable
 from launcher.io.readers.found import FoundModel
 from launcher.io.readers.nesting import model_dict, model_tensors
 from launcher.io.readers.safetensors_file import read_header
-from launcher.io.readers.torch_file import read_file
+from launcher.io.readers.torch_file import not_a_state_dict, read_file
 from launcher.io.readers.wrapper_prefixes import skipped_note, with_stripped_names
 from launcher.io.tensor import InMemory, Tensor
 from launcher.io.tensor.stored import Stored
@@ -128,10 +128,10 @@ def _state_dict(file: Path, key: str | None, notes: list[str]) -> tuple[dict[str
     on what is not a tensor, and on other models, is added to `notes`."""
     content = read_file(file)
     if not isinstance(content, dict):
-        raise UserError(f"{file} contains a {type(content).__name__} instead of a state dict")
+        raise not_a_state_dict(content, file)
     tensors, other_names, other_models, is_nested = model_dict(content, file, key)
     if not tensors:
-        raise UserError(f"{file} contains no tensors by name: it is not a model")
+        raise not_a_state_dict(content, file)
     notes += [*other_models, *skipped_note(other_names, f"of {file.name} that are not tensors")]
     return tensors, is_nested
 
