@@ -69,7 +69,8 @@ def consolidate(arguments: argparse.Namespace) -> None:
     """
     Progress.every_seconds = arguments.progress_seconds
     arguments.output = arguments.output.resolve()  # the folder itself, not a link to it
-    options, rows = _options(arguments), export_loss.check(arguments)
+    options, write_options = _options(arguments), _write_options(arguments)
+    rows = export_loss.check(arguments)
     source = find_source(
         arguments.source,
         arguments.base,
@@ -81,7 +82,6 @@ def consolidate(arguments: argparse.Namespace) -> None:
         arguments.model_key,
     )
     plan = make_plan(source, options)
-    write_options = _write_options(arguments)
     check_target(plan, arguments.output, write_options)
     stream = sys.stderr if arguments.json else sys.stdout
     print(source.describe(), plan.describe(), *plan.notes, sep="\n", file=stream, flush=True)
@@ -167,13 +167,16 @@ def _device(name: str) -> str:
 
 
 def _write_options(arguments: argparse.Namespace) -> WriteOptions:
-    return WriteOptions(
+    """Raises UserError for a size that is none, or not enough memory for one file."""
+    options = WriteOptions(
         workers=arguments.workers,
         memory=parse_size(arguments.memory, "--memory"),
         resume=arguments.resume,
         overwrite=arguments.overwrite,
         verify=not arguments.no_verify,
     )
+    _ = options.parallel_files
+    return options
 
 
 def parser() -> argparse.ArgumentParser:
