@@ -12,7 +12,14 @@ import torch
 
 from launcher.errors import UserError
 from launcher.export import names, quantized
-from launcher.export.assembled import Assembled, Config, Options, Tensors, naming_of
+from launcher.export.assembled import (
+    Assembled,
+    Config,
+    Options,
+    Tensors,
+    in_dtype,
+    naming_of,
+)
 from launcher.export.base_format import in_base_format
 from launcher.export.completeness import class_naming
 from launcher.export.full_model import full_model
@@ -51,7 +58,7 @@ def assemble(source: Source, options: Options) -> Assembled:
     """Every output tensor. Raises UserError if the parts of the source or the options do not fit
     each other."""
     if options.adapter_only:
-        return _in_dtype(adapter_only_result(source), options.dtype)
+        return in_dtype(adapter_only_result(source), options.dtype)
     config = _read_config(source)
     notes: list[str] = []
     base: Tensors = {}
@@ -91,7 +98,7 @@ def assemble(source: Source, options: Options) -> Assembled:
         return in_base_format(result, plain, stored, _read_config(source))
     if options.text_only:
         result = text_model(source, result, options)
-    return _in_dtype(result, options.dtype)
+    return in_dtype(result, options.dtype)
 
 
 def _dequantized(
@@ -280,28 +287,3 @@ def _with_explicit_tie(result: Assembled) -> Assembled:
     if same_values(result.tensors[pair.head], result.tensors[pair.embedding]):
         return result
     return replace(result, config=result.config | {"tie_word_embeddings": False})
-
-
-def _in_dtype(result: Assembled, dtype: torch.dtype | None) -> Assembled:
-    if dtype is None:
-        return result
-    tensors = {name: tensor.to(dtype) for name, tensor in result.tensors.items()}
-    actions = {
-        name: "cast" if action == "copied" and tensors[name] is not result.tensors[name] else action
-        for name, action in result.actions.items()
-    }
-    config = _config_in_dtype(result.config, dtype)
-    return replace(result, tensors=tensors, actions=actions, config=config)
-
-
-def _config_in_dtype(config: Config, dtype: torch.dtype) -> Config:
-    """`config` with `dtype` wherever it names the dtype of the weights."""
-    name = str(dtype).removeprefix("torch.")
-    result = {
-        key: _config_in_dtype(value, dtype)
-        if key.endswith("_config") and isinstance(value, dict)
-        else value
-        for key, value in config.items()
-    }
-    stated = [key for key in ("dtype", "torch_dtype") if key in config]
-    return result | dict.fromkeys(stated, name)
