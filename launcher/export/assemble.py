@@ -21,7 +21,7 @@ from launcher.export.assembled import (
     naming_of,
 )
 from launcher.export.base_format import in_base_format
-from launcher.export.completeness import class_naming
+from launcher.export.completeness import class_naming, without_value_head
 from launcher.export.full_model import full_model
 from launcher.export.merge import Adapter, Merged, merge, read_adapter, split_adapters
 from launcher.export.merge.edits import same_values
@@ -272,7 +272,8 @@ def _read_base(source: Source, config: Config) -> tuple[Tensors, tuple[str, ...]
     tensors = found.tensors
     if not config_value(config, "tie_word_embeddings"):
         tensors = tensors | {a: tensors[name].renamed(a) for a, name in found.aliases.items()}
-    return unwrapped_folder(path, config, tensors), found.notes
+    tensors, head = without_value_head(path, config, unwrapped_folder(path, config, tensors))
+    return tensors, (*found.notes, *head)
 
 
 def _with_explicit_tie(result: Assembled) -> Assembled:

@@ -207,7 +207,8 @@ def _with_trained(
     if unmatched:
         raise UserError(
             f"{source.path} contains {len(unmatched)} tensor(s) that the base model {source.base} "
-            f"does not have ({listed(sorted(unmatched), LISTED)}); does it belong to another model?"
+            f"does not have ({listed(sorted(unmatched), LISTED)}) → --base with the model that it "
+            "was trained from"
         )
     return result, trained
 

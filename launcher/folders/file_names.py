@@ -20,9 +20,10 @@ FLAX_AND_OTHERS = (
 )
 META = ("consolidated*.pth",)
 NEMO = ("*.nemo",)
+NUMPY = ("*.npz",)
 WEIGHT_FILES = (
-    *(*SAFETENSORS, *PICKLES, *LLAMA_CPP, *ONNX, *FLAX_AND_OTHERS, *NEMO),
-    *("*.distcp", "*.npz"),
+    *(*SAFETENSORS, *PICKLES, *LLAMA_CPP, *ONNX, *FLAX_AND_OTHERS, *NEMO, *NUMPY),
+    "*.distcp",
 )
 # Weights of a model in torch files; those of a hub repository are downloaded by these patterns.
 TORCH_MODELS = ("pytorch_model*.bin", "*.bin.index.json", "adapter_model.bin")

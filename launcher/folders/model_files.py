@@ -29,7 +29,7 @@ MAX_FILES = 1000  # of a subfolder
 # What an export writes itself: names of files → why they are not copied.
 WRITTEN = {
     (CONFIG, EXPORT_MANIFEST, NEW_TOKENS): "written anew",
-    ("*.index.json",): "of other weights",
+    ("*.index.json", "*.index.*.json"): "of other weights",
     ("Modelfile",): "--modelfile writes one",
 }
 # Of a trainer's folder, whose other files are not the model's, these are.

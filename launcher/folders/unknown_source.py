@@ -15,6 +15,7 @@ from launcher.folders.file_names import (
     LLAMA_CPP,
     META,
     NEMO,
+    NUMPY,
     OF_ADAPTERS,
     OF_TRAINERS,
     ONNX,
@@ -47,6 +48,7 @@ FORMATS: dict[tuple[str, ...], str] = {
         "weights as Meta releases them → the same model in the layout of Hugging Face (on the hub "
         "its name often ends in -hf)"
     ),
+    NUMPY: "arrays of NumPy or MLX → the model in safetensors",
     NEMO: "an archive of NeMo → the result of its export to Hugging Face",
 }
 LISTED = 3  # names in a message
@@ -116,8 +118,8 @@ def _explain_names(folder: Path, names: list[str]) -> str:
     if found := [name for name in weights if matches(name, IN_TORCH)]:
         return (
             f"contains {found[0]}, and it is not known what is in a torch file of this name → if "
-            "it is the model's state dict, rename it to pytorch_model.bin, beside the model's "
-            f"{CONFIG}"
+            f"it is the model's state dict, rename it to pytorch_model.bin, beside the {CONFIG} of "
+            "its model, or with --base MODEL"
         )
     if ADAPTER in names:
         return "is an adapter → the model that it was trained on"

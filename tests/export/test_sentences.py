@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from launcher.chat.target import find_target
 from launcher.errors import UserError
 from launcher.export.verify import verify
-from tests.helpers.exports import consolidate, plan_of, stored
+from tests.helpers.exports import consolidate, make_adapter, plan_of, stored
 
 TASK = {"task_type": "CAUSAL_LM"}
 MERGE = r"model\.merge_and_unload\(\)\.save_pretrained"
@@ -133,3 +133,53 @@ def test_chat_names_weights_without_a_config(tiny_untied: Path, tmp_path: Path) 
     torch.save(stored(tiny_untied), tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"weights and no config\.json.*--base MODEL --output DIR"):
         find_target(tmp_path)
+
+
+def test_the_names_of_another_program_are_told_from_a_wrong_config(
+    tiny_untied: Path, tmp_path: Path
+) -> None:
+    """torchtitan names the modules of Llama as Meta does."""
+    native = {"model.embed_tokens": "tok_embeddings", "model.layers": "layers", "lm_head": "output"}
+    renamed = {
+        name.replace(old, new, 1): tensor
+        for name, tensor in stored(tiny_untied).items()
+        for old, new in native.items()
+        if name.startswith(old)
+    }
+    for state, message in (
+        (renamed, r"has layers\.0\..*→ the names of Hugging Face: torchtitan has .*convert_to_hf"),
+        (
+            {"net.0.weight": torch.ones(2)},
+            "has net.*→ the config it was trained with, or, if anoth",
+        ),
+        ({"model.norm.weight": torch.ones(48)}, "lacks .* → all files of the checkpoint, or the"),
+    ):
+        shutil.rmtree(tmp_path / "dcp", ignore_errors=True)
+        dcp.save({"model": state}, checkpoint_id=tmp_path / "dcp")
+        with pytest.raises(UserError, match=message):
+            plan_of(tmp_path / "dcp", base=str(tiny_untied))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_variant_of_a_model_is_a_model(sharded: bool, tiny_untied: Path, tmp_path: Path) -> None:
+    """`save_pretrained(variant=…)` writes model.fp16-00001-of-… and an index of another name."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_untied, dtype="auto")
+    size = "30KB" if sharded else "5GB"
+    model.save_pretrained(tmp_path / "model", variant="fp16", max_shard_size=size)
+    consolidate(tmp_path / "model", "--output", tmp_path / "out")
+    assert stored(tmp_path / "out").keys() == stored(tiny_untied).keys()
+    assert not [each for each in (tmp_path / "out").iterdir() if "index" in each.name]
+
+
+def test_a_value_head_is_left_out_with_a_note(tiny_untied: Path, tmp_path: Path) -> None:
+    """vLLM refuses tensors that it does not know."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_untied, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    head = {"v_head.summary.weight": torch.ones(1, 48), "v_head.summary.bias": torch.ones(1)}
+    torch.save(stored(tiny_untied) | head, folder / "pytorch_model.bin")
+    for plan in (
+        plan_of(folder),
+        plan_of(make_adapter(tiny_untied, tmp_path / "a"), base=str(folder)),
+    ):
+        assert plan.actions.keys() == stored(tiny_untied).keys()
+        assert "left out 2 entries that LlamaForCausalLM does not have" in "\n".join(plan.notes)

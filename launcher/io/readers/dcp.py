@@ -111,7 +111,10 @@ def _names(index: Index, key: str | None) -> tuple[dict[str, str], tuple[str, ..
         )
     if not names:
         top_level = sorted({path[0] for path in index.paths.values()})[:5]
-        raise UserError(f"{file} contains no model, but {', '.join(top_level) or 'nothing'}")
+        raise UserError(
+            f"{file} contains no model, but {', '.join(top_level) or 'nothing'} → the folder with "
+            "the weights of this step"
+        )
     return names, (*notes, *skipped_note(not_tensors | not_weights, NOT_WEIGHTS))
 
 

@@ -188,8 +188,11 @@ def _rank(keys: Keys) -> int:
     return 1 if keys[-1] in MODEL_KEYS else 2
 
 
-def _describe_others(states: Collection[Keys], chosen: Keys) -> tuple[str, ...]:
-    others = sorted(".".join(keys) or TOP for keys in states if keys != chosen)
+def _describe_others(states: Mapping[Keys, list[Any]], chosen: Keys) -> tuple[str, ...]:
+    """A note on the other models. What is too small for one is not mentioned."""
+    size = len(states.get(chosen, ()))
+    models = [k for k, own in states.items() if SMALL * len(own) >= size or _rank(k) < 2]
+    others = sorted(".".join(keys) or TOP for keys in models if keys != chosen)
     if not others:
         return ()
     taken = ".".join(chosen) or "at the top"
