@@ -42,7 +42,7 @@ from launcher.io.readers import model_folder as model_files
 from launcher.io.tokenizer_files import SETTINGS as TOKENIZER
 
 # Kinds of SOURCE that may contain several models.
-WITH_KEYS = (Kind.DCP, Kind.DCP_SAFETENSORS, Kind.STATE_DICT, Kind.MODEL)
+WITH_KEYS = (*SHARDED, Kind.MODEL)
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _check_options(
         )
     if model_key is not None and source.kind not in WITH_KEYS:
         raise UserError(
-            f"--model-key {model_key} needs a state dict or a DCP checkpoint as SOURCE, and "
+            f"--model-key {model_key} needs the state of a trainer as SOURCE, and "
             f"{source.path} is a {source.kind.value} → leave --model-key out"
         )
     if alpha is not None and (source.read is None or source.adapter_config is not None):

@@ -10,6 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from transformers import AutoModelForCausalLM
 
 from launcher.errors import UserError
 from tests.helpers.exports import consolidate, make_adapter, plan_of, stored
@@ -146,7 +147,42 @@ def test_numbered_files_without_an_index_are_one_model(
         plan_of(tmp_path, base=str(tiny_untied))
 
 
+def save_actor_and_critic(rank_info: Any, base: Path, folder: Path) -> State:
+    """As trainers of PPO save both in one engine, under ZeRO-2; the tied actor's weights."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed()
+    actor, critic = (AutoModelForCausalLM.from_pretrained(base, dtype="auto") for _ in range(2))
+    both = torch.nn.ModuleDict({"actor": actor, "critic": critic})
+    settings = {"train_batch_size": rank_info.world_size, "bf16": {"enabled": True}}
+    settings |= {"zero_allow_untested_optimizer": True, "zero_optimization": {"stage": 2}}
+    engine, *_ = deepspeed.initialize(
+        model=both, optimizer=torch.optim.AdamW(both.parameters(), lr=1e-2), config=settings,
+        dist_init_required=False,
+    )  # fmt: skip
+    tokens = torch.arange(9).view(1, -1)
+    loss = actor(input_ids=tokens, labels=tokens).loss + critic(input_ids=tokens).logits.mean()
+    engine.backward(loss)
+    engine.step()
+    engine.save_checkpoint(str(folder))
+    return {name: tensor.clone() for name, tensor in actor.state_dict().items()}
+
+
+def test_the_actor_of_a_deepspeed_checkpoint_is_taken(
+    ranks: Any, tiny: Path, tmp_path: Path
+) -> None:
+    live = ranks.run(2, save_actor_and_critic, tiny, tmp_path / "zero")[0]
+    words = tmp_path / "zero", "--base", tiny
+    consolidate(*words, "--output", tmp_path / "out")
+    consolidate(*words, "--output", tmp_path / "critic", "--model-key", "critic")
+    found, critic = stored(tmp_path / "out"), stored(tmp_path / "critic")
+    assert found.keys() == critic.keys() == stored(tiny).keys()
+    assert all(torch.equal(tensor, live[name]) for name, tensor in found.items())
+    assert any(not torch.equal(tensor, critic[name]) for name, tensor in found.items())
+
+
 def test_a_key_that_would_be_ignored_is_refused(tiny: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tiny, tmp_path / "adapter")
-    with pytest.raises(UserError, match=r"--model-key ema needs a state dict .* → leave"):
+    with pytest.raises(UserError, match=r"--model-key ema needs the state of a trainer .* → leave"):
         plan_of(adapter, model_key="ema")

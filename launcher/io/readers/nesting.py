@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from launcher.errors import UserError
 from launcher.folders.brief import listed
+from launcher.io.readers.found import FoundModel
 from launcher.io.readers.wrapper_prefixes import strip_wrappers
 from launcher.io.tensor import Tensor
 
@@ -81,6 +83,21 @@ def model_tensors(
     `find_model` does."""
     names, notes = find_model({name: (name,) for name in tensors}, tensors, origin, key)
     return {new: tensors[old].renamed(new) for old, new in names.items()}, notes
+
+
+def one_model(found: FoundModel, origin: Path, key: str | None) -> FoundModel:
+    """The model in what a reader found, if its names begin with those of several models. Raises
+    UserError as `find_model` does."""
+    paths = {name: (name,) for name in (*found.tensors, *found.aliases)}
+    names, notes = find_model(paths, found.tensors.keys(), origin, key)
+    of_model = {old: new for old, new in names.items() if old in found.tensors}
+    return replace(
+        found,
+        tensors={new: found.tensors[old].renamed(new) for old, new in of_model.items()},
+        aliases={names[a]: names[n] for a, n in found.aliases.items() if a in names},
+        trained=found.trained and frozenset(names[n] for n in found.trained if n in names),
+        notes=(*found.notes, *notes),
+    )
 
 
 def _entries(content: dict[Any, Any]) -> dict[Keys, Any]:
