@@ -20,6 +20,7 @@ from launcher.folders.checkpoint import (
     newest_checkpoint,
 )
 from launcher.folders.extended_model import extended_folder
+from launcher.folders.file_names import PICKLES
 from launcher.folders.kind import Kind, kinds_of
 from launcher.folders.model import CONFIG, INDEX
 from launcher.folders.model_config import read_model_config
@@ -29,7 +30,6 @@ from launcher.folders.run import RunDir
 from launcher.folders.tensor_entries import read_weight_map
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 UNFINISHED_NAME = r"\.?step-\d+(\.partial)?"  # of a checkpoint without a manifest
 ACCEPTED_FOLDERS = "a model folder, an export, a PEFT adapter, a Shardway checkpoint or a run"
 
@@ -229,6 +229,11 @@ def _shards_message(path: Path, run: Path | None) -> str:
 def _not_usable_message(path: Path, kinds: list[Kind]) -> str:
     if re.fullmatch(UNFINISHED_NAME, path.absolute().name):
         return f"{path} is not a finished checkpoint (no {MANIFEST}); name an earlier one"
+    if Kind.STATE_DICT in kinds:
+        return (
+            f"{path} contains weights and no {CONFIG}; make a model folder first: shardway "
+            f"consolidate {path} --base MODEL --output DIR"
+        )
     if kinds or any(path.glob("global_step*")):
         return (
             f"{path} contains the shards of a trainer; make a model folder first: shardway "

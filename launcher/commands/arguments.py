@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import unicodedata
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
 from launcher.errors import UserError
@@ -22,13 +24,16 @@ def command_parser(
 
     `usage` is given for a verb that passes words on.
     """
-    return argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog=f"shardway {verb}",
         usage=usage,
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=usage is None,  # words that are passed on may look like the start of an option
     )
+    # -1GB is the value of an option, as -1 is, and is refused as such.
+    parser._negative_number_matcher = re.compile(r"-\.?\d")
+    return parser
 
 
 def number(
@@ -51,15 +56,24 @@ def number(
 
 
 def parse_size(text: str, option: str = "--max-shard-size") -> int:
-    """Bytes: `5GB` is 5·10⁹, `5GiB` is 5·2³⁰. Raises UserError, which names `option`, for anything
-    else: a number without a unit could be bytes or gigabytes."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match and not match[2] and float(match[1]) > 0:
-        number = match[1]
+    """Bytes: `5GB` is 5·10⁹, `5GiB` is 5·2³⁰, in letters of either case and of any width. Raises
+    UserError, which names `option`, for anything else: a number without a unit could be bytes or
+    gigabytes."""
+    plain = unicodedata.normalize("NFKC", text).strip()
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*)", plain)
+    number, unit = (match[1], match[2].upper()) if match else ("", "")
+    if match and not unit and float(number) > 0:
         raise UserError(f"{option} {number} has no unit → {number}GB? For bytes, {number}B")
-    if not match or match[2].upper() not in UNITS or float(match[1]) <= 0:
-        raise UserError(f"{option} {text} is not a size → 5GB, 500MB or 5GiB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    if unit in UNITS and float(number) > 0:
+        if (size := int(Decimal(number) * UNITS[unit])) < 1:
+            raise UserError(f"{option} {text} is less than a byte → 5GB, 500MB or 5GiB")
+        return size
+    way_out = "5GB, 500MB or 5GiB"
+    if re.fullmatch(r"[0-9]+,[0-9]+ *[A-Za-z]+", plain):
+        way_out = f"{plain.replace(',', '.')}, with a point, or {plain.replace(',', '')}"
+    elif unit and f"{unit[0]}B" in UNITS and unit in {unit[0], f"{unit[0]}BS", f"{unit[0]}I"}:
+        way_out = f"{number}{unit[0]}B or {number}{unit[0]}iB"
+    raise UserError(f"{option} {text} is not a size → {way_out}")
 
 
 def picture_path(output: Path | None, name: str, overwrite: bool) -> Path:

@@ -69,7 +69,8 @@ def consolidate(arguments: argparse.Namespace) -> None:
     """
     Progress.every_seconds = arguments.progress_seconds
     arguments.output = arguments.output.resolve()  # the folder itself, not a link to it
-    options, rows = _options(arguments), export_loss.check(arguments)
+    options, write_options = _options(arguments), _write_options(arguments)
+    rows = export_loss.check(arguments)
     source = find_source(
         arguments.source,
         arguments.base,
@@ -78,9 +79,9 @@ def consolidate(arguments: argparse.Namespace) -> None:
         arguments.adapter_only,
         arguments.adapter_name,
         arguments.alpha,
+        arguments.model_key,
     )
     plan = make_plan(source, options)
-    write_options = _write_options(arguments)
     check_target(plan, arguments.output, write_options)
     stream = sys.stderr if arguments.json else sys.stdout
     print(source.describe(), plan.describe(), *plan.notes, sep="\n", file=stream, flush=True)
@@ -166,13 +167,16 @@ def _device(name: str) -> str:
 
 
 def _write_options(arguments: argparse.Namespace) -> WriteOptions:
-    return WriteOptions(
+    """Raises UserError for a size that is none, or not enough memory for one file."""
+    options = WriteOptions(
         workers=arguments.workers,
         memory=parse_size(arguments.memory, "--memory"),
         resume=arguments.resume,
         overwrite=arguments.overwrite,
         verify=not arguments.no_verify,
     )
+    _ = options.parallel_files
+    return options
 
 
 def parser() -> argparse.ArgumentParser:
@@ -207,6 +211,11 @@ def _add_source_options(result: argparse.ArgumentParser) -> None:
         type=number(float, 0),
         metavar="ALPHA",
         help="lora_alpha of an adapter in a state dict without adapter_config.json",
+    )
+    add(
+        "--model-key",
+        metavar="KEY",
+        help="which model of a state that contains several, such as ema (default: the trained one)",
     )
     add("--tag", help="which checkpoint of a DeepSpeed folder (default: the one `latest` names)")
     add("--trust-remote-code", action="store_true", help="run the model folder's own Python code")

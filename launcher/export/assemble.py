@@ -17,11 +17,12 @@ from launcher.export.assembled import (
     Config,
     Options,
     Tensors,
+    in_dtype,
     naming_of,
     tied_layers,
 )
 from launcher.export.base_format import in_base_format
-from launcher.export.completeness import class_naming
+from launcher.export.completeness import class_naming, without_value_head
 from launcher.export.full_model import full_model
 from launcher.export.merge import Adapter, Merged, merge, read_adapter, split_adapters
 from launcher.export.merge.edits import same_values
@@ -59,12 +60,12 @@ def assemble(source: Source, options: Options) -> Assembled:
     """Every output tensor. Raises UserError if the parts of the source or the options do not fit
     each other."""
     if options.adapter_only:
-        return _in_dtype(adapter_only_result(source), options.dtype)
+        return in_dtype(adapter_only_result(source), options.dtype)
     config = _read_config(source)
     notes: list[str] = []
     base: Tensors = {}
     if source.base:
-        base, base_notes = _read_base(source.base, config)
+        base, base_notes = _read_base(source, config)
         notes += base_notes
     stored = base
     found = source.read(options.dtype == torch.float32) if source.read else None
@@ -99,7 +100,7 @@ def assemble(source: Source, options: Options) -> Assembled:
         return in_base_format(result, plain, stored, _read_config(source))
     if options.text_only:
         result = text_model(source, result, options)
-    return _in_dtype(result, options.dtype)
+    return in_dtype(result, options.dtype)
 
 
 def _dequantized(
@@ -190,8 +191,8 @@ def _unwrapped(
 ) -> Adapter:
     """`adapter` by the names of the base's class. `where`: the source, its config, its base."""
     adapter = without_initial(adapter)
-    tensors = unwrapped_adapter(*where, adapter.tensors, places)
-    return adapter_places.in_composite(replace(adapter, tensors=tensors), places)
+    adapter = unwrapped_adapter(*where, adapter, places)
+    return adapter_places.in_composite(adapter, places)
 
 
 def _merge_adapters(
@@ -267,14 +268,17 @@ def _read_config(source: Source) -> Config:
     return read_model_config(model_home(source) / "config.json")
 
 
-def _read_base(path: Path, config: Config) -> tuple[Tensors, tuple[str, ...]]:
+def _read_base(source: Source, config: Config) -> tuple[Tensors, tuple[str, ...]]:
     """(the tensors of the base folder, notes). A torch file also stores a tied head, which is left
     out."""
-    found = model_folder.read_model(path)
+    path = model_home(source)
+    is_source = path == source.path  # a model folder whose weights are taken as they are
+    found = model_folder.read_model(path, source.model_key if is_source else None)
     tensors = found.tensors
     if not config_value(config, "tie_word_embeddings"):
         tensors = tensors | {a: tensors[name].renamed(a) for a, name in found.aliases.items()}
-    return unwrapped_folder(path, config, tensors), found.notes
+    tensors, head = without_value_head(path, config, unwrapped_folder(path, config, tensors))
+    return tensors, (*found.notes, *head)
 
 
 def _with_explicit_tie(result: Assembled) -> Assembled:
@@ -289,28 +293,3 @@ def _with_explicit_tie(result: Assembled) -> Assembled:
     if same_values(result.tensors[pair.head], result.tensors[pair.embedding]):
         return result
     return replace(result, config=result.config | {"tie_word_embeddings": False})
-
-
-def _in_dtype(result: Assembled, dtype: torch.dtype | None) -> Assembled:
-    if dtype is None:
-        return result
-    tensors = {name: tensor.to(dtype) for name, tensor in result.tensors.items()}
-    actions = {
-        name: "cast" if action == "copied" and tensors[name] is not result.tensors[name] else action
-        for name, action in result.actions.items()
-    }
-    config = _config_in_dtype(result.config, dtype)
-    return replace(result, tensors=tensors, actions=actions, config=config)
-
-
-def _config_in_dtype(config: Config, dtype: torch.dtype) -> Config:
-    """`config` with `dtype` wherever it names the dtype of the weights."""
-    name = str(dtype).removeprefix("torch.")
-    result = {
-        key: _config_in_dtype(value, dtype)
-        if key.endswith("_config") and isinstance(value, dict)
-        else value
-        for key, value in config.items()
-    }
-    stated = [key for key in ("dtype", "torch_dtype") if key in config]
-    return result | dict.fromkeys(stated, name)

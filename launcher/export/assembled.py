@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -140,3 +140,29 @@ def with_vocabulary(
         )
     note = f"the vocabulary was resized from {stated} to {rows} rows"
     return config | config_changes(config, vocab_size=rows), (note,)
+
+
+def in_dtype(result: Assembled, dtype: torch.dtype | None) -> Assembled:
+    """`result` with every tensor in `dtype`, and config.json saying so. None: as they are."""
+    if dtype is None:
+        return result
+    tensors = {name: tensor.to(dtype) for name, tensor in result.tensors.items()}
+    actions = {
+        name: "cast" if action == "copied" and tensors[name] is not result.tensors[name] else action
+        for name, action in result.actions.items()
+    }
+    config = _config_in_dtype(result.config, dtype)
+    return replace(result, tensors=tensors, actions=actions, config=config)
+
+
+def _config_in_dtype(config: Config, dtype: torch.dtype) -> Config:
+    """`config` with `dtype` wherever it names the dtype of the weights."""
+    name = str(dtype).removeprefix("torch.")
+    result = {
+        key: _config_in_dtype(value, dtype)
+        if key.endswith("_config") and isinstance(value, dict)
+        else value
+        for key, value in config.items()
+    }
+    stated = [key for key in ("dtype", "torch_dtype") if key in config]
+    return result | dict.fromkeys(stated, name)

@@ -23,6 +23,7 @@ class Base:
 
     folder: Path  # the model
     adapters: tuple[Path, ...] = ()  # that were merged into it before, in this order
+    replaced: Path | None = None  # the adapter that the settings name, in whose place it is
 
 
 def base_of_adapter(settings: Path, base: str | None, above: tuple[Path, ...] = ()) -> Base:
@@ -48,7 +49,9 @@ def base_of_adapter(settings: Path, base: str | None, above: tuple[Path, ...] = 
             )
         below = base_of_adapter(folder / SETTINGS, None, (*above, folder))
         return Base(below.folder, (*below.adapters, folder))
-    return Base(_checked(folder))
+    recorded = config.get("base_model_name_or_path")
+    named = Path(recorded) if base and isinstance(recorded, str) and recorded else None
+    return Base(_checked(folder), replaced=named if named and _is_adapter(named) else None)
 
 
 def find_base(base: str | None, recorded: Any, revision: str | None) -> Path:

@@ -26,7 +26,8 @@ from launcher.io.tensor import Tensor
 
 LISTED = 3  # names in a message
 # TRL's value head, and buffers that older versions of transformers saved.
-BESIDE = r"^v_head\.|\.rotary_emb\.inv_freq$"
+VALUE_HEAD = r"^v_head\."
+BESIDE = rf"{VALUE_HEAD}|\.rotary_emb\.inv_freq$"
 
 
 def check_complete(
@@ -100,6 +101,19 @@ def known_tensors(
             f"that has them: {min(added)}",
         )
     return {name: tensor for name, tensor in tensors.items() if name not in beside}, notes
+
+
+def without_value_head(
+    folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """(the tensors of a model folder without TRL's value head, which no server loads; a note). A
+    class with a module of that name keeps it."""
+    heads = {name for name in tensors if re.search(VALUE_HEAD, name)}
+    if not heads or (naming := class_naming(folder, config, tensors)) is None:
+        return dict(tensors), ()
+    heads -= naming.shapes.keys()
+    notes = skipped_note(heads, f"that {type(naming.model).__name__} does not have")
+    return {name: tensor for name, tensor in tensors.items() if name not in heads}, notes
 
 
 def _is_in_module(model: Any, name: str) -> bool:

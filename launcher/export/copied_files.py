@@ -3,7 +3,7 @@ model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 from launcher.errors import UserError
 from launcher.export.assembled import Options
 from launcher.export.source import Source
-from launcher.export.source_folders import model_home, tokenizer_folder
+from launcher.export.source_folders import generation_config, model_home, tokenizer_folder
+from launcher.folders.file_names import matches
 from launcher.folders.json_file import (
     IDS,
     NUMBER,
@@ -22,15 +23,13 @@ from launcher.folders.json_file import (
     read_json,
     read_object,
 )
+from launcher.folders.kind import Kind
 from launcher.folders.model import GENERATION_CONFIG, MODELOPT
-from launcher.folders.model_files import files_of, is_describing, matches
+from launcher.folders.model_files import files_of, is_describing
 from launcher.folders.unreadable import reason_unreadable
 from launcher.io.tokenizer_files import is_of_tokenizer, tokenizer_files
 
 PROCESSOR = ("*processor_config.json",)
-# Names of the weights of a base, which are not copied but read or replaced.
-OWN_WEIGHTS = ("model.safetensors", "model-*.safetensors", "pytorch_model*.bin")
-LISTED = 5  # names in a message
 _TOKEN: Field = (lambda value: isinstance(value, str | dict), "text, or an object")
 
 
@@ -64,15 +63,19 @@ OBJECTS: dict[str, dict[str, Field]] = {
 
 
 def find_copied_files(source: Source, options: Options) -> dict[str, Path]:
-    """Name in the export → file to copy: those of the tokenizer only for an adapter, none for
-    images and sounds for a text model.
+    """Name in the export → file to copy: none for images and sounds for a text model.
 
-    Files that describe the model come from its folder. All files of the tokenizer come from one
-    folder, `tokenizer_folder`.
+    Files that describe the model come from its folder, and those of an adapter that is written as
+    one from the adapter's. Settings of generation and of a processor that it lacks come from the
+    folders of the training. All files of the tokenizer come from one folder, `tokenizer_folder`.
     """
     files: dict[str, Path] = {}
     home = None
-    if not options.adapter_only:
+    if options.adapter_only:
+        if source.kind is Kind.ADAPTER:
+            home = source.path
+            files = files_of(home).copied
+    else:
         home = model_home(source)
         if home == source.base:
             files = files_of(home).copied
@@ -83,7 +86,11 @@ def find_copied_files(source: Source, options: Options) -> dict[str, Path]:
     if folder is not None and folder != home:
         files = {name: path for name, path in files.items() if not is_of_tokenizer(name)}
         files |= tokenizer_files(folder)
-        files |= {p.name: p for p in folder.iterdir() if p.is_file() and matches(p.name, PROCESSOR)}
+        files |= _processor_files(folder)
+    for trained in (*source.extra_file_folders, source.path):
+        files = _processor_files(trained) | files
+    if not options.adapter_only and (generation := generation_config(source)) is not None:
+        files[GENERATION_CONFIG] = generation
     if not options.base_format:
         files.pop(MODELOPT, None)  # the weights are no longer quantized
     if options.text_only:
@@ -91,30 +98,8 @@ def find_copied_files(source: Source, options: Options) -> dict[str, Path]:
     return files
 
 
-def describe_left(source: Source, options: Options, read: Set[Path]) -> tuple[str, ...]:
-    """A note that lists what is not copied of the base, and why. `read`: files with weights that
-    are in the export."""
-    if options.adapter_only or source.base is None:
-        return ()
-    found, copied = files_of(source.base), find_copied_files(source, options)
-    left = {
-        name: reason
-        for name, reason in found.left.items()
-        if source.base / name not in read and not matches(name, OWN_WEIGHTS)
-    }
-    for name in found.copied.keys() - copied.keys():
-        other = f"the tokenizer is that of {tokenizer_folder(source)}"
-        left[name] = other if is_of_tokenizer(name) else "does not apply to the export"
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in sorted(left.items()):
-        by_reason.setdefault(reason, []).append(name)
-    parts = [f"{_enumerate(names)} ({reason})" for reason, names in by_reason.items()]
-    return (f"not copied from {source.base}: {'; '.join(parts)}",) if parts else ()
-
-
-def _enumerate(names: list[str]) -> str:
-    more = len(names) - LISTED
-    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
+def _processor_files(folder: Path) -> dict[str, Path]:
+    return {path.name: path for path in folder.iterdir() if matches(path.name, PROCESSOR)}
 
 
 def check_copied_files(files: Mapping[str, Path]) -> None:

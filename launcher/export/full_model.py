@@ -117,7 +117,7 @@ def _in_base_dtypes(
     if differing:
         raise UserError(
             f"{source.path} and the base model {source.base} differ in {len(differing)} tensor(s), "
-            f"such as {min(differing)}; do they belong to different models?"
+            f"such as {min(differing)} → --base with the model that SOURCE was trained from"
         )
     result = {}
     for name, tensor in tensors.items():

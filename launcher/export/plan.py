@@ -16,7 +16,8 @@ from launcher.errors import UserError
 from launcher.export.assemble import assemble
 from launcher.export.assembled import Assembled, Options
 from launcher.export.completeness import check_complete
-from launcher.export.copied_files import check_copied_files, describe_left, find_copied_files
+from launcher.export.copied_files import check_copied_files, find_copied_files
+from launcher.export.left_files import describe_left
 from launcher.export.merge.ties import find_embedding_pair
 from launcher.export.modelfile import make_modelfile
 from launcher.export.shard_plan import assign_shards, natural_sort_key

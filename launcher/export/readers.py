@@ -10,6 +10,7 @@ from launcher.folders.kind import SHARDED, Kind, kinds_of
 from launcher.io.adapter import read_adapter
 from launcher.io.readers import dcp, dcp_safetensors, model_folder, universal, zero
 from launcher.io.readers.found import FoundModel
+from launcher.io.readers.nesting import one_model
 
 Reader = Callable[[bool], FoundModel]  # the argument: whether fp32 masters are wanted
 
@@ -25,9 +26,10 @@ def kind_of(path: Path) -> Kind | None:
     return next(iter(kinds), None)
 
 
-def reader_of(path: Path, tag: str | None) -> tuple[Kind, Reader]:
-    """The kind and the reader of a trainer's state. `tag`: which checkpoint of DeepSpeed. Raises
-    UserError for a tag in a folder of another kind."""
+def reader_of(path: Path, tag: str | None, key: str | None) -> tuple[Kind, Reader]:
+    """The kind and the reader of a trainer's state. `tag`: which checkpoint of DeepSpeed. `key`: of
+    the model, in a state that contains several. Raises UserError for a tag in a folder of another
+    kind."""
     kinds = kinds_of(path)
     if tag is not None and Kind.ZERO not in kinds:
         raise UserError(
@@ -35,10 +37,10 @@ def reader_of(path: Path, tag: str | None) -> tuple[Kind, Reader]:
         )
     kind = next(kind for kind in kinds if kind in SHARDED)
     readers: dict[Kind, Reader] = {
-        Kind.UNIVERSAL: lambda masters: universal.read_model(path, masters),
-        Kind.ZERO: lambda masters: zero.read_model(path, tag, masters),
-        Kind.DCP_SAFETENSORS: lambda _: dcp_safetensors.read_model(path),
-        Kind.DCP: lambda _: dcp.read_model(path),
-        Kind.STATE_DICT: lambda _: model_folder.read_model(path),
+        Kind.UNIVERSAL: lambda masters: one_model(universal.read_model(path, masters), path, key),
+        Kind.ZERO: lambda masters: one_model(zero.read_model(path, tag, masters), path, key),
+        Kind.DCP_SAFETENSORS: lambda _: dcp_safetensors.read_model(path, key=key),
+        Kind.DCP: lambda _: dcp.read_model(path, key),
+        Kind.STATE_DICT: lambda _: model_folder.read_model(path, key),
     }
     return kind, readers[kind]

@@ -25,12 +25,13 @@ from launcher.export.merge.edits import same_values
 from launcher.export.merge.ties import HEAD
 from launcher.export.names import Naming
 from launcher.export.source import Source
+from launcher.export.unwrapped import unwrapped_adapter
 from launcher.folders.adapter import SETTINGS, read_settings
 from launcher.folders.brief import listed
 from launcher.folders.model_config import read_model_config
 from launcher.folders.vocabulary import config_value
 from launcher.io.adapter import ADAPTER_NAME, PARAMETER_SUFFIX, PREFIX, plain_name
-from launcher.io.adapter_config import inferred_settings, is_saved
+from launcher.io.adapter_config import check_only_lora, inferred_settings, is_saved
 from launcher.io.adapter_places import in_composite
 from launcher.io.places import Places
 from launcher.io.readers.found import FoundModel
@@ -162,6 +163,7 @@ def adapter_only_result(source: Source) -> Assembled:
     none = f"--adapter-only: SOURCE {source.path} contains no adapter → leave the option out"
     if source.read is not None:
         found = source.read(False)
+        check_only_lora(source.path, found.tensors)
         model_tensors, adapter_tensors = split_adapters(found.tensors)
         if not adapter_tensors:
             raise UserError(none)
@@ -178,14 +180,13 @@ def adapter_only_result(source: Source) -> Assembled:
         )
     else:
         raise UserError(none)
-    adapter = in_composite(replace(adapter, tensors=tensors), _places(source))
+    adapter = replace(adapter, tensors=tensors)
+    if source.base_config is not None:
+        config = read_model_config(source.base_config)
+        places = names.places_in(config, source.trained_class)
+        adapter = unwrapped_adapter(source.path, config, {}, adapter, places)
+        adapter = in_composite(adapter, places)
     return Assembled(adapter.tensors, dict.fromkeys(adapter.tensors, action), adapter.config)
-
-
-def _places(source: Source) -> Places | None:
-    if source.base_config is None:
-        return None
-    return names.places_in(read_model_config(source.base_config), source.trained_class)
 
 
 def _with_trained(
@@ -206,7 +207,8 @@ def _with_trained(
     if unmatched:
         raise UserError(
             f"{source.path} contains {len(unmatched)} tensor(s) that the base model {source.base} "
-            f"does not have ({listed(sorted(unmatched), LISTED)}); does it belong to another model?"
+            f"does not have ({listed(sorted(unmatched), LISTED)}) → --base with the model that it "
+            "was trained from"
         )
     return result, trained
 

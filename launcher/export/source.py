@@ -41,6 +41,9 @@ from launcher.io.readers import dcp
 from launcher.io.readers import model_folder as model_files
 from launcher.io.tokenizer_files import SETTINGS as TOKENIZER
 
+# Kinds of SOURCE that may contain several models.
+WITH_KEYS = (*SHARDED, Kind.MODEL)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -58,6 +61,7 @@ class Source:
     # Adapter folders that were merged into `base`, one after the other, before training started.
     earlier_adapters: tuple[Path, ...] = ()
     adapter_name: str | None = None  # of the adapters in `read`; None: it has one
+    model_key: str | None = None  # of several models in SOURCE; None: the one that was trained
     alpha: float | None = None  # of an adapter in `read` whose adapter_config.json is not known
     # The config.json of the base, for an adapter alone; None: it is not on this machine.
     base_config: Path | None = None
@@ -70,6 +74,8 @@ class Source:
     # Folder with the chat template and the EOS token of a tokenizer whose other files are the
     # base's: checkpoints of old versions have them in the form of one version of transformers.
     old_tokenizer: Path | None = None
+    # The adapter that the settings of the adapter name as its base, which --base replaced.
+    replaced: Path | None = None
     skipped: tuple[str, ...] = ()  # damaged checkpoints of the run that are newer, with the reason
 
     def describe(self) -> str:
@@ -82,6 +88,11 @@ class Source:
         ]
         parts += [f"merged into it first: adapter {folder}" for folder in self.earlier_adapters]
         parts += [f"adapter {folder}" for folder in self.adapters if folder != self.path]
+        if self.replaced is not None:
+            parts.append(
+                f"not merged: {self.replaced}, an adapter that the training names as its base and "
+                f"--base replaces (--base {self.replaced} merges it first)"
+            )
         if self.kind is Kind.ADAPTER and (others := named_adapters(self.path)):
             parts.append(f"not the adapters {', '.join(others)} (--adapter-name)")
         return "\n".join(filter(None, [*parts, *self.skipped]))
@@ -95,6 +106,7 @@ def find_source(
     adapter_only: bool = False,
     adapter_name: str | None = None,
     alpha: float | None = None,
+    model_key: str | None = None,
 ) -> Source:
     """Recognize the folder `path`.
 
@@ -105,6 +117,7 @@ def find_source(
         adapter_only: No base is needed.
         adapter_name: Which of several adapters.
         alpha: Of an adapter whose adapter_config.json is not known.
+        model_key: Which of several models in a state (`launcher.io.readers.nesting`).
 
     Raises UserError if the folder is of no known kind or incomplete, or if an option would be
     ignored.
@@ -125,23 +138,30 @@ def find_source(
     if kind is Kind.CHECKPOINT:
         source = replace(_checkpoint_source(path, base, adapter_only), skipped=tuple(skipped))
     elif tag is not None or kind in SHARDED:
-        source = _sharded_source(path, *reader_of(path, tag), base, adapter_only)
+        source = _sharded_source(path, *reader_of(path, tag, model_key), base, adapter_only)
     elif kind is Kind.ADAPTER:
         source = _adapter_source(path, base, adapter_only)
     elif kind is Kind.MODEL:
-        source = _model_source(path, base, adapters, adapter_only, alpha)
+        source = _model_source(path, base, adapters, adapter_only, alpha, model_key)
     else:
         raise refusal(path)
-    _check_options(source, adapters, alpha)
-    return replace(source, adapter_name=adapter_name, alpha=alpha)
+    _check_options(source, adapters, alpha, model_key)
+    return replace(source, adapter_name=adapter_name, alpha=alpha, model_key=model_key)
 
 
-def _check_options(source: Source, adapters: Sequence[Path], alpha: float | None) -> None:
+def _check_options(
+    source: Source, adapters: Sequence[Path], alpha: float | None, model_key: str | None
+) -> None:
     """Raises UserError for an option that would be ignored."""
     if adapters and source.kind is not Kind.MODEL:
         raise UserError(
             f"--adapter {adapters[0]} needs a model folder as SOURCE, and {source.path} is not one "
             f"→ leave it out, or shardway consolidate MODEL --adapter {adapters[0]}"
+        )
+    if model_key is not None and source.kind not in WITH_KEYS:
+        raise UserError(
+            f"--model-key {model_key} needs the state of a trainer as SOURCE, and "
+            f"{source.path} is a {source.kind.value} → leave --model-key out"
         )
     if alpha is not None and (source.read is None or source.adapter_config is not None):
         raise UserError(
@@ -211,19 +231,26 @@ def _adapter_source(path: Path, base: str | None, adapter_only: bool) -> Source:
         found.folder,
         adapters=(path,),
         earlier_adapters=found.adapters,
+        replaced=found.replaced,
         extra_file_folders=(path, *reversed(found.adapters), found.folder),
     )
 
 
 def _model_source(
-    path: Path, base: str | None, adapters: Sequence[Path], adapter_only: bool, alpha: float | None
+    path: Path,
+    base: str | None,
+    adapters: Sequence[Path],
+    adapter_only: bool,
+    alpha: float | None,
+    key: str | None,
 ) -> Source:
     """A model folder. If its weights are the state of a PEFT model, it is a checkpoint."""
     is_adapted = (path / SETTINGS).is_file() or alpha is not None
-    names = tensor_names(path) or model_files.read_model(path).tensors.keys()
+    names = tensor_names(path) if key is None else set()
+    names = names or {*model_files.read_model(path, key).tensors}
     if not adapters and is_peft_state(names, is_adapted):
         return _sharded_source(
-            *(path, Kind.MODEL, lambda _: model_files.read_model(path), base, adapter_only),
+            *(path, Kind.MODEL, lambda _: model_files.read_model(path, key), base, adapter_only),
             needs_base=not contains_base(names),
         )
     if base is not None:
@@ -276,6 +303,7 @@ def _sharded_source(
         read,
         base_config=config,
         earlier_adapters=found.adapters if found else (),
+        replaced=found.replaced if found else None,
         adapter_config=settings,
         extra_file_folders=tuple(folders),
     )

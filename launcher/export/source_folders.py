@@ -6,7 +6,7 @@ from itertools import chain, takewhile
 from pathlib import Path
 
 from launcher.export.source import Source
-from launcher.folders.model import CONFIG
+from launcher.folders.model import CONFIG, GENERATION_CONFIG
 from launcher.io.tokenizer_files import SETTINGS as TOKENIZER
 from launcher.io.tokenizer_files import has_vocabulary, stated_template
 
@@ -32,6 +32,13 @@ def template_folder(source: Source) -> Path | None:
         return None
     before = takewhile(lambda folder: folder != tokenizer, _tokenizer_folders(source))
     return next((folder for folder in before if stated_template(folder) is not None), None)
+
+
+def generation_config(source: Source) -> Path | None:
+    """generation_config.json of the model, or else of the training; None if neither has one."""
+    folders = (model_home(source), *source.extra_file_folders, source.path)
+    files = (folder / GENERATION_CONFIG for folder in folders)
+    return next((file for file in files if file.is_file()), None)
 
 
 def _tokenizer_folders(source: Source) -> tuple[Path, ...]:

@@ -13,7 +13,12 @@ from typing import Any
 from launcher.errors import UserError, one_line
 from launcher.export.copied_files import check_copied_files
 from launcher.export.source import Source
-from launcher.export.source_folders import model_home, template_folder, tokenizer_folder
+from launcher.export.source_folders import (
+    generation_config,
+    model_home,
+    template_folder,
+    tokenizer_folder,
+)
 from launcher.folders.json_file import dump_like, read_object
 from launcher.folders.model import GENERATION_CONFIG
 from launcher.io.answer_end import end_tokens
@@ -62,13 +67,13 @@ def with_stops(source: Source, config: Config, trust_remote_code: bool) -> Stops
         notes = ("the chat template ends answers with no token: generation may not stop after one",)
     if not ends:
         return Stops(config, files, notes)
-    path = model_home(source) / GENERATION_CONFIG
-    original = read_object(path) if path.is_file() else None
+    path = generation_config(source)
+    original = read_object(path) if path is not None else None
     changed = _listed(config, ends)
     if {*ends} <= {*_ids(original or {})} or (original is None and changed == config):
         return Stops(config, files, notes)  # generation already stops there
     generation = {**(original or _inherited(config)), EOS: _union(ends, config, original or {})}
-    text = path.read_text(encoding="utf-8") if original is not None else ""
+    text = path.read_text(encoding="utf-8") if path is not None else ""
     files[GENERATION_CONFIG] = dump_like(generation, text).encode()
     stops = generation[EOS]
     listed = f"token{'s' * (len(stops) > 1)} {', '.join(map(str, stops))}"

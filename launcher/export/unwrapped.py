@@ -6,11 +6,13 @@ import re
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from launcher.export.assembled import Config, Tensors
 from launcher.export.completeness import BESIDE, class_naming
 from launcher.export.names.wrapper import are_on_disk, common_prefixes, find_wrapper, known_names
-from launcher.io.adapter import PREFIX, plain_name
+from launcher.folders.json_file import is_text
+from launcher.io.adapter import PREFIX, Adapter, plain_name
 from launcher.io.places import Places
 from launcher.io.readers.found import FoundModel
 
@@ -42,16 +44,28 @@ def unwrapped_state(
 
 
 def unwrapped_adapter(
-    folder: Path, config: Config, base: Tensors, tensors: Tensors, places: Places | None
-) -> Tensors:
-    """The tensors of an adapter, by their names in PEFT's files, which begin with PREFIX."""
-    short = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    folder: Path, config: Config, base: Tensors, adapter: Adapter, places: Places | None
+) -> Adapter:
+    """An adapter, whose tensors have their names in PEFT's files, which begin with PREFIX. Modules
+    that its settings name by their whole path are renamed, too."""
+    short = {name.removeprefix(PREFIX): tensor for name, tensor in adapter.tensors.items()}
     weights = {re.sub(ADAPTER_PART, ".weight", name) for name in short}
     wrapper = _wrapper(folder, config, weights, base, places)
     if not wrapper:
-        return tensors
+        return adapter
     renamed = {PREFIX + name.removeprefix(wrapper): tensor for name, tensor in short.items()}
-    return {name: tensor.renamed(name) for name, tensor in renamed.items()}
+    settings = {key: _without_wrapper(value, wrapper) for key, value in adapter.config.items()}
+    tensors = {name: tensor.renamed(name) for name, tensor in renamed.items()}
+    return replace(adapter, config=settings, tensors=tensors)
+
+
+def _without_wrapper(setting: Any, wrapper: str) -> Any:
+    """A list of modules, or a table by modules, without `wrapper` before their paths."""
+    if isinstance(setting, list):
+        return [each.removeprefix(wrapper) if is_text(each) else each for each in setting]
+    if isinstance(setting, dict):
+        return {key.removeprefix(wrapper): value for key, value in setting.items()}
+    return setting
 
 
 def _wrapper(

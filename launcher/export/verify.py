@@ -12,16 +12,17 @@ from launcher.export.opened import open_small_files
 from launcher.export.writing import readback
 from launcher.folders import manifest
 from launcher.folders.brief import brief
+from launcher.folders.file_names import matches
 from launcher.folders.json_file import is_object, is_text, read_object
 from launcher.folders.model import CONFIG, INDEX
 from launcher.folders.model_config import read_model_config
 from launcher.folders.model_files import EXPORT_MANIFEST as MANIFEST
-from launcher.folders.model_files import matches
 from launcher.folders.tensor_entries import read_weight_map
 from launcher.io.cpus import usable_cpus
 from launcher.io.readers.safetensors_file import read_header
 from launcher.io.tensor import Tensor
 
+AGAIN = "the same export once more, or a whole copy of the folder"
 LOADED = ("adapter_config.json", "adapter_model.*", "*.bin")  # beside a model's safetensors
 
 
@@ -29,11 +30,15 @@ def verify(folder: Path) -> str:
     """One line that describes the folder. Raises UserError with the names of damaged files and
     tensors."""
     if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} contains no {MANIFEST}; was it written by shardway consolidate?")
+        reason = f"contains no {MANIFEST}, which lists what was written"
+        way_out = f"shardway consolidate {folder} --output DIR writes a copy with one"
+        if not folder.is_dir():
+            reason, way_out = "is not a folder", "the folder that shardway consolidate wrote"
+        raise UserError(f"{folder} {reason} → {way_out}")
     written = manifest.read(folder / MANIFEST)
     if not isinstance(written.get("tensors"), dict):
         raise UserError(
-            f"{folder / MANIFEST} lists no tensors: it is damaged, or of another version"
+            f"{folder / MANIFEST} lists no tensors: it is damaged, or of another version → {AGAIN}"
         )
     shards = {n for n in written["files"] if n.endswith(".safetensors") and "/" not in n}
     _compare_contents(folder, written, shards)
@@ -57,15 +62,17 @@ def check_structure(folder: Path, shards: set[str]) -> str:
     """
     files = sorted(folder.glob("*.safetensors"))
     if unknown := [file.name for file in files if file.name not in shards]:
-        raise UserError(f"{folder} contains {unknown}, which were not written with it")
+        raise UserError(
+            f"{folder} contains {', '.join(unknown)}, not written with it → move it elsewhere"
+        )
     headers = {file.name: read_header(file) for file in files}
     if not headers:
-        raise UserError(f"{folder} contains no shard")
+        raise UserError(f"{folder} contains no shard → {AGAIN}")
     total = sum(tensor.nbytes for shard in headers.values() for tensor in shard.values())
     if (folder / INDEX).is_file():
         _check_index(folder / INDEX, headers, total)
     elif len(headers) != 1:
-        raise UserError(f"{folder} contains {len(headers)} shards and no {INDEX}")
+        raise UserError(f"{folder} contains {len(headers)} shards and no {INDEX} → {AGAIN}")
     largest = max(sum(tensor.nbytes for tensor in shard.values()) for shard in headers.values())
     return (
         f"{folder}: whole. {sum(map(len, headers.values()))} tensors, {total / 1e6:,.1f} MB in "
@@ -101,7 +108,7 @@ def _compare_contents(folder: Path, written: dict[str, Any], shards: set[str]) -
     except UserError as error:
         problems.append(str(error))
     if problems:
-        raise UserError("; ".join(problems))
+        raise UserError(f"{'; '.join(problems)} → {AGAIN}")
 
 
 def _check_index(path: Path, shards: dict[str, dict[str, Tensor]], total: int) -> None:
@@ -109,8 +116,11 @@ def _check_index(path: Path, shards: dict[str, dict[str, Tensor]], total: int) -
     actual = {name: file for file, shard in shards.items() for name in shard}
     if differing := sorted(weight_map.items() ^ actual.items()):
         raise UserError(
-            f"{path} and the shards disagree on {differing[0][0]} ({len(differing)} entries)"
+            f"{path} and the shards disagree on {differing[0][0]} ({len(differing)} entries) → "
+            f"{AGAIN}"
         )
     stated = metadata.get("total_size") if isinstance(metadata, dict) else None
     if stated != total:
-        raise UserError(f"{path} states a total_size of {stated}, the shards contain {total}")
+        raise UserError(
+            f"{path} states a total_size of {stated}, the shards contain {total} → {AGAIN}"
+        )

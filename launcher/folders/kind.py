@@ -12,7 +12,8 @@ from pathlib import Path
 from launcher.folders.adapter import SETTINGS
 from launcher.folders.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from launcher.folders.checkpoint import MANIFEST
-from launcher.folders.model import CONFIG, INDEX, WEIGHTS, is_weights_file
+from launcher.folders.file_names import is_weights_file
+from launcher.folders.model import CONFIG, INDEX, WEIGHTS
 from launcher.folders.run import RunDir
 
 

@@ -6,18 +6,13 @@ import re
 from pathlib import Path
 
 from launcher.errors import UserError
+from launcher.folders.file_names import PART, TORCH_MODELS, WEIGHT_FILES, parts_of_one_model
 from launcher.folders.tensor_entries import INDEX, tensor_names
 
 CONFIG = "config.json"
 MODELOPT = "hf_quant_config.json"  # how ModelOpt quantized the weights, beside config.json
 GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
-PART = re.compile(r"-\d{5}-of-(\d{5})\.")  # in the name of one of several files
-# How the names of files begin that trainers write beside weights, in the same formats.
-NOT_MODELS = (
-    *("adapter_model", "training_args", "optimizer", "scheduler", "random_states", "sampler"),
-    *("dl_state_dict", "scaler"),
-)
 MAX_SHARD_BYTES = 5 * 10**9  # of a file with weights, unless another size is asked for
 # The files of a tokenizer, of any class.
 TOKENIZER_FILES = (
@@ -36,18 +31,11 @@ TOKENIZER_FILES = (
     "tekken.json",
 )
 TEMPLATES = "additional_chat_templates"  # a folder of a tokenizer, next to those files
-# Files with weights, in any format.
-WEIGHT_FILES = (
-    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.distcp", "*.pkl", "*.npz"),
-    *("*.gguf", "*.ggml", "*.llamafile", "*.h5", "*.msgpack", "*.ot", "*.nemo", "*.tflite"),
-    *("*.onnx", "*.onnx_data*", "*.onnx.data", "*.mlmodel", "*.mlpackage", "*.pte", "*.litertlm"),
-)
 # The files of a hub repository that are downloaded.
 HUB_PATTERNS = (
     *("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.spm", "*.tiktoken"),
     "bpe.codes",
 )
-TORCH_PATTERNS = ("pytorch_model*.bin", "*.bin.index.json", "adapter_model.bin")
 
 
 def is_hub_id(name_or_path: str) -> bool:
@@ -75,7 +63,7 @@ def model_folder(
     named = f"model.name_or_path={name_or_path}"
     folder = _download(name_or_path, revision, allowed, None, named)
     if "*.safetensors" in patterns and not any(folder.glob("*.safetensors")):
-        return _download(name_or_path, revision, [*allowed, *TORCH_PATTERNS], None, named)
+        return _download(name_or_path, revision, [*allowed, *TORCH_MODELS], None, named)
     return folder
 
 
@@ -90,7 +78,7 @@ def whole_model_folder(name_or_path: str, revision: str | None) -> Path:
     folder = _download(name_or_path, revision, None, ignored, named)
     if any(folder.glob("*.safetensors")):
         return folder
-    return _download(name_or_path, revision, [*TORCH_PATTERNS], None, named)
+    return _download(name_or_path, revision, [*TORCH_MODELS], None, named)
 
 
 def _download(
@@ -119,11 +107,6 @@ def _download(
         ) from error
 
 
-def is_weights_file(name: str) -> bool:
-    """Whether a file with this name contains weights of a model, as safetensors or a torch file."""
-    return name.endswith((".safetensors", ".bin")) and not name.startswith(NOT_MODELS)
-
-
 def single_weights_file(folder: Path) -> Path:
     """The weights of a folder without an index: `model.safetensors`, or its only file.
 
@@ -138,12 +121,17 @@ def single_weights_file(folder: Path) -> Path:
         )
     if default in files or len(files) == 1:
         file = default if default in files else files[0]
-        if (part := PART.search(file.name)) and int(part[1]) > 1:
+        if (part := PART.fullmatch(file.name)) and int(part[3]) > 1:
             raise UserError(
-                f"{file} is one of {int(part[1])} files, and the others are missing, with {INDEX} "
+                f"{file} is one of {int(part[3])} files, and the others are missing, with {INDEX} "
                 "→ the same download or copy once more"
             )
         return file
+    if parts_of_one_model(files):
+        raise UserError(
+            f"{folder} contains {len(files)} files of a model and no {INDEX}, without which no "
+            f"library loads them → shardway consolidate {folder} --output DIR writes it"
+        )
     raise UserError(
         f"{folder} contains {len(files)} safetensors files and no {INDEX}: it is unclear which of "
         "them are the model"

@@ -6,14 +6,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 
-from launcher.folders.adapter import SETTINGS
-from launcher.folders.checkpoint import MANIFEST as CHECKPOINT
 from launcher.folders.extended_model import RECORD as NEW_TOKENS
+from launcher.folders.file_names import (
+    ARCHIVES,
+    HIDDEN,
+    OF_ADAPTERS,
+    OF_TRAINERS,
+    WEIGHT_FILES,
+    matches,
+)
 from launcher.folders.json_file import DamagedFile, is_object, list_of, read_json
-from launcher.folders.model import CONFIG, WEIGHT_FILES
+from launcher.folders.model import CONFIG
 from launcher.folders.tensor_entries import is_inside
 from launcher.folders.unreadable import is_file
 
@@ -21,22 +26,20 @@ EXPORT_MANIFEST = "consolidation_manifest.json"
 MODULES = "modules.json"  # of sentence-transformers: its modules, some of which have own weights
 MAX_BYTES = 10**8  # of a file: larger ones are data
 MAX_FILES = 1000  # of a subfolder
-# What an export writes itself.
-WRITTEN = (CONFIG, EXPORT_MANIFEST, NEW_TOKENS, "*.index.json", "Modelfile")
+# What an export writes itself: names of files → why they are not copied.
+WRITTEN = {
+    (CONFIG, EXPORT_MANIFEST, NEW_TOKENS): "written anew",
+    ("*.index.json", "*.index.*.json"): "of other weights",
+    ("Modelfile",): "--modelfile writes one",
+}
 # Of a trainer's folder, whose other files are not the model's, these are.
 DESCRIBING = (*("*.json", "*.jinja", "*.txt", "*.py", "*.md"), "LICENSE*", "NOTICE*")
 # What stays where it is: reason → names of files and subfolders.
 LEFT = {
-    "hidden": (".*", "__pycache__"),
-    "of an adapter": (SETTINGS, "adapter_model*"),
-    "of a trainer": (
-        *("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "random_states*"),
-        *("training_args.bin", "trainer_state.json", "trainer.json", "trainer_log.jsonl"),
-        *("*_results.json", "latest", "latest_universal", "zero_to_*.py", "ds_config*.json"),
-        *("*deepspeed*.json", CHECKPOINT, "events.out.tfevents.*", "checkpoint-*", "global_step*"),
-        *("runs", "logs", "wandb", "mlruns"),
-    ),
-    "archives": ("*.zip", "*.tar", "*.tar.*", "*.tgz", "*.7z"),
+    "hidden": HIDDEN,
+    "of an adapter": OF_ADAPTERS,
+    "of a trainer": OF_TRAINERS,
+    "archives": ARCHIVES,
     "other weights": WEIGHT_FILES,
 }
 
@@ -58,8 +61,6 @@ def files_of(folder: Path) -> ModelFiles:
     """
     result, modules = ModelFiles(), _modules(folder)
     for path in sorted(folder.iterdir()):
-        if matches(path.name, WRITTEN):
-            continue
         if path.is_dir():
             _add_subfolder(result, path, path.name in modules)
         elif is_file(path):
@@ -69,20 +70,11 @@ def files_of(folder: Path) -> ModelFiles:
 
 def is_describing(path: Path) -> bool:
     """Whether a file of a trainer's folder describes the model, by its name."""
-    return (
-        is_file(path)
-        and matches(path.name, DESCRIBING)
-        and not matches(path.name, WRITTEN)
-        and _reason(path.name) is None
-    )
-
-
-def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
+    return is_file(path) and matches(path.name, DESCRIBING) and _reason_at_top(path.name) is None
 
 
 def _add(result: ModelFiles, name: str, path: Path) -> None:
-    if reason := _reason(path.name):
+    if reason := _reason(path.name) if "/" in name else _reason_at_top(name):
         result.left[name] = reason
     elif path.exists() and path.stat().st_size > MAX_BYTES:
         result.left[name] = f"larger than {MAX_BYTES // 10**6} MB"
@@ -92,6 +84,12 @@ def _add(result: ModelFiles, name: str, path: Path) -> None:
 
 def _reason(name: str) -> str | None:
     return next((reason for reason, patterns in LEFT.items() if matches(name, patterns)), None)
+
+
+def _reason_at_top(name: str) -> str | None:
+    """As `_reason`, for a file directly in the model's folder."""
+    written = (reason for patterns, reason in WRITTEN.items() if matches(name, patterns))
+    return next(written, None) or _reason(name)
 
 
 def _add_subfolder(result: ModelFiles, path: Path, is_module: bool) -> None:

@@ -9,34 +9,47 @@ from pathlib import Path
 from launcher.errors import UserError
 from launcher.folders.adapter import SETTINGS as ADAPTER
 from launcher.folders.brief import listed
+from launcher.folders.file_names import (
+    ARCHIVES,
+    FLAX_AND_OTHERS,
+    LLAMA_CPP,
+    META,
+    NEMO,
+    NUMPY,
+    OF_ADAPTERS,
+    OF_TRAINERS,
+    ONNX,
+    PICKLES,
+    WEIGHT_FILES,
+    matches,
+)
 from launcher.folders.kind import SHARDED, Kind, kinds_of
-from launcher.folders.model import CONFIG, TOKENIZER_FILES, WEIGHT_FILES, is_hub_id
-from launcher.folders.model_files import LEFT, matches
+from launcher.folders.model import CONFIG, TOKENIZER_FILES, is_hub_id
 
 ACCEPTED = (
     "name a run (config.yaml, checkpoints/), a checkpoint (manifest.json), an adapter "
     "(adapter_config.json), a model (config.json), or a sharded checkpoint of DeepSpeed (latest, "
     "*_model_states.pt) or torch (.metadata)"
 )
-OF_ADAPTERS, ARCHIVES, STATES = (LEFT[key] for key in ("of an adapter", "archives", "of a trainer"))
-IN_TORCH = ("*.pth", "*.pt", "*.ckpt", "*.pkl")
+IN_TORCH = tuple(pattern for pattern in PICKLES if pattern != "*.bin")
 # Weights that are not read: names of files → what they are, and what to do.
 FORMATS: dict[tuple[str, ...], str] = {
-    ("*.gguf", "*.ggml", "*.llamafile"): (
+    LLAMA_CPP: (
         "weights for llama.cpp, most of them quantized → the folder in safetensors that they were "
         "converted from"
     ),
-    ("*.onnx", "*.onnx_data*", "*.onnx.data"): "weights for ONNX → those in safetensors",
-    ("*.msgpack", "*.h5", "*.tflite", "*.ot", "*.mlmodel", "*.mlpackage", "*.pte", "*.litertlm"): (
+    ONNX: "weights for ONNX → those in safetensors",
+    FLAX_AND_OTHERS: (
         "weights for Flax, TensorFlow, Rust or a phone → those in safetensors, or the result of "
         "from_pretrained(FOLDER, from_flax=True) or from_tf=True and save_pretrained of "
         "transformers 4"
     ),
-    ("consolidated*.pth",): (
+    META: (
         "weights as Meta releases them → the same model in the layout of Hugging Face (on the hub "
         "its name often ends in -hf)"
     ),
-    ("*.nemo",): "an archive of NeMo → the result of its export to Hugging Face",
+    NUMPY: "arrays of NumPy or MLX → the model in safetensors",
+    NEMO: "an archive of NeMo → the result of its export to Hugging Face",
 }
 LISTED = 3  # names in a message
 
@@ -99,14 +112,14 @@ def explain(folder: Path) -> str:
 
 def _explain_names(folder: Path, names: list[str]) -> str:
     """For a folder without checkpoints in it, and without weights of known other formats."""
-    states = [name for name in names if matches(name, STATES)]
+    states = [name for name in names if matches(name, OF_TRAINERS)]
     others = [name for name in names if name not in states]
     weights = [name for name in others if matches(name, WEIGHT_FILES)]
     if found := [name for name in weights if matches(name, IN_TORCH)]:
         return (
             f"contains {found[0]}, and it is not known what is in a torch file of this name → if "
-            "it is the model's state dict, rename it to pytorch_model.bin, beside the model's "
-            f"{CONFIG}"
+            f"it is the model's state dict, rename it to pytorch_model.bin, beside the {CONFIG} of "
+            "its model, or with --base MODEL"
         )
     if ADAPTER in names:
         return "is an adapter → the model that it was trained on"

@@ -43,6 +43,12 @@ MERGE_WITH_PEFT = (
     "merge it with PEFT and consolidate the result → peft.AutoPeftModelForCausalLM"
     '.from_pretrained(ADAPTER, dtype="auto").merge_and_unload().save_pretrained(MODEL)'
 )
+PROMPT = ".prompt_encoder."  # in the names of a trained prompt
+# In the names of tensors that begin as LoRA's → the method.
+OTHER_PARTS = {
+    **dict.fromkeys((".lora_E", ".ranknum"), "ADALORA"),
+    ".trainable_tokens_delta": "TRAINABLE_TOKENS",
+}
 READ_METHODS = ("LORA", "ADALORA", "TRAINABLE_TOKENS")  # by the prefix of their tensors: lora_ …
 KNOWN_KEYS = {  # keys that are read, or that do not change the arithmetic of merging
     "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type",
@@ -112,8 +118,19 @@ def check_mergeable(adapter: Adapter) -> None:
 def check_only_lora(folder: Path, names: Collection[str]) -> None:
     """Raises UserError if the state of a PEFT model has the tensors of another method: without its
     formula they would be left unmerged. `folder`: for the message."""
+    if prompts := [name for name in names if PROMPT in f".{name}"]:
+        raise UserError(
+            f"{folder} contains {min(prompts)}, a trained prompt (prompt tuning, prefix tuning, "
+            "P-tuning): it changes no weight of the model → save it with PEFT's "
+            "save_pretrained, and serve it with PEFT"
+        )
     if not any(f".{PREFIX}" in f".{name}" or ".base_layer." in name for name in names):
         return
+    has_lora = any(re.search(r"\.lora_(embedding_)?A", name) for name in names)
+    for part, method in OTHER_PARTS.items():
+        found = sorted(name for name in names if part in name)
+        if found and not (has_lora and method == "TRAINABLE_TOKENS"):
+            raise _unmerged(folder, found[0], method)
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     prefixes = {
@@ -123,10 +140,14 @@ def check_only_lora(folder: Path, names: Collection[str]) -> None:
     }
     for name, prefix in itertools.product(sorted(names), prefixes):
         if f".{prefix}" in f".{name}":
-            raise UserError(
-                f"{folder} contains {name}, of an adapter with peft_type={prefixes[prefix]!r}; "
-                f"only LORA is supported, so {MERGE_WITH_PEFT}"
-            )
+            raise _unmerged(folder, name, prefixes[prefix])
+
+
+def _unmerged(folder: Path, name: str, method: str) -> UserError:
+    return UserError(
+        f"{folder} contains {name}, of an adapter with peft_type={method!r}; only LORA is "
+        "supported → model.merge_and_unload().save_pretrained(MODEL) in the program that trained it"
+    )
 
 
 def has_initial_factors(config: Mapping[str, Any]) -> bool:

@@ -29,18 +29,17 @@ from launcher.folders.extended_model import (
     is_special_token,
     padded_rows,
 )
+from launcher.folders.file_names import WEIGHT_FILES, matches
 from launcher.folders.json_file import read_object
 from launcher.folders.model import (
     CONFIG,
     INDEX,
     TEMPLATES,
     TOKENIZER_FILES,
-    WEIGHT_FILES,
     model_folder,
     single_weights_file,
 )
 from launcher.folders.model_config import read_model_config
-from launcher.folders.model_files import matches
 from launcher.folders.tensor_entries import TensorEntry, tensor_entries
 from launcher.folders.vocabulary import HEAD_MODULES, config_changes, is_embedding, stated_tie
 from launcher.io.new_rows import chunks, with_new_rows

@@ -12,6 +12,7 @@ from typing import Any
 from launcher.errors import UserError
 from launcher.folders import regular
 from launcher.folders.brief import brief
+from launcher.folders.file_names import matches
 from launcher.folders.json_file import (
     OBJECT,
     Field,
@@ -23,7 +24,6 @@ from launcher.folders.json_file import (
     read_object,
 )
 from launcher.folders.model import TEMPLATES, TOKENIZER_FILES
-from launcher.folders.model_files import matches
 from launcher.folders.unreadable import is_file
 
 SETTINGS = "tokenizer_config.json"

@@ -17,16 +17,53 @@ from tests.helpers.commands import in_process
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("5GB", 5 * 10**9), ("100MB", 10**8), ("1.5 kb", 1500), ("2GiB", 2 * 2**30), ("77B", 77)],
+    [
+        *(("5GB", 5 * 10**9), ("100MB", 10**8), ("1.5 kb", 1500), ("2GiB", 2 * 2**30), ("77B", 77)),
+        *((" 5 gb ", 5 * 10**9), ("５ＧＢ", 5 * 10**9), ("5\u00a0gib", 5 * 2**30)),
+        *(("0.3GB", 3 * 10**8), ("9007199254740993B", 9007199254740993)),
+    ],
 )
 def test_sizes_are_decimal_unless_written_binary(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "0GB", "-1GB", "5XB", "5 G B"])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "0GB", "-1GB", "5XB", "5 G B", "1e9B", "1e9", "infGB", "1_0GB"]
+)
 def test_an_invalid_size_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="is not a size"):
+    with pytest.raises(UserError, match=r"is not a size → 5GB, 500MB or 5GiB$"):
         parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "way_out"),
+    [
+        *(("5,5GB", "5.5GB, with a point, or 55GB"), ("5GBs", "5GB or 5GiB")),
+        *(("80G", "80GB or 80GiB"), ("5gi", "5GB or 5GiB"), ("0.1B", "5GB, 500MB or 5GiB")),
+    ],
+)
+def test_a_size_that_is_nearly_right_says_what_may_be_meant(text: str, way_out: str) -> None:
+    with pytest.raises(UserError, match=f"^--memory {text} is .* → {re.escape(way_out)}$"):
+        parse_size(text, "--memory")
+
+
+@pytest.mark.parametrize("option", ["--max-shard-size", "--memory"])
+@pytest.mark.parametrize("size", ["-1GB", "0GB", "5GBs", "1e9"])
+def test_a_wrong_size_is_refused_before_anything_is_read(
+    option: str, size: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["consolidate", "absent", "--output", "absent-too", option, size]
+    assert in_process(monkeypatch, *words) == 2
+    said = capsys.readouterr().err
+    assert f"{option} {size} is not a size" in said or f"{option} {size} has no unit" in said
+
+
+def test_too_little_memory_is_refused_before_anything_is_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["consolidate", "absent", "--output", "out", "--memory", "5kb"]
+    assert in_process(monkeypatch, *words) == 2
+    assert "--memory 5000 bytes: one file at a time needs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--max-shard-size", "--memory"])

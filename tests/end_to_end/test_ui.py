@@ -6,6 +6,7 @@ SHARDWAY_SCREENSHOTS=docs/images recreates the pictures of docs/ui.md.
 from __future__ import annotations
 
 import os
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -254,6 +255,24 @@ def test_models_outside_the_roots_are_refused_in_chat_and_export(page: Page) -> 
     page.keyboard.press("Enter")
     page.locator("#plan").click()
     expect(page.get_by_text("../.. is outside").first).to_be_visible()
+
+
+def test_an_export_is_evaluated_on_rows(
+    page: Page, page_at: Served, tiny: Path, rows_file: Path
+) -> None:
+    home = page_at.log.parent
+    shutil.copytree(tiny, home / "mine")
+    shutil.copy(rows_file, home / "held-out.jsonl")
+    tab(page, "Export")
+    field(page, "source").fill("mine")
+    page.keyboard.press("Enter")
+    field(page, "output").fill("exported")
+    field(page, "evaluate").fill("held-out.jsonl")
+    page.locator("#plan").click()
+    expect(page.locator("#planned")).to_contain_text("tensors in 1 file(s)", timeout=60 * SECOND)
+    page.locator("#export").click()
+    expect(page.locator("#exported")).to_contain_text("Loss per token on", timeout=120 * SECOND)
+    expect(page.locator("#exported")).to_contain_text("of mine")
 
 
 def test_the_page_is_shown_in_chinese(browser: Browser, page_at: Served) -> None:

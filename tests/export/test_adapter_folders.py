@@ -49,6 +49,10 @@ def test_an_adapter_on_an_adapter_is_merged_after_it(tiny_untied: Path, tmp_path
     assert actions == [*["merged (LoRA)"] * 3, "copied"]
     assert f"merged into it first: adapter {first}" in find_source(second).describe()
     assert_same(values(second, base=str(tiny_untied)), merged_by_peft(tiny_untied, second))
+    replaced = find_source(second, base=str(tiny_untied)).describe()
+    assert f"not merged: {first}" in replaced
+    assert f"--base {first} merges it first" in replaced
+    assert "not merged" not in find_source(second, base=str(first)).describe()
     edit(first / "adapter_config.json", base_model_name_or_path=str(second))
     with pytest.raises(UserError, match="which was trained on this adapter → name the model"):
         plan_of(second)

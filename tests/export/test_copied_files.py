@@ -10,11 +10,15 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from huggingface_hub.utils import filter_repo_objects
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from launcher.errors import UserError
+from launcher.export.assembled import Options
+from launcher.export.plan import make_plan
+from launcher.export.source import find_source
 from launcher.export.verify import verify
 from launcher.folders.model_files import MAX_FILES
 from tests.helpers.exports import consolidate, make_adapter, plan_of, stored
@@ -62,13 +66,76 @@ def test_all_files_of_a_base_travel_or_are_listed(tmp_path: Path, base: Path) ->
     consolidate(adapter, "--output", out)
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert found == own | {*TRAVEL, "modules.json", "consolidation_manifest.json"}
-    (note,) = [line for line in plan_of(adapter).notes if line.startswith("not copied from")]
+    (note,) = [
+        line for line in plan_of(adapter).notes if line.startswith(f"not copied from {base}")
+    ]
     assert all(f"{name}" in note for name in LEFT)
     assert "model.safetensors," not in note.replace("adapter_model.safetensors,", "")
     assert "whole" in verify(out)
     (out / "2_Dense/config.json").write_text("[]")
     with pytest.raises(UserError, match=r"2_Dense/config\.json"):
         verify(out)
+
+
+# Files beside the weights of SOURCE: some travel where the base has none of that name.
+ODDMENTS = (
+    "generation_config.json", "preprocessor_config.json", "added_tokens.json", "README.md",
+    "special_tokens_map.json", "additional_chat_templates/tool_use.jinja", "notes.txt",
+    "optimizer.pt", "training_args.bin", "extra/data.json", "old/model.safetensors", "mine.gguf",
+    "pytorch_model.bin.index.json", "Modelfile", ".hidden", "model-00001-of-00002.safetensors",
+)  # fmt: skip
+
+
+def save_source(kind: str, base: Path, folder: Path) -> Path:
+    if kind == "adapter":
+        return make_adapter(base, folder)
+    if kind == "model":
+        return Path(shutil.copytree(base, folder))
+    folder.mkdir()
+    if kind == "dcp":
+        dcp.save({"model": stored(base)}, checkpoint_id=folder)
+    else:
+        save_file(stored(base), folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("with_names", [True, False], ids=["base-has-them", "base-lacks-them"])
+@pytest.mark.parametrize("kind", ["adapter", "adapter-only", "model", "dcp", "state"])
+def test_each_file_of_source_travels_or_is_listed(
+    kind: str, with_names: bool, tmp_path: Path, base: Path
+) -> None:
+    if with_names:
+        fill(base, *ODDMENTS[:6])
+    else:
+        (base / "generation_config.json").unlink(missing_ok=True)
+    source = save_source(kind.removesuffix("-only"), base, tmp_path / "source")
+    fill(source, *ODDMENTS)
+    for name in ODDMENTS[:5]:
+        (source / name).write_text(" {}")  # not the bytes of the base
+    words = ["--base", base] if kind in ("dcp", "state") else []
+    words += ["--adapter-only"] if kind == "adapter-only" else []
+    consolidate(source, *words, "--output", tmp_path / "out")
+    named, alone = str(base) if kind in ("dcp", "state") else None, kind == "adapter-only"
+    found = find_source(source, named, adapter_only=alone)
+    notes = make_plan(found, Options(adapter_only=alone)).notes
+    (listed, *_) = [line for line in notes if line.startswith(f"not copied from {source}")]
+    for name in ODDMENTS:
+        at, file = tmp_path / "out" / name, source / name
+        travels = at.is_file() and at.read_bytes() == file.read_bytes()
+        top = f"{name.partition('/')[0]}/"
+        assert travels != (name in listed or top in listed or "more (" in listed), name
+    own = with_names and kind not in ("model", "adapter-only")
+    assert (tmp_path / "out/generation_config.json").read_text() == ("{}" if own else " {}")
+
+
+def test_weights_beside_an_index_are_listed(tmp_path: Path, base: Path) -> None:
+    consolidate(base, "--output", tmp_path / "sharded", "--max-shard-size", "30KB")
+    shutil.copy(base / "model.safetensors", tmp_path / "sharded")
+    (tmp_path / "sharded/pytorch_model.bin").touch()
+    adapter = make_adapter(base, tmp_path / "adapter")
+    for plan in (plan_of(tmp_path / "sharded"), plan_of(adapter, base=str(tmp_path / "sharded"))):
+        (note,) = [line for line in plan.notes if line.startswith(f"not copied from {tmp_path}/sh")]
+        assert note.endswith("model.safetensors, pytorch_model.bin (other weights)")
 
 
 def test_an_interrupted_export_with_subfolders_is_resumed(

@@ -210,6 +210,14 @@ def test_an_adapter_of_a_wrapped_model_is_merged(
     save_file(renamed, folder / "adapter_model.safetensors", {"format": "pt"})
     found = {tensor.name: tensor.read_all() for tensor in plan_of(folder).tensors}
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    paths = {n.rpartition(".lora_A")[0].removeprefix(old) for n in stored(adapter) if "lora_A" in n}
+    settings |= {"target_modules": [f"net.{path}" for path in sorted(paths)]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    consolidate(folder, "--output", tmp_path / "alone", "--adapter-only")
+    assert stored(tmp_path / "alone").keys() == stored(adapter).keys()
+    extracted = merged_by_peft(tiny_untied, tmp_path / "alone")
+    assert all(torch.equal(extracted[name], tensor) for name, tensor in expected.items())
 
 
 def save_mixed(rank_info: Any, base: Path, folder: Path) -> None:

@@ -496,7 +496,9 @@ class TestVerification:
             verify(exported)
 
     def test_a_folder_without_manifest_is_reported(self, tiny: Path) -> None:
-        with pytest.raises(UserError, match="was it written by shardway consolidate"):
+        with pytest.raises(
+            UserError, match=r"no consolidation_manifest\.json.*→ shardway consolidate"
+        ):
             verify(tiny)
 
     def test_the_manifest_records_sources_and_actions(self, exported: Path, adapter: Path) -> None:

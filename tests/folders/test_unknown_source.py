@@ -31,7 +31,7 @@ FOLDERS: dict[str, tuple[tuple[str, ...], str]] = {
         "weights as Meta releases them → the same model in the layout of Hugging Face",
     ),
     "one .pth file": (("model.pth", *SETTINGS), r"model\.pth.*rename it to pytorch_model\.bin"),
-    "Lightning": (("epoch=3-step=100.ckpt",), "beside the model's config.json"),
+    "Lightning": (("epoch=3-step=100.ckpt",), "beside the config.json of its model"),
     "a trainer's output": (
         ("checkpoint-9/config.json", "checkpoint-9/model.safetensors", "runs/events",
          "checkpoint-100/config.json", "checkpoint-100/model.safetensors", "train_results.json"),

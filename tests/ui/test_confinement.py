@@ -210,6 +210,17 @@ def test_a_folder_with_a_link_to_the_outside_is_not_exported_and_not_loaded(
             ask()
 
 
+def test_rows_outside_are_not_evaluated(
+    context: PageContext, tab: ExportTab, outside: Path
+) -> None:
+    words = "model", "", "new", "5GB", "auto", "cpu", False
+    with pytest.raises(UserError, match="secret is outside"):
+        tab._arguments(*words, str(outside / "secret"))
+    (context.roots.home / "rows.jsonl").touch()
+    arguments, _ = tab._arguments(*words, " rows.jsonl ")
+    assert arguments[-2:] == ["--evaluate", str(context.roots.home / "rows.jsonl")]
+
+
 def test_snapshots_of_the_hub_are_links_within_one_folder_and_are_read(
     context: PageContext, tab: ExportTab, tiny: Path
 ) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from launcher.errors import UserError
+from launcher.export.names.lacking import refusal
 from launcher.export.names.trace import trace
 from launcher.folders.model_config import check_model_config, read_model_config
 from launcher.io.model_class import class_of_files, config_of, meta_model
@@ -121,11 +122,7 @@ class Naming:
         tied = self.model.all_tied_weights_keys  # alias → the name that is saved
         present = {tied.get(name, name) for name in memory} | self.optional
         if missing := [name for name in self.shapes if tied.get(name, name) not in present]:
-            raise UserError(
-                f"the checkpoint lacks {_summarize(missing)} of {type(self.model).__name__}, the "
-                f"class that {self.folder / 'config.json'} names; use the config it was trained "
-                "with"
-            )
+            raise refusal(self.folder, type(self.model).__name__, missing, memory, self.shapes)
         for name, shape in self.shapes.items():
             actual = memory[name].shape if name in memory else shape
             if actual != shape and not (name in self.resizable and actual[1:] == shape[1:]):

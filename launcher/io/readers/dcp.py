@@ -19,15 +19,10 @@ from launcher.errors import UserError
 from launcher.folders.brief import brief
 from launcher.folders.kind import ACCELERATE, UNREADABLE
 from launcher.io.readers.found import FoundModel
+from launcher.io.readers.nesting import find_model
 from launcher.io.readers.torch_file import read_file, unpickle
 from launcher.io.readers.unpickle import Inert, is_shape, is_size
-from launcher.io.readers.wrapper_prefixes import (
-    MODEL_KEYS,
-    NOT_WEIGHTS,
-    OPTIMIZER,
-    skipped_note,
-    stripped_names,
-)
+from launcher.io.readers.wrapper_prefixes import NOT_WEIGHTS, skipped_note, stripped_names
 from launcher.io.tensor import Tensor
 from launcher.io.tensor.stored import Piece, Stored, box_pieces
 
@@ -71,13 +66,14 @@ class Index:
     paths: dict[str, tuple[str, ...]]  # of all entries: the keys of the nested dicts
 
 
-def read_model(folder: Path) -> FoundModel:
+def read_model(folder: Path, key: str | None = None) -> FoundModel:
     """The model's tensors: the entries under `model`, or all entries if the save is not nested.
 
-    Raises UserError if the save is incomplete, or of a kind that cannot be read.
+    `key`: under which key the model is, if the save contains several (`nesting.find_model`). Raises
+    UserError if the save is incomplete, or of a kind that cannot be read.
     """
     index = read_index(_dcp_folder(folder))
-    names, notes = _names(index)
+    names, notes = _names(index, key)
     tensors: dict[str, Tensor] = {}
     for key, name in names.items():
         tensors[name] = _stored(name, index, index.tensors[key])
@@ -99,10 +95,10 @@ def _dcp_folder(folder: Path) -> Path:
     raise UserError(f"{folder / '.metadata'} is missing: the save did not finish")
 
 
-def _names(index: Index) -> tuple[dict[str, str], tuple[str, ...]]:
+def _names(index: Index, key: str | None) -> tuple[dict[str, str], tuple[str, ...]]:
     """(key → name in the model for its tensors, notes on entries that were left out)."""
     file = index.file
-    names = _model_names(index)
+    names, notes = find_model(index.paths, index.tensors.keys(), file, key)
     not_tensors = names.keys() - index.tensors.keys()
     names = {key: name for key, name in names.items() if key not in not_tensors}
     weights = stripped_names([*names.values()], file)
@@ -115,27 +111,11 @@ def _names(index: Index) -> tuple[dict[str, str], tuple[str, ...]]:
         )
     if not names:
         top_level = sorted({path[0] for path in index.paths.values()})[:5]
-        raise UserError(f"{file} contains no model, but {', '.join(top_level) or 'nothing'}")
-    return names, skipped_note(not_tensors | not_weights, NOT_WEIGHTS)
-
-
-def _model_names(index: Index) -> dict[str, str]:
-    """Key → name of what may be the model's: the entries under one of MODEL_KEYS, otherwise those
-    that are not nested, otherwise all that no optimizer has."""
-    paths = {key: p for key, p in index.paths.items() if not p[0].startswith(OPTIMIZER)}
-    for depth in (0, 1):  # {"model": …} takes precedence over {"app": {"model": …}}
-        for model in MODEL_KEYS:
-            found = {
-                key: ".".join(path[depth + 1 :])
-                for key, path in paths.items()
-                if len(path) > depth + 1 and path[depth] == model
-            }
-            if found.keys() & index.tensors.keys():
-                return found
-    flat = {key: path[0] for key, path in index.paths.items() if len(path) == 1}
-    if flat.keys() & index.tensors.keys():
-        return flat
-    return {key: ".".join(path) for key, path in paths.items()}
+        raise UserError(
+            f"{file} contains no model, but {', '.join(top_level) or 'nothing'} → the folder with "
+            "the weights of this step"
+        )
+    return names, (*notes, *skipped_note(not_tensors | not_weights, NOT_WEIGHTS))
 
 
 def read_index(folder: Path) -> Index:

@@ -17,6 +17,7 @@ from launcher.folders import tensor_entries
 from launcher.folders.brief import brief
 from launcher.folders.kind import DCP_SUBFOLDER, dcp_shards
 from launcher.io.readers.found import FoundModel
+from launcher.io.readers.nesting import model_tensors
 from launcher.io.readers.safetensors_file import read_header
 from launcher.io.readers.unpickle import is_shape
 from launcher.io.readers.wrapper_prefixes import with_stripped_names
@@ -27,11 +28,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 Parts = dict[tuple[int, ...], Stored]  # by their offsets
 
 
-def read_model(folder: Path, shapes: Shapes | None = None) -> FoundModel:
+def read_model(folder: Path, shapes: Shapes | None = None, key: str | None = None) -> FoundModel:
     """The full tensors, from the files of all ranks.
 
     `shapes`: the full shapes by name, if they are known. Without them it cannot be detected that
-    the files of the last ranks are missing; a note reports this. Raises UserError if a shard is
+    the files of the last ranks are missing; a note reports this. `key`: of the model, if the names
+    begin with those of several (`nesting.find_model`). Raises UserError if a shard is
     missing or damaged.
     """
     folder = folder if dcp_shards(folder) else folder / DCP_SUBFOLDER
@@ -50,7 +52,9 @@ def read_model(folder: Path, shapes: Shapes | None = None) -> FoundModel:
             assert isinstance(part, Stored)
             parts.setdefault(name, {}).setdefault(offsets[name], part)
     full = {name: _full_tensor(folder, name, tensor_parts) for name, tensor_parts in parts.items()}
-    tensors, notes = with_stripped_names(full, folder)
+    model, other_models = model_tensors(full, folder, key)
+    tensors, not_weights = with_stripped_names(model, folder)
+    notes = (*other_models, *not_weights)
     if shapes is not None:
         _check_shapes(folder, tensors, shapes)
         return FoundModel(tensors, notes=notes)

@@ -6,18 +6,16 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 
 from launcher.errors import UserError
-from launcher.folders.model import is_weights_file, single_weights_file
+from launcher.folders.file_names import is_weights_file, parts_of_one_model
+from launcher.folders.model import single_weights_file
 from launcher.folders.tensor_entries import check_index, read_weight_map
 from launcher.folders.unknown_source import explain
 from launcher.folders.unreadable import reason_unreadable
 from launcher.io.readers.found import FoundModel
+from launcher.io.readers.nesting import model_dict, model_tensors
 from launcher.io.readers.safetensors_file import read_header
-from launcher.io.readers.torch_file import read_file, tensors_in
-from launcher.io.readers.wrapper_prefixes import (
-    skipped_note,
-    under_model_key,
-    with_stripped_names,
-)
+from launcher.io.readers.torch_file import not_a_state_dict, read_file
+from launcher.io.readers.wrapper_prefixes import skipped_note, with_stripped_names
 from launcher.io.tensor import InMemory, Tensor
 from launcher.io.tensor.stored import Stored
 
@@ -25,28 +23,46 @@ TORCH_FILES = ("pytorch_model.bin", "pytorch_model_fsdp.bin")
 Reader = Callable[[Path], dict[str, Tensor]]
 
 
-def read_model(folder: Path) -> FoundModel:
-    """All tensors that the folder's index lists, or those of its only weights file. Safetensors
-    take precedence over torch files.
+def read_model(folder: Path, key: str | None = None) -> FoundModel:
+    """All tensors that the folder's index lists, or those of its only weights file, or of files
+    that are numbered as the parts of one model. Safetensors take precedence over torch files.
 
-    Raises UserError if a file is missing or damaged, or if the index and the files disagree.
+    `key`: under which key the model is, if a file contains several (`nesting.find_model`). Raises
+    UserError if a file is missing or damaged, or if the index and the files disagree.
     """
-    if index := _index(folder, "safetensors"):
-        tensors, not_weights = with_stripped_names(_read_by_index(index, read_header), folder)
-        return FoundModel(tensors, notes=not_weights)
-    if _weights(folder, "safetensors"):
-        state = read_header(single_weights_file(folder))
-        tensors, not_weights = with_stripped_names(state, folder)
-        return FoundModel(tensors, notes=not_weights)
+    extension = "safetensors" if _has_safetensors(folder) else "bin"
     notes: list[str] = []
-    if index := _index(folder, "bin"):
-        state = _read_by_index(index, lambda file: _state_dict(file, notes))
+    by_name = key  # of models that are not nested
+
+    def read(file: Path) -> dict[str, Tensor]:
+        nonlocal by_name
+        if extension == "safetensors":
+            return read_header(file)
+        tensors, is_nested = _state_dict(file, key, notes)
+        by_name = None if is_nested else by_name
+        return tensors
+
+    if index := _index(folder, extension):
+        state = _read_by_index(index, read)
     else:
-        state = _state_dict(_only_torch_file(folder), notes)
+        files = _files_without_index(folder, extension)
+        if len(files) > 1:
+            notes.append(f"{folder} has no index: its {len(files)} files are those of one model")
+        state = _joined(folder, {file.name: read(file) for file in files})[0]
+    state, other_models = model_tensors(state, folder, by_name)
     tensors, not_weights = with_stripped_names(state, folder)
-    aliases = find_aliases(tensors)
+    aliases = find_aliases(tensors) if extension == "bin" else {}
     unique = {name: tensor for name, tensor in tensors.items() if name not in aliases}
-    return FoundModel(unique, aliases, (*notes, *not_weights))
+    return FoundModel(unique, aliases, (*dict.fromkeys([*notes, *other_models]), *not_weights))
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """The files that `read_model` reads, which may be missing. Raises UserError if it is unclear
+    which these are."""
+    extension = "safetensors" if _has_safetensors(folder) else "bin"
+    if index := _index(folder, extension):
+        return [folder / name for name in sorted({*read_weight_map(index).values()})]
+    return _files_without_index(folder, extension)
 
 
 def find_aliases(tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -86,30 +102,38 @@ def _weights(folder: Path, extension: str) -> list[Path]:
     return [path for path in sorted(folder.glob(f"*.{extension}")) if is_weights_file(path.name)]
 
 
-def _only_torch_file(folder: Path) -> Path:
-    files = _weights(folder, "bin")
+def _has_safetensors(folder: Path) -> bool:
+    return bool(_index(folder, "safetensors") or _weights(folder, "safetensors"))
+
+
+def _files_without_index(folder: Path, extension: str) -> list[Path]:
+    files = _weights(folder, extension)
+    if len(files) > 1 and parts_of_one_model(files):
+        return files
+    if extension == "safetensors":
+        return [single_weights_file(folder)]
     default = [folder / name for name in TORCH_FILES if folder / name in files]
     if default or len(files) == 1:
-        return [*default, *files][0]
+        return [*default, *files][:1]
     if not files:
         raise UserError(f"{folder} {explain(folder)}")
     raise UserError(
         f"{folder} contains {len(files)} .bin files and neither pytorch_model.bin nor an index: it "
-        "is unclear which of them are the model"
+        "is unclear which of them are the model → SOURCE with the files of one model alone"
     )
 
 
-def _state_dict(file: Path, notes: list[str]) -> dict[str, Tensor]:
-    """The tensors of a torch file, with or without an entry such as "state_dict" around them. A
-    note on what is not a tensor is added to `notes`."""
+def _state_dict(file: Path, key: str | None, notes: list[str]) -> tuple[dict[str, Tensor], bool]:
+    """(the tensors of a torch file, whether an entry such as "state_dict" is around them). A note
+    on what is not a tensor, and on other models, is added to `notes`."""
     content = read_file(file)
-    if isinstance(content, dict):
-        content = under_model_key(content)
-    tensors, other_names = tensors_in(content, file)
+    if not isinstance(content, dict):
+        raise not_a_state_dict(content, file)
+    tensors, other_names, other_models, is_nested = model_dict(content, file, key)
     if not tensors:
-        raise UserError(f"{file} contains no tensors by name: it is not a model")
-    notes += skipped_note(other_names, f"of {file.name} that are not tensors")
-    return tensors
+        raise not_a_state_dict(content, file)
+    notes += [*other_models, *skipped_note(other_names, f"of {file.name} that are not tensors")]
+    return tensors, is_nested
 
 
 def _read_by_index(index: Path, read: Reader) -> dict[str, Tensor]:
@@ -120,6 +144,23 @@ def _read_by_index(index: Path, read: Reader) -> dict[str, Tensor]:
     contents = {name: read(index.parent / name) for name in files}
     check_index(index, weight_map, contents)
     return {name: contents[file][name] for name, file in weight_map.items()}
+
+
+def _joined(
+    folder: Path, contents: dict[str, dict[str, Tensor]]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(the tensors of several files, name → its file). Raises UserError for one that is in two."""
+    tensors: dict[str, Tensor] = {}
+    file_of: dict[str, str] = {}
+    for file, own in contents.items():
+        if twice := sorted(own.keys() & tensors.keys()):
+            raise UserError(
+                f"{twice[0]} is in both {file_of[twice[0]]} and {file} of {folder}: it is unclear "
+                "which of them is the model's"
+            )
+        tensors |= own
+        file_of |= dict.fromkeys(own, file)
+    return tensors, file_of
 
 
 def _check_listed(index: Path, names: list[str]) -> None:

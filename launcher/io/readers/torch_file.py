@@ -18,10 +18,11 @@ from launcher.errors import UserError
 from launcher.folders import regular
 from launcher.folders.unreadable import reason_unreadable
 from launcher.io.readers.legacy_torch_file import read_legacy
-from launcher.io.readers.unpickle import ByteRange, ByteRanges
+from launcher.io.readers.unpickle import STATE_DICT, ByteRange, ByteRanges, Inert
 from launcher.io.readers.unpickler import DAMAGED, load
 from launcher.io.tensor import Tensor
 
+SCRIPT = "code/__torch__"  # how the names of the programs in an archive of torch.jit.save begin
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the entry's name and extra field
 
 
@@ -55,10 +56,15 @@ def _read_archive(path: Path, begin: int, end: int) -> Any:
     with path.open("rb", buffering=0) as file, io.BufferedReader(_Window(file, begin, end)) as part:
         try:
             entries = _entries(path, part, end - begin)
+        except UserError:
+            raise
         except (zipfile.BadZipFile, OSError, *DAMAGED) as error:
             raise UserError(f"{path} is not a complete torch.save archive: {error}") from error
         if "data.pkl" not in entries:
-            raise UserError(f"{path} is a zip archive, but not of torch.save: it has no data.pkl")
+            raise UserError(
+                f"{path} is a zip archive, but not of torch.save: it has no data.pkl → "
+                f"{STATE_DICT} writes one"
+            )
         if "byteorder" in entries and _content(part, entries["byteorder"]) != b"little":
             raise UserError(f"{path} was saved on a big-endian machine, which is not supported")
         data = _content(part, entries["data.pkl"])
@@ -86,6 +92,10 @@ def _entries(path: Path, part: IO[bytes], size: int) -> ByteRanges:
     name of the saved file."""
     ranges = {}
     for entry in zipfile.ZipFile(part).infolist():
+        if entry.filename.partition("/")[2].startswith(SCRIPT):
+            raise UserError(
+                f"{path} is a program of TorchScript and not a state dict → {STATE_DICT} writes one"
+            )
         if entry.compress_type != zipfile.ZIP_STORED:
             raise UserError(f"{path}: {entry.filename} is compressed; save it with torch.save")
         part.seek(entry.header_offset)
@@ -142,6 +152,16 @@ def tensors_in(content: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:
     Raises UserError if `content` is not a dict. `path`: the file, for the message.
     """
     if not isinstance(content, dict):
-        raise UserError(f"{path} contains a {type(content).__name__} instead of a state dict")
+        raise not_a_state_dict(content, path)
     tensors = {str(k): v.renamed(str(k)) for k, v in content.items() if isinstance(v, Tensor)}
     return tensors, [str(key) for key in content if str(key) not in tensors]
+
+
+def not_a_state_dict(content: Any, path: Path) -> UserError:
+    """The error for a torch file with something else than tensors by name."""
+    names = {Tensor: "a single tensor", Inert: "an object", dict: "no tensors by name"}
+    found = next((name for kind, name in names.items() if isinstance(content, kind)), None)
+    return UserError(
+        f"{path} contains {found or f'a {type(content).__name__}'} instead of a state dict → "
+        f"{STATE_DICT} writes one"
+    )

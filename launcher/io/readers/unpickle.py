@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,26 @@ ByteRange = tuple[int, int]  # (begin, length) in the file
 ByteRanges = dict[str, ByteRange]  # by the key of a storage, or the name of an archive's entry
 
 
+STATE_DICT = "torch.save(model.state_dict(), FILE)"
+# Names in a pickle that are not read: pattern → what they are, and what to do.
+WAYS_OUT = {
+    r"torch\._utils\._rebuild_sparse": "a sparse tensor → save tensor.to_dense() in its place",
+    r"torch\._utils\._rebuild_qtensor": "a quantized tensor → save its dequantize()",
+    r"torch\._utils\._rebuild_meta": (
+        f"a tensor without values (on the device meta) → {STATE_DICT} of a model that is loaded"
+    ),
+    r"torch\.nested\.": "a nested tensor → save its parts as tensors of their own",
+    r"torch\._utils\._rebuild_wrapper_subclass|torch\.distributed\.|torchao\.": (
+        "a tensor of a class of its own, such as a rank's shard (DTensor) or a quantized one → for "
+        "shards, save get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)); "
+        "otherwise tensor.dequantize() in its place"
+    ),
+    r"torch\.Complex": "complex numbers, which no model of a known class has → the weights alone",
+}
+OTHER_CLASS = (
+    "tensors by name are read, and no modules, functions or settings of a trainer → "
+    f"{STATE_DICT} in the program that saved it"
+)
 MAX_DIMS, MAX_SIZE = 64, 1 << 48
 # A view may repeat the elements of its storage this many times, or be this small in bytes.
 MAX_EXPANSION, MIN_EXPANDED = 1_000, 1 << 24
@@ -93,9 +114,10 @@ def find_class(path: Path, module: str, name: str) -> Any:
             return STORAGES[storage_type]
         if isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
+    found = (out for pattern, out in WAYS_OUT.items() if re.match(pattern, f"{module}.{name}"))
     raise UserError(
-        f"{path} names {module}.{name}, which no checkpoint needs; nothing of it was executed, "
-        "save only the weights"
+        f"{path} names {module}.{name}, which no checkpoint needs: {next(found, OTHER_CLASS)} "
+        "(nothing of it was executed)"
     )
 
 
@@ -179,8 +201,20 @@ def _rebuild_tensor(
 
 
 def _rebuild_tensor_v2(
-    storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
+    storage: Storage,
+    offset: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    _: Any = None,
+    __: Any = None,
+    flags: Any = None,
 ) -> Reference:
+    """`flags`: bits of a lazy view, whose values are others than those in the storage."""
+    if flags:
+        raise UserError(
+            f"{storage.path} contains a view that is negated or conjugated ({brief(flags)}) → save "
+            "tensor.resolve_neg().resolve_conj() in its place"
+        )
     return _rebuild_tensor(storage, offset, shape, strides, storage.dtype)
 
 

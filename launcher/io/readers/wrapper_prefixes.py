@@ -1,21 +1,15 @@
-"""Finds the model in what a trainer saved: the nested dict that holds it, which of its entries are
-weights, and their names without what wrapper modules added."""
+"""Which entries of a saved model are weights, and their names without what wrappers added."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from launcher.errors import UserError
 from launcher.folders.brief import listed
 from launcher.io.tensor import Tensor
 
-# The entries of a checkpoint that trainers save the model under. The first that is there is it.
-MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "policy")
-MAX_NESTING = 3  # of such entries in each other
-OPTIMIZER = ("optim", "lr_scheduler", "scheduler")  # how the names of other entries begin
 # torch.compile, FSDP1 and activation checkpointing wrap modules anywhere in the model.
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # DataParallel and Lightning wrap the whole model.
@@ -29,16 +23,6 @@ MOMENTS = {
 # Tensors that bitsandbytes stores beside a quantized weight.
 QUANTIZATION_STATE = r".+\.(absmax|quant_map|nested_\w+|quant_state\..+|SCB|weight_format)"
 NOT_WEIGHTS = "that are not weights"
-
-
-def under_model_key(content: dict[Any, Any]) -> dict[Any, Any]:
-    """The state dict in a saved one: the dict under one of MODEL_KEYS, otherwise `content`."""
-    for _ in range(MAX_NESTING):
-        nested = [content[key] for key in MODEL_KEYS if isinstance(content.get(key), dict)]
-        if not nested:
-            break
-        content = nested[0]
-    return content
 
 
 def strip_wrappers(name: str) -> str | None:

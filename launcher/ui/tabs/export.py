@@ -91,11 +91,20 @@ class ExportTab:
                 label="device",
                 info=translate("auto: a GPU merges adapters, if there is one."),
             )
-        self.overwrite = gr.Checkbox(
-            label=translate("Start over"),
-            info=translate("Replaces an existing or unfinished export in the output folder."),
-            elem_id="anew",
-        )
+        with gr.Row():
+            self.evaluate = gr.Textbox(
+                label="evaluate",
+                info=translate(
+                    "Rows to evaluate the export and its source on, as for data.path. If empty: "
+                    "neither is evaluated."
+                ),
+                elem_id="evaluate",
+            )
+            self.overwrite = gr.Checkbox(
+                label=translate("Start over"),
+                info=translate("Replaces an existing or unfinished export in the output folder."),
+                elem_id="anew",
+            )
 
     def connect(self, page: gr.Blocks, links: TabLinks) -> None:
         """Connect the events to their handlers."""
@@ -103,7 +112,7 @@ class ExportTab:
         quick: Any = {"show_progress": "hidden", "concurrency_limit": 8}
         inputs = [
             *(self.source, self.base, self.output),
-            *(self.max_shard_size, self.dtype, self.device, self.overwrite),
+            *(self.max_shard_size, self.dtype, self.device, self.overwrite, self.evaluate),
         ]
         choices = guard(self._update_choices)
         gr.on([page.load, links.tabs.change], choices, None, [self.source], **quick)
@@ -140,6 +149,7 @@ class ExportTab:
         dtype: str,
         device: str,
         overwrite: bool,
+        evaluate: str = "",
     ) -> tuple[list[str], Path]:
         """The arguments of `shardway consolidate`, and the output folder.
 
@@ -168,10 +178,13 @@ class ExportTab:
         ]
         if base:
             arguments += ["--base", str(roots.check_tree(base))]
+        if rows := evaluate.strip():
+            arguments += ["--evaluate", str(roots.check_tree(rows))]
         return arguments, target
 
     def _plan(self, *inputs: Any) -> str:
-        arguments, _ = self._arguments(*inputs)
+        *others, _ = inputs  # a plan writes nothing that could be evaluated
+        arguments, _ = self._arguments(*others)
         done = self.context.jobs.run([*arguments, "--dry-run"], PLAN_TIMEOUT)
         return self._format_plan(self._shorten(done.stderr), json.loads(done.stdout))
 
@@ -252,12 +265,26 @@ class ExportTab:
             self.translate("verified" if result["verified"] else "not verified"),
         )
         rows = [[name, f"{size / 1e6:,.1f}"] for name, size in result["files"].items()]
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in result["notes"])
+        said = [*result["notes"], *self._describe_losses(result.get("evaluation"))]
+        notes = "".join(f"<p>{html.escape(self._shorten(text))}</p>" for text in said)
         serve = f"shardway serve {shlex.quote(output)}"
         return (
             f"<p><b>✓ {html.escape(head)}</b></p>{notes}{_table(('file', 'MB'), rows)}"
             f'<div class="sw-plain">{html.escape(serve)}</div>'
         )
+
+    def _describe_losses(self, losses: dict[str, Any] | None) -> list[str]:
+        """Texts on what `--evaluate` found."""
+        if losses is None:
+            return []
+        found = self.translate("Loss per token on {0} tokens: {1}.").format(
+            f"{losses['tokens']:,}", f"{losses['result']:.4f}"
+        )
+        if losses["source"] is None:
+            other = self.translate("The source was not evaluated: {0}")
+            return [found, other.format(losses["compared_with"])]
+        other = self.translate("{0} of {1}")
+        return [found, other.format(f"{losses['source']:.4f}", losses["compared_with"])]
 
     def _open_chat(self, job_name: str) -> list[Any]:
         result = self._read_result(self.context.jobs.job(job_name))
