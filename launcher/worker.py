@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from launcher.config import Config, store
 from launcher.distributed import rendezvous
-from launcher.errors import UserError, exit_when_refused
+from launcher.errors import UserError, exit_when_refused, set_step
 from launcher.folders.checkpoint import finished_checkpoints
 from launcher.folders.run import RunDir
 from launcher.io import garbage, open_files
@@ -282,8 +282,11 @@ def _fit(
                 device, state.flops, compute, stated_peak, rank_info.world_size, run.log
             ),
         )
-    except UserError:  # raised on all ranks; earlier saves in the background are completed
-        saver.finish()
+    except Exception as error:
+        if isinstance(error, UserError):  # raised on all ranks; earlier saves are completed
+            saver.finish()
+        if state.step:
+            set_step(error, state.step, lambda step: loaders.training.rows_of(step - 1))
         raise
 
 

@@ -87,6 +87,10 @@ class Loader:
             pairs=torch.tensor(sum(length * (length + 1) // 2 for length in lengths)),
         )
 
+    def rows_of(self, step: int) -> list[int]:
+        """The numbers of the rows of `step`, which counts from 0, on all ranks, in order."""
+        return sorted(row for sequence in self._step_sequences(step) for row in sequence)
+
     def count_positions(self, step: int) -> tuple[int, int]:
         """(tokens, positions with padding) of `step_batch(step)`, without loading its rows."""
         micro_batches = [

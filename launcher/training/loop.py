@@ -106,7 +106,8 @@ def fit(
         evaluate_now()  # a stop came before or during this evaluation
     buffer = MetricsBuffer(strategy.sum, progress.tokens, plan.max_nonfinite_steps, meter)
     for step_batch, work in steps:
-        step, eval_loss = step + 1, None
+        state.step, eval_loss = step + 1, None
+        step = state.step
         learning_rate = float(scheduler.get_last_lr()[0])
         buffer.diagnose = partial(first_bad_module, strategy.model, step_batch, device)
         targets = max(1, work.targets)  # streamed rows may have none: a loss of 0, not 0 / 0

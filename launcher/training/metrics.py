@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from launcher.errors import UserError
+from launcher.errors import StepError
 from launcher.tracking.base import Record
 from launcher.training.throughput import ThroughputMeter, Work
 
@@ -61,7 +61,7 @@ class MetricsBuffer:
     def flush(self) -> list[Record]:
         """The records of the steps since the last flush. Collective; waits for the device once.
 
-        Steps whose loss or gradient norm is not finite are recorded as skipped. Raises UserError if
+        Steps whose loss or gradient norm is not finite are recorded as skipped. Raises StepError if
         such a step has changed the weights, and after `max_nonfinite_steps` consecutive ones.
         """
         if not self._pending:
@@ -108,11 +108,12 @@ class MetricsBuffer:
         weights_unchanged = stats.skip_if_nonfinite or not stats.applied
         if weights_unchanged and count < self.max_nonfinite_steps:
             return
-        raise UserError(
+        raise StepError(
+            pending.step,
             f"step {pending.step}: loss {loss}, gradient norm {norm}"
             + (f", not finite for {count} steps in a row" if count > 1 else "")
             + f"; training stops here. {self.diagnose()}Try a lower optimizer.learning_rate, or "
-            "inspect the rows of this step"
+            "inspect the rows of this step",
         )
 
     def restart_clock(self) -> None:

@@ -38,6 +38,7 @@ class TrainState:
     flops: Flops | None = None  # of the model; None: not known
     router_loss: RouterLoss | None = None  # that is trained on; None: off
     tokenizer_files: dict[str, bytes] = field(default_factory=dict)  # {}: as in the base
+    step: int = 0  # that is being trained, from 1; 0: before the first
     end_tokens: tuple[int, ...] | None = None  # that end an answer; None: the rows have no answers
 
     @property
