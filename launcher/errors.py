@@ -27,6 +27,16 @@ class StepError(UserError):
         super().__init__(message)
         self.step = step  # counted from 1
 
+    def with_reason(self, reason: str) -> StepError:
+        """This error, whose message goes on with a sentence."""
+        self.args = (f"{self}. {reason}",)
+        return self
+
+    @property
+    def summary(self) -> str:
+        """What has happened, without what to do about it."""
+        return str(self).partition("; training stops here")[0]
+
 
 class SpikeError(StepError):
     """A loss far above that of the steps before it."""
@@ -34,9 +44,9 @@ class SpikeError(StepError):
 
 def set_step(error: Exception, step: int, rows: Callable[[int], list[int]]) -> None:
     """Note the training step in which `error` was raised, unless it names one itself, and the
-    `rows` of that step."""
+    `rows` of that step, which are given for a step from 0."""
     error.__dict__.setdefault("step", step)
-    error.__dict__["rows"] = rows(error.__dict__["step"])
+    error.__dict__["rows"] = rows(error.__dict__["step"] - 1)
 
 
 def rows_of(error: Exception) -> list[int]:
