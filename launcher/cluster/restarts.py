@@ -78,7 +78,11 @@ def run_attempts(
             say(run, _restarting(run, failed, config.cluster.max_restarts))
             if _asked_to_stop_within(run, _seconds_to_wait(failed)):
                 return status
-            run, config = _next_attempt(run, config, world_size)
+            try:
+                run, config = _next_attempt(run, config, world_size)
+            except OSError as error:  # such as a full disk
+                say(run, f"not restarted: {error.filename or run.path}: {error.strerror}")
+                return status
     finally:
         run.stop.unlink(missing_ok=True)
         run.starter.unlink(missing_ok=True)
