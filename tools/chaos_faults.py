@@ -1,5 +1,5 @@
-"""The faults of tools/chaos.py, as they come in practice: signals, damaged files, a full disk, a cut
-network."""
+"""The faults of tools/chaos.py, as they come in practice: signals, damaged files, a full disk, a
+cut network."""
 
 from __future__ import annotations
 

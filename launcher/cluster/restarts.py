@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +89,15 @@ def run_attempts(
         run.starter.unlink(missing_ok=True)
 
 
+def reason_to_end(run: RunDir, max_restarts: int, attempts: Collection[int]) -> str | None:
+    """Note that the attempt `run` of a job has failed, after its earlier `attempts`. Returns why no
+    other one follows, None if one does."""
+    failed = [each for each in _read(run) if each.attempt in attempts]
+    failed.append(_failed(run))
+    _write(run, failed[-1])
+    return reason_not_to_restart(failed, max_restarts)
+
+
 def reason_not_to_restart(failed: list[Failed], max_restarts: int) -> str | None:
     """Why no attempt follows those that `failed` one after another, as a sentence; None if one
     does."""
@@ -156,6 +166,20 @@ def _failed(run: RunDir) -> Failed:
     checkpoints = finished_checkpoints(run.checkpoints)
     saved = checkpoints[0].step if checkpoints else 0
     return Failed(run.attempt, dataclasses.replace(failure, step=step), saved)
+
+
+def _read(run: RunDir) -> list[Failed]:
+    """The attempts in failures.jsonl, without lines that are damaged."""
+    found: list[Failed] = []
+    if not run.failures.is_file():
+        return found
+    names = [field.name for field in dataclasses.fields(Failure)]
+    for line in regular.read_text(run.failures).splitlines():
+        with suppress(ValueError, TypeError, KeyError):
+            record = json.loads(line)
+            failure = Failure(**{name: record[name] for name in names})
+            found.append(Failed(int(record["attempt"]), failure, int(record["saved"])))
+    return found
 
 
 def _write(run: RunDir, failed: Failed) -> None:
