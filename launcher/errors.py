@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 FAILED = 1
@@ -17,6 +17,47 @@ class UserError(ValueError):
 
     It is shown without a traceback, and the process exits with status 2.
     """
+
+
+class StepError(UserError):
+    """What the rows or the values of one training step have caused, raised on all ranks: neither a
+    setting nor the machine."""
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(message)
+        self.step = step  # counted from 1
+
+    def with_reason(self, reason: str) -> StepError:
+        """This error, whose message goes on with a sentence."""
+        self.args = (f"{self}. {reason}",)
+        return self
+
+    @property
+    def summary(self) -> str:
+        """What has happened, without what to do about it."""
+        return str(self).partition("; training stops here")[0]
+
+
+class SpikeError(StepError):
+    """A loss far above that of the steps before it."""
+
+
+def set_step(error: Exception, step: int, rows: Callable[[int], list[int]]) -> None:
+    """Note the training step in which `error` was raised, unless it names one itself, and the
+    `rows` of that step, which are given for a step from 0."""
+    error.__dict__.setdefault("step", step)
+    error.__dict__["rows"] = rows(error.__dict__["step"] - 1)
+
+
+def rows_of(error: Exception) -> list[int]:
+    """The rows that `set_step` has noted."""
+    return list(getattr(error, "rows", []))
+
+
+def step_of(error: Exception) -> int | None:
+    """The training step in which `error` was raised; None: before the first, or not known."""
+    step = getattr(error, "step", None)
+    return step if isinstance(step, int) else None
 
 
 @contextmanager

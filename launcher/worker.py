@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from launcher.config import Config, store
 from launcher.distributed import rendezvous
-from launcher.errors import UserError, exit_when_refused
+from launcher.errors import StepError, UserError, exit_when_refused, set_step
 from launcher.folders.checkpoint import finished_checkpoints
 from launcher.folders.run import RunDir
 from launcher.io import garbage, open_files
@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from launcher.checkpoint.save import Saver
     from launcher.data.build import Loaders
     from launcher.distributed.process_group import RankInfo
+    from launcher.tracking.base import Observer
     from launcher.training.plan import Plan
     from launcher.training.state import Progress, TrainState
+    from launcher.training.throughput import ThroughputMeter
 
 
 @dataclass(frozen=True)
@@ -259,33 +261,64 @@ def _stop_reason(run: Run, rank_info: RankInfo) -> str:
 def _fit(
     run: Run, state: TrainState, loaders: Loaders, plan: Plan, saver: Saver, done: Progress
 ) -> int:
-    """Run the training loop from `done`; return the last step."""
-    from launcher.data.prefetch import Prefetcher
+    """Run the training loop from `done`; return the last step. Collective.
+
+    With training.on_spike=rewind, training goes on from a checkpoint when a step has spoiled it.
+    """
+    from launcher.checkpoint.rewind import rewind
     from launcher.strategy.precision import precision_of
-    from launcher.tracking import build_observers
-    from launcher.training.loop import StepLoaders, fit
     from launcher.training.throughput import ThroughputMeter
 
     config, rank_info = run.config, state.rank_info
-    device = rank_info.device
-    compute, stated_peak = precision_of(config.precision).compute, config.tracking.peak_tflops
-    run.stop.on_train_begin()
+    meter = ThroughputMeter.create(
+        rank_info.device,
+        state.flops,
+        precision_of(config.precision).compute,
+        config.tracking.peak_tflops,
+        rank_info.world_size,
+        run.log,
+    )
     garbage.collect_as_usual()
+    while True:
+        try:
+            return _fit_from(done, run, state, loaders, plan, saver, meter)
+        except StepError as error:
+            if config.training.on_spike != "rewind":
+                raise
+            done = rewind(error, state, run.folder, config, run.log)
+
+
+def _fit_from(
+    done: Progress,
+    run: Run,
+    state: TrainState,
+    loaders: Loaders,
+    plan: Plan,
+    saver: Saver,
+    meter: ThroughputMeter,
+) -> int:
+    """Run the training loop from `done`, without the batches that are left out; return the last
+    step."""
+    from launcher.data.prefetch import Prefetcher
+    from launcher.tracking import build_observers
+    from launcher.training.loop import StepLoaders, fit
+
+    training = replace(loaders.training, left_out=tuple(state.spikes.left_out))
+    data = StepLoaders(Prefetcher(training, state.rank_info.device), loaders.evaluation)
+    observers: list[Observer] = []
+    if state.rank_info.is_main:
+        observers = build_observers(run.config.tracking, run.folder, run.console)
+    run.stop.on_train_begin()
     try:
-        return fit(
-            state,
-            StepLoaders(Prefetcher(loaders.training, device), loaders.evaluation),
-            plan,
-            build_observers(config.tracking, run.folder, run.console) if rank_info.is_main else [],
-            saver,
-            run.stop.requested,
-            done,
-            ThroughputMeter.create(
-                device, state.flops, compute, stated_peak, rank_info.world_size, run.log
-            ),
-        )
-    except UserError:  # raised on all ranks; earlier saves in the background are completed
-        saver.finish()
+        return fit(state, data, plan, observers, saver, run.stop.requested, done, meter)
+    except Exception as error:
+        if state.step:
+            set_step(error, state.step, training.rows_of)
+        if isinstance(error, StepError):
+            for observer in observers:
+                observer.finish()
+        if isinstance(error, UserError):  # raised on all ranks; earlier saves are completed
+            saver.finish()
         raise
 
 

@@ -29,7 +29,7 @@ from launcher.training.state import Progress, TrainState
 
 TRAINER_FIELDS = {
     **dict.fromkeys(("step", "tokens", "ranks", "shards"), COUNT),
-    **dict.fromkeys(("counts", "schedule", "evaluations", "loss_scale"), OBJECT),
+    **dict.fromkeys(("counts", "schedule", "evaluations", "spikes", "loss_scale"), OBJECT),
     "eval_loss": NUMBER,
 }
 Log = Callable[[str], None]
@@ -127,6 +127,7 @@ def restore(checkpoint: Checkpoint, train_state: TrainState, force: bool) -> Pro
     with _damage(checkpoint.trainer):
         train_state.scheduler.load_state(trainer["schedule"])
         train_state.early_stopping.load_state(trainer["evaluations"])
+        train_state.spikes.load_state(trainer.get("spikes") or {})
     rank_info = train_state.rank_info
     if trainer["ranks"] == rank_info.world_size:
         _restore_random_states(checkpoint, rank_info)

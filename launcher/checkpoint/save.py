@@ -142,6 +142,7 @@ class Saver:
             "tokens": tokens,
             "schedule": train_state.scheduler.state(),
             "evaluations": train_state.early_stopping.state(),
+            "spikes": train_state.spikes.state(),
             "eval_loss": eval_loss,
             "content": self.config.content,
             "partial": train_state.method.is_partial,

@@ -1,7 +1,8 @@
 """The part of the batch script that runs on a job's first node: start an attempt, and end it.
 
 python -m launcher.cluster.job begin --run RUN | OVERRIDES…     prints RUN/logs/attempt-N
-python -m launcher.cluster.job end RUN/logs/attempt-N           requeues the job, or its exit status
+python -m launcher.cluster.job end RUN/logs/attempt-N           requeues the job, or its status, or
+                                                                GO_ON if another attempt follows
 
 Imports no torch.
 """
@@ -18,7 +19,7 @@ from contextlib import contextmanager, redirect_stdout
 from datetime import datetime
 from pathlib import Path
 
-from launcher.cluster import build_ops, local, preflight, runs_table
+from launcher.cluster import build_ops, local, preflight, restarts, runs_table
 from launcher.cluster.slurm_command import run_slurm
 from launcher.config import Config, store
 from launcher.config.compose import compose_command_line
@@ -28,7 +29,7 @@ from launcher.config.secrets import secret_values
 from launcher.errors import FAILED, STOPPED, UserError, exit_when_refused
 from launcher.folders import manifest
 from launcher.folders.checkpoint import finished_checkpoints
-from launcher.folders.json_file import COUNT, TEXT, or_null, read_fields
+from launcher.folders.json_file import COUNT, TEXT, or_null, read_fields, read_object
 from launcher.folders.run import RunDir
 from launcher.run import create, ended, sweep
 
@@ -37,6 +38,7 @@ from launcher.run import create, ended, sweep
 # too, but also ends the batch script.
 REQUEUE_REASONS = ("SIGUSR2", "SIGTERM", "time limit")
 ATTEMPTS_WITHOUT_PROGRESS = 3
+GO_ON = 85  # the status of `end` with which the batch script begins another attempt
 USAGE = """\
 python -m launcher.cluster.job begin --run RUN | OVERRIDES…
 python -m launcher.cluster.job end RUN/logs/attempt-N"""
@@ -92,7 +94,7 @@ def start_attempt(arguments: list[str]) -> RunDir | None:
 
 
 def end_attempt(run: RunDir) -> int:
-    """The job's exit status. A run that Slurm stopped is queued again, as often as the
+    """The job's exit status, or GO_ON. A run that Slurm stopped is queued again, as often as the
     configuration allows and while its attempts make progress."""
     status, requeue = _outcome(run)
     if sweep.is_sweep(run.path.parent):
@@ -127,12 +129,35 @@ def _outcome(run: RunDir) -> tuple[int, bool]:
         world_size = World.from_config(store.load(run.config), Machine()).size
         requeue = local.lost_a_node(run, world_size)
         exit_code = failure.exit_code if failure else FAILED
+        if _goes_on(run) and not requeue:
+            return GO_ON, False
     if not requeue or _take_stop_by_person(run):
         return exit_code, False
     if why_not := _reason_not_to_requeue(run):
         print(f"not queued again: {why_not}", file=sys.stderr)
         return exit_code or STOPPED, False
     return 0, True
+
+
+def _goes_on(run: RunDir) -> bool:
+    """Whether another attempt follows this one, which has failed, in the same job."""
+    this = _job_id(), int(_job_field("Restarts") or 0)
+    earlier = [number for number in range(1, run.attempt) if _began(run, number) == this]
+    limit = store.load(run.config).cluster.max_restarts
+    why_not = restarts.reason_to_end(run, limit, earlier)
+    if not limit or _take_stop_by_person(run):
+        return False
+    print(f"not restarted: {why_not}" if why_not else "restarting in the same job", file=sys.stderr)
+    return why_not is None
+
+
+def _began(run: RunDir, attempt: int) -> tuple[str, int] | None:
+    """The job of an attempt, and how often it had been requeued; None if that is not known."""
+    file = RunDir(run.path, attempt).job
+    if not file.is_file():
+        return None
+    record = read_object(file)
+    return str(record.get("job")), int(record.get("restarts") or 0)
 
 
 def _job_id() -> str:

@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from launcher.cluster import build_ops, command, local, numa, runs_table, slurm
+from launcher.cluster import build_ops, command, local, numa, restarts, runs_table, slurm
 from launcher.cluster.preflight import find_resume_checkpoint, refuse_other_launchers
 from launcher.config import deepspeed, store
 from launcher.config.rules.rule import World
@@ -82,7 +82,11 @@ def launch(choice: Choice, world: World) -> int:
     if config.strategy.on_disk:
         build_ops.build_async_io(run)
     say(run, f"starting {_counted(world.size, 'rank')}; importing torch comes first")
-    return local.launch(run, world.nproc_per_node, world.gpus, numa_mode)
+
+    def start(attempt: RunDir) -> int:
+        return local.launch(attempt, world.nproc_per_node, world.gpus, numa_mode)
+
+    return restarts.run_attempts(run, frozen, world.size, start)
 
 
 def launch_sweep(choices: list[Choice], worlds: list[World]) -> int:

@@ -9,17 +9,18 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
 from launcher.cluster import command
 from launcher.folders import regular
-from launcher.folders.json_file import COUNT, FINITE, FLAG, TEXT, read_fields
+from launcher.folders.json_file import COUNT, COUNTS, FINITE, FLAG, TEXT, check_fields, read_fields
 from launcher.folders.run import RunDir
 from launcher.run import stop
 from launcher.run.rank_log import say
 
+SHOWN_ROWS = 32  # of the step that failed, in a message
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -30,10 +31,14 @@ class Failure:
     rank: int
     exit_code: int
     message: str
+    kind: str = "error"  # of launcher/run/rank_log.py, or killed
+    step: int | None = None  # of the training; None: before the first, or not known
+    rows: tuple[int, ...] = ()  # of that step, as `shardway data preview` numbers them
 
 
 def launch(run: RunDir, nproc_per_node: int, gpus: int, numa_mode: str | None = None) -> int:
-    """Run all ranks until they end. Returns the exit status of the attempt.
+    """Run all ranks until they end. Returns the exit status of the attempt. A request to stop that
+    the ranks have not fulfilled, and the record of this process, stay.
 
     Rank 0 prints to this process's stdout; the output of the agent and of libraries goes to logs.
     """
@@ -54,8 +59,6 @@ def launch(run: RunDir, nproc_per_node: int, gpus: int, numa_mode: str | None = 
         if signals.ended_by:  # before there was an agent
             signals.agent.kill()
         status = signals.agent.wait()
-    run.stop.unlink(missing_ok=True)
-    run.starter.unlink(missing_ok=True)
     if status == 0 and run.status.is_file():
         return int(read_fields(run.status, exit_code=COUNT)["exit_code"])
     # Its own second signal ends the agent with 128 + N.
@@ -121,26 +124,38 @@ def _receive_signals(run: RunDir) -> Iterator[_Signals]:
 
 def first_failure(run: RunDir) -> Failure | None:
     """The rank that failed first, from the ranks' own reports or from the agent's summary."""
-    reports = _reports(run)
+    reports = rank_reports(run)
     killed = _killed_rank(run)
     if reports:
         first = min(reports, key=lambda report: report["time"])
         # A killed rank writes no report; the other ranks then fail because they have lost it.
         if killed is None or not first["lost_peer"]:
-            return Failure(first["rank"], first["exit_code"], first["message"])
+            return Failure(
+                *(first["rank"], first["exit_code"], first["message"]),
+                first.get("kind") or "error",
+                first.get("step"),
+                tuple(first.get("rows") or ()),
+            )
+        if killed is not None:  # the ranks that have lost it know the step
+            return replace(killed, step=first.get("step"), rows=tuple(first.get("rows") or ()))
     return killed
 
 
-def _reports(run: RunDir) -> list[dict[str, Any]]:
+def rank_reports(run: RunDir) -> list[dict[str, Any]]:
     """The ranks' own reports. Raises DamagedFile for one that cannot be read."""
     fields = {"rank": COUNT, "time": FINITE, "message": TEXT, "exit_code": COUNT, "lost_peer": FLAG}
-    return [read_fields(path, **fields) for path in run.log_files("rank-*.error.json")]
+    optional = {"kind": TEXT, "step": COUNT, "rows": COUNTS}
+    reports = []
+    for path in run.log_files("rank-*.error.json"):
+        reports.append(read_fields(path, **fields))
+        check_fields(path, reports[-1], optional)
+    return reports
 
 
 def lost_a_node(run: RunDir, world_size: int) -> bool:
     """Whether a machine was lost: some ranks left no report, and all others failed only because
     they had lost a rank."""
-    reports = _reports(run)
+    reports = rank_reports(run)
     only_lost_peers = all(report["lost_peer"] for report in reports)
     return 0 < len(reports) < world_size and only_lost_peers and _killed_rank(run) is None
 
@@ -158,7 +173,7 @@ def _killed_rank(run: RunDir) -> Failure | None:
         if number != signal.SIGTERM or (rank, code) in root_cause:
             hint = "; often the machine ran out of memory" if number == signal.SIGKILL else ""
             message = f"ended by signal {signal.Signals(number).name}{hint}"
-            return Failure(int(rank), 128 + number, message)
+            return Failure(int(rank), 128 + number, message, "killed")
     return None
 
 
@@ -166,4 +181,15 @@ def describe_failure(run: RunDir, failure: Failure | None) -> str:
     """The message of the first failure, and the log with more details."""
     if failure is None:
         return f"The ranks ended without an error message. Logs: {run.logs / 'torchrun*.log'}"
-    return f"rank {failure.rank} failed: {failure.message}\nLog: {run.rank_log(failure.rank)}"
+    rows = f"\n{describe_rows(failure)}" if failure.kind in ("step", "spike") else ""
+    return f"rank {failure.rank} failed: {failure.message}{rows}\nLog: {run.rank_log(failure.rank)}"
+
+
+def describe_rows(failure: Failure) -> str:
+    """The rows of the step that failed, as a line; empty if they are not known."""
+    if not failure.rows:
+        return ""
+    shown = ", ".join(map(str, failure.rows[:SHOWN_ROWS]))
+    more = len(failure.rows) - SHOWN_ROWS
+    rest = f" and {more:,} more" if more > 0 else ""
+    return f"Rows of step {failure.step}: {shown}{rest} (shardway data preview … --row N)"

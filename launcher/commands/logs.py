@@ -16,6 +16,7 @@ from launcher.commands.arguments import command_parser, number
 from launcher.errors import UserError
 from launcher.folders import regular
 from launcher.folders.run import RunDir
+from launcher.run.processes import may_start_again
 from launcher.run.status import find_run, job_in
 
 RANK_LOG = re.compile(r"rank-(\d+)\.log", re.ASCII)
@@ -135,7 +136,7 @@ def _is_alive(run: RunDir) -> bool:
     if not run.path.is_dir():
         raise UserError(f"{run.path} has been removed")
     try:
-        return is_alive(run.path)
+        return is_alive(run.path) or may_start_again(run.newest_attempt())
     except UserError as error:
         print(error, file=sys.stderr)  # Slurm's controller is busy: ask again later
         return True

@@ -3,6 +3,7 @@ before it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,6 +40,15 @@ class StepBatch:
         return self.target_tokens, self.tokens, self.rows, self.positions, self.pairs
 
 
+def batch_of(step: int, left_out: Sequence[int]) -> int:
+    """The batch that `step` takes, if those of `left_out`, in order, are left out. Both count from
+    0 over all epochs."""
+    batch = step
+    for each in left_out:
+        batch += each <= batch
+    return batch
+
+
 @dataclass(frozen=True)
 class Loader:
     """The batches of one rank.
@@ -58,6 +68,7 @@ class Loader:
     packed: bool = False
     # In tokens: the rows of each step are packed to sequences of this length when it is loaded.
     step_packing_length: int | None = None
+    left_out: tuple[int, ...] = ()  # batches, in order: the steps take the others
 
     @property
     def steps_per_epoch(self) -> int:
@@ -87,6 +98,10 @@ class Loader:
             pairs=torch.tensor(sum(length * (length + 1) // 2 for length in lengths)),
         )
 
+    def rows_of(self, step: int) -> list[int]:
+        """The numbers of the rows of `step`, which counts from 0, on all ranks, in order."""
+        return sorted(row for sequence in self._step_sequences(step) for row in sequence)
+
     def count_positions(self, step: int) -> tuple[int, int]:
         """(tokens, positions with padding) of `step_batch(step)`, without loading its rows."""
         micro_batches = [
@@ -105,7 +120,7 @@ class Loader:
 
     def _step_sequences(self, step: int) -> list[list[int]]:
         """The row numbers of each sequence of a step on all ranks, the longest sequence first."""
-        epoch, index = divmod(step, self.steps_per_epoch)
+        epoch, index = divmod(batch_of(step, self.left_out), self.steps_per_epoch)
         begin = index * self.global_batch_size
         end = min(begin + self.global_batch_size, len(self.sequences))
         sequences = [self.sequences[number] for number in self.sampler(epoch, begin, end)]

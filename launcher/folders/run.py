@@ -116,6 +116,10 @@ class RunDir:
         return self._in_logs("steps.json")  # total steps of the training, once known
 
     @property
+    def failures(self) -> Path:
+        return self.inside("logs", "failures.jsonl")  # of all attempts
+
+    @property
     def submitted(self) -> Path:
         return self.inside("slurm.json")  # the job id and the sbatch command
 

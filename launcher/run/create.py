@@ -39,13 +39,19 @@ def find_or_create_folder(config: Config) -> RunDir:
 
 
 def start_attempt_in(
-    run: RunDir, config: Config, argv: list[str], world_size: int, job: str | None = None
+    run: RunDir,
+    config: Config,
+    argv: list[str],
+    world_size: int,
+    job: str | None = None,
+    follows: int | None = None,
 ) -> tuple[RunDir, Config]:
     """Start the next attempt in the folder of `run`. Returns it and the frozen configuration.
 
-    Raises UserError if the newest attempt still runs, unless the Slurm job `job` has started it.
+    `follows`: the attempt of this process that has ended. Raises UserError if the newest attempt
+    is another and still runs, unless the Slurm job `job` has started it.
     """
-    run = _create_attempt(run.path, job)
+    run = _create_attempt(run.path, job, follows)
     config = freeze_config(run, config)
     run.stop.unlink(missing_ok=True)  # it was meant for the previous attempt
     run.starting.unlink(missing_ok=True)
@@ -96,12 +102,13 @@ def _template_date(run: RunDir, config: Config) -> str | None:
     return datetime.now(UTC).astimezone().date().isoformat()
 
 
-def _create_attempt(path: Path, job: str | None) -> RunDir:
+def _create_attempt(path: Path, job: str | None, follows: int | None) -> RunDir:
     """Create the log folder of the next attempt, with the record of this process. From then on no
     earlier attempt can commit a checkpoint, and no later one can start while this one runs."""
     with RunDir(path).lock():
         newest = RunDir(path).newest_attempt()
-        processes.refuse_if_running(newest, job)
+        if newest.attempt != follows:
+            processes.refuse_if_running(newest, job)
         run = RunDir(path, newest.attempt + 1)
         run.logs.mkdir(parents=True)
         processes.write_record(run.starter, job)

@@ -20,7 +20,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launcher.errors import UserError
-from launcher.folders.json_file import COUNT, TEXT, DamagedFile, or_null, read_fields
+from launcher.folders.json_file import (
+    COUNT,
+    TEXT,
+    DamagedFile,
+    check_fields,
+    or_null,
+    read_fields,
+)
 from launcher.folders.manifest import write_json
 from launcher.folders.run import RunDir
 
@@ -37,6 +44,8 @@ class Process:
     pid: int
     started: int  # in clock ticks since boot: a number may be given to another process later
     job: str | None = None  # the Slurm job in which it runs
+    agent: int | None = None  # of a rank: the process that started it, and may start another
+    agent_started: int | None = None
 
     @property
     def is_here(self) -> bool:
@@ -52,19 +61,22 @@ class Process:
         return time.time() - renewed < STALE_SECONDS
 
 
-def write_record(file: Path, job: str | None = None) -> None:
-    """Write the record of this process to `file`."""
+def write_record(file: Path, job: str | None = None, agent: int | None = None) -> None:
+    """Write the record of this process to `file`. `agent`: the process that started it as a
+    rank."""
     pid = os.getpid()
     started = _start_of(pid)
     assert started is not None, "this process exists"
-    process = Process(platform.node(), _this_machine(), pid, started, job)
+    agent_started = None if agent is None else _start_of(agent)
+    machine = platform.node(), _this_machine()
+    process = Process(*machine, pid, started, job, agent, agent_started)
     write_json(file, asdict(process))
 
 
 @contextmanager
 def recorded(file: Path) -> Iterator[None]:
     """Keep a record of this process in `file` until the block ends in order."""
-    write_record(file, os.environ.get("SLURM_JOB_ID"))
+    write_record(file, os.environ.get("SLURM_JOB_ID"), os.getppid())
     threading.Thread(target=_renew, args=(file,), daemon=True, name="record").start()
     yield
     file.unlink(missing_ok=True)
@@ -75,6 +87,15 @@ def living(run: RunDir) -> list[Process]:
     if run.status.is_file():
         return []
     return [process for file, process in _records(run) if process.is_alive(_renewed(file))]
+
+
+def may_start_again(run: RunDir) -> bool:
+    """Whether the ranks of this attempt have ended, but not in order, and an agent on this machine
+    that started one still runs: torchrun --max-restarts may start them again."""
+    if run.status.is_file():
+        return False
+    agents = [(each.agent, each.agent_started) for _, each in _records(run) if each.is_here]
+    return any(pid and started and _start_of(pid) == started for pid, started in agents)
 
 
 def has_lost_one(run: RunDir) -> bool:
@@ -104,7 +125,9 @@ def _read(file: Path) -> Process | None:
     """None if `file` is not a record of this version, or was removed."""
     types = {"host": TEXT, "machine": TEXT, "pid": COUNT, "started": COUNT, "job": or_null(TEXT)}
     try:
-        process = Process(**read_fields(file, **types))
+        content = read_fields(file, **types)
+        check_fields(file, content, {"agent": COUNT, "agent_started": COUNT})
+        process = Process(**content)
     except (DamagedFile, TypeError):
         return None
     return process if process.machine.strip() and process.pid > 0 else None

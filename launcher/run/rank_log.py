@@ -12,12 +12,13 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import NoReturn
 
-from launcher.errors import FAILED, REFUSED, UserError
+from launcher.errors import FAILED, REFUSED, SpikeError, StepError, UserError, rows_of, step_of
 from launcher.folders.manifest import write_json
 from launcher.folders.run import RunDir
 
@@ -127,7 +128,8 @@ def report_failure(run: RunDir, rank: int) -> Iterator[None]:
         exit_code = REFUSED if refused else FAILED
         lost_peer = any(part in message for part in LOST_PEER_MESSAGES)
         try:
-            _write_report(run, rank, message, exit_code, lost_peer)
+            place = {"kind": _kind(error), "step": step_of(error), "rows": rows_of(error)}
+            _write_report(run, rank, message, exit_code, lost_peer, place)
             sys.stderr.flush()
         finally:
             # Not sys.exit: destroying a process group can hang while its other ranks wait.
@@ -153,12 +155,30 @@ def report_lost_rank(run: RunDir, rank: int) -> None:
             _write_report(run, rank, "ended: another rank has failed", FAILED, lost_peer=True)
 
 
-def _write_report(run: RunDir, rank: int, message: str, exit_code: int, lost_peer: bool) -> None:
+def _kind(error: Exception) -> str:
+    """What a launcher that may restart the run has to know about an error."""
+    if isinstance(error, StepError):
+        return "spike" if isinstance(error, SpikeError) else "step"
+    if isinstance(error, UserError):
+        return "refused"
+    is_memory = isinstance(error, MemoryError) or "out of memory" in str(error)
+    return "memory" if is_memory else "error"
+
+
+def _write_report(
+    run: RunDir,
+    rank: int,
+    message: str,
+    exit_code: int,
+    lost_peer: bool,
+    place: Mapping[str, object] = MappingProxyType({}),
+) -> None:
     report = {
         "rank": rank,
         "time": time.time(),
         "message": message,
         "exit_code": exit_code,
         "lost_peer": lost_peer,
+        **place,
     }
     write_json(run.rank_error(rank), report)

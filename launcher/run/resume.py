@@ -48,6 +48,9 @@ ALLOWED_SETTINGS = (
     "training.compile",
     "training.kernels",
     "training.deterministic",  # the same sums, in another order
+    "training.on_spike",
+    "training.spike_threshold",
+    "training.spike_window",
     "training.eval_steps",
     "training.early_stopping_patience",
     "training.early_stopping_threshold",

@@ -42,10 +42,10 @@ def delete_leftovers(checkpoints: Path) -> None:
             shutil.rmtree(path)
 
 
-def move_aside(path: Path) -> Path:
-    """Rename what has the name of a checkpoint and is none to `broken-N-step-…`, so that the step
-    can be saved. Returns the new path."""
+def move_aside(path: Path, prefix: str = "broken") -> Path:
+    """Rename what has the name of a checkpoint and is none, or is not to be resumed from, to
+    `PREFIX-N-step-…`, so that the step can be saved. Returns the new path."""
     number = 1
-    while os.path.lexists(new := path.with_name(f"broken-{number}-{path.name}")):
+    while os.path.lexists(new := path.with_name(f"{prefix}-{number}-{path.name}")):
         number += 1
     return path.rename(new)

@@ -36,6 +36,7 @@ from launcher.training.early_stopping import EarlyStopping
 from launcher.training.flops import Flops, may_have_peak, try_count_flops
 from launcher.training.optimizer import build_optimizer, state_dtype
 from launcher.training.scheduler import build_scheduler
+from launcher.training.spikes import Spikes
 from launcher.training.state import TrainState
 
 Log = Callable[[str], None]
@@ -99,6 +100,7 @@ def build_train_state(
         early_stopping=EarlyStopping(
             training.early_stopping_patience, training.early_stopping_threshold
         ),
+        spikes=Spikes(training.on_spike, training.spike_threshold, training.spike_window),
         flops=assembled.flops,
         router_loss=assembled.router_loss,
     )

@@ -71,7 +71,8 @@ def fit(
     `state.early_stopping` has stalled. Returns the last step done.
 
     Saves when a checkpoint is due, and at the end. Steps are counted from 1 in logs and names.
-    Raises UserError if the loss or the gradient is not finite, and if a save fails.
+    Raises StepError if the loss or the gradient is not finite and for a spike of the loss, and
+    UserError if a save fails.
     """
     strategy, scheduler, early_stopping = state.strategy, state.scheduler, state.early_stopping
     device = state.rank_info.device
@@ -104,9 +105,12 @@ def fit(
     step, saved_step, eval_loss = progress.step, progress.step, None
     if step and plan.is_scheduled_evaluation(step) and not early_stopping.has_evaluated(step):
         evaluate_now()  # a stop came before or during this evaluation
-    buffer = MetricsBuffer(strategy.sum, progress.tokens, plan.max_nonfinite_steps, meter)
+    buffer = MetricsBuffer(
+        strategy.sum, progress.tokens, plan.max_nonfinite_steps, meter, spikes=state.spikes
+    )
     for step_batch, work in steps:
-        step, eval_loss = step + 1, None
+        state.step, eval_loss = step + 1, None
+        step = state.step
         learning_rate = float(scheduler.get_last_lr()[0])
         buffer.diagnose = partial(first_bad_module, strategy.model, step_batch, device)
         targets = max(1, work.targets)  # streamed rows may have none: a loss of 0, not 0 / 0

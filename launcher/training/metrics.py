@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from launcher.errors import UserError
+from launcher.errors import StepError
 from launcher.tracking.base import Record
+from launcher.training.spikes import Spikes
 from launcher.training.throughput import ThroughputMeter, Work
 
 
@@ -47,6 +48,7 @@ class MetricsBuffer:
     max_nonfinite_steps: int = 1  # the run ends after this many consecutive steps
     meter: ThroughputMeter = field(default_factory=lambda: ThroughputMeter(torch.device("cpu")))
     diagnose: Callable[[], str] = lambda: ""  # finds the cause for the error message. Collective
+    spikes: Spikes = field(default_factory=Spikes)
     _nonfinite_steps: int = 0  # consecutive ones until now
     _pending: list[PendingStep] = field(default_factory=list)
 
@@ -61,8 +63,9 @@ class MetricsBuffer:
     def flush(self) -> list[Record]:
         """The records of the steps since the last flush. Collective; waits for the device once.
 
-        Steps whose loss or gradient norm is not finite are recorded as skipped. Raises UserError if
-        such a step has changed the weights, and after `max_nonfinite_steps` consecutive ones.
+        Steps whose loss or gradient norm is not finite are recorded as skipped. Raises StepError if
+        such a step has changed the weights, and after `max_nonfinite_steps` consecutive ones; and
+        SpikeError for a spike of the loss.
         """
         if not self._pending:
             return []
@@ -94,6 +97,8 @@ class MetricsBuffer:
                 record["loss_scale"] = pending.stats.loss_scale
             if self._nonfinite_steps:
                 record["skipped"] = True
+            if self.spikes.left_out:
+                record["left_out_batches"] = len(self.spikes.left_out)
             # JSON has no infinity and no NaN.
             records.append({key: value for key, value in record.items() if math.isfinite(value)})
         self._pending.clear()
@@ -102,17 +107,19 @@ class MetricsBuffer:
     def _check_finite(self, pending: PendingStep, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             self._nonfinite_steps = 0
+            self.spikes.add(pending.step, loss)
             return
         self._nonfinite_steps += 1
         count, stats = self._nonfinite_steps, pending.stats
         weights_unchanged = stats.skip_if_nonfinite or not stats.applied
         if weights_unchanged and count < self.max_nonfinite_steps:
             return
-        raise UserError(
+        raise StepError(
+            pending.step - count + 1,
             f"step {pending.step}: loss {loss}, gradient norm {norm}"
             + (f", not finite for {count} steps in a row" if count > 1 else "")
             + f"; training stops here. {self.diagnose()}Try a lower optimizer.learning_rate, or "
-            "inspect the rows of this step"
+            "inspect the rows of this step",
         )
 
     def restart_clock(self) -> None:

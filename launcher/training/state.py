@@ -14,6 +14,7 @@ from launcher.strategy import Strategy
 from launcher.training.early_stopping import EarlyStopping
 from launcher.training.flops import Flops
 from launcher.training.scheduler import Schedule
+from launcher.training.spikes import Spikes
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,11 @@ class TrainState:
     rank_info: RankInfo
     origin: dict[str, Any]  # base model, data, ranks, strategy; goes into every trainer.json
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
+    spikes: Spikes = field(default_factory=Spikes)
     flops: Flops | None = None  # of the model; None: not known
     router_loss: RouterLoss | None = None  # that is trained on; None: off
     tokenizer_files: dict[str, bytes] = field(default_factory=dict)  # {}: as in the base
+    step: int = 0  # that is being trained, from 1; 0: before the first
     end_tokens: tuple[int, ...] | None = None  # that end an answer; None: the rows have no answers
 
     @property

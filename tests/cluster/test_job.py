@@ -135,6 +135,29 @@ def test_a_lost_node_is_requeued_and_not_a_failure(a_job: Any) -> None:
     assert made.requeued() == ["7"]
 
 
+def test_a_failure_is_followed_by_another_attempt_in_the_job_as_often_as_it_may(
+    a_job: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = a_job()
+    create.freeze_config(RunDir(made.path), composed("cluster=slurm", "cluster.max_restarts=2"))
+    error = {"rank": 1, "exit_code": 3, "message": "m", "time": 1, "lost_peer": False}
+    statuses = []
+    for step in (5, 7, 9):
+        run = made.attempt(None)
+        run.rank_error(1).write_text(json.dumps({**error, "kind": "error", "step": step}))
+        statuses.append(job.end_attempt(run))
+    assert statuses == [job.GO_ON, job.GO_ON, 3]
+    assert "not restarted: cluster.max_restarts=2 is reached" in capsys.readouterr().err
+    made.says(restarts=1)  # requeued since: the failures of an earlier start do not count
+    run = made.attempt(None)
+    run.job.write_text(json.dumps({"job": "7", "step": 0, "restarts": 1}))
+    run.rank_error(1).write_text(json.dumps({**error, "kind": "error", "step": 9}))
+    run.stop.write_text("shardway stop")
+    assert job.end_attempt(run) == 3, "a person has stopped it"
+    assert job.end_attempt(run) == job.GO_ON
+    assert made.requeued() == []
+
+
 def test_an_older_attempt_does_not_requeue(a_job: Any) -> None:
     made = a_job()
     old = made.attempt("stopped", "SIGUSR2")

@@ -1,4 +1,4 @@
-"""Ranks that torchrun restarts, and two launches in one folder."""
+"""Ranks that are restarted, by torchrun or by the launcher, and two launches in one folder."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from tests.helpers.commands import (
     start,
     status,
     wait_for_training,
+    wait_until,
 )
 
 pytestmark = pytest.mark.slow
@@ -50,6 +51,38 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def test_a_killed_rank_is_restarted_to_the_same_end(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 dies while the second checkpoint is written; `logs --follow` sees both attempts."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nfrom tests.helpers.faults import die_at\n"
+        f"is_first = not os.path.exists({str(tmp_path / 'run/logs/attempt-2')!r})\n"
+        "if os.environ.get('RANK') == '1' and is_first:\n"
+        "    die_at('os.scandir', r'\\.step-000002\\.partial')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}")
+    process = start(
+        *("train", *AS_FINISHED, "checkpoint.save_steps=1", "run_dir=run"),
+        "cluster.max_restarts=1",
+        cwd=tmp_path,
+    )
+    wait_until(process, (tmp_path / "run/logs/attempt-1/console.log").is_file)
+    followed = shardway("logs", "run", "--follow", cwd=tmp_path)
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 0, output
+    assert status(tmp_path / "run", 2)["state"] == "finished"
+    assert losses(tmp_path / "run") == losses(finished), "to the bit"
+    for text in (output, followed.stdout):
+        assert "attempt 2 goes on from the checkpoint of step 1" in text
+        assert "finished with step 4" in text
+    (line,) = (tmp_path / "run/logs/failures.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert (record["attempt"], record["step"], record["saved"]) == (1, 2, 1)
+    assert (record["kind"], record["exit_code"]) == ("killed", 137)
+    assert len(record["rows"]) == 8
 
 
 @pytest.mark.parametrize("agents", [pytest.param(1, marks=pytest.mark.whole), 2])

@@ -59,6 +59,23 @@ def test_a_preempted_job_saves_and_resumes_later(slurm: Slurm, tiny: Path, tmp_p
 
 
 @pytest.mark.whole
+def test_a_killed_rank_is_restarted_in_the_same_job(
+    slurm: Slurm, tiny: Path, tmp_path: Path
+) -> None:
+    words = ("cluster.nodes=2", "run_dir=far", "cluster.max_restarts=1", *SAVED)
+    job, far = submit(slurm, tmp_path, *words), tmp_path / "far"
+    slurm.until(lambda: steps(far) > 30, 120)
+    ranks_of(far, 1)[0].kill()
+    slurm.until(lambda: slurm.state(job) in OVER, 240)
+    assert slurm.state(job) == "COMPLETED", out_of(far)
+    assert "restarting in the same job" in out_of(far)
+    assert [each["state"] for each in statuses(far)] == ["finished"]
+    jobs = [json.loads((far / f"logs/attempt-{n}/job.json").read_text()) for n in (1, 2)]
+    assert [(each["job"], each["restarts"]) for each in jobs] == [(job, 0)] * 2
+    assert_as_never_disturbed(far, 2, SAVED)
+
+
+@pytest.mark.whole
 @pytest.mark.timeout(600)
 def test_a_failed_node_is_replaced_and_its_old_attempt_writes_nothing(
     slurm: Slurm, tiny: Path, tmp_path: Path

@@ -131,6 +131,28 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
         lambda c: f"training.early_stopping_patience={c.training.early_stopping_patience}",
         "training.early_stopping_patience=3",
     ),
+    Rule(
+        "rewind-needs-checkpoints",
+        "training.on_spike=rewind needs checkpoint.save_steps",
+        lambda c, w: c.training.on_spike == "rewind" and c.checkpoint.save_steps is None,
+        lambda c, w: (
+            "training.on_spike=rewind goes back to a checkpoint, but checkpoint.save_steps=null "
+            "saves only at the end"
+        ),
+        lambda c, w: f"checkpoint.save_steps={max(1, (c.training.max_steps or 500) // 10)}",
+        Example("training.on_spike=rewind"),
+    ),
+    Rule(
+        "rewind-needs-state",
+        "training.on_spike=rewind needs checkpoint.content=all",
+        lambda c, w: c.training.on_spike == "rewind" and c.checkpoint.content != "all",
+        lambda c, w: (
+            "training.on_spike=rewind goes back to a checkpoint, but checkpoint.content="
+            f"{c.checkpoint.content} saves no optimizer state"
+        ),
+        lambda c, w: "checkpoint.content=all",
+        Example("training.on_spike=rewind checkpoint.save_steps=10 checkpoint.content=weights"),
+    ),
     _needs_evaluation(
         "best-needs-evaluation",
         "checkpoint.save_best",

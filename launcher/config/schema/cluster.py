@@ -25,6 +25,13 @@ class ClusterConfig:
         "auto: node, if the machine has GPUs, several nodes of memory and the program numactl",
         choices=("auto", "none", "node", "socket", "exclusive", "core-complex"),
     )
+    max_restarts: int = setting(
+        0,
+        "how often a run that fails is started again in the same folder, from its newest whole "
+        "checkpoint",
+        minimum=0,
+        maximum=10**6,
+    )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -85,6 +85,22 @@ class TrainingConfig:
     skipped_steps: int = setting(
         20, "consecutive steps without a finite gradient after which the run ends", minimum=1
     )
+    on_spike: str = setting(
+        "ignore",
+        "what a spike of the loss leads to: ignore; stop (end the run with a report); rewind (go "
+        "back to the checkpoint before it, leave its batch out and go on; also for a loss that is "
+        "not finite)",
+        choices=("ignore", "stop", "rewind"),
+    )
+    spike_threshold: float = setting(
+        10.0,
+        "a loss is a spike if it is above the median of the last steps by this many times their "
+        "spread (1.48 times the median absolute deviation, at least 2 % of the median)",
+        above=0,
+    )
+    spike_window: int = setting(
+        64, "how many of the last steps a loss is compared with", minimum=4, maximum=10_000
+    )
     eval_steps: int | None = setting(
         None, "evaluate every N steps, and always at the end", minimum=1
     )
