@@ -25,6 +25,11 @@ class ClusterConfig:
         "auto: node, if the machine has GPUs, several nodes of memory and the program numactl",
         choices=("auto", "none", "node", "socket", "exclusive", "core-complex"),
     )
+    hang_seconds: str = setting(
+        "auto",
+        "end a run in which no rank has moved for so long, and name the rank to blame; auto: ten "
+        "times the slowest step, at least 120; 0: never",
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,6 +70,9 @@ class SlurmConfig(ClusterConfig):
     requeue_limit: int = setting(
         100, "how often a job that stopped before the end of its training is requeued", minimum=0
     )
+    requeue_hung: bool = setting(
+        False, "also requeue a job that has hung (cluster.hang_seconds), from its last checkpoint"
+    )
     array_limit: int | None = setting(
         None, "runs of a sweep (--multirun) that train at the same time; null: no limit", minimum=1
     )
@@ -90,3 +98,14 @@ class SlurmConfig(ClusterConfig):
 
 
 CLUSTERS: dict[str, type[ClusterConfig]] = {"local": ClusterConfig, "slurm": SlurmConfig}
+
+
+def hang_seconds(cluster: ClusterConfig) -> float | None:
+    """The seconds of `cluster.hang_seconds`: None for auto. Raises ValueError for another word or a
+    number that is negative."""
+    if cluster.hang_seconds == "auto":
+        return None
+    seconds = float(cluster.hang_seconds)
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(cluster.hang_seconds)
+    return seconds
