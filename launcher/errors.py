@@ -10,6 +10,7 @@ FAILED = 1
 REFUSED = 2  # the request or the configuration cannot be met; the message gives the reason
 MAX_LINE = 4_000  # characters of a message that are shown
 STOPPED = 75  # sysexits.h EX_TEMPFAIL: a checkpoint is saved, the run can be resumed
+HUNG = 76  # sysexits.h EX_PROTOCOL: a rank stood still, and the others waited for it
 
 
 class UserError(ValueError):

@@ -21,7 +21,8 @@ from launcher.errors import StepError, UserError, exit_when_refused, set_step
 from launcher.folders.checkpoint import finished_checkpoints
 from launcher.folders.run import RunDir
 from launcher.io import garbage, open_files
-from launcher.run import create, ended, environment, parent, processes, rank_log
+from launcher.run import create, ended, environment, heartbeat, parent, processes, rank_log
+from launcher.run.heartbeat import Phase
 from launcher.run.outcome import Outcome, write_status, write_superseded
 from launcher.run.stop import Stopped, StopRequest
 
@@ -123,7 +124,7 @@ def _train_with_log(folder: RunDir, key_value_store: dist.Store | None = None) -
     stop.listen()
     console = rank_log.open_log(folder, rank)
     record = processes.recorded(folder.rank_process(rank))
-    with record, rank_log.report_failure(folder, rank), console:
+    with record, rank_log.report_failure(folder, rank), console, heartbeat.attached():
         config = store.load(folder.config)
         environment.prepare(config.training.deterministic)  # before torch is imported
         prepare_and_train(Run(folder, config, console, stop), key_value_store)
@@ -150,12 +151,14 @@ def prepare_and_train(run: Run, key_value_store: dist.Store | None = None) -> No
     key_value_store = key_value_store or rendezvous.open_store(launch.rendezvous_minutes)
     config = choices.settle(run.folder, run.config, rank_info, key_value_store, run.log)
     run = replace(run, config=config)
+    heartbeat.enter(Phase.PREPARE)
     folder, tokenizer = open_model(run.config, run.log)
     if rank_info.is_main:
         check_exportable(folder, run.config.model.trust_remote_code)
     loaders: Loaders | None = None
     with suppress(Stopped):
         loaders = _build_loaders(run, folder, tokenizer, rank_info)
+    heartbeat.enter(Phase.START)  # ranks may wait here for one that still prepares the data
     process_group.init_process_group(rank_info, key_value_store, launch.collective_minutes)
     if any_rank(run.stop.requested()) or loaders is None:
         saved = finished_checkpoints(run.folder.checkpoints)
@@ -207,6 +210,7 @@ def _train(
     from launcher.training.state import Progress
 
     config, device = run.config, rank_info.device
+    heartbeat.enter(Phase.LOAD)
     checkpoint = load.choose_checkpoint(config, run.folder.checkpoints, rank_info, run.log)
     plan = Plan.from_config(
         config.training, config.checkpoint, config.scheduler, loaders.training.steps_per_epoch

@@ -41,7 +41,8 @@ from launcher.folders.checkpoint import (
 )
 from launcher.folders.run import RunDir
 from launcher.io.current_device import use_device
-from launcher.run import retention
+from launcher.run import heartbeat, retention
+from launcher.run.heartbeat import Phase
 from launcher.training import rng
 from launcher.training.state import TrainState
 
@@ -107,6 +108,7 @@ class Saver:
         Raises UserError with the cause on all ranks if this save, or the previous one, fails on any
         rank.
         """
+        heartbeat.enter(Phase.SAVE, step)
         self.finish()
         snapshot = self._capture(step, tokens, eval_loss)
         if self._thread is None:

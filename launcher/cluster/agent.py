@@ -15,10 +15,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+from launcher.cluster.watchdog import Watchdog
+from launcher.config import store
+from launcher.config.schema.cluster import hang_seconds
 from launcher.errors import UserError, exit_when_refused
 from launcher.folders.run import RunDir
 from launcher.io import garbage, open_files
-from launcher.run import parent
+from launcher.run import heartbeat, parent
+from launcher.run.heartbeat import Board
 from launcher.run.stop import StopRequest
 
 USAGE = "python -m launcher.cluster.agent FLAGS_OF_TORCHRUN… -m launcher.worker RUN ATTEMPT"
@@ -29,7 +33,8 @@ def main() -> None:
     if sys.argv[-4:-2] != ["-m", "launcher.worker"]:
         raise UserError(f"usage: {USAGE}")
     path, attempt = sys.argv[-2:]
-    stop = StopRequest(RunDir.from_logs(Path(path, "logs", f"attempt-{attempt}")))
+    run = RunDir.from_logs(Path(path, "logs", f"attempt-{attempt}"))
+    stop = StopRequest(run)
     stop.listen(as_rank=False)
     starter = os.environ.pop("SHARDWAY_LAUNCHER", None)
     if starter is not None:
@@ -42,8 +47,21 @@ def main() -> None:
     from torch.distributed.run import main as torchrun
 
     with tempfile.TemporaryDirectory(prefix="torchrun-") as folder:  # torchrun leaves its own
+        _watch(stop, run, Path(folder))
         sys.argv[1:1] = ["--log-dir", folder]
         torchrun()
+
+
+def _watch(stop: StopRequest, run: RunDir, folder: Path) -> None:
+    """Watch the ranks that torchrun will start, unless cluster.hang_seconds is 0."""
+    cluster = store.load(run.config).cluster
+    seconds = hang_seconds(cluster)
+    if seconds == 0:
+        return
+    (ranks,) = (word for word in sys.argv if word.startswith("--nproc-per-node="))
+    board = Board(int(ranks.partition("=")[2]))
+    os.environ[heartbeat.VARIABLE] = str(board.path)
+    Watchdog(run, board, seconds, lambda: stop.reason() is not None, folder).start()
 
 
 if __name__ == "__main__":

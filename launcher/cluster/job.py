@@ -26,7 +26,7 @@ from launcher.config.compose import compose_command_line
 from launcher.config.rules.rule import Machine, World
 from launcher.config.schema.cluster import SlurmConfig
 from launcher.config.secrets import secret_values
-from launcher.errors import FAILED, STOPPED, UserError, exit_when_refused
+from launcher.errors import FAILED, HUNG, STOPPED, UserError, exit_when_refused
 from launcher.folders import manifest
 from launcher.folders.checkpoint import finished_checkpoints
 from launcher.folders.json_file import COUNT, TEXT, or_null, read_fields, read_object
@@ -121,8 +121,10 @@ def _outcome(run: RunDir) -> tuple[int, bool]:
     if run.status.is_file():
         # A damaged file ends the job: requeueing it might go on for ever.
         status = read_fields(run.status, state=TEXT, reason=or_null(TEXT))
+        hung = status["state"] == "hung"
         requeue = status["state"] == "stopped" and status["reason"] in REQUEUE_REASONS
-        exit_code = 0
+        requeue = requeue or (hung and _requeues_hung(run))
+        exit_code = HUNG if hung else 0
     else:
         failure = local.first_failure(run)
         print(local.describe_failure(run, failure), file=sys.stderr)
@@ -158,6 +160,11 @@ def _began(run: RunDir, attempt: int) -> tuple[str, int] | None:
         return None
     record = read_object(file)
     return str(record.get("job")), int(record.get("restarts") or 0)
+
+
+def _requeues_hung(run: RunDir) -> bool:
+    cluster = store.load(run.config).cluster
+    return isinstance(cluster, SlurmConfig) and cluster.requeue_hung
 
 
 def _job_id() -> str:

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from launcher.cluster import command
+from launcher.errors import HUNG
 from launcher.folders import regular
 from launcher.folders.json_file import COUNT, COUNTS, FINITE, FLAG, TEXT, check_fields, read_fields
 from launcher.folders.run import RunDir
@@ -59,7 +60,7 @@ def launch(run: RunDir, nproc_per_node: int, gpus: int, numa_mode: str | None = 
         if signals.ended_by:  # before there was an agent
             signals.agent.kill()
         status = signals.agent.wait()
-    if status == 0 and run.status.is_file():
+    if status in (0, HUNG) and run.status.is_file():
         return int(read_fields(run.status, exit_code=COUNT)["exit_code"])
     # Its own second signal ends the agent with 128 + N.
     ended_by = signals.ended_by or (status - 128 if status > 128 else None)

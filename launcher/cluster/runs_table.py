@@ -21,6 +21,7 @@ from launcher.run.status import (
     NO_ATTEMPT,
     QueuedJob,
     find_runs,
+    hung_reason,
     run_state,
     slurm_job_id,
     time_left,
@@ -104,6 +105,7 @@ class _Look:
             "left": time_left(seen.pace, total) if is_alive else "",
             "job": self.job or "",
             "nodes": queued.nodes if queued else "",
+            "hung": self._read(lambda: hung_reason(self.run)) or "",
             "log": self._log() if state == NO_ATTEMPT else "",
             "damaged": ", ".join(dict.fromkeys(self.damaged)),
         }

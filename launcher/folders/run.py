@@ -5,7 +5,8 @@ RUN/config.yaml  launch.json  metrics.jsonl  loss.png
     deepspeed.json                      DeepSpeed's configuration, under zero1, zero2 and zero3
     stop                                create it to stop: training ends after a step and saves
     logs/attempt-1/{config.yaml, steps.json, status.json, rank-00.log, rank-00.error.json,
-                    starter.process.json, rank-00.process.json, …}
+                    starter.process.json, rank-00.process.json, …,
+                    hang.txt, hang-00.json, hang-00.txt}    only of a run that has hung
     checkpoints/step-000045/            launcher/folders/checkpoint.py
     export/
 
@@ -176,6 +177,19 @@ class RunDir:
     def agent_log(self, node: int) -> Path:
         """The output of a node's torchrun."""
         return self._in_logs(f"torchrun-{node:02d}.log")
+
+    @property
+    def hang(self) -> Path:
+        """Which rank the others waited for, when nothing moved any more."""
+        return self._in_logs("hang.txt")
+
+    def hang_report(self, node: int) -> Path:
+        """What a node's agent says about its ranks when nothing moves."""
+        return self._in_logs(f"hang-{node:02d}.json")
+
+    def hang_stacks(self, node: int) -> Path:
+        """The stacks of a node's ranks at that time."""
+        return self._in_logs(f"hang-{node:02d}.txt")
 
     @property
     def console(self) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-from launcher.errors import REFUSED, STOPPED
+from launcher.errors import HUNG, REFUSED, STOPPED
 from launcher.folders import manifest
 from launcher.folders.run import RunDir
 
@@ -63,3 +63,11 @@ def write_superseded(run: RunDir, reason: str) -> None:
     """Write that a newer attempt has replaced this one. A request to stop is not for it."""
     status = {"state": "superseded", "reason": reason, "step": None, "exit_code": REFUSED}
     manifest.write_json(run.status, status)
+
+
+def write_hung(run: RunDir, reason: str) -> None:
+    """Write that nothing moved any more in this attempt. `reason`: which rank the others waited
+    for. A request to stop is fulfilled then."""
+    status = {"state": "hung", "reason": reason, "step": None, "exit_code": HUNG}
+    manifest.write_json(run.status, status)
+    run.stop.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launcher.errors import UserError
 from launcher.folders.brief import brief
-from launcher.folders.json_file import COUNT, TEXT, DamagedFile, Field, read_fields
+from launcher.folders.json_file import COUNT, TEXT, DamagedFile, Field, or_null, read_fields
 from launcher.folders.run import RunDir, runs_in
 from launcher.run import processes, sweep
 
@@ -21,6 +21,7 @@ JOB: Field = (
     lambda value: re.fullmatch(r"[0-9]{1,20}(_[0-9]{1,20})?", str(value)) is not None,
     "the number of a job",
 )
+REASON_LENGTH = 300  # letters of what a status.json says
 DAMAGED = "damaged"  # the state of a run whose status.json cannot be read
 
 
@@ -98,6 +99,16 @@ def run_state(run: RunDir, queued: QueuedJob | None) -> str:
             raise DamagedFile(run.status, f"is damaged: its state is {brief(state)}")
         return state
     return "running" if processes.living(run) else "failed" if run.attempt else "not started"
+
+
+def hung_reason(run: RunDir) -> str:
+    """Which rank the others waited for when nothing moved any more; empty if the attempt has not
+    hung. Raises DamagedFile."""
+    if not run.status.is_file():
+        return ""
+    status = read_fields(run.status, state=TEXT, reason=or_null(TEXT))
+    reason = "".join(each for each in status["reason"] or "" if each.isprintable())
+    return reason[:REASON_LENGTH] if status["state"] == "hung" else ""
 
 
 def ended_before_attempt(run: RunDir) -> bool:

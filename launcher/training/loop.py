@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 
 from launcher.data.loader import StepBatch
+from launcher.run import heartbeat
+from launcher.run.heartbeat import EVALUATION, Phase
 from launcher.strategy import Strategy
 from launcher.tracking.base import Observer, Record
 from launcher.training.agreed_steps import AgreedSteps
@@ -132,7 +134,9 @@ def fit(
     if step > saved_step:
         _log(observers, buffer.flush())
         checkpoints.save(step, buffer.tokens, eval_loss)
+    heartbeat.enter(Phase.SAVE)
     checkpoints.finish()
+    heartbeat.enter(Phase.FINISH)
     for observer in observers:
         observer.finish()
     return step
@@ -157,6 +161,7 @@ def train_step(
         )
         strategy.backward(loss)
         reported += micro
+    heartbeat.enter(Phase.UPDATE)
     result = strategy.step(max_grad_norm)
     return StepStats(
         reported[0],
@@ -180,7 +185,7 @@ def evaluate(
     strategy.model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=device)
     targets, epoch = 0, range(loader.steps_per_epoch)
-    steps = AgreedSteps(loader.step_batch, epoch, strategy.start_sum, stop_requested)
+    steps = AgreedSteps(loader.step_batch, epoch, strategy.start_sum, stop_requested, EVALUATION)
     for step_batch, work in steps:
         targets += work.targets
         for micro_batch in step_batch.micro_batches:

@@ -19,7 +19,7 @@ CHARTS = (  # title, field of metrics.jsonl
     ("learning rate", "learning_rate"),
     ("tokens / s", "tokens_per_second"),
 )
-ENDED = ("finished", "stopped", "failed", "not started", NO_ATTEMPT, DAMAGED)
+ENDED = ("finished", "stopped", "failed", "hung", "not started", NO_ATTEMPT, DAMAGED)
 
 
 def charts(metrics: RunMetrics) -> str:

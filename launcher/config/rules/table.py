@@ -9,6 +9,7 @@ from launcher.config import Config, deepspeed
 from launcher.config.rules.arithmetic import ARITHMETIC_RULES
 from launcher.config.rules.compile import COMPILE_RULES
 from launcher.config.rules.data import DATA_RULES
+from launcher.config.rules.hang import HANG_RULES
 from launcher.config.rules.liger import LIGER_RULES
 from launcher.config.rules.method import METHOD_RULES
 from launcher.config.rules.model import MODEL_RULES
@@ -137,6 +138,7 @@ RULES: tuple[Rule, ...] = (
     *COMPILE_RULES,
     *LIGER_RULES,
     *SLURM_RULES,
+    *HANG_RULES,
     *DATA_RULES,
     *TRACKING_RULES,
     Rule(

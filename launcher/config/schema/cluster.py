@@ -32,6 +32,11 @@ class ClusterConfig:
         minimum=0,
         maximum=10**6,
     )
+    hang_seconds: str = setting(
+        "auto",
+        "end a run in which no rank has moved for so long, and name the rank to blame; auto: ten "
+        "times the slowest step, at least 120; 0: never",
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,6 +77,9 @@ class SlurmConfig(ClusterConfig):
     requeue_limit: int = setting(
         100, "how often a job that stopped before the end of its training is requeued", minimum=0
     )
+    requeue_hung: bool = setting(
+        False, "also requeue a job that has hung (cluster.hang_seconds), from its last checkpoint"
+    )
     array_limit: int | None = setting(
         None, "runs of a sweep (--multirun) that train at the same time; null: no limit", minimum=1
     )
@@ -97,3 +105,14 @@ class SlurmConfig(ClusterConfig):
 
 
 CLUSTERS: dict[str, type[ClusterConfig]] = {"local": ClusterConfig, "slurm": SlurmConfig}
+
+
+def hang_seconds(cluster: ClusterConfig) -> float | None:
+    """The seconds of `cluster.hang_seconds`: None for auto. Raises ValueError for another word or a
+    number that is negative."""
+    if cluster.hang_seconds == "auto":
+        return None
+    seconds = float(cluster.hang_seconds)
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(cluster.hang_seconds)
+    return seconds
