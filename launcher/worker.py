@@ -134,7 +134,7 @@ def prepare_and_train(run: Run, key_value_store: dist.Store | None = None) -> No
     """
     import torch.distributed as dist
 
-    from launcher.distributed import process_group
+    from launcher.distributed import interface, process_group
     from launcher.distributed.collectives import any_rank
     from launcher.export.exportable import check_exportable
     from launcher.model.open import open_model
@@ -146,6 +146,11 @@ def prepare_and_train(run: Run, key_value_store: dist.Store | None = None) -> No
     )
     # Opened before the model and the rows: other ranks already try to connect to it.
     key_value_store = key_value_store or rendezvous.open_store(launch.rendezvous_minutes)
+    interface.settle(
+        *(key_value_store, rank_info.rank, rank_info.world_size, run.config.cluster.interface),
+        minutes=launch.rendezvous_minutes,
+        log=run.log,
+    )
     config = choices.settle(run.folder, run.config, rank_info, key_value_store, run.log)
     run = replace(run, config=config)
     folder, tokenizer = open_model(run.config, run.log)

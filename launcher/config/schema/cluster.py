@@ -25,6 +25,11 @@ class ClusterConfig:
         "auto: node, if the machine has GPUs, several nodes of memory and the program numactl",
         choices=("auto", "none", "node", "socket", "exclusive", "core-complex"),
     )
+    interface: str = setting(
+        "auto",
+        "network interface of the ranks on every machine, such as eth0; auto: the one that reaches "
+        "rank 0's machine, or what GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name",
+    )
 
 
 @dataclass(kw_only=True, slots=True)
