@@ -4,34 +4,25 @@ gloo publishes the address that the machine's own name resolves to. Debian's ins
 127.0.1.1 there: the other machines would connect to themselves. NCCL takes the first interface that
 it finds. So each machine uses the interface that reaches rank 0, as its kernel routes, and the
 machine of rank 0 the one that reaches the next machine.
-
-Imports torch only when ranks agree.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-import psutil
+import torch.distributed as dist
 
+from launcher.distributed.agreement import agree
 from launcher.errors import UserError
-
-if TYPE_CHECKING:
-    import torch.distributed as dist
+from launcher.io.network import interfaces, is_loopback, machine_id, route_to
 
 AUTO = "auto"
 GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
-FAMILIES = (socket.AF_INET, socket.AF_INET6)
 NAMED = 4  # machines that the log names
-ANY_PORT = 9  # no packet is sent to it
 
 
 @dataclass(frozen=True)
@@ -43,59 +34,6 @@ class Link:
     interface: str = ""  # empty: all ranks are on one machine, and nothing was chosen
     address: str = ""  # of that interface
     problem: str = ""
-
-
-def machine_id() -> str:
-    """Two processes with the same one reach each other over the loopback interface."""
-    parts = [socket.gethostname()]
-    with suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip())
-        parts.append(os.readlink("/proc/self/ns/net"))
-    return " ".join(parts)
-
-
-def interfaces() -> dict[str, list[str]]:
-    """Name → IP addresses of the interfaces that are up, without link-local addresses."""
-    states, found = psutil.net_if_stats(), {}
-    for name, entries in psutil.net_if_addrs().items():
-        known = [
-            each.address for each in entries if each.family in (socket.AF_INET, socket.AF_INET6)
-        ]
-        usable = [each for each in known if not ipaddress.ip_address(each).is_link_local]
-        if usable and name in states and states[name].isup:
-            found[name] = usable
-    return found
-
-
-def resolve(host: str) -> list[str]:
-    """The IP addresses of `host`, each once; empty if its name does not resolve."""
-    try:
-        answers = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        return []
-    return list(dict.fromkeys(str(answer[4][0]) for answer in answers))
-
-
-def is_loopback(address: str) -> bool:
-    """Whether it reaches only the own machine."""
-    return ipaddress.ip_address(address).is_loopback
-
-
-def reachable_addresses() -> list[str]:
-    """This machine's addresses that another machine may reach: first what its name resolves to."""
-    named = resolve(socket.gethostname())
-    others = [each for known in interfaces().values() for each in known]
-    return [each for each in dict.fromkeys([*named, *others]) if not is_loopback(each)]
-
-
-def route_to(host: str) -> str:
-    """The own address from which packets to `host` leave; empty if the kernel has no route."""
-    for address in resolve(host):
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, ANY_PORT))  # of a datagram socket: asks only for the route
-            return str(probe.getsockname()[0])
-    return ""
 
 
 def settle(
@@ -112,7 +50,6 @@ def settle(
     Returns the links of all ranks, in order. On one machine nothing is changed unless an interface
     is `asked`. Raises UserError on all ranks, with the machines' names, if one cannot be used.
     """
-    from launcher.distributed.agreement import agree
 
     def exchange(topic: str, own: Link, decide: Callable[[list[str]], str]) -> list[Link]:
         said = json.dumps(asdict(own))

@@ -16,9 +16,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.distributed import interface
 from launcher.errors import UserError
 from launcher.folders import manifest
+from launcher.io import network
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -34,7 +34,7 @@ class Meeting:
     """Where rank 0's store is, as the file in the attempt's folder says."""
 
     host: str
-    machine: str  # of `interface.machine_id`
+    machine: str  # of `network.machine_id`
     port: int
     addresses: list[str]  # that other machines may reach
     name: str  # of the store, in one of its keys
@@ -168,9 +168,9 @@ def join_store(file: Path, minutes: float) -> dist.Store:
         store.set(f"shardway/store/{name}", "")
         meeting = Meeting(
             socket.gethostname(),
-            interface.machine_id(),
+            network.machine_id(),
             store.port,
-            interface.reachable_addresses(),
+            network.reachable_addresses(),
             name,
         )
         manifest.write_text(file, f"{json.dumps(asdict(meeting))}\n")
@@ -198,10 +198,10 @@ def join_store(file: Path, minutes: float) -> dist.Store:
 
 def _addresses_of(meeting: Meeting) -> list[str]:
     """Where rank 0's store may be reached from this machine, the likeliest first."""
-    if meeting.machine == interface.machine_id():
+    if meeting.machine == network.machine_id():
         return [LOOPBACK]
-    known = [*interface.resolve(meeting.host), *meeting.addresses]
-    return [each for each in dict.fromkeys(known) if not interface.is_loopback(each)]
+    known = [*network.resolve(meeting.host), *meeting.addresses]
+    return [each for each in dict.fromkeys(known) if not network.is_loopback(each)]
 
 
 def _wait_for_address(file: Path, minutes: float) -> Meeting:
