@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from launcher.errors import FAILED, REFUSED, UserError
+from launcher.errors import BAD_NODE, FAILED, UserError
 from launcher.folders.manifest import write_json
 from launcher.folders.run import RunDir
 
@@ -118,14 +118,14 @@ def report_failure(run: RunDir, rank: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        refused = isinstance(error, UserError)
-        message = str(error) if refused else f"{type(error).__name__}: {error}"
-        if refused:
+        if isinstance(error, UserError):
+            message, exit_code = str(error), error.status
             print(message, file=sys.stderr)
         else:
+            message, exit_code = f"{type(error).__name__}: {error}", FAILED
             traceback.print_exc()
-        exit_code = REFUSED if refused else FAILED
-        lost_peer = any(part in message for part in LOST_PEER_MESSAGES)
+        has_lost_peer = any(part in message for part in LOST_PEER_MESSAGES)
+        lost_peer = has_lost_peer and exit_code != BAD_NODE
         try:
             _write_report(run, rank, message, exit_code, lost_peer)
             sys.stderr.flush()
