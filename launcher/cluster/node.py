@@ -73,6 +73,12 @@ def refuse_other_folder(logs: Path) -> None:
         time.sleep(0.2)
 
 
+def has_absent_node(run: RunDir, count: int) -> bool:
+    """Whether some of the job's `count` nodes have begun, and another has not: it could not."""
+    begun = [run.agent_log(node).exists() for node in range(count)]
+    return any(begun) and not all(begun)
+
+
 if __name__ == "__main__":
     with exit_when_refused():
         main()

@@ -13,8 +13,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from launcher.errors import one_line
+
 CONNECT_SECONDS = 5
-PARTNERS = 64  # at most, to which a machine connects, and with which it exchanges a message
+PARTNERS = 64  # at most, to which a machine connects
+ROUNDS = 16  # at most, in each of which a machine exchanges a message with another one
 MESSAGE_BYTES = 1 << 25
 SEED = 26
 CPU_SIZE, GPU_SIZE = 384, 4096  # of the square matrices
@@ -86,36 +89,36 @@ def read_clock() -> float:
 
 
 def tournament(count: int) -> Iterator[list[tuple[int, int]]]:
-    """The rounds in which each of `count` players meets each other once (circle method), or at most
-    PARTNERS of them."""
+    """The rounds in which each of `count` players meets each other once (circle method), at most
+    ROUNDS of them."""
     players = [*range(count), *([-1] if count % 2 else [])]
     size = len(players)
-    for _ in range(min(size - 1, PARTNERS)):
+    for _ in range(min(size - 1, ROUNDS)):
         pairs = [(players[at], players[size - 1 - at]) for at in range(size // 2)]
         yield [(min(pair), max(pair)) for pair in pairs if -1 not in pair]
         players[1:] = [players[-1], *players[1:-1]]
 
 
-def time_pairs(leaders: Sequence[int]) -> dict[tuple[int, int], float]:
-    """Bytes per second that this rank exchanged with others of `leaders`, in both directions at
-    once, by the pairs' positions in `leaders`. Collective: all ranks.
-
-    Raises RuntimeError if a message does not arrive.
-    """
+def time_pairs(leaders: Sequence[int]) -> tuple[dict[tuple[int, int], float], str]:
+    """(bytes per second that this rank exchanged with others of `leaders`, in both directions at
+    once, by the pairs' positions in `leaders`; why a message did not arrive, or empty). Collective:
+    all ranks."""
     group = dist.new_group(list(leaders), timeout=timedelta(seconds=PAIR_SECONDS), backend="gloo")
     rates: dict[tuple[int, int], float] = {}
-    if (rank := dist.get_rank()) in leaders:
-        own = list(leaders).index(rank)
-        for pairs in tournament(len(leaders)):
+    problem, rank = "", dist.get_rank()
+    try:
+        for pairs in tournament(len(leaders)) if rank in leaders else ():
             for pair in pairs:
-                if own in pair:
+                if (own := list(leaders).index(rank)) in pair:
                     other = leaders[pair[0] + pair[1] - own]
                     _exchange(other, 1, group)  # makes the connection
                     rates[pair] = MESSAGE_BYTES / _exchange(other, MESSAGE_BYTES, group)
+    except RuntimeError as error:
+        problem = one_line(error)
     dist.barrier()
     if rank in leaders:
         dist.destroy_process_group(group)
-    return rates
+    return rates, problem
 
 
 def _exchange(other: int, nbytes: int, group: dist.ProcessGroup) -> float:

@@ -24,7 +24,6 @@ from launcher.config.schema.cluster import SlurmConfig
 from launcher.distributed.agreement import agree
 from launcher.distributed.interface import Link
 from launcher.distributed.process_group import RankInfo, init_process_group
-from launcher.errors import one_line
 from launcher.folders.run import RunDir
 from launcher.io import network
 from launcher.machines import compare, measure
@@ -167,18 +166,13 @@ class Measured:
 
 def _measure(phase: Phase, facts: list[Facts]) -> list[str]:
     """What was measured, in words. Collective. Raises UserError on all ranks."""
-    device, problem = phase.rank_info.device, ""
+    device = phase.rank_info.device
     leaders = [each.rank for each in facts]
     value, seconds = measure.time_product(device)
     is_right, reduced = (True, 0.0)
     if device.type == "cuda":
         is_right, reduced = measure.time_all_reduce(device)
-    rates: dict[tuple[int, int], float] = {}
-    if len(leaders) > 1:
-        try:
-            rates = measure.time_pairs(leaders)
-        except RuntimeError as error:
-            problem = one_line(error)
+    rates, problem = measure.time_pairs(leaders) if len(leaders) > 1 else ({}, "")
     clock = measure.read_clock()
     own = Measured(
         node_name(), _kind(device), value, seconds, is_right, reduced, rates, problem, clock

@@ -118,14 +118,14 @@ def report_failure(run: RunDir, rank: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError):
-            message, exit_code = str(error), error.status
+        refused = isinstance(error, UserError)
+        message = str(error) if refused else f"{type(error).__name__}: {error}"
+        if refused:
             print(message, file=sys.stderr)
         else:
-            message, exit_code = f"{type(error).__name__}: {error}", FAILED
             traceback.print_exc()
-        has_lost_peer = any(part in message for part in LOST_PEER_MESSAGES)
-        lost_peer = has_lost_peer and exit_code != BAD_NODE
+        exit_code = error.status if isinstance(error, UserError) else FAILED
+        lost_peer = any(part in message for part in LOST_PEER_MESSAGES) and exit_code != BAD_NODE
         try:
             _write_report(run, rank, message, exit_code, lost_peer)
             sys.stderr.flush()

@@ -36,9 +36,12 @@ def test_ranks_meet_although_their_names_resolve_to_a_loopback_address(
     debian: Slurm, tiny: Path, tmp_path: Path
 ) -> None:
     far = tmp_path / "far"
-    job = submit(debian, tmp_path, *WORDS)
+    job = submit(debian, tmp_path, *WORDS, "cluster.preflight=true")
     assert ended(debian, job, far) == "COMPLETED", out_of(far)
     assert len(losses(far)) == 3
+    assert "preflight: 2 ranks on 2 machines" in out_of(far)
+    for node in debian.nodes:
+        assert f"warning: {node} resolves its own name to 127.0.1.1" in out_of(far)
     assert "network: eth0 (n1 10.213.77.1, n2 10.213.77.2)" in out_of(far)
 
 
