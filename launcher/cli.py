@@ -30,6 +30,7 @@ COMMANDS = {
     "fetch": ("launcher.commands.fetch", "download the demo model (or the tiny test model)"),
     "data": ("launcher.commands.data_preview", "preview rows, loss mask, lengths and padding"),
     "plan": ("launcher.commands.plan", "memory that a run needs, or what fits (--search); no GPU"),
+    "check": ("launcher.commands.check", "what this machine can do, and whether a run can start"),
     "schedule": ("launcher.commands.schedule", "draw the learning rate over the steps"),
     "runs": ("launcher.commands.runs", "list runs: state, step, loss, time left, job"),
     "stop": ("launcher.commands.stop", "stop a run at its next step, with a checkpoint"),
@@ -101,7 +102,7 @@ def run_command() -> None:
         sys.stdout.flush()
     except UserError as error:
         print(shortened(error), file=sys.stderr)
-        sys.exit(REFUSED)
+        sys.exit(error.status)
     except BrokenPipeError:  # the reader, such as `| head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)

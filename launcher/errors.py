@@ -9,6 +9,7 @@ from contextlib import contextmanager
 FAILED = 1
 REFUSED = 2  # the request or the configuration cannot be met; the message gives the reason
 MAX_LINE = 4_000  # characters of a message that are shown
+BAD_NODE = 69  # sysexits.h EX_UNAVAILABLE: a machine is at fault, and another one may do
 STOPPED = 75  # sysexits.h EX_TEMPFAIL: a checkpoint is saved, the run can be resumed
 HUNG = 76  # sysexits.h EX_PROTOCOL: a rank stood still, and the others waited for it
 
@@ -16,8 +17,16 @@ HUNG = 76  # sysexits.h EX_PROTOCOL: a rank stood still, and the others waited f
 class UserError(ValueError):
     """An error that the user can fix. The message names the key or file, the value and the fix.
 
-    It is shown without a traceback, and the process exits with status 2.
+    It is shown without a traceback, and the process exits with its `status`.
     """
+
+    status = REFUSED
+
+
+class BadNode(UserError):
+    """The same request may run on other machines than those that the message names."""
+
+    status = BAD_NODE
 
 
 class StepError(UserError):
@@ -63,12 +72,12 @@ def step_of(error: Exception) -> int | None:
 
 @contextmanager
 def exit_when_refused() -> Iterator[None]:
-    """Print a UserError and exit with status 2: for programs that other programs start."""
+    """Print a UserError and exit with its status: for programs that other programs start."""
     try:
         yield
     except UserError as error:
         print(shortened(error), file=sys.stderr)
-        sys.exit(REFUSED)
+        sys.exit(error.status)
 
 
 def shortened(error: UserError) -> str:

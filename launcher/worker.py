@@ -137,9 +137,10 @@ def prepare_and_train(run: Run, key_value_store: dist.Store | None = None) -> No
     """
     import torch.distributed as dist
 
-    from launcher.distributed import process_group
+    from launcher.distributed import interface, process_group
     from launcher.distributed.collectives import any_rank
     from launcher.export.exportable import check_exportable
+    from launcher.machines.phase import Preflight, run_preflight
     from launcher.model.open import open_model
     from launcher.training import choices
 
@@ -149,6 +150,15 @@ def prepare_and_train(run: Run, key_value_store: dist.Store | None = None) -> No
     )
     # Opened before the model and the rows: other ranks already try to connect to it.
     key_value_store = key_value_store or rendezvous.open_store(launch.rendezvous_minutes)
+    links = interface.settle(
+        *(key_value_store, rank_info.rank, rank_info.world_size, run.config.cluster.interface),
+        minutes=launch.rendezvous_minutes,
+        log=run.log,
+    )
+    if run.config.cluster.preflight:
+        link = links[rank_info.rank]
+        parts = (run.folder, run.config, rank_info, key_value_store, link, run.log)
+        run_preflight(Preflight(*parts))
     config = choices.settle(run.folder, run.config, rank_info, key_value_store, run.log)
     run = replace(run, config=config)
     heartbeat.enter(Phase.PREPARE)
@@ -159,7 +169,8 @@ def prepare_and_train(run: Run, key_value_store: dist.Store | None = None) -> No
     with suppress(Stopped):
         loaders = _build_loaders(run, folder, tokenizer, rank_info)
     heartbeat.enter(Phase.START)  # ranks may wait here for one that still prepares the data
-    process_group.init_process_group(rank_info, key_value_store, launch.collective_minutes)
+    if not dist.is_initialized():
+        process_group.init_process_group(rank_info, key_value_store, launch.collective_minutes)
     if any_rank(run.stop.requested()) or loaders is None:
         saved = finished_checkpoints(run.folder.checkpoints)
         outcome = Outcome(None if saved else 0, _stop_reason(run, rank_info))

@@ -25,8 +25,8 @@ def visible_gpus() -> int:
     listed = listed_devices()
     if listed == []:
         return 0
-    with _nvml() as nvml:
-        return len(listed or []) if nvml is None else len(_visible_devices(nvml, listed))
+    with open_nvml() as nvml:
+        return len(listed or []) if nvml is None else len(visible_handles(nvml, listed))
 
 
 def gpu_memory() -> int | None:
@@ -71,11 +71,11 @@ def has_amd_driver() -> bool:
 
 
 def _described(listed: list[int] | list[str] | None) -> list[Device]:
-    with _nvml() as nvml:
+    with open_nvml() as nvml:
         if nvml is None or listed == []:
             return []
         try:
-            return [_describe(nvml, handle) for handle in _visible_devices(nvml, listed)]
+            return [_describe(nvml, handle) for handle in visible_handles(nvml, listed)]
         except nvml.NVMLError:  # a GPU without memory of its own
             return []
 
@@ -110,7 +110,7 @@ def listed_devices() -> list[int] | list[str] | None:
     return indices if len(set(indices)) == len(indices) else []
 
 
-def _visible_devices(nvml: Any, listed: list[int] | list[str] | None) -> list[Any]:
+def visible_handles(nvml: Any, listed: list[int] | list[str] | None) -> list[Any]:
     """NVML's handles of the visible GPUs: of those that are listed, up to the first that this
     machine does not have.
 
@@ -162,7 +162,7 @@ def _mig_devices(nvml: Any, gpu: Any) -> list[tuple[str, Any]]:
 
 
 @contextmanager
-def _nvml() -> Iterator[Any | None]:
+def open_nvml() -> Iterator[Any | None]:
     """NVML; None without a driver."""
     import pynvml  # slow to load with a driver
 

@@ -20,13 +20,14 @@ from datetime import datetime
 from pathlib import Path
 
 from launcher.cluster import build_ops, local, preflight, restarts, runs_table
+from launcher.cluster.node import has_absent_node
 from launcher.cluster.slurm_command import run_slurm
 from launcher.config import Config, store
 from launcher.config.compose import compose_command_line
 from launcher.config.rules.rule import Machine, World
 from launcher.config.schema.cluster import SlurmConfig
 from launcher.config.secrets import secret_values
-from launcher.errors import FAILED, HUNG, STOPPED, UserError, exit_when_refused
+from launcher.errors import BAD_NODE, FAILED, HUNG, STOPPED, UserError, exit_when_refused
 from launcher.folders import manifest
 from launcher.folders.checkpoint import finished_checkpoints
 from launcher.folders.json_file import COUNT, TEXT, or_null, read_fields, read_object
@@ -128,10 +129,13 @@ def _outcome(run: RunDir) -> tuple[int, bool]:
     else:
         failure = local.first_failure(run)
         print(local.describe_failure(run, failure), file=sys.stderr)
-        world_size = World.from_config(store.load(run.config), Machine()).size
-        requeue = local.lost_a_node(run, world_size)
+        world = World.from_config(store.load(run.config), Machine())
+        requeue = local.lost_a_node(run, world.size)
         exit_code = failure.exit_code if failure else FAILED
-        if _goes_on(run) and not requeue:
+        if (requeue or failure is None) and has_absent_node(run, world.nodes):
+            print("a node has not begun: its own message is above", file=sys.stderr)
+            requeue, exit_code = False, BAD_NODE
+        elif _goes_on(run) and not requeue:
             return GO_ON, False
     if not requeue or _take_stop_by_person(run):
         return exit_code, False

@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from launcher.cluster import command
@@ -19,9 +21,11 @@ from launcher.cluster.gpus import visible_gpus
 from launcher.cluster.numa import numa_mode
 from launcher.config import store
 from launcher.config.rules.rule import Machine, World
-from launcher.errors import UserError, exit_when_refused
+from launcher.errors import BadNode, UserError, exit_when_refused
 from launcher.folders.run import RunDir
 from launcher.run import stop
+
+SHARED_SECONDS = 5  # until another machine sees a new file
 
 
 def main() -> None:
@@ -29,6 +33,8 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, stop.SIGNALS)
     if len(sys.argv) != 2 or "SLURM_NODEID" not in os.environ:
         raise UserError("usage: srun … python -m launcher.cluster.node RUN/logs/attempt-N")
+    if os.environ["SLURM_NODEID"] != "0":
+        refuse_other_folder(Path(sys.argv[1]))
     run = RunDir.from_logs(Path(sys.argv[1]))
     gpus = visible_gpus()
     config = store.load(run.config)
@@ -46,6 +52,31 @@ def main() -> None:
     mode = numa_mode(config.cluster, world.nproc_per_node, gpus)
     torchrun = command.torchrun_command(run.path, run.attempt, world.nproc_per_node, mode)
     os.execve(torchrun[0], torchrun, environment)
+
+
+def refuse_other_folder(logs: Path) -> None:
+    """Raise BadNode if this machine does not see the attempt's folder that the first node has made.
+
+    The ranks of the others would wait for those of this node.
+    """
+    end, node = time.monotonic() + SHARED_SECONDS, os.environ.get("SLURMD_NODENAME", "")
+    while True:
+        with suppress(OSError):
+            os.listdir(logs.parent)  # NFS may have cached that this attempt did not exist
+            if "job.json" in os.listdir(logs):
+                return
+        if time.monotonic() > end:
+            raise BadNode(
+                f"{node} does not see {logs}, which the job's first node has made: run_dir must be "
+                f"on a file system that all nodes share → another run_dir, or --exclude={node}"
+            )
+        time.sleep(0.2)
+
+
+def has_absent_node(run: RunDir, count: int) -> bool:
+    """Whether some of the job's `count` nodes have begun, and another has not: it could not."""
+    begun = [run.agent_log(node).exists() for node in range(count)]
+    return any(begun) and not all(begun)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def launch(config: Config, cluster: SlurmConfig) -> int:
     Raises UserError with Slurm's reason, before anything is written, if the job could never start.
     """
     _refuse_if_queued([config])
-    _test(cluster, Path(config.run_dir or "runs"))
+    refuse_impossible(cluster, Path(config.run_dir or "runs"))
     run = _freeze_run(config)
     return submit(run.path, [run], cluster)
 
@@ -39,12 +39,12 @@ def launch(config: Config, cluster: SlurmConfig) -> int:
 def launch_sweep(configs: list[Config], cluster: SlurmConfig) -> int:
     """Queue the runs of a sweep as one job array. `sweep.assign_run_dirs` has set their folders."""
     _refuse_if_queued(configs)
-    _test(cluster, Path(configs[0].run_dir or "runs"), len(configs))
+    refuse_impossible(cluster, Path(configs[0].run_dir or "runs"), len(configs))
     folder = sweep.create_folder(configs)
     return submit(folder, [_freeze_run(config) for config in configs], cluster)
 
 
-def _test(cluster: SlurmConfig, folder: Path, runs: int = 1) -> None:
+def refuse_impossible(cluster: SlurmConfig, folder: Path, runs: int = 1) -> None:
     """Raise UserError, before anything is written, if a job for `folder` could never start."""
     sbatch_command(cluster, folder.absolute(), runs)
     secret_values(cluster)

@@ -1,27 +1,43 @@
 """How the ranks find each other: the key-value store of the launch. Imports torch only when used.
 
 torchrun shares its agent's store with its ranks. If every node of a Slurm job has its own agent,
-rank 0 serves a store and writes its address to a file in the attempt's folder.
+rank 0 serves a store and writes its addresses to a file in the attempt's folder.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
 import uuid
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.errors import UserError
 from launcher.folders import manifest
+from launcher.io import network
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
 CONNECT_SECONDS = 20  # to a server that is known to listen
+PROBE_SECONDS = 3  # to one of several addresses
 POLL_SECONDS = 1.0  # between two checks whether another round has begun
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where rank 0's store is, as the file in the attempt's folder says."""
+
+    host: str
+    machine: str  # of `network.machine_id`
+    port: int
+    addresses: list[str]  # that other machines may reach
+    name: str  # of the store, in one of its keys
 
 
 def set_global_ranks() -> None:
@@ -138,33 +154,62 @@ def wait_for_ranks(store: dist.Store, keys: list[str], minutes: float) -> None:
 
 
 def join_store(file: Path, minutes: float) -> dist.Store:
-    """The store of a job on several nodes. Rank 0 binds a free port and writes its address to
-    `file`, where the other ranks read it.
+    """The store of a job on several nodes. Rank 0 binds a free port and writes its addresses to
+    `file`, where the other ranks read them. Sets MASTER_ADDR to the one that answers.
 
-    Raises UserError if the file does not appear, or if the address cannot be reached.
+    Raises UserError if the file does not appear, or if no address can be reached.
     """
     import torch.distributed as dist
 
     if os.environ["RANK"] == "0":
-        host = socket.gethostname()
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        manifest.write_text(file, f"{host} {store.port}\n")
+        # By loopback: the own name may not resolve. The store listens at every address.
+        store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
+        name = uuid.uuid4().hex
+        store.set(f"shardway/store/{name}", "")
+        meeting = Meeting(
+            socket.gethostname(),
+            network.machine_id(),
+            store.port,
+            network.reachable_addresses(),
+            name,
+        )
+        manifest.write_text(file, f"{json.dumps(asdict(meeting))}\n")
+        os.environ["MASTER_ADDR"] = LOOPBACK
         return store
-    host, port = _wait_for_address(file, minutes)
-    _wait_for_answer(host, port, CONNECT_SECONDS)
-    try:
-        return dist.TCPStore(host, port, is_master=False)
-    except dist.DistError as error:
-        raise _no_store(host, port, str(error)) from error
+    meeting = _wait_for_address(file, minutes)
+    addresses = _addresses_of(meeting)
+    end, reason = time.monotonic() + CONNECT_SECONDS, "its name has no address here"
+    while addresses and time.monotonic() < end:
+        for address in addresses:
+            try:
+                socket.create_connection((address, meeting.port), timeout=PROBE_SECONDS).close()
+                store = dist.TCPStore(address, meeting.port, is_master=False)
+            except (OSError, dist.DistError) as error:
+                reason = str(error)
+                continue
+            # A bridge of containers has the same address on many machines.
+            if store.check([f"shardway/store/{meeting.name}"]):
+                os.environ["MASTER_ADDR"] = address
+                return store
+            reason = f"{address} is another machine"
+        time.sleep(POLL_SECONDS)
+    raise _no_store(" or ".join([meeting.host, *addresses]), meeting.port, reason)
 
 
-def _wait_for_address(file: Path, minutes: float) -> tuple[str, int]:
+def _addresses_of(meeting: Meeting) -> list[str]:
+    """Where rank 0's store may be reached from this machine, the likeliest first."""
+    if meeting.machine == network.machine_id():
+        return [LOOPBACK]
+    known = [*network.resolve(meeting.host), *meeting.addresses]
+    return [each for each in dict.fromkeys(known) if not network.is_loopback(each)]
+
+
+def _wait_for_address(file: Path, minutes: float) -> Meeting:
     end = time.monotonic() + 60 * minutes
     while time.monotonic() < end:
         os.listdir(file.parent)  # NFS caches for a minute that a file did not exist
         if file.is_file():
-            host, port = file.read_text(encoding="utf-8").split()
-            return host, int(port)
+            return Meeting(**json.loads(file.read_text(encoding="utf-8")))
         time.sleep(0.1)
     raise UserError(
         f"{file} did not appear on {socket.gethostname()} within {minutes:g} minutes "

@@ -106,6 +106,22 @@ def estimate(config: Config, folder: Path) -> Footprint | None:
     )
 
 
+def checkpoint_bytes(config: Config, folder: Path) -> int | None:
+    """About what a checkpoint of `config` needs on disk: the trained parameters and, if it can be
+    resumed, their moments; without an adapter also the frozen ones. None if the model in `folder`
+    does not say enough."""
+    described = read_object_or_empty(folder / CONFIG)
+    shapes = _read_shapes(folder, described, _read_dims(described))
+    if not shapes:
+        return None
+    master = 2 if config.precision.name == "pure_bf16" else 4
+    trained = _trained_parameters(config, shapes)
+    moments = _moments(config, master) if config.checkpoint.content == "all" else 0
+    is_adapter = isinstance(config.method, LoraConfig)
+    frozen = 0 if is_adapter else sum(map(math.prod, shapes.values())) - trained
+    return math.ceil(trained * (master + moments) + frozen * 2)
+
+
 def _read_dims(described: dict[str, Any]) -> Dims | None:
     def read(*keys: str) -> int | None:
         values = (config_value(described, key) for key in keys)

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NoReturn
 
-from launcher.errors import FAILED, REFUSED, SpikeError, StepError, UserError, rows_of, step_of
+from launcher.errors import BAD_NODE, FAILED, SpikeError, StepError, UserError, rows_of, step_of
 from launcher.folders.manifest import write_json
 from launcher.folders.run import RunDir
 
@@ -125,8 +125,8 @@ def report_failure(run: RunDir, rank: int) -> Iterator[None]:
             print(message, file=sys.stderr)
         else:
             traceback.print_exc()
-        exit_code = REFUSED if refused else FAILED
-        lost_peer = any(part in message for part in LOST_PEER_MESSAGES)
+        exit_code = error.status if isinstance(error, UserError) else FAILED
+        lost_peer = any(part in message for part in LOST_PEER_MESSAGES) and exit_code != BAD_NODE
         try:
             place = {"kind": _kind(error), "step": step_of(error), "rows": rows_of(error)}
             _write_report(run, rank, message, exit_code, lost_peer, place)

@@ -158,6 +158,21 @@ def test_a_failure_is_followed_by_another_attempt_in_the_job_as_often_as_it_may(
     assert made.requeued() == []
 
 
+@pytest.mark.parametrize("reports", [0, 1])
+def test_a_node_that_could_not_begin_is_no_lost_node(a_job: Any, reports: int) -> None:
+    """It has no agent's log. The other node's ranks may have reported that they lost a rank."""
+    made = a_job()
+    run = made.attempt(None)
+    run.agent_log(0).touch()
+    error = {"rank": 0, "exit_code": 1, "message": "closed by peer", "time": 1, "lost_peer": True}
+    for rank in range(reports):
+        run.rank_error(rank).write_text(json.dumps(error))
+    assert job.end_attempt(run) == 69
+    run.rank_error(0).write_text(json.dumps({**error, "exit_code": 2, "lost_peer": False}))
+    assert job.end_attempt(run) == 2, "it has failed for another reason"
+    assert made.requeued() == []
+
+
 def test_an_older_attempt_does_not_requeue(a_job: Any) -> None:
     made = a_job()
     old = made.attempt("stopped", "SIGUSR2")

@@ -154,6 +154,18 @@ class Slurm:
         """Disconnect `node` from the network."""
         self._run("ip", "link", "set", f"shardway-{node}", "down")
 
+    def resolve(self, node: str, address: str) -> None:
+        """Let `node`, which is apart, find `address` for its own name first."""
+        file = Path("/etc/netns") / f"shardway-{node}" / "hosts"
+        others = [line for line in file.read_text().splitlines() if line.split()[1] != node]
+        file.write_text("\n".join([*others, f"{address} {node}", ""]))
+
+    def mount(self, node: str, source: Path, target: Path) -> None:
+        """Let `node`, which is apart, see `source` where the others see `target`."""
+        daemon = (self.folder / f"slurmd-{node}.pid").read_text().strip()
+        inside = ["nsenter", "--mount", "--target", daemon]
+        self._run(*inside, "mount", "--bind", str(source), str(target))
+
     def mend(self, node: str) -> None:
         self._run("ip", "link", "set", f"shardway-{node}", "up")
 

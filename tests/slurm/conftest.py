@@ -20,16 +20,17 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[daemons.Slurm]:
     """A cluster of two nodes."""
-    yield from _running(nodes=2)
+    yield from running(nodes=2)
 
 
 @pytest.fixture
 def apart() -> Iterator[daemons.Slurm]:
     """A cluster of three nodes, each in its own network namespace."""
-    yield from _running(nodes=3, apart=True)
+    yield from running(nodes=3, apart=True)
 
 
-def _running(nodes: int, apart: bool = False) -> Iterator[daemons.Slurm]:
+def running(nodes: int, apart: bool = False) -> Iterator[daemons.Slurm]:
+    """A cluster that is started and stopped; skips the test where none can be."""
     if why := daemons.missing(apart):
         pytest.skip(f"NO REAL SLURM: {why}")
     made = daemons.Slurm(nodes, apart)

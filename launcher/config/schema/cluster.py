@@ -37,6 +37,16 @@ class ClusterConfig:
         "end a run in which no rank has moved for so long, and name the rank to blame; auto: ten "
         "times the slowest step, at least 120; 0: never",
     )
+    interface: str = setting(
+        "auto",
+        "network interface of the ranks on every machine, such as eth0; auto: the one that reaches "
+        "rank 0's machine, or what GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name",
+    )
+    preflight: bool = setting(
+        False,
+        "compare the machines before anything is loaded: versions, files, clocks, GPUs, network, "
+        "arithmetic; a bad one is named, and the run ends with status 69",
+    )
 
 
 @dataclass(kw_only=True, slots=True)
