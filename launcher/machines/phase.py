@@ -66,7 +66,7 @@ class Preflight:
         raise_refused(findings, machines, excluded)
 
 
-def run_preflight(preflight: Preflight) -> None:
+def run_preflight(phase: Preflight) -> None:
     """Compare, connect and measure; join the process group. Collective.
 
     Raises UserError on all ranks, BadNode if single machines are at fault.
@@ -82,7 +82,7 @@ def run_preflight(preflight: Preflight) -> None:
     phase.log(f"preflight: {counted}, {', '.join(measured)} ({seconds:.1f} s)")
 
 
-def _compare_facts(preflight: Preflight) -> list[Facts]:
+def _compare_facts(phase: Preflight) -> list[Facts]:
     """The facts of the first rank of each machine, which agree and can connect."""
     rank_info, note = phase.rank_info, phase.run.logs / NOTE
     with ExitStack() as held:
@@ -110,7 +110,7 @@ def _write_note(file: Path) -> str:
     return name
 
 
-def _gather(preflight: Preflight, note: str, held: ExitStack) -> Facts:
+def _gather(phase: Preflight, note: str, held: ExitStack) -> Facts:
     """The facts of this machine. While `held` is open, it listens for connections."""
     link, run = phase.link, phase.run
     is_shared = phase.config.launch.shared_disk
@@ -164,7 +164,7 @@ class Measured:
     clock: float  # seconds since 1970
 
 
-def _measure(preflight: Preflight, facts: list[Facts]) -> list[str]:
+def _measure(phase: Preflight, facts: list[Facts]) -> list[str]:
     """What was measured, in words. Collective. Raises UserError on all ranks."""
     device = phase.rank_info.device
     leaders = [each.rank for each in facts]
