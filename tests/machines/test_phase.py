@@ -20,7 +20,7 @@ from launcher.folders.run import RunDir
 from launcher.io import network
 from launcher.machines import measure, phase
 from launcher.machines.facts import digest, gather
-from launcher.machines.phase import Phase
+from launcher.machines.phase import Preflight
 from tests.helpers.compose import composed_raw
 from tests.helpers.pool import RankPool
 
@@ -60,7 +60,7 @@ def preflight(rank_info: RankInfo, folder: str, fault: str, on: int) -> tuple[st
             patch.setattr(module, name, instead)
         patch.setattr(phase, "init_process_group", lambda *given: None)  # there is one
         try:
-            phase.run_preflight(Phase(run, config, own, meeting, link, log.append))
+            phase.run_preflight(Preflight(run, config, own, meeting, link, log.append))
         except UserError as error:
             return str(error), error.status, log
     return "", 0, log
