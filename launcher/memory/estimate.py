@@ -63,7 +63,9 @@ def at_all_layers(few: Trace, more: Trace) -> tuple[Amounts, Amounts]:
     steps = (few.all_layers - few.layers) / (more.layers - few.layers)
 
     def whole(first: Amounts, second: Amounts) -> Amounts:
-        return combine(lambda a, b: a + steps * (b - a), first, second)
+        found = combine(lambda a, b: a + steps * (b - a), first, second)
+        # What is made only once in a process may be in the first trace and not in the second.
+        return found | {k: max(found[k], v) for k, v in first.items() if _is_of_loading(k)}
 
     return whole(few.amounts, more.amounts), whole(few.wider, more.wider)
 
@@ -76,8 +78,9 @@ def at_micro_batch(low: tuple[int, Amounts], high: tuple[int, Amounts], rows: in
 
 
 def moved(base: Amounts, reference: Amounts, target: Amounts) -> Amounts:
-    """`base` changed as `reference` is changed to `target`."""
-    return combine(lambda a, b, c: a + c - b, base, reference, target)
+    """`base` changed as `reference` is changed to `target`. Loading stays as it is."""
+    found = combine(lambda a, b, c: a + c - b, base, reference, target)
+    return found | {k: v for k, v in base.items() if _is_of_loading(k)}
 
 
 def partly_recomputed(full: Amounts, none: Amounts, every: int) -> Amounts:
@@ -92,3 +95,7 @@ def partly_recomputed(full: Amounts, none: Amounts, every: int) -> Amounts:
             added = 0 if name.endswith("optimizer step") else kept
             result[name] = min(full[name] + added, max(full[name], none.get(name, full[name])))
     return result
+
+
+def _is_of_loading(name: str) -> bool:
+    return name.startswith("peak") and name.endswith("/loading")

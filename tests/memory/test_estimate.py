@@ -66,3 +66,15 @@ def test_half_of_the_layers_keep_half() -> None:
 def test_the_peak_is_that_of_a_step(accumulates: bool, peak: int, phase: str) -> None:
     estimate = Estimate(amounts=amounts(3, 1), accumulates=accumulates)
     assert (estimate.peak, estimate.phase) == (peak, phase)
+
+
+def test_loading_depends_on_neither_rows_nor_recomputation_and_grows_with_layers() -> None:
+    """A process may make something once, which shows in the first of its traces."""
+    once, later = ({"peak1/loading": size, "weights": 1.0} for size in (90.0, 40.0))
+    few, more = (
+        Trace(layers=n, all_layers=9, amounts=a, wider={}) for n, a in ((3, once), (4, later))
+    )
+    assert at_all_layers(few, more)[0]["peak1/loading"] == 90.0
+    grown = Trace(layers=4, all_layers=9, amounts={"peak1/loading": 100.0}, wider={})
+    assert at_all_layers(few, grown)[0]["peak1/loading"] == 150.0
+    assert moved({"peak1/loading": 60.0}, once, later) == {"peak1/loading": 60.0}
