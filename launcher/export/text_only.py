@@ -47,9 +47,16 @@ def text_model(source: Source, result: Assembled, options: Options) -> Assembled
     tensors = names.naming_of_config(source.path, config).to_disk(memory)
     other = "merged" if source.adapters else "gathered" if source.read else "copied"
     actions = {name: result.actions.get(places.outer(name), other) for name in tensors}
-    note = f"the text model alone ({places.inner_class}), without the rest of {places.outer_class}"
+    notes = [
+        f"the text model alone ({places.inner_class}), without the rest of {places.outer_class}"
+    ]
+    if names.text_places(result.config, same_logits=True) is None:
+        notes.append(
+            f"only one of {places.inner_class} and {places.outer_class} scales or caps its logits: "
+            "the likeliest token is the same, its probability is not"
+        )
     return replace(
-        result, tensors=tensors, actions=actions, config=config, notes=(*result.notes, note)
+        result, tensors=tensors, actions=actions, config=config, notes=(*result.notes, *notes)
     )
 
 

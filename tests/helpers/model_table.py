@@ -259,7 +259,8 @@ def load(config: ModelConfig, base: Path, packed: bool) -> torch.nn.Module:
     model, _ = build_model(config, base, 0, torch.float32, packed)
     text: Any = model.config
     if (places := places_of(model)) is not None:
-        composite = named_class(AutoConfig.from_pretrained(base)).from_pretrained(base)
+        with towers_may_be_absent():
+            composite = named_class(AutoConfig.from_pretrained(base)).from_pretrained(base)
         state = composite.state_dict()
         values = {name: state[places.outer(name)].float() for name in model.state_dict()}
         model.load_state_dict(values, assign=True)

@@ -99,7 +99,15 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "encoder_config": {"hidden_size_global": WIDTH},
         "decoder_config": {"hidden_size_global": WIDTH},
     },
-    "chameleon": {"vocabulary_map": {"<image>": 3}},
+    "chameleon": {
+        "vocabulary_map": {"<image>": 3},
+        "vq_config": {
+            "base_channels": 32,
+            "channel_multiplier": [1, 1],
+            "num_res_blocks": 1,
+            "num_embeddings": 16,
+        },
+    },
     "codegen": {"rotary_dim": 4},
     "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": MROPE}}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": MROPE}},

@@ -25,6 +25,7 @@ from launcher.model import load
 from launcher.model.layers import decoder_layers
 from launcher.model.load import build_model
 from tests.helpers.composites import load_composite, make_composite
+from tests.helpers.exports import consolidate
 from tests.helpers.tiny_models import release, tiny_config
 
 TRAINED = {"llava": "Qwen2ForCausalLM", "mistral3": "MistralForCausalLM"}
@@ -138,3 +139,15 @@ def test_the_class_that_is_trained_computes_the_logits_of_the_composite(
     whole = composite.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert torch.allclose(logits(model), logits(whole), atol=1e-5)
     check_exportable(tmp_path)
+
+
+def test_a_text_model_of_other_logits_is_written_with_a_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    release("aya_vision", tmp_path / "base")
+    consolidate(tmp_path / "base", "--text-only", "--output", tmp_path / "text")
+    assert "scales or caps its logits: the likeliest token is the same" in capsys.readouterr().out
+    text = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text").eval()
+    found, expected = logits(text), logits(build(tmp_path / "base"))
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+    assert not torch.allclose(found, expected, atol=1e-5)

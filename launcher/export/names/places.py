@@ -37,11 +37,12 @@ def places_in(config: dict[str, Any], trained: str | None = None) -> Places | No
     return _first_places(values, candidates)
 
 
-def text_places(config: dict[str, Any]) -> Places | None:
+def text_places(config: dict[str, Any], same_logits: bool = False) -> Places | None:
     """Where the text model that AutoModelForCausalLM loads alone is in the composite that the
-    contents of a `config.json` describe; None if there is no such."""
+    contents of a `config.json` describe; None if there is no such. `same_logits`: see
+    `find_places`."""
     values = _composite(config)
-    return None if values is None else _first_places(values, [text_class(values)])
+    return None if values is None else _first_places(values, [text_class(values)], same_logits)
 
 
 def _composite(config: dict[str, Any]) -> Any:
@@ -57,12 +58,13 @@ def _composite(config: dict[str, Any]) -> Any:
     return config_of(config)
 
 
-def _first_places(values: Any, candidates: list[Any]) -> Places | None:
+def _first_places(values: Any, candidates: list[Any], same_logits: bool = False) -> Places | None:
     if (outer := named_class(values)) is None:
         return None
     others = [inner for inner in candidates if inner not in (None, outer)]
     try:
-        return next(filter(None, (find_places(inner, outer, values) for inner in others)), None)
+        found = (find_places(inner, outer, values, same_logits) for inner in others)
+        return next(filter(None, found), None)
     except Exception:  # a class that cannot be built here, for lack of a library: names stay
         return None
 
