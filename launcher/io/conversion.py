@@ -88,12 +88,12 @@ def find_sources(model: Any, stored: Mapping[str, LazyWeight], dtype: torch.dtyp
                 "in two layouts, for example → the files as they were published"
             ) from error
     found.mismatched = sorted(info.mismatched_keys)
-    for name, said in info.conversion_errors.items():
-        if different := re.search(f"^ValueError: ({DIFFERENT_SHAPES}.*)$", said, re.MULTILINE):
+    for name, trace in info.conversion_errors.items():
+        if different := re.search(f"^ValueError: ({DIFFERENT_SHAPES}.*)$", trace, re.MULTILINE):
             found.unfit[name] = different[1]
     if info.conversion_errors:
-        name, said = min(info.conversion_errors.items())
-        operation = re.search(r"Error: (\w+) on tensors", said)
+        name, trace = min(info.conversion_errors.items())
+        operation = re.search(r"Error: (\w+) on tensors", trace)
         found.obstacle = f"{name}, made by {operation[1] if operation else 'transformers'},"
     found.unused = _unused(found, weights)
     return found

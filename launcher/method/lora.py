@@ -115,7 +115,8 @@ class Lora:
         tensors = to_peft_names(model, trained, self._tied)
         if len(tensors) != len(trained) + len(self._tied):
             raise RuntimeError(f"PEFT kept {len(tensors)} of {len(trained)} adapter tensors")
-        config = copy.copy(model.peft_config[ADAPTER_NAME])
+        config, base = copy.copy(model.peft_config[ADAPTER_NAME]), model.base_model
+        modules = base.targeted_module_names
         if self._initial_deltas:
             total = add_initial_deltas(trained_deltas(model, tensors), self._initial_deltas)
             for module, (delta, _) in total.items():
@@ -123,8 +124,8 @@ class Lora:
                 tensors[f"{PREFIX}{module}.lora_B.weight"] = delta.left
             for key, value in rank_settings(total).items():
                 setattr(config, key, value)
-            config.target_modules = set(total)
-        config = portable(config, model, model.base_model.targeted_module_names)
+            config.target_modules = modules = set(total)
+        config = portable(config, model, modules, base.targeted_parameter_names)
         folder.mkdir(parents=True)
         config.save_pretrained(folder)
         tensors = in_composite(model, tensors, folder)

@@ -9,16 +9,21 @@ layer is written as a target parameter too, which gives the same tensors.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from launcher.errors import UserError
+from launcher.io.adapter_config import module_value
 from launcher.io.module_paths import ends_in
 from launcher.model.peft import PeftConfig, linear_layers, renamed_targets
 from launcher.model.sparse import SparseBlock, sparse_blocks
 from launcher.model.text_part import is_within
+
+PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True)
@@ -129,22 +134,45 @@ def shorten(model: nn.Module, parameters: list[str]) -> list[str]:
     return short
 
 
-def portable(config: PeftConfig, model: nn.Module, adapted: Collection[str]) -> PeftConfig:
-    """Change `config`, to be written, so that PEFT finds the same modules when it loads it.
+def portable(
+    config: PeftConfig, model: nn.Module, modules: Collection[str], parameters: Collection[str]
+) -> PeftConfig:
+    """Change `config`, to be written, so that PEFT finds the same modules when it loads it, with
+    the same ranks.
 
-    `adapted`: the paths of adapted modules.
+    Args:
+        modules: The paths of adapted modules.
+        parameters: Those of adapted parameters.
     """
-    if not config.target_parameters:
-        return config
-    config.lora_dropout = 0.0  # PEFT refuses another value, and does not use it to load
     renamed = renamed_targets(model)
-    mistaken = {path for path in adapted if path.rpartition(".")[2] in renamed}
+    mistaken = {path for path in modules if path.rpartition(".")[2] in renamed}
     if mistaken:
-        config.target_modules = set(adapted) - mistaken
+        config.target_modules = set(modules) - mistaken
         config.target_parameters = sorted(
-            {*config.target_parameters, *(f"{path}.weight" for path in mistaken)}
+            {*(config.target_parameters or ()), *(f"{path}.weight" for path in mistaken)}
         )
+    if config.target_parameters:
+        config.lora_dropout = 0.0  # PEFT refuses another value, and does not use it to load
+    written = {f"{path}.weight" if path in mistaken else path: path for path in modules}
+    written |= {path: path for path in parameters}
+    for key in PATTERNS:
+        setattr(config, key, _in_any_order(getattr(config, key) or {}, written))
     return config
+
+
+def _in_any_order(patterns: dict[str, Any], written: dict[str, str]) -> dict[str, Any]:
+    """`patterns`, or what gives each of `written` (path in the file → path in the model) the value
+    that it has in the model: PEFT uses the first match, and sorts what it writes."""
+    values = {name: _first_match(patterns, path) for name, path in written.items()}
+    in_file = dict(sorted(patterns.items()))
+    if all(_first_match(in_file, name) == value for name, value in values.items()):
+        return patterns
+    return {re.escape(name): value for name, value in values.items() if value is not None}
+
+
+def _first_match(patterns: dict[str, Any], path: str) -> Any:
+    """The value of the first pattern that matches the end of `path`, None without any."""
+    return module_value({"patterns": patterns}, "patterns", path, None)
 
 
 def from_portable(config: PeftConfig, model: nn.Module) -> None:
@@ -160,6 +188,10 @@ def from_portable(config: PeftConfig, model: nn.Module) -> None:
         else:
             parameters.append(target)
     config.target_modules, config.target_parameters = modules, parameters
+    for key in PATTERNS:
+        values = getattr(config, key) or {}
+        of_modules = {re.sub(r"\\?\.weight$", "", p): value for p, value in values.items()}
+        setattr(config, key, values | of_modules)
 
 
 def _is_plain(module: nn.Module) -> bool:

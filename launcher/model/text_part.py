@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -56,6 +57,23 @@ def refuse_non_text(setting: str, name: str, found: list[str], non_text: Collect
             f"{setting}: {name} is only in {found[0]}, which text does not pass through, so it "
             "would not learn → modules of the text model"
         )
+
+
+def without_gradient(model: nn.Module) -> list[str]:
+    """The paths of modules with parameters that compute under torch.no_grad, such as the indexers
+    that select the tokens of a sparse attention: a loss does not train them."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if name and _is_no_grad(module) and next(module.parameters(), None) is not None
+    ]
+
+
+def _is_no_grad(module: nn.Module) -> bool:
+    """Whether the forward of its class is decorated with torch.no_grad."""
+    cells = getattr(type(module).forward, "__closure__", None) or ()
+    owners = (getattr(cell.cell_contents, "__self__", None) for cell in cells)
+    return any(isinstance(owner, torch.no_grad) for owner in owners)
 
 
 def is_within(name: str, paths: Collection[str]) -> bool:

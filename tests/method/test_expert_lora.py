@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.config.schema.method import LoraConfig
 from launcher.errors import UserError
 from launcher.method.expert_lora import FusedExpertLora, fuse_experts
 from launcher.method.lora import Lora
 from launcher.method.summary import describe_parameters
-from launcher.model.peft import ParamWrapper
+from launcher.model.peft import LoraLayer, ParamWrapper
 from tests.helpers import exports
-from tests.helpers.sparse_models import FAMILIES, make_sparse
+from tests.helpers.sparse_models import DIMS, FAMILIES, make_sparse
 
 IDS = torch.arange(3, 3 + 48).view(2, 24)
 FUSED = [family for family in FAMILIES if family != "llama4_text"]
@@ -264,3 +264,70 @@ def test_consolidating_gives_the_trained_model(family: str, tmp_path: Path) -> N
     torch.testing.assert_close(
         merged(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5
     )
+
+
+def dense_and_sparse() -> Any:
+    """A model whose first layer has an MLP and whose second one has experts and a shared expert;
+    PEFT renames the linear layers of both."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "deepseek_v3", **DIMS | {"num_key_value_heads": 4}, n_routed_experts=6, n_group=1,
+        topk_group=1, num_experts_per_tok=2, moe_intermediate_size=24, first_k_dense_replace=1,
+        q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"down_proj": 9.0}},
+        {"target_modules": ["mlp.down_proj", "mlp.gate_proj"]},  # PEFT takes them for experts
+        {  # the first pattern that matches counts, and PEFT sorts them when it writes
+            "target_modules": ["mlp.down_proj", "experts.down_proj", "o_proj"],
+            "rank_pattern": {"mlp.down_proj": 2, "experts.down_proj": 3},
+            "alpha_pattern": {"o_proj": 7.0, "mlp.down_proj": 1.0, ".*_proj": 5.0},
+        },
+    ],
+    ids=["pattern", "no stacks", "overlapping"],
+)
+def test_a_written_adapter_has_the_ranks_and_scales_of_training(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    method = Lora(LoraConfig(name="lora", **{"rank": 4, **options}))
+    model = method.prepare(dense_and_sparse(), 3).eval()
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.normal_(0, 0.05)
+    method.write(model, trained(model), tmp_path / "adapter")
+    expected = model(input_ids=IDS).logits
+
+    loaded = peft.PeftModel.from_pretrained(dense_and_sparse(), tmp_path / "adapter").eval()
+    torch.testing.assert_close(loaded(input_ids=IDS).logits, expected)
+    again = Lora(LoraConfig(name="lora", adapter=str(tmp_path / "adapter")))
+    further = again.prepare(dense_and_sparse(), 3).eval()
+    torch.testing.assert_close(further(input_ids=IDS).logits, expected)
+    again.write(further, trained(further), tmp_path / "again")
+    dense_and_sparse().save_pretrained(tmp_path / "base")
+    exports.consolidate(
+        tmp_path / "base", "--adapter", tmp_path / "again", "--output", tmp_path / "export"
+    )
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32).eval()
+    torch.testing.assert_close(merged(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_overlapping_patterns_of_a_dense_model_keep_their_order(tiny: Path, tmp_path: Path) -> None:
+    """The scale of a file that is read is that of training."""
+    method = Lora(
+        LoraConfig(name="lora", rank=4, alpha=8, alpha_pattern={"q_proj": 1, ".*proj": 3})
+    )
+    model = method.prepare(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), 3)
+    method.write(model, trained(model), tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    scales = [
+        {name: m.scaling for name, m in each.named_modules() if isinstance(m, LoraLayer)}
+        for each in (model, loaded)
+    ]
+    assert scales[0] == scales[1]
+    assert {scale["default"] for scale in scales[0].values()} == {1 / 4, 3 / 4}

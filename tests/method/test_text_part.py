@@ -48,6 +48,21 @@ def test_what_full_does_not_train_has_no_gradient(model_type: str) -> None:
     assert method.is_partial == bool(TOWERS[model_type])
 
 
+@pytest.mark.parametrize("model_type", ["deepseek_v32", "glm_moe_dsa"])
+def test_full_does_not_train_what_computes_without_gradients(model_type: str) -> None:
+    """Weight decay would change it under ZeRO, and not under FSDP2."""
+    model = build(model_type)
+    model(input_ids=torch.arange(3, 40).view(1, -1)).logits.square().sum().backward()
+    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    method = build_method(FullConfig(name="full"))
+    method.prepare(model, 0)
+    parameters = dict(model.named_parameters())
+    assert {name for name in parameters if parameters[name].requires_grad} == reached
+    assert {name for name in parameters if ".indexer." in name} == parameters.keys() - reached
+    assert method.is_partial
+
+
 @pytest.mark.parametrize("targets", ["all-linear", "q_proj"])
 def test_an_adapter_is_one_of_the_text_model(targets: str) -> None:
     model = build("gemma3")
