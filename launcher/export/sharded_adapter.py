@@ -36,6 +36,7 @@ from launcher.io.adapter_places import in_composite
 from launcher.io.places import Places
 from launcher.io.readers.found import FoundModel
 from launcher.io.readers.wrapper_prefixes import QUANTIZATION_STATE
+from launcher.io.readers.zero import NO_FROZEN
 from launcher.io.stated_dtype import stated_dtype
 from launcher.io.tensor import Tensor
 
@@ -160,6 +161,7 @@ def adapter_only_result(source: Source) -> Assembled:
 
     Raises UserError if the source contains no adapter, or several.
     """
+    notes: tuple[str, ...] = ()
     none = f"--adapter-only: SOURCE {source.path} contains no adapter → leave the option out"
     if source.read is not None:
         found = source.read(False)
@@ -169,7 +171,7 @@ def adapter_only_result(source: Source) -> Assembled:
             raise UserError(none)
         adapter = sharded_adapter(source, adapter_tensors, has_base=False)  # for the plain base
         tensors = adapter.tensors | _saved_with_adapter(adapter, model_tensors)
-        action = "gathered"
+        action, notes = "gathered", tuple(note for note in found.notes if note != NO_FROZEN)
     elif len(source.adapters) == 1:
         adapter, action = read_adapter(source.adapters[0]), "copied"
         tensors = adapter.tensors
@@ -186,7 +188,8 @@ def adapter_only_result(source: Source) -> Assembled:
         places = names.places_in(config, source.trained_class)
         adapter = unwrapped_adapter(source.path, config, {}, adapter, places)
         adapter = in_composite(adapter, places)
-    return Assembled(adapter.tensors, dict.fromkeys(adapter.tensors, action), adapter.config)
+    actions = dict.fromkeys(adapter.tensors, action)
+    return Assembled(adapter.tensors, actions, adapter.config, notes)
 
 
 def _with_trained(

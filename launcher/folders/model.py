@@ -134,7 +134,7 @@ def single_weights_file(folder: Path) -> Path:
         )
     raise UserError(
         f"{folder} contains {len(files)} safetensors files and no {INDEX}: it is unclear which of "
-        "them are the model"
+        "them are the model → SOURCE with the files of one model alone"
     )
 
 

@@ -116,6 +116,40 @@ def test_what_is_no_model_is_no_choice(
     assert "several models" not in "\n".join(plan_of(alone, base=str(tiny_untied)).notes)
 
 
+def test_models_by_their_names_in_a_nested_state(
+    trained: State, other: State, tiny_untied: Path, tmp_path: Path
+) -> None:
+    """As Lightning saves a module with several; a tensor beside them is no third."""
+    for kind, names in (("dcp", ("policy", "reference")), ("torch", ("generator", "judge"))):
+        both = zip(names, (trained, other), strict=True)
+        flat = {f"{key}.{name}": tensor for key, state in both for name, tensor in state.items()}
+        state = {"state_dict": flat | {"beta.x": torch.ones(1)}}
+        folder = save(kind, state, tmp_path / kind)
+        where = {"base": str(tiny_untied)}
+        if kind == "dcp":
+            assert "policy is taken, not state_dict.ref" in "\n".join(
+                plan_of(folder, **where).notes
+            )
+        else:
+            with pytest.raises(UserError, match="begin with generator, judge → --model-key gen"):
+                plan_of(folder, **where)
+        out = tmp_path / f"out-{kind}"
+        words = folder, "--base", tiny_untied, "--output", out
+        consolidate(*words, "--model-key", names[1])
+        assert all(torch.equal(stored(out)[name], tensor) for name, tensor in other.items())
+
+
+def test_an_adapter_beside_its_base_is_not_left_out(
+    trained: State, tiny_untied: Path, tmp_path: Path
+) -> None:
+    lora = {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 48)}
+    dcp.save({"model": trained, "lora": lora}, checkpoint_id=tmp_path)
+    where = {"base": str(tiny_untied)}
+    with pytest.raises(UserError, match=r"an adapter under lora, and the model under model is wi"):
+        plan_of(tmp_path, **where)
+    assert plan_of(tmp_path, model_key="model", **where).actions
+
+
 def test_a_state_in_several_files_is_split_by_all_their_names(
     trained: State, other: State, tiny_untied: Path, tmp_path: Path
 ) -> None:

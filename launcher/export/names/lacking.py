@@ -28,6 +28,12 @@ def refusal(
     text = f"the checkpoint lacks {missing[0]}{more} of {class_name}, the class that "
     text += f"{folder / 'config.json'} names"
     others = sorted(set(found) - set(known))
+    models = sorted({n.partition(".")[0] for n in others if n.partition(".")[2] in known})
+    if len(models) > 1:
+        return UserError(
+            f"{text}, but several models by names that begin with {listed(models, LISTED)} → "
+            f"--model-key {models[0]}, or another of them"
+        )
     if not others:
         return UserError(f"{text} → all files of the checkpoint, or the config it was trained with")
     text += f", and has {listed(others, LISTED)}, which the class does not have → "

@@ -38,8 +38,7 @@ def read_model(folder: Path, key: str | None = None) -> FoundModel:
         nonlocal by_name
         if extension == "safetensors":
             return read_header(file)
-        tensors, is_nested = _state_dict(file, key, notes)
-        by_name = None if is_nested else by_name
+        tensors, by_name = _state_dict(file, key, notes)
         return tensors
 
     if index := _index(folder, extension):
@@ -123,17 +122,19 @@ def _files_without_index(folder: Path, extension: str) -> list[Path]:
     )
 
 
-def _state_dict(file: Path, key: str | None, notes: list[str]) -> tuple[dict[str, Tensor], bool]:
-    """(the tensors of a torch file, whether an entry such as "state_dict" is around them). A note
-    on what is not a tensor, and on other models, is added to `notes`."""
+def _state_dict(
+    file: Path, key: str | None, notes: list[str]
+) -> tuple[dict[str, Tensor], str | None]:
+    """(the tensors of a torch file, with or without an entry such as "state_dict" around them; what
+    of `key` is left). A note on what is not a tensor, and on other models, is added to `notes`."""
     content = read_file(file)
     if not isinstance(content, dict):
         raise not_a_state_dict(content, file)
-    tensors, other_names, other_models, is_nested = model_dict(content, file, key)
+    tensors, other_names, other_models, rest = model_dict(content, file, key)
     if not tensors:
         raise not_a_state_dict(content, file)
     notes += [*other_models, *skipped_note(other_names, f"of {file.name} that are not tensors")]
-    return tensors, is_nested
+    return tensors, rest
 
 
 def _read_by_index(index: Path, read: Reader) -> dict[str, Tensor]:
@@ -156,7 +157,7 @@ def _joined(
         if twice := sorted(own.keys() & tensors.keys()):
             raise UserError(
                 f"{twice[0]} is in both {file_of[twice[0]]} and {file} of {folder}: it is unclear "
-                "which of them is the model's"
+                "which of them is the model's → SOURCE without the other one"
             )
         tensors |= own
         file_of |= dict.fromkeys(own, file)

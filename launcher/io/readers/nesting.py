@@ -7,8 +7,9 @@ trained. Entries are described by paths: the keys of the nested dicts that lead 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ OTHER_KEYS = (
     *("ref", "reference", "ref_model", "reference_model", "ref_policy", "reward", "reward_model"),
 )
 OPTIMIZER = ("optim", "lr_scheduler", "scheduler")  # how the names of other entries begin
+LORA = ".lora_"  # in the names of an adapter's tensors
 TOP = "."  # --model-key of the saved dict itself
 MAX_DEPTH = 8  # of the dicts in a torch file that are looked at
 SMALL = 10  # a state with less than a tenth of the tensors of another is no model
@@ -49,31 +51,36 @@ def find_model(
 
     Raises UserError if two models are as likely the trained one, or if there is none of that key.
     """
-    paths = _by_role(paths, tensors)
-    states = _states({each: paths[each] for each in tensors})
+    paths = _by_role(paths, tensors, key)
+    states = _states([paths[each] for each in tensors])
     chosen = _choose(states, origin, key)
     return _names(paths, states, chosen), _describe_others(states, chosen)
 
 
 def model_dict(
     content: dict[Any, Any], file: Path, key: str | None
-) -> tuple[dict[str, Tensor], list[str], tuple[str, ...], bool]:
+) -> tuple[dict[str, Tensor], list[str], tuple[str, ...], str | None]:
     """The model in the content of a torch file: (name → tensor, names of what else lies beside
-    them, notes, whether it is nested).
+    them, notes, what of `key` is left to choose by names).
 
-    Whether the names of a state that is not nested begin with those of several models is for all
-    files of the folder to say: `model_tensors`. Raises UserError as `find_model` does.
+    Whether the names in a single state begin with those of several models is for all files of the
+    folder to say: `model_tensors`. Raises UserError as `find_model` does.
     """
     entries = _entries(content)
     tensors = {path for path, value in entries.items() if isinstance(value, Tensor)}
-    states = _states({path: path for path in tensors})
-    chosen = () if states.keys() <= {()} else _choose(states, file, key)
+    states = _states([*tensors])
+    if len(states) > 1:
+        chosen, rest = _choose(states, file, key), None
+    else:
+        chosen, rest = next(iter(states), ()), key
+        if key is not None and chosen and (key in chosen or key == ".".join(chosen)):
+            rest = None
     names = _names({path: path for path in entries}, states, chosen)
     found = {name: entries[path].renamed(name) for path, name in names.items() if path in tensors}
     depth = len(chosen)
     beside = {path[depth] for path in entries if _is_under(path, chosen)}
     with_tensors = {path[depth] for path in tensors if _is_under(path, chosen)}
-    return found, sorted(beside - with_tensors), _describe_others(states, chosen), bool(chosen)
+    return found, sorted(beside - with_tensors), _describe_others(states, chosen), rest
 
 
 def model_tensors(
@@ -119,35 +126,63 @@ def _entries(content: dict[Any, Any]) -> dict[Keys, Any]:
     return found
 
 
-def _by_role(paths: Mapping[Entry, Keys], tensors: Collection[Entry]) -> Mapping[Entry, Keys]:
-    """`paths`; if all tensors lie side by side, and their names begin with what trainers call
-    several models (`actor.…`, `critic.…`), these are the first key."""
-    short = {each: strip_wrappers(path[0]) for each, path in paths.items() if len(path) == 1}
-    weights = {each: name for each, name in short.items() if name and "." in name}
-    used = {each for each in tensors if not _is_of_optimizer(paths[each])}
-    roles = {name.partition(".")[0] for each, name in weights.items() if each in used}
-    if len(roles) < 2 or not roles <= {*MODEL_KEYS, *OTHER_KEYS}:
-        return paths
-    split = {each: (*name.partition(".")[::2],) for each, name in weights.items()}
-    return {each: split.get(each, path) for each, path in paths.items()}
+def _by_role(
+    paths: Mapping[Entry, Keys], tensors: Collection[Entry], key: str | None
+) -> Mapping[Entry, Keys]:
+    """`paths`, in which the first part of a name is a key if the names in its dict begin with what
+    trainers call several models (`actor.…`, `critic.…`), or with `key`."""
+    groups: dict[Keys, dict[Entry, str]] = defaultdict(dict)
+    for each in tensors:
+        name = strip_wrappers(paths[each][-1])
+        if name and "." in name and not _is_of_optimizer(paths[each]):
+            groups[paths[each][:-1]][each] = name
+    if key is not None and any(key in path[:-1] for path in paths.values()):
+        key = None  # of a dict
+    by_name = {keys: _roles([*names.values()], key) for keys, names in groups.items()}
+    result = dict(paths)
+    for each, path in paths.items():
+        first, _, rest = (strip_wrappers(path[-1]) or "").partition(".")
+        if rest and first in by_name.get(path[:-1], ()):
+            result[each] = (*path[:-1], first, rest)
+    return result
 
 
-def _states(paths: Mapping[Entry, Keys]) -> dict[Keys, list[Entry]]:
-    """Keys → tensors of each dict that may be the state of a model: it has tensors by names of
-    parameters, with dots. Without such names: what lies under one of MODEL_KEYS, or everything."""
-    dotted: dict[Keys, list[Entry]] = defaultdict(list)
-    usable = {each: path for each, path in paths.items() if not _is_of_optimizer(path)}
-    for each, path in usable.items():
+def _roles(names: Sequence[str], key: str | None) -> set[str]:
+    """With which of OTHER_KEYS and MODEL_KEYS `names` begin, if they begin with several of them and
+    hardly with anything else, and have the same names after them: `model.` begins the names of most
+    models. `key` is one of them if some names begin with it."""
+    rests: dict[str, set[str]] = defaultdict(set)
+    for name in names:
+        first, _, rest = name.partition(".")
+        rests[first].add(rest)
+    named = {each: own for each, own in rests.items() if each in (*MODEL_KEYS, *OTHER_KEYS)}
+    roles = {
+        one
+        for one, other in permutations(named, 2)
+        if 2 * len(named[one] & named[other]) >= min(len(named[one]), len(named[other]))
+    }
+    most = max((len(rests[each]) for each in roles), default=0)
+    if roles and SMALL * sum(len(rests[each]) for each in rests.keys() - roles) < most:
+        return roles
+    return {key} if key is not None and 0 < len(rests.get(key, ())) < len(names) else set()
+
+
+def _states(tensors: Iterable[Keys]) -> dict[Keys, list[Keys]]:
+    """Keys → the paths of the tensors in each dict that may be the state of a model: it has tensors
+    by names of parameters, with dots. Without such names: what lies under one of MODEL_KEYS, or
+    everything."""
+    dotted: dict[Keys, list[Keys]] = defaultdict(list)
+    usable = [path for path in tensors if not _is_of_optimizer(path)]
+    for path in usable:
         if "." in path[-1] and strip_wrappers(path[-1]) is not None:
-            dotted[path[:-1]].append(each)
+            dotted[path[:-1]].append(path)
     if dotted:
         return dict(dotted)
-    plain: dict[Keys, list[Entry]] = defaultdict(list)
-    for each, path in usable.items():
+    plain: dict[Keys, list[Keys]] = defaultdict(list)
+    for path in usable:
         at = next((at for at in (0, 1) if len(path) > at + 1 and path[at] in MODEL_KEYS), None)
-        plain[() if at is None else path[: at + 1]].append(each)
-    shells = {keys: [paths[each] for each in own] for keys, own in plain.items()}
-    return {_without_shells(keys, shells[keys]): own for keys, own in plain.items()}
+        plain[() if at is None else path[: at + 1]].append(path)
+    return {_without_shells(keys, own): own for keys, own in plain.items()}
 
 
 def _without_shells(keys: Keys, paths: list[Keys]) -> Keys:
@@ -160,11 +195,11 @@ def _without_shells(keys: Keys, paths: list[Keys]) -> Keys:
 
 
 def _names(
-    paths: Mapping[Entry, Keys], states: Mapping[Keys, list[Entry]], chosen: Keys
+    paths: Mapping[Entry, Keys], states: Mapping[Keys, list[Keys]], chosen: Keys
 ) -> dict[Entry, str]:
     """Entry → name, for what lies under the keys `chosen` and under none of other `states`."""
     inner = [keys for keys in states if len(keys) > len(chosen) and _is_under(keys, chosen)]
-    is_flat = not chosen and any(len(paths[each]) == 1 for each in states.get((), ()))
+    is_flat = not chosen and any(len(path) == 1 for path in states.get((), ()))
     return {
         each: ".".join(path[len(chosen) :])
         for each, path in paths.items()
@@ -175,12 +210,16 @@ def _names(
     }
 
 
-def _choose(states: Mapping[Keys, list[Any]], origin: Path, key: str | None) -> Keys:
+def _choose(states: Mapping[Keys, list[Keys]], origin: Path, key: str | None) -> Keys:
     labels = {keys: ".".join(keys) or TOP for keys in states}
     if key is not None:
         exact = [keys for keys, label in labels.items() if label == key]
         if len(found := exact or [keys for keys in states if key in keys]) == 1:
             return found[0]
+        if states.keys() <= {()}:
+            raise UserError(
+                f"--model-key {key}: {origin} contains one model, under no key → leave it out"
+            )
         several = "several models" if found else "no model"
         known = listed(sorted(labels.values()), LISTED) or "none"
         raise UserError(f"--model-key {key}: {origin} contains {several} under it → one of {known}")
@@ -195,7 +234,15 @@ def _choose(states: Mapping[Keys, list[Any]], origin: Path, key: str | None) -> 
             f"{origin} contains {len(names)} models ({listed(names, LISTED)}), and nothing tells "
             f"which of them was trained → --model-key {names[0]}, or another of them"
         )
-    return likely[0] if likely else ()
+    chosen = likely[0] if likely else ()
+    adapters = [keys for keys, own in states.items() if any(LORA in path[-1] for path in own)]
+    if adapters and chosen not in adapters:
+        raise UserError(
+            f"{origin} contains an adapter under {labels[adapters[0]]}, and the model under "
+            f"{labels[chosen]} is without it → the state of the whole PEFT model, or --model-key "
+            f"{labels[chosen]} for the model alone"
+        )
+    return chosen
 
 
 def _rank(keys: Keys) -> int:
@@ -205,17 +252,20 @@ def _rank(keys: Keys) -> int:
     return 1 if keys[-1] in MODEL_KEYS else 2
 
 
-def _describe_others(states: Mapping[Keys, list[Any]], chosen: Keys) -> tuple[str, ...]:
+def _describe_others(states: Mapping[Keys, list[Keys]], chosen: Keys) -> tuple[str, ...]:
     """A note on the other models. What is too small for one is not mentioned."""
     size = len(states.get(chosen, ()))
-    models = [k for k, own in states.items() if SMALL * len(own) >= size or _rank(k) < 2]
-    others = sorted(".".join(keys) or TOP for keys in models if keys != chosen)
+    models = [keys for keys, own in states.items() if SMALL * len(own) >= size or _rank(keys) < 2]
+    around = [chosen[:depth] for depth in range(len(chosen))]
+    small = [keys for keys in around if SMALL * len(states.get(keys, ())) < size]
+    others = sorted(".".join(keys) or TOP for keys in models if keys not in (chosen, *small))
     if not others:
         return ()
     taken = ".".join(chosen) or "at the top"
+    named = listed(["at the top" if each == TOP else each for each in others], LISTED)
     return (
         f"SOURCE contains several models: the one {'under ' if chosen else ''}{taken} is taken, "
-        f"not {listed(others, LISTED)} (--model-key {others[0]})",
+        f"not {named} (--model-key {others[0]})",
     )
 
 
