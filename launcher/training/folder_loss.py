@@ -15,6 +15,7 @@ from launcher.data.collate import IGNORED, MicroBatch, collate
 from launcher.data.dataset import load_data
 from launcher.data.source import find_problems
 from launcher.errors import UserError, one_line
+from launcher.export.writing.progress import Progress
 from launcher.folders.vocabulary import embedding_rows
 from launcher.io.absent_towers import towers_may_be_absent
 from launcher.io.adapter import check_modules, read_adapter
@@ -71,10 +72,14 @@ def mean_loss(model: Model, rows: Rows, device: str, trust_remote_code: bool = F
     """
     loaded = _load(model, trust_remote_code).to(device).eval()
     try:
-        losses = [token_loss(loaded, batch.to(torch.device(device))) for batch in rows.batches]
+        losses = []
+        with Progress(f"evaluating {model.folder.name}", rows.targets, "tokens") as progress:
+            for batch in rows.batches:
+                losses.append(token_loss(loaded, batch.to(torch.device(device))).double().cpu())
+                progress.advance(int((batch.target_ids != IGNORED).sum()))
     except Exception as error:  # each model raises its own errors
         raise UserError(f"{model.folder} cannot be evaluated: {one_line(error)}") from error
-    return torch.stack(losses).double().sum().item() / rows.targets
+    return torch.stack(losses).sum().item() / rows.targets
 
 
 def _load(model: Model, trust_remote_code: bool) -> Any:

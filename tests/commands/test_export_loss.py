@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -54,7 +55,12 @@ def test_the_losses_are_those_of_the_export_and_of_base_plus_adapter(
 ) -> None:
     adapter = make_adapter(tiny, tmp_path / "adapter", noise=0.3)
     words = (adapter, "--evaluate", rows / "texts.jsonl", "--output", tmp_path / "out")
-    found = evaluation(capsys, *words)
+    consolidate(*words, "--json", "--progress-seconds", 0.000001)
+    said = capsys.readouterr()
+    found = json.loads(said.out)["evaluation"]
+    for folder in ("out", tiny.name):
+        done = f"evaluating {folder} {found['tokens']} of {found['tokens']} tokens, "
+        assert re.search(re.escape(done) + r"[\d,]+ tokens/s, 0 s left", said.err)
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype="auto")

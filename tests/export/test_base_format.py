@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from launcher.errors import UserError
 from launcher.export.assembled import Assembled
 from launcher.export.base_format import in_base_format
-from launcher.export.quantized import dequantize_tensors
+from launcher.export.quantized import dequantize_tensors, requantize
+from launcher.export.quantized.packed import E2M1, pack_floats, pack_integers
 from launcher.io.readers.safetensors_file import read_header
 from launcher.io.tensor import Tensor, in_memory
 from tests.export.test_released_formats import (
@@ -159,6 +162,78 @@ def test_compressed_weights_are_quantized_to_the_nearest_number(
     nearest = step / 2 if kind == "int" else new.float().abs() / 16 + step * 2**-9
     assert (error <= nearest * 1.02 + new.float().abs() * 2**-8).all()
     assert written(parts, None, **scheme).keys() == parts.keys()
+
+
+@dataclass(frozen=True, eq=False)
+class Counted(Tensor):
+    """`source`, and how many of its rows were read."""
+
+    source: Tensor
+    rows_read: list[int]
+
+    def read_into(self, out: torch.Tensor, first: int) -> None:
+        self.rows_read.append(len(out))
+        self.source.read_into(out, first)
+
+    def reference(self, first: int, last: int) -> torch.Tensor:
+        return self.source.reference(first, last)
+
+    def files(self) -> Iterator[Path]:
+        return self.source.files()
+
+
+@pytest.mark.parametrize(
+    ("rows", "block", "large"),
+    [(517, [128, 128], False), (517, [16, 16], False), (517, [1, 32], False), (517, None, True)],
+)
+def test_what_is_quantized_is_computed_once(
+    rows: int, block: list[int] | None, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For numbers and scales together; twice where the blocks are too large to be kept."""
+    monkeypatch.setattr(requantize, "SPAN_ELEMENTS", 1 << 13)
+    if large:
+        monkeypatch.setattr(requantize, "SPAN_BLOCK_ELEMENTS", 1 << 14)
+    columns = 80
+    grid = (-(-rows // block[0]), -(-columns // block[1])) if block else ()
+    parts = {NAME: fp8(rows, columns), f"{NAME}_scale_inv": scales(*grid)}
+    scheme: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": block}
+    config = {"dtype": "bfloat16", "quantization_config": scheme}
+    base, plain = dequantize_tensors(lazy(parts), config)
+    new = (random(rows, columns) * 0.02).to(BF16)
+    counted = Counted(NAME, BF16, new.shape, in_memory(NAME, new, Path("trained")), [])
+    assembled = Assembled({NAME: counted}, {NAME: "merged"}, plain)
+    found = in_base_format(assembled, base, lazy(parts), config).tensors
+    values = {name: tensor.read_all() for name, tensor in found.items()}
+    assert sum(counted.rows_read) <= rows * (2 if large else 1) + 64
+    for name, each in written(parts, new, **scheme).items():
+        assert torch.equal(bits(values[name]), bits(each))
+    alone = Counted(NAME, BF16, new.shape, in_memory(NAME, new, Path("trained")), [])
+    assembled = Assembled({NAME: alone}, {NAME: "merged"}, plain)
+    again = in_base_format(assembled, base, lazy(parts), config).tensors
+    assert torch.equal(again[f"{NAME}_scale_inv"].read_all(), values[f"{NAME}_scale_inv"])
+
+
+def test_fp4_next_to_and_halfway_between_its_numbers() -> None:
+    codes = torch.arange(8.0)
+    halfway = (torch.tensor(E2M1)[1:] + torch.tensor(E2M1)[:-1]) / 2
+    points = torch.cat([torch.tensor(E2M1), halfway, torch.tensor([7.0, 1e30, 1e-30])])
+    near = [points, *(points.nextafter(torch.tensor(side)) for side in (torch.inf, 0.0))]
+    sizes = torch.cat(near)
+    sizes = torch.cat([sizes, -sizes, random(2048) * 3])
+    distances = (sizes.double().abs()[:, None].clamp(max=6) - torch.tensor(E2M1).double()).abs()
+    is_nearest = distances == distances.amin(1, keepdim=True)
+    even_first = torch.where(is_nearest, codes % 2 * 8 + codes, 99).argmin(1)
+    expected = even_first.to(torch.uint8) + (sizes.signbit().to(torch.uint8) << 3)
+    packed = pack_floats(sizes[None])
+    assert torch.equal(torch.stack([packed & 15, packed >> 4], -1).view(-1), expected)
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_integers_are_packed_as_they_are_read(width: int) -> None:
+    half, columns = 1 << width - 1, 3 * 32 // width - (1 if width < 8 else 2)
+    numbers = torch.randint(-half, half, (5, columns))
+    words = pack_integers(numbers.float(), width, 3)
+    assert torch.equal(words, pack(numbers, width))
 
 
 def test_what_is_not_written_in_its_own_format() -> None:

@@ -19,6 +19,8 @@ from launcher.io.tensor.tiles import spans
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # and the same with a sign, from 8 on
 WORD_BITS = 32
+HALF_STEPS, HALF_STEPS_BITS = 2.0**22, 0x4A800000  # fp32 from here on has steps of 0.5
+ONE_CODE = (127 << 1) - E2M1.index(1.0)  # from the highest bits of fp32 to the code
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,44 @@ class UnpackedIntegers(Tensor):
             return numbers.view(last - first, -1)[:, : self.columns]
         rows = numbers.transpose(1, 2).reshape(-1, self.columns)
         return rows[first - top * count : last - top * count]
+
+
+def pack_integers(values: torch.Tensor, bits: int, words: int) -> torch.Tensor:
+    """The nearest integers to `values` (fp32 [rows, columns], overwritten), as int32
+    [rows, words]."""
+    offset, count = 1 << bits - 1, WORD_BITS // bits
+    values = values.round_().clamp_(-offset, offset - 1).add_(offset)
+    rest = words * count - values.shape[1]
+    if rest:
+        values = torch.nn.functional.pad(values, (0, rest))
+    numbers = values.to(torch.uint8)
+    width = bits
+    while width < 8:  # two neighbors become one number of twice the bits
+        low, high = numbers.unflatten(1, (-1, 2)).unbind(2)
+        numbers, width = low | high << width, 2 * width
+    return numbers.view(torch.int32)
+
+
+def pack_floats(values: torch.Tensor) -> torch.Tensor:
+    """The nearest E2M1 numbers to `values` (fp32 [rows, columns], overwritten), as bytes
+    [rows, columns / 2]. Halfway between two numbers, the even code is taken."""
+    signs = values.view(torch.int32) >> 28
+    signs &= 8
+    sizes = values.abs_().clamp_(max=E2M1[-1])
+    codes = sizes.view(torch.int32)
+    normal = codes >> 22  # from 1 on: the exponent and one bit, rounded to the nearest
+    normal &= 1
+    normal += codes
+    normal += 0x1FFFFF - (ONE_CODE << 22)
+    normal >>= 22
+    sizes += HALF_STEPS  # below 1: steps of 0.5
+    codes -= HALF_STEPS_BITS
+    codes.clamp_(max=E2M1.index(1.0))
+    torch.maximum(codes, normal, out=codes)
+    codes |= signs
+    low, high = codes.view(torch.uint8)[:, ::4].unflatten(1, (-1, 2)).unbind(2)
+    packed: torch.Tensor = low | high << 4
+    return packed
 
 
 @cache

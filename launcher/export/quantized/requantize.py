@@ -7,7 +7,6 @@ to a power of two, as in triton_kernels' `downcast_to_mxfp`. A scale of bytes is
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,12 +15,19 @@ from pathlib import Path
 import torch
 
 from launcher.errors import UserError
-from launcher.export.merge.row_cache import cached
-from launcher.export.quantized.packed import E2M1, WORD_BITS, UnpackedFloats, UnpackedIntegers
+from launcher.export.merge.row_cache import LIMIT_BYTES, cached
+from launcher.export.quantized.packed import (
+    E2M1,
+    UnpackedFloats,
+    UnpackedIntegers,
+    pack_floats,
+    pack_integers,
+)
 from launcher.export.quantized.scaled import Grid, ScaledWeight, over_blocks
 from launcher.io.tensor import Tensor
-from launcher.io.tensor.tiles import spans
+from launcher.io.tensor.tiles import MIN_TILE_ROWS, SPAN_ELEMENTS, spans
 
+SPAN_BLOCK_ELEMENTS = 1 << 20  # of blocks side by side that are kept until they are divided
 MANTISSA, EXPONENT = 0x007FFFFF, 0x7F800000  # the bits of fp32
 
 
@@ -86,7 +92,12 @@ class NewScales(Tensor):
     layout: Layout
 
     def read_into(self, out: torch.Tensor, first: int) -> None:
-        out.copy_(self.layout.scales(magnitudes(self.source, self.layout, first, first + len(out))))
+        last = first + len(out)
+        known = _known_magnitudes(self.source, self.layout)
+        largest = None if known is None else known[first:last]
+        if largest is None or largest.isnan().any():
+            largest = magnitudes(self.source, self.layout, first, last)
+        out.copy_(self.layout.scales(largest))
 
     def reference(self, first: int, last: int) -> torch.Tensor:
         """From the values of `source` as they are written: one that is halfway between two values
@@ -117,6 +128,30 @@ class NewNumbers(Tensor):
     layout: Layout
 
     def read_into(self, out: torch.Tensor, first: int) -> None:
+        last, height = first + len(out), self.layout.grid.block[0]
+        if height * self.source.columns > SPAN_BLOCK_ELEMENTS:
+            self._read_large_blocks(out, first)
+            return
+        for rows, blocks in _block_spans(self.layout.grid, first, last, self.source.columns):
+            values = self.source.read(*rows).float()
+            largest = _largest(values, self.layout.grid.block[1])
+            if height > 1:
+                index = self.layout.grid.rows_of(*rows) - blocks[0]
+                each = torch.zeros(blocks[1] - blocks[0], largest.shape[1])
+                each.scatter_reduce_(0, index[:, None].expand_as(largest), largest, "amax")
+                largest = each.index_select(0, index)
+            else:
+                each = largest
+            if (known := _known_magnitudes(self.source, self.layout)) is not None:
+                known[slice(*blocks)] = each
+            begin, end = max(first, rows[0]), min(last, rows[1])
+            inside = slice(begin - rows[0], end - rows[0])
+            values = values[inside]
+            self.layout.divide(values, largest[inside])
+            out[begin - first : end - first].copy_(_pack(values, self.layout))
+
+    def _read_large_blocks(self, out: torch.Tensor, first: int) -> None:
+        """Read the source twice: for the magnitudes of whole blocks, and for the numbers."""
         for top, bottom in spans(len(out), self.source.columns):
             begin, end = first + top, first + bottom
             values = self.source.read(begin, end).float()
@@ -153,12 +188,45 @@ class NewNumbers(Tensor):
         grid = self.layout.grid
         if grid.block[0] == 1:
             return _largest(values, grid.block[1])
-        every = cached(
-            self.source,
-            "magnitudes of blocks",
-            lambda: magnitudes(self.source, self.layout, 0, grid.values.rows),
-        )
-        return every.index_select(0, grid.rows_of(first, first + len(values)))
+        rows = grid.rows_of(first, first + len(values))
+        begin, end = int(rows[0]), int(rows[-1]) + 1
+        known = _known_magnitudes(self.source, self.layout)
+        if known is None:
+            return magnitudes(self.source, self.layout, begin, end).index_select(0, rows - begin)
+        if known[begin:end].isnan().any():
+            known[begin:end] = magnitudes(self.source, self.layout, begin, end)
+        return known.index_select(0, rows)
+
+
+def _known_magnitudes(source: Tensor, layout: Layout) -> torch.Tensor | None:
+    """The largest magnitudes of all blocks as far as a thread has read them, NaN elsewhere: fp32
+    [grid rows, grid columns], filled by those who compute them. None if they are too many.
+
+    The numbers of a file come before their scales, which need not be computed a second time.
+    """
+    shape = layout.grid.values.rows, layout.grid.values.columns
+    if shape[0] * shape[1] * torch.float32.itemsize > LIMIT_BYTES:
+        return None
+    return cached(source, "magnitudes of blocks", lambda: torch.full(shape, torch.nan))
+
+
+def _block_spans(
+    grid: Grid, first: int, last: int, columns: int
+) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Ranges of rows of the matrices that contain [first, last), in whole blocks, and the rows of
+    the grid in each. Each has at least MIN_TILE_ROWS rows unless the blocks have fewer."""
+    top, bottom = (int(row) for row in grid.rows_of(first, last)[[0, -1]])
+    height = grid.block[0]
+    step = max(-(-MIN_TILE_ROWS // height), SPAN_ELEMENTS // (columns * height))
+    starts = list(range(top, bottom + 1, step))
+    end_of_rows = _source_rows(grid, top, bottom + 1)[1]
+    if (
+        len(starts) > 1
+        and end_of_rows - _source_rows(grid, starts[-1], bottom + 1)[0] < MIN_TILE_ROWS
+    ):
+        starts.pop()
+    for begin, end in zip(starts, [*starts[1:], bottom + 1], strict=True):
+        yield _source_rows(grid, begin, end), (begin, end)
 
 
 def magnitudes(source: Tensor, layout: Layout, first: int, last: int) -> torch.Tensor:
@@ -199,31 +267,9 @@ def _pack(values: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Quotients [rows, columns] as the base's numbers; `values` is overwritten."""
     numbers = layout.like.numbers
     if isinstance(numbers, UnpackedFloats):
-        return _pack_floats(values).view(numbers.packed.dtype)
+        return pack_floats(values).view(numbers.packed.dtype)
     if isinstance(numbers, UnpackedIntegers):
-        return _pack_integers(values, numbers.bits, numbers.packed.columns)
+        return pack_integers(values, numbers.bits, numbers.packed.columns)
     if numbers.dtype == torch.int8:
         return values.round_().clamp_(-128, 127).to(torch.int8)
     return values.clamp_(-layout.largest, layout.largest).to(numbers.dtype)
-
-
-def _pack_integers(values: torch.Tensor, bits: int, words: int) -> torch.Tensor:
-    """int32 [rows, words]."""
-    offset, count = 1 << bits - 1, WORD_BITS // bits
-    integers = torch.zeros(len(values), words * count, dtype=torch.int32)
-    integers[:, : values.shape[1]] = values.round_().clamp_(-offset, offset - 1) + offset
-    shifts = torch.arange(count, dtype=torch.int32) * bits
-    packed: torch.Tensor = integers.unflatten(1, (words, count)) << shifts
-    return packed.sum(2, dtype=torch.int32)
-
-
-def _pack_floats(values: torch.Tensor) -> torch.Tensor:
-    """Bytes [rows, columns / 2]; halfway between two numbers, the even code is taken."""
-    sizes = values.abs()
-    codes = values.signbit().to(torch.uint8) << 3
-    for below, above in itertools.pairwise(range(len(E2M1))):
-        halfway = (E2M1[below] + E2M1[above]) / 2
-        codes += sizes > halfway if below % 2 == 0 else sizes >= halfway
-    low, high = codes.unflatten(1, (-1, 2)).unbind(2)
-    packed: torch.Tensor = low + (high << 4)
-    return packed

@@ -14,38 +14,42 @@ EVERY_SECONDS = 15.0
 
 
 class Progress:
-    """Bytes done of `total`, with rate and remaining time. `advance` can be called from any
-    thread."""
+    """Bytes or tokens done of `total`, with rate and remaining time. `advance` can be called from
+    any thread."""
 
     every_seconds = EVERY_SECONDS  # between lines, for the whole process
 
-    def __init__(self, description: str, total: int) -> None:
-        self.description, self.total, self.done = description, total, 0
+    def __init__(self, description: str, total: int, unit: str = "B") -> None:
+        """`unit`: B for bytes, or the name of what is counted, in the plural."""
+        self.description, self.total, self.unit, self.done = description, total, unit, 0
         self._started = self._last_line = time.monotonic()
         self._lock = threading.Lock()
         self._bar: tqdm[Any] | None = None
         if sys.stderr.isatty():
-            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=description)
+            self._bar = tqdm(total=total, unit=unit, unit_scale=True, desc=description)
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._started
 
-    def advance(self, nbytes: int) -> None:
-        """Add `nbytes` to the bytes done."""
+    def advance(self, count: int) -> None:
+        """Add `count` to what is done."""
         with self._lock:
-            self.done += nbytes
+            self.done += count
             if self._bar is not None:
-                self._bar.update(nbytes)
+                self._bar.update(count)
             elif (now := time.monotonic()) - self._last_line >= self.every_seconds:
                 self._last_line = now
-                rate = self.done / max(1e-9, self.seconds)
-                print(
-                    f"{self.description} {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, "
-                    f"{rate / 1e6:,.0f} MB/s, {(self.total - self.done) / rate:.0f} s left",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                print(self._line(), file=sys.stderr, flush=True)
+
+    def _line(self) -> str:
+        rate = self.done / max(1e-9, self.seconds)
+        left = f"{(self.total - self.done) / max(1e-9, rate):.0f} s left"
+        if self.unit != "B":
+            done = f"{self.done:,} of {self.total:,} {self.unit}, {rate:,.0f} {self.unit}/s"
+        else:
+            done = f"{self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, {rate / 1e6:,.0f} MB/s"
+        return f"{self.description} {done}, {left}"
 
     def __enter__(self) -> Self:
         return self
