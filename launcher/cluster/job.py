@@ -129,7 +129,7 @@ def _outcome(run: RunDir) -> tuple[int, bool]:
         world_size = World.from_config(store.load(run.config), Machine()).size
         requeue = local.lost_a_node(run, world_size)
         exit_code = failure.exit_code if failure else FAILED
-        if _goes_on(run) and not requeue:
+        if not requeue and _goes_on(run):
             return GO_ON, False
     if not requeue or _take_stop_by_person(run):
         return exit_code, False
