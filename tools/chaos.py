@@ -69,7 +69,10 @@ def main() -> None:
     needs = {FAULTS[kind].needs for kind in kinds}
     with _disk("disk" in needs) as folder:
         run = DemoRun(folder / "run", [*WORDS, *words], own_network="network" in needs)
-        report = campaign(run, kinds, options.seed, options.minutes, options.faults)
+        try:
+            report = campaign(run, kinds, options.seed, options.minutes, options.faults)
+        except Stuck as error:
+            sys.exit(f"{error}")
     print("\n".join(lines(report, options.seed)))
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -178,7 +181,7 @@ def inject(run: DemoRun, kind: str, chance: random.Random) -> Result:
             by = "-" if notice is None else "launcher" if run.starts == starts else "command"
             return Result(kind, max(0, reached - step + 1) if notice else 0, notice, go_on, by)
         if go_on > PATIENCE_SECONDS:
-            raise Stuck(f"{kind}: no step in {go_on:.0f} s; {run.folder.parent / 'launcher.log'}")
+            raise Stuck(f"{kind}: no step in {go_on:.0f} s: {run.last_words()}")
         time.sleep(POLL_SECONDS)
 
 
