@@ -42,6 +42,7 @@ WORDS = (
     *("tracking.progress=false", "launch.collective_minutes=0.25"),
 )
 DISK_MB = 512
+SECONDS_BETWEEN_FAULTS = 3.0  # at most, from the first step after one
 SAVE_SECONDS = 30.0  # that training waits for a checkpoint of a large model, for the simulation
 SLOW_SECONDS = 600.0  # to go on, of the pessimistic simulation
 
@@ -162,8 +163,8 @@ def campaign(
 def inject(run: DemoRun, kind: str, chance: random.Random) -> Result:
     """One fault, from the moment before it to the first step after it. Raises Stuck."""
     fault = FAULTS[kind]
-    run.wait_for_steps(chance.randint(1, 30))
-    time.sleep(chance.uniform(0, 0.5))
+    run.wait_for_steps(1)
+    time.sleep(chance.uniform(0, SECONDS_BETWEEN_FAULTS))
     before, begin, starts = run.mark(), time.monotonic(), run.starts
     fault.act(run, chance, before)
     notice: float | None = None

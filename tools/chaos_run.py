@@ -71,7 +71,11 @@ class DemoRun:
         self.starts += 1
         with self.output.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command(), stdout=log, stderr=log, stdin=subprocess.DEVNULL
+                self.command(),
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env={"OMP_NUM_THREADS": "1", **os.environ},  # more stand in each other's way
             )
 
     def has_ended(self) -> bool:
