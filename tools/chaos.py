@@ -42,6 +42,7 @@ WORDS = (
     *("tracking.progress=false", "launch.collective_minutes=0.25"),
 )
 DISK_MB = 512
+SECONDS_BETWEEN_FAULTS = 3.0  # at most, from the first step after one
 SAVE_SECONDS = 30.0  # that training waits for a checkpoint of a large model, for the simulation
 SLOW_SECONDS = 600.0  # to go on, of the pessimistic simulation
 
@@ -69,7 +70,10 @@ def main() -> None:
     needs = {FAULTS[kind].needs for kind in kinds}
     with _disk("disk" in needs) as folder:
         run = DemoRun(folder / "run", [*WORDS, *words], own_network="network" in needs)
-        report = campaign(run, kinds, options.seed, options.minutes, options.faults)
+        try:
+            report = campaign(run, kinds, options.seed, options.minutes, options.faults)
+        except Stuck as error:
+            sys.exit(f"{error}")
     print("\n".join(lines(report, options.seed)))
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -159,8 +163,8 @@ def campaign(
 def inject(run: DemoRun, kind: str, chance: random.Random) -> Result:
     """One fault, from the moment before it to the first step after it. Raises Stuck."""
     fault = FAULTS[kind]
-    run.wait_for_steps(chance.randint(1, 30))
-    time.sleep(chance.uniform(0, 0.5))
+    run.wait_for_steps(1)
+    time.sleep(chance.uniform(0, SECONDS_BETWEEN_FAULTS))
     before, begin, starts = run.mark(), time.monotonic(), run.starts
     fault.act(run, chance, before)
     notice: float | None = None
@@ -178,7 +182,7 @@ def inject(run: DemoRun, kind: str, chance: random.Random) -> Result:
             by = "-" if notice is None else "launcher" if run.starts == starts else "command"
             return Result(kind, max(0, reached - step + 1) if notice else 0, notice, go_on, by)
         if go_on > PATIENCE_SECONDS:
-            raise Stuck(f"{kind}: no step in {go_on:.0f} s; {run.folder.parent / 'launcher.log'}")
+            raise Stuck(f"{kind}: no step in {go_on:.0f} s: {run.last_words()}")
         time.sleep(POLL_SECONDS)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from chaos_run import DemoRun, Mark, Stuck, signal_process, wait_until
 
 PAUSE_SECONDS = 3.0
+CUT_SECONDS = 30.0
 Act = Callable[[DemoRun, random.Random, Mark], None]
 
 
@@ -154,16 +155,10 @@ def _set_network(run: DemoRun, state: str) -> None:
     subprocess.run(inside, check=True)
 
 
-def _cut_network(run: DemoRun, chance: random.Random, before: Mark) -> None:
-    _set_network(run, "down")
-    time.sleep(PAUSE_SECONDS)
-    _set_network(run, "up")
-
-
-def _lose_network(run: DemoRun, chance: random.Random, before: Mark) -> None:
+def _cut_network(seconds: float, run: DemoRun, chance: random.Random, before: Mark) -> None:
     _set_network(run, "down")
     try:
-        wait_until(lambda: run.has_noticed(before), "the lost network was not noticed")
+        time.sleep(seconds)
     finally:
         _set_network(run, "up")
 
@@ -195,6 +190,12 @@ FAULTS: dict[str, Fault] = {
     "torn-metrics": Fault(_then_kill(_tear_metrics), "metrics.jsonl ends in garbage; kill -9"),
     "killed-save": Fault(_then_kill(_wait_for_save), "kill -9 while a checkpoint is written"),
     "full-disk": Fault(_fill_disk, "the disk is full until the run has ended", needs="disk"),
-    "cut-network": Fault(_cut_network, "no network for 3 s", survives=True, needs="network"),
-    "lost-network": Fault(_lose_network, "no network until that is noticed", needs="network"),
+    "cut-network": Fault(
+        partial(_cut_network, PAUSE_SECONDS), "no network for 3 s", survives=True, needs="network"
+    ),
+    "lost-network": Fault(
+        partial(_cut_network, CUT_SECONDS),
+        "no network for 30 s, twice as long as ranks wait",
+        needs="network",
+    ),
 }

@@ -18,6 +18,7 @@ from launcher.folders.run import RunDir
 from launcher.run.metrics import parse_record
 
 POLL_SECONDS = 0.02
+LAST_LINES = 20
 PATIENCE_SECONDS = 300.0  # for any one thing to happen
 
 # A network of its own, so that it can be cut.
@@ -46,6 +47,15 @@ class DemoRun:
         self.starts = 0
 
     @property
+    def output(self) -> Path:
+        """What all its launchers have printed."""
+        return self.folder.with_suffix(".txt")
+
+    def last_words(self) -> str:
+        """The end of what its launchers have printed."""
+        return "\n".join(_text(self.output).splitlines()[-LAST_LINES:])
+
+    @property
     def run(self) -> RunDir:
         """At its newest attempt."""
         return RunDir(self.folder).newest_attempt()
@@ -59,9 +69,13 @@ class DemoRun:
     def start(self) -> None:
         """Start the launcher."""
         self.starts += 1
-        with (self.folder.parent / "launcher.log").open("ab") as log:
+        with self.output.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command(), stdout=log, stderr=log, stdin=subprocess.DEVNULL
+                self.command(),
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env={"OMP_NUM_THREADS": "1", **os.environ},  # more stand in each other's way
             )
 
     def has_ended(self) -> bool:
@@ -113,7 +127,7 @@ class DemoRun:
         begin = time.time()
         wait_until(lambda: self._trained_since(begin) >= steps or self.has_ended(), "no step")
         if self.has_ended():
-            raise Stuck(f"the run has ended: {self.folder.parent / 'launcher.log'}")
+            raise Stuck(f"the run has ended: {self.last_words()}")
 
     def _trained_since(self, wall: float) -> int:
         return sum(record["time"] > wall for record in self.records())

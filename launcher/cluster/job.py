@@ -126,6 +126,8 @@ def _outcome(run: RunDir) -> tuple[int, bool]:
         requeue = status["state"] == "stopped" and status["reason"] in REQUEUE_REASONS
         requeue = requeue or (hung and _requeues_hung(run))
         exit_code = HUNG if hung else 0
+        if hung and not requeue and _goes_on(run):
+            return GO_ON, False
     else:
         failure = local.first_failure(run)
         print(local.describe_failure(run, failure), file=sys.stderr)
@@ -134,8 +136,8 @@ def _outcome(run: RunDir) -> tuple[int, bool]:
         exit_code = failure.exit_code if failure else FAILED
         if (requeue or failure is None) and has_absent_node(run, world.nodes):
             print("a node has not begun: its own message is above", file=sys.stderr)
-            requeue, exit_code = False, BAD_NODE
-        elif _goes_on(run) and not requeue:
+            return BAD_NODE, False
+        if not requeue and _goes_on(run):
             return GO_ON, False
     if not requeue or _take_stop_by_person(run):
         return exit_code, False

@@ -22,10 +22,11 @@ from launcher.config import Config, store
 from launcher.errors import UserError
 from launcher.folders import regular
 from launcher.folders.checkpoint import finished_checkpoints
+from launcher.folders.json_file import COUNT, TEXT, or_null, read_fields
 from launcher.folders.run import RunDir
 from launcher.run import create
 from launcher.run.metrics import Glance
-from launcher.run.outcome import command_again
+from launcher.run.outcome import command_again, ended_in_order
 from launcher.run.rank_log import say
 
 SAME_STEP = 3  # failures of one step, one after another, after which it is not the machine
@@ -68,7 +69,7 @@ def run_attempts(
         while True:
             status = start(run)
             asked_to_stop = run.stop.exists()
-            if status == 0 or asked_to_stop or run.status.is_file():
+            if status == 0 or asked_to_stop or ended_in_order(run):
                 return status
             failed.append(_failed(run))
             _write(run, failed[-1])
@@ -155,7 +156,7 @@ def _report(same: list[Failed]) -> str:
 def _failed(run: RunDir) -> Failed:
     """What the ranks and the agent say of an attempt that failed."""
     try:
-        failure = local.first_failure(run)
+        failure = _stated(run) or local.first_failure(run)
     except UserError:  # a damaged report: the attempt itself has said so
         failure = None
     step = failure.step if failure else None
@@ -166,6 +167,14 @@ def _failed(run: RunDir) -> Failed:
     checkpoints = finished_checkpoints(run.checkpoints)
     saved = checkpoints[0].step if checkpoints else 0
     return Failed(run.attempt, dataclasses.replace(failure, step=step), saved)
+
+
+def _stated(run: RunDir) -> Failure | None:
+    """What the status of an attempt says that has ended, but not in order; None without one."""
+    if not run.status.is_file():
+        return None
+    status = read_fields(run.status, state=TEXT, reason=or_null(TEXT), exit_code=COUNT)
+    return Failure(0, status["exit_code"], status["reason"] or status["state"], status["state"])
 
 
 def _read(run: RunDir) -> list[Failed]:

@@ -4,6 +4,7 @@ RUN/config.yaml  launch.json  metrics.jsonl  loss.png
     tensorboard/  wandb/  mlruns/  trackers.json    written by tracking.trackers
     deepspeed.json                      DeepSpeed's configuration, under zero1, zero2 and zero3
     stop                                create it to stop: training ends after a step and saves
+    logs/failures.jsonl                 one line for each attempt that failed
     logs/attempt-1/{config.yaml, steps.json, status.json, rank-00.log, rank-00.error.json,
                     starter.process.json, rank-00.process.json, …,
                     hang.txt, hang-00.json, hang-00.txt}    only of a run that has hung

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from launcher.errors import HUNG, REFUSED, STOPPED
 from launcher.folders import manifest
+from launcher.folders.json_file import TEXT, DamagedFile, read_fields
 from launcher.folders.run import RunDir
 
 
@@ -57,6 +58,18 @@ def write_status(run: RunDir, outcome: Outcome) -> None:
     }
     manifest.write_json(run.status, status)
     run.stop.unlink(missing_ok=True)
+
+
+def ended_in_order(run: RunDir) -> bool:
+    """Whether this attempt has done what was asked of it, or has been replaced: neither is a
+    failure. A status that cannot be read counts, because nobody knows what it says."""
+    if not run.status.is_file():
+        return False
+    try:
+        state = read_fields(run.status, state=TEXT)["state"]
+    except DamagedFile:
+        return True
+    return state in ("finished", "stopped", "superseded")
 
 
 def write_superseded(run: RunDir, reason: str) -> None:

@@ -30,6 +30,7 @@ from launcher.folders.json_file import (
 )
 from launcher.folders.manifest import write_json
 from launcher.folders.run import RunDir
+from launcher.run.outcome import ended_in_order
 
 RENEW_SECONDS = 10
 STALE_SECONDS = 90  # NFS may show an age that is a minute old
@@ -90,12 +91,16 @@ def living(run: RunDir) -> list[Process]:
 
 
 def may_start_again(run: RunDir) -> bool:
-    """Whether the ranks of this attempt have ended, but not in order, and an agent on this machine
-    that started one still runs: torchrun --max-restarts may start them again."""
-    if run.status.is_file():
+    """Whether the ranks of this attempt have ended, but not in order, and what may start them again
+    still runs on this machine: the process that started the attempt, or torchrun's agent."""
+    if ended_in_order(run):
         return False
-    agents = [(each.agent, each.agent_started) for _, each in _records(run) if each.is_here]
-    return any(pid and started and _start_of(pid) == started for pid, started in agents)
+    records = list(_records(run))
+    agents = [(each.agent, each.agent_started) for _, each in records if each.is_here]
+    starters = [each for file, each in records if file == run.starter and each.is_here]
+    return any(each.is_alive(0.0) for each in starters) or any(
+        pid and started and _start_of(pid) == started for pid, started in agents
+    )
 
 
 def has_lost_one(run: RunDir) -> bool:

@@ -61,7 +61,7 @@ def test_what_would_fail_again_is_not_restarted(attempts: list[Failed], said: st
     assert (why_not is None) if said is None else (said in (why_not or ""))
 
 
-@pytest.mark.parametrize("end", ["stop", "status", "success", "restart"])
+@pytest.mark.parametrize("end", ["stop", "status", "success", "restart", "hung"])
 def test_only_a_failure_is_followed_by_another_attempt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
@@ -78,19 +78,25 @@ def test_only_a_failure_is_followed_by_another_attempt(
             attempt.stop.touch()
         elif end == "status":
             write_status(attempt, Outcome(3, "SIGTERM"))
+        elif end == "hung":
+            said = {"state": "hung", "reason": "rank 1 stood still", "exit_code": 76}
+            attempt.status.write_text(json.dumps(said))
+            assert processes.may_start_again(attempt), "another attempt follows"
         else:
             attempt.steps.write_text(json.dumps({"total_steps": 9}))
         return 0 if end == "success" else 137
 
     status = restarts.run_attempts(run, frozen, 2, start)
-    assert started == ([1, 2] if end == "restart" else [1])
+    assert started == ([1, 2] if end in ("restart", "hung") else [1])
     assert status == (0 if end == "success" else 137)
     assert not run.stop.exists()
     assert not processes.living(RunDir(run.path, started[-1]))
-    assert store.load(run.config).resume == ("auto" if end == "restart" else "none")
-    if end == "restart":
-        lines = map(json.loads, run.failures.read_text().splitlines())
-        assert [(line["attempt"], line["step"]) for line in lines] == [(1, 1), (2, 1)]
+    assert store.load(run.config).resume == ("auto" if len(started) > 1 else "none")
+    if len(started) > 1:
+        lines = [json.loads(line) for line in run.failures.read_text().splitlines()]
+        kind, step = ("hung", None) if end == "hung" else ("killed", 1)
+        assert [line["attempt"] for line in lines] == [1, 2]
+        assert all((line["kind"], line["step"]) == (kind, step) for line in lines)
 
 
 def test_an_agent_that_may_start_its_ranks_again_is_seen(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_a_preempted_job_saves_and_resumes_later(slurm: Slurm, tiny: Path, tmp_p
 def test_a_killed_rank_is_restarted_in_the_same_job(
     slurm: Slurm, tiny: Path, tmp_path: Path
 ) -> None:
-    words = ("cluster.nodes=2", "run_dir=far", "cluster.max_restarts=1", *SAVED)
+    words = ("cluster.nproc_per_node=2", "run_dir=far", "cluster.max_restarts=1", *SAVED)
     job, far = submit(slurm, tmp_path, *words), tmp_path / "far"
     slurm.until(lambda: steps(far) > 30, 120)
     ranks_of(far, 1)[0].kill()
