@@ -94,7 +94,7 @@ class Watched:
         is_stopped = now.state in kernel_facts.STOPPED
         self.stopped = self.stopped + elapsed if is_stopped else 0.0
         if earlier is None or beat.count != earlier.count:
-            if earlier is not None and earlier.phase.is_repeated:
+            if earlier is not None and earlier.is_timed:
                 self.times.setdefault(earlier.phase, deque(maxlen=1000)).append(self.still)
             self.still, self.idle, self.is_compiling = 0.0, 0.0, False
             return
@@ -110,9 +110,10 @@ class Watched:
             return False
         if self.stopped >= share * limits.of_stopped():
             return True
-        times = self.times.get(self.beat.phase)
-        if times and not self.is_compiling:
-            return self.still >= share * limits.of_step(max(times))
+        if self.beat.is_timed and not self.is_compiling:
+            # Without a time, each was shorter than the time between two looks.
+            slowest = max(self.times.get(self.beat.phase, ()), default=0.0)
+            return self.still >= share * limits.of_step(slowest)
         return self.idle >= share * limits.of_idle()
 
     @property

@@ -99,11 +99,14 @@ def test_a_stopped_process_is_overdue_while_it_loads_and_not_while_it_starts() -
         process.kill()
 
 
-def test_a_repeated_part_of_a_step_is_measured() -> None:
+def test_a_part_of_a_step_is_timed_after_the_first_step() -> None:
+    """Also a rank that computes without an end, and one whose steps are too short to be seen."""
     rank, pid = Watched(), os.getpid()
-    for count in (1, 2):
-        rank.look(Beat(count, Phase.COMPUTE, count, pid, 0, 0, 0), 1.0)
-    assert list(rank.times) == [Phase.COMPUTE]
+    rank.look(Beat(1, Phase.COMPUTE, 1, pid, 0, 0, 0), 1.0)
+    rank.look(Beat(1, Phase.COMPUTE, 1, pid, 0, 0, 0), 121.0)
+    assert not rank.is_overdue(Limits(None)), "the first step"
+    rank.look(Beat(2, Phase.COMPUTE, 2, pid, 0, 0, 0, 1 << Phase.COMPUTE), 1.0)
+    assert not rank.times
     rank.look(replace(rank.beat, count=2), 121.0)  # type: ignore[type-var]
     assert rank.is_overdue(Limits(None))
     rank.is_compiling = True
