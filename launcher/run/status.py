@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launcher.errors import UserError
 from launcher.folders.brief import brief
-from launcher.folders.json_file import COUNT, TEXT, DamagedFile, Field, or_null, read_fields
+from launcher.folders.json_file import COUNT, TEXT, DamagedFile, Field, read_fields
 from launcher.folders.run import RunDir, runs_in
 from launcher.run import processes, sweep
 
@@ -106,9 +106,10 @@ def hung_reason(run: RunDir) -> str:
     hung. Raises DamagedFile."""
     if not run.status.is_file():
         return ""
-    status = read_fields(run.status, state=TEXT, reason=or_null(TEXT))
-    reason = "".join(each for each in status["reason"] or "" if each.isprintable())
-    return reason[:REASON_LENGTH] if status["state"] == "hung" else ""
+    if read_fields(run.status, state=TEXT)["state"] != "hung":
+        return ""
+    reason = read_fields(run.status, reason=TEXT)["reason"]
+    return "".join(each for each in reason if each.isprintable())[:REASON_LENGTH]
 
 
 def ended_before_attempt(run: RunDir) -> bool:
