@@ -36,6 +36,7 @@ from launcher.run.outcome import write_hung
 from launcher.run.rank_log import say
 
 POLL_SECONDS = 1.0
+LISTEN_SECONDS = 3.0  # between two looks into the attempt's folder: a shared file system is slow
 LEAST_STEP_SECONDS = 120.0  # with auto
 TIMES_SLOWEST = 10  # with auto
 IDLE_SECONDS = 300.0  # with auto, for what cannot be timed
@@ -93,7 +94,7 @@ class Watched:
         is_stopped = now.state in kernel_facts.STOPPED
         self.stopped = self.stopped + elapsed if is_stopped else 0.0
         if earlier is None or beat.count != earlier.count:
-            if earlier is not None and earlier.phase.is_repeated:
+            if earlier is not None and earlier.is_timed:
                 self.times.setdefault(earlier.phase, deque(maxlen=1000)).append(self.still)
             self.still, self.idle, self.is_compiling = 0.0, 0.0, False
             return
@@ -109,9 +110,10 @@ class Watched:
             return False
         if self.stopped >= share * limits.of_stopped():
             return True
-        times = self.times.get(self.beat.phase)
-        if times and not self.is_compiling:
-            return self.still >= share * limits.of_step(max(times))
+        if self.beat.is_timed and not self.is_compiling:
+            # Without a time, each was shorter than the time between two looks.
+            slowest = max(self.times.get(self.beat.phase, ()), default=0.0)
+            return self.still >= share * limits.of_step(slowest)
         return self.idle >= share * limits.of_idle()
 
     @property
@@ -138,7 +140,7 @@ class Watchdog:
         self.nodes = int(os.environ.get("SHARDWAY_NODES", "1"))
         self.ranks = [Watched() for _ in range(board.ranks)]
         self._calm = 0.0  # seconds in which nothing is suspected
-        self._looked = time.monotonic()
+        self._looked = self._listened = time.monotonic()
 
     def start(self) -> None:
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
@@ -148,11 +150,10 @@ class Watchdog:
             while True:
                 time.sleep(POLL_SECONDS)
                 self._look()
-                if self.run.hang.exists():
-                    self._end()
-                elif self._suspects():
+                if self._suspects():
                     self._report(suspects=True)
-                elif self.nodes > 1:
+                elif self.nodes > 1 and time.monotonic() - self._listened > LISTEN_SECONDS:
+                    self._listened = time.monotonic()
                     self._answer()
         except Exception:
             traceback.print_exc()
@@ -212,8 +213,7 @@ class Watchdog:
         while len(reports) < self.nodes and time.monotonic() < end:
             time.sleep(0.5)
             reports |= self._reports()
-            if self.run.hang.exists():
-                self._end()
+            self._end_if_condemned()
             if not all(each.is_still for each in reports.values()):
                 self._withdraw()
                 self._calm = CALM_SECONDS
@@ -251,12 +251,18 @@ class Watchdog:
 
     def _answer(self) -> None:
         """Answer an agent that suspects a hang; take the answer back when it suspects none."""
+        self._end_if_condemned()
         is_asked = any(each.suspects for each in self._reports().values())
         has_answered = self.run.hang_report(self.node).exists()
         if is_asked and not has_answered:
             self._report(suspects=False)
         elif has_answered and not is_asked:
             self._withdraw()
+
+    def _end_if_condemned(self) -> None:
+        """End with the run, if another agent has ended it."""
+        if self.run.log_files(self.run.hang.name):  # listed: NFS may remember that it did not exist
+            self._end()
 
     def _withdraw(self) -> None:
         for file in (self.run.hang_report(self.node), self.run.hang_stacks(self.node)):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 VARIABLE = "SHARDWAY_HEARTBEAT"  # in the environment of the ranks: the file of the marks
 STACK_SIGNAL = signal.SIGRTMIN + 5  # a rank writes the stacks of its threads when it receives it
-_MARK = struct.Struct("<QQq")  # how many marks there were, the phase, the step
+_MARK = struct.Struct("<QQqQ")  # how many marks there were, phase, step, bits of done phases
 _WHO = struct.Struct("<iiiQ")  # pid, global rank, descriptor of the stacks, id of the main thread
 _SLOT = 64  # bytes of a rank
 assert _MARK.size + _WHO.size <= _SLOT
@@ -109,6 +109,12 @@ class Beat:
     rank: int  # among all ranks
     stacks: int  # the descriptor, in the rank, of the file with its stacks
     main_thread: int
+    done: int = 0  # a bit for each phase that the rank has been through before
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether it is a part of a step, and not the first one of its kind: that one compiles."""
+        return self.phase.is_repeated and bool(self.done >> self.phase & 1)
 
 
 class Board:
@@ -129,9 +135,11 @@ class Board:
     def read(self, local_rank: int) -> Beat | None:
         """The newest mark of a rank; None if it has made none yet."""
         begin = local_rank * _SLOT
-        count, phase, step = _MARK.unpack_from(self._memory, begin)
+        count, phase, step, done = _MARK.unpack_from(self._memory, begin)
         pid, rank, stacks, thread = _WHO.unpack_from(self._memory, begin + _MARK.size)
-        return Beat(count, Phase(phase), step, pid, rank, stacks, thread) if count else None
+        if not count:
+            return None
+        return Beat(count, Phase(phase), step, pid, rank, stacks, thread, done)
 
 
 class _Heart:
@@ -148,11 +156,12 @@ class _Heart:
         faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
         who = (os.getpid(), rank, stacks, threading.main_thread().ident or 0)
         _WHO.pack_into(self._memory, self._begin + _MARK.size, *who)
-        self.step = 0
+        self.step, self._phase, self._done = 0, Phase.START, 0
 
     def beat(self, phase: Phase, step: int) -> None:
-        self._count, self.step = self._count + 1, step
-        _MARK.pack_into(self._memory, self._begin, self._count, phase, step)
+        self._done |= 1 << self._phase
+        self._count, self._phase, self.step = self._count + 1, phase, step
+        _MARK.pack_into(self._memory, self._begin, self._count, phase, step, self._done)
 
 
 _heart: _Heart | None = None

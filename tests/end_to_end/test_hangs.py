@@ -62,7 +62,7 @@ def test_a_rank_that_is_stopped_is_named(tiny: Path, tmp_path: Path, rank: int) 
     ("action", "words"),
     [
         pytest.param(sleep, "for step", marks=pytest.mark.whole),
-        (spin, "and keeps a processor busy"),
+        pytest.param(spin, "and keeps a processor busy", marks=pytest.mark.whole),
         pytest.param(read_fifo, "for step", marks=pytest.mark.whole),
     ],
     ids=["sleeps", "spins", "reads"],
@@ -121,6 +121,7 @@ def test_a_run_that_hangs_ends_soon_after_sigterm(
     assert not (run / "stop").exists()
 
 
+@pytest.mark.whole
 def test_what_takes_longer_than_the_limit_and_computes_is_no_hang(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

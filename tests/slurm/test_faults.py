@@ -196,3 +196,46 @@ def test_a_user_without_privileges_trains(
     assert slurm.state(job[1]) == "COMPLETED", out_of(far)
     assert {path.stat().st_uid for path in far.rglob("*")} == {home.stat().st_uid} != {0}
     assert steps(far) == 3
+
+
+@pytest.mark.whole
+@pytest.mark.timeout(600)
+def test_a_rank_that_is_stopped_on_another_node_is_named_and_the_job_requeued(
+    slurm: Slurm, tiny: Path, tmp_path: Path
+) -> None:
+    more = ("cluster.nodes=2", "cluster.hang_seconds=8", "cluster.requeue_hung=true")
+    words = (*SAVED, "training.max_steps=300")
+    job = submit(slurm, tmp_path, *more, "run_dir=far", *words)
+    far = tmp_path / "far"
+    slurm.until(lambda: steps(far) > 20, 240)
+    rank = psutil.Process(
+        json.loads((far / "logs/attempt-1/rank-01.process.json").read_text())["pid"]
+    )
+    rank.suspend()
+    slurm.until(lambda: (far / "logs/attempt-2/job.json").is_file(), 120)
+    (hung,) = statuses(far)[:1]
+    assert hung["state"] == "hung"
+    assert re.match(r"rank 1 on \S+ is stopped by a signal", str(hung["reason"]))
+    assert "1 other wait" in str(hung["reason"])
+    assert len(list((far / "logs/attempt-1").glob("hang-0[01].txt"))) == 2
+    assert f"hung: {hung['reason']}" in out_of(far)
+    slurm.until(lambda: slurm.state(job) in OVER, 240)
+    assert slurm.state(job) == "COMPLETED", out_of(far)
+
+
+@pytest.mark.whole
+@pytest.mark.timeout(600)
+def test_a_node_that_does_not_answer_is_named(slurm: Slurm, tiny: Path, tmp_path: Path) -> None:
+    """Its agent and its rank are stopped; the job ends, because nobody asked to requeue it."""
+    words = ("cluster.nodes=2", "cluster.hang_seconds=8", "run_dir=far", *SAVED)
+    job = submit(slurm, tmp_path, *words, "training.max_steps=100000")
+    far = tmp_path / "far"
+    slurm.until(lambda: steps(far) > 20, 240)
+    rank = psutil.Process(
+        json.loads((far / "logs/attempt-1/rank-01.process.json").read_text())["pid"]
+    )
+    rank.parent().suspend()
+    rank.suspend()
+    slurm.until(lambda: slurm.state(job) in OVER, 120)
+    assert "ExitCode=76:0" in slurm.ask("scontrol", "show", "job", "-o", job)
+    assert "hung: node 1 (rank 1) does not answer" in out_of(far)
