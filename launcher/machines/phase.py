@@ -230,7 +230,7 @@ class Summary:
             words.append(f"pairs {min(self.pairs.values()) / 1e6:,.0f} MB/s or more")
             words.append(f"clocks within {spread * 1e3:.0f} ms")
         if self.reduced:
-            words.append(f"NCCL {measure.MESSAGE_BYTES / self.reduced / 1e9:.1f} GB/s")
+            words.append(f"NCCL {measure.SUM_BYTES / self.reduced / 1e9:.1f} GB/s")
         return words
 
 
