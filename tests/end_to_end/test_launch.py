@@ -178,12 +178,12 @@ def test_without_a_shared_disk_checkpoints_are_saved_on_the_first_host(
         outputs = [node.communicate(timeout=180)[0] for node in nodes]
         assert [node.returncode for node in nodes] == [0, 0], outputs
 
-    train("training.stop_after_steps=2")
+    train("training.stop_after_steps=2", "cluster.preflight=true")
     one, two = (tmp_path / name / "run" for name in folders)
     assert newest_checkpoint(one / "checkpoints").step == 2
     assert manifest.check(one / "checkpoints/step-000002/manifest.json")
     assert list((two / "checkpoints").iterdir()) == []
-    train("resume=auto", "cluster.preflight=true")
+    train("resume=auto")
     assert [path.name for path in (two / "checkpoints").iterdir()] == ["step-000002"]
     assert manifest.check(two / "checkpoints/step-000002/manifest.json"), "it was brought there"
     whole = shardway(*TRAIN_TINY, *SHORT, f"method={method}", "run_dir=whole", cwd=tmp_path)
