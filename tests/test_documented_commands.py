@@ -209,6 +209,8 @@ def check_verb(words: list[str], folder: Path, tiny: Path) -> None:
     module = importlib.import_module(COMMANDS[verb][0])
     own = rest[: rest.index("--")] if "--" in rest else rest  # the rest is for another program
     options, overrides = parse_only(module.main, f"shardway {verb}", *own)
+    if verb == "check" and overrides:
+        return train_dry(overrides, folder, tiny)
     if verb in ("data", "plan", "schedule"):
         check_composed(verb, options, [in_folder(word, folder) for word in overrides], tiny)
     return None

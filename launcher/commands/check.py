@@ -33,7 +33,7 @@ downloaded or queued.
     shardway check                        packages, GPUs, compiler, network, limits, Slurm, cache
     shardway check --json                 the same for a program
     shardway check method=lora strategy=fsdp data.path=my.jsonl cluster.nproc_per_node=8
-    shardway check cluster=slurm cluster.nodes=4 cluster.gpus_per_node=8 …
+    shardway check cluster=slurm cluster.gpus_per_node=8 strategy=fsdp …
 
 Of a run it checks every rule between settings, opens the model (headers and small files, not the
 weights) and the data, renders the first rows, compares the free space with the planned checkpoints,

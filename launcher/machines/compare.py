@@ -86,7 +86,7 @@ def _limits(facts: list[Facts]) -> Iterator[Finding]:
             "it → LimitMEMLOCK=infinity of slurmd",
         )
     for node in facts:
-        if len(facts) > 1 and any(map(is_loopback, node.resolves_to)):
+        if node.interface and any(map(is_loopback, node.resolves_to)):
             yield Finding(
                 WARNING,
                 f"{node.node} resolves its own name to {node.resolves_to[0]}; the ranks use "
@@ -176,7 +176,7 @@ def find_narrow(pairs: Mapping[tuple[str, str], float]) -> Iterator[Finding]:
     best = {name: max(rate for pair, rate in pairs.items() if name in pair) for name in names}
     for node, own in best.items():
         others = [rate for name, rate in best.items() if name != node]
-        if own < NARROW_WARNING * median(others):
+        if others and own < NARROW_WARNING * median(others):
             status = REFUSED if own < NARROW_REFUSED * median(others) else WARNING
             text = f"{node}: {own / 1e6:,.0f} MB/s with other machines, these among each other "
             yield Finding(status, f"{text}{median(others) / 1e6:,.0f}", (node,))

@@ -68,7 +68,8 @@ def gather(config: Config, frozen: Path) -> dict[str, Any]:
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     return {
         "versions": {"python": platform.python_version(), **versions.installed_versions()},
-        "config": digest(frozen),
+        # Without a shared disk it names another folder on each machine.
+        "config": digest(frozen) if config.launch.shared_disk else "",
         "model": digests(model_files(config, problems), problems),
         "data": digests(data_files(config, problems), problems),
         "unreadable": problems,

@@ -18,7 +18,8 @@ from launcher.errors import one_line
 CONNECT_SECONDS = 5
 PARTNERS = 64  # at most, to which a machine connects
 ROUNDS = 16  # at most, in each of which a machine exchanges a message with another one
-MESSAGE_BYTES = 1 << 25
+MESSAGE_BYTES, MESSAGES = 1 << 23, 4  # of a pair, of which the fastest counts
+SUM_BYTES = 1 << 26  # of NCCL's sum
 SEED = 26
 CPU_SIZE, GPU_SIZE = 384, 4096  # of the square matrices
 REPEATS = 12
@@ -112,7 +113,8 @@ def time_pairs(leaders: Sequence[int]) -> tuple[dict[tuple[int, int], float], st
                 if (own := list(leaders).index(rank)) in pair:
                     other = leaders[pair[0] + pair[1] - own]
                     _exchange(other, 1, group)  # makes the connection
-                    rates[pair] = MESSAGE_BYTES / _exchange(other, MESSAGE_BYTES, group)
+                    times = [_exchange(other, MESSAGE_BYTES, group) for _ in range(MESSAGES)]
+                    rates[pair] = MESSAGE_BYTES / min(times)
     except RuntimeError as error:
         problem = one_line(error)
     dist.barrier()
@@ -134,8 +136,8 @@ def _exchange(other: int, nbytes: int, group: dist.ProcessGroup) -> float:
 
 
 def time_all_reduce(device: torch.device) -> tuple[bool, float]:
-    """(whether NCCL's sum over all ranks is right, its seconds), of MESSAGE_BYTES. Collective."""
-    values = torch.ones(MESSAGE_BYTES // 4, device=device)
+    """(whether NCCL's sum over all ranks is right, its seconds), of SUM_BYTES. Collective."""
+    values = torch.ones(SUM_BYTES // 4, device=device)
     dist.all_reduce(values)  # makes the connections
     values.fill_(1)
     torch.cuda.synchronize(device)

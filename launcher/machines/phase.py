@@ -56,14 +56,14 @@ class Preflight:
         )
         return json.loads(text)
 
-    def end_if_refused(self, findings: list[Finding], machines: int) -> None:
+    def end_if_refused(self, findings: list[Finding], facts: list[Facts]) -> None:
         """Log the warnings. Raises UserError on all ranks, if all have the same `findings`."""
         for each in findings:
             if each.status == WARNING:
                 self.log(f"preflight: warning: {each.text}")
         cluster = self.config.cluster
         excluded = cluster.exclude if isinstance(cluster, SlurmConfig) else None
-        raise_refused(findings, machines, excluded)
+        raise_refused(findings, len({each.node for each in facts}), excluded)
 
 
 def run_preflight(phase: Preflight) -> None:
@@ -96,11 +96,11 @@ def _compare_facts(phase: Preflight) -> list[Facts]:
             findings += find_missing_space(phase.config, phase.run.checkpoints)
         # Only rank 0 knows its disk, so its findings are those of all.
         decided = phase.agree("findings", [asdict(each) for each in findings], lambda said: said[0])
-        phase.end_if_refused([Finding.from_dict(each) for each in decided], len(facts))
+        phase.end_if_refused([Finding.from_dict(each) for each in decided], facts)
         failed = _find_unreachable(said, facts) if said else []
         found = phase.agree("reached", [node_name(), failed], lambda pairs: pairs)
     unreached = {node: names for node, names in found if names}
-    phase.end_if_refused(list(compare.find_unreachable(unreached, len(facts))), len(facts))
+    phase.end_if_refused(list(compare.find_unreachable(unreached, len(facts))), facts)
     return facts
 
 
@@ -180,7 +180,7 @@ def _measure(phase: Preflight, facts: list[Facts]) -> list[str]:
     everyone: list[Any] = [None] * phase.rank_info.world_size
     dist.all_gather_object(everyone, own)
     measured = Summary.of(everyone, [each.node for each in facts])
-    phase.end_if_refused([*measured.findings(), *_failures(everyone)], len(facts))
+    phase.end_if_refused([*measured.findings(), *_failures(everyone)], facts)
     return measured.words()
 
 
@@ -230,7 +230,7 @@ class Summary:
             words.append(f"pairs {min(self.pairs.values()) / 1e6:,.0f} MB/s or more")
             words.append(f"clocks within {spread * 1e3:.0f} ms")
         if self.reduced:
-            words.append(f"NCCL {measure.MESSAGE_BYTES / self.reduced / 1e9:.1f} GB/s")
+            words.append(f"NCCL {measure.SUM_BYTES / self.reduced / 1e9:.1f} GB/s")
         return words
 
 

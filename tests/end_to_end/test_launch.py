@@ -152,9 +152,11 @@ def agents(
 
 
 def test_torchrun_on_two_hosts_agrees_on_one_run_folder(tiny: Path, tmp_path: Path) -> None:
-    nodes = agents(tmp_path, ((), ()))
+    words = ("cluster.preflight=true",)
+    nodes = agents(tmp_path, (words, words))
     outputs = [node.communicate(timeout=180)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert "preflight: 2 ranks on 2 machines" in outputs[0]
     (folder,) = (tmp_path / "runs").iterdir()
     assert len(losses(folder)) == 4
     assert {path.name for path in (folder / "logs/attempt-1").iterdir()} == {
@@ -176,7 +178,7 @@ def test_without_a_shared_disk_checkpoints_are_saved_on_the_first_host(
         outputs = [node.communicate(timeout=180)[0] for node in nodes]
         assert [node.returncode for node in nodes] == [0, 0], outputs
 
-    train("training.stop_after_steps=2")
+    train("training.stop_after_steps=2", "cluster.preflight=true")
     one, two = (tmp_path / name / "run" for name in folders)
     assert newest_checkpoint(one / "checkpoints").step == 2
     assert manifest.check(one / "checkpoints/step-000002/manifest.json")

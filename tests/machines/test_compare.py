@@ -22,6 +22,8 @@ GOOD = Facts(
     model={"m/config.json": "1", "m/model.safetensors": "2"},
     data={"rows.jsonl": "3"},
     resolves_to=["10.0.0.1"],
+    interface="eth0",
+    address="10.0.0.1",
     gpus=[GPU, GPU],
 )
 
@@ -103,6 +105,13 @@ def test_a_machine_with_a_slow_network_is_named_and_not_its_partners(
     found = list(compare.find_narrow(pairs))
     assert [each.status for each in found] == ([] if status is None else [status])
     assert all(each.nodes == ("n2",) for each in found)
+
+
+def test_one_machine_alone_has_nothing_to_be_compared_with() -> None:
+    """Also if it is two for torchrun."""
+    assert list(compare.find_narrow({("vm", "vm"): 1.0})) == []
+    assert list(compare.find_slow("work", {"vm": 1.0})) == []
+    assert list(compare.find_wrong_clocks({"vm": 1.0})) == []
 
 
 def test_a_clock_that_is_off_is_named() -> None:
