@@ -126,6 +126,7 @@ class Saver:
         """Wait for the save in the background. Raises its UserError."""
         save, self._running = self._running, None
         if save is not None:
+            heartbeat.enter(Phase.SAVE)
             save.result()
 
     def check_space(self) -> None:

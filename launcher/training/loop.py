@@ -134,7 +134,6 @@ def fit(
     if step > saved_step:
         _log(observers, buffer.flush())
         checkpoints.save(step, buffer.tokens, eval_loss)
-    heartbeat.enter(Phase.SAVE)
     checkpoints.finish()
     heartbeat.enter(Phase.FINISH)
     for observer in observers:
