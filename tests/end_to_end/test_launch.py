@@ -255,8 +255,9 @@ def test_the_error_of_a_rank_is_printed_last(tiny: Path, tmp_path: Path) -> None
         cwd=tmp_path,
     )
     assert done.returncode == 2
-    first, last = done.stdout.strip().splitlines()[-2:]
+    first, rows, last = done.stdout.strip().splitlines()[-3:]
     assert "gradient norm" in first
+    assert re.match(r"Rows of step \d+: (\d+, ){7}\d+ \(", rows)
     assert (
         "training stops here. Every output is finite, but a gradient is not. Try a lower" in first
     )
