@@ -22,7 +22,7 @@ def save_twice(rank_info: RankInfo, case: Case, folder: Path) -> str:
     saver.save(1, 0, None)
     if rank_info.is_main:
         for _ in range(2):
-            create._create_attempt(folder, job="7")
+            create._create_attempt(folder, job="7", follows=None)
     try:
         saver.save(2, 0, None)
     except UserError as error:
