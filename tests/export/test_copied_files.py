@@ -130,12 +130,12 @@ def test_each_file_of_source_travels_or_is_listed(
 
 def test_weights_beside_an_index_are_listed(tmp_path: Path, base: Path) -> None:
     consolidate(base, "--output", tmp_path / "sharded", "--max-shard-size", "30KB")
-    shutil.copy(base / "model.safetensors", tmp_path / "sharded")
+    shutil.copy(base / "model.safetensors", tmp_path / "sharded/consolidated.safetensors")
     (tmp_path / "sharded/pytorch_model.bin").touch()
     adapter = make_adapter(base, tmp_path / "adapter")
     for plan in (plan_of(tmp_path / "sharded"), plan_of(adapter, base=str(tmp_path / "sharded"))):
         (note,) = [line for line in plan.notes if line.startswith(f"not copied from {tmp_path}/sh")]
-        assert note.endswith("model.safetensors, pytorch_model.bin (other weights)")
+        assert note.endswith("consolidated.safetensors, pytorch_model.bin (other weights)")
 
 
 def test_an_interrupted_export_with_subfolders_is_resumed(
