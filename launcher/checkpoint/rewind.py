@@ -13,7 +13,7 @@ from launcher.distributed.collectives import on_all_ranks
 from launcher.errors import StepError
 from launcher.folders.checkpoint import Checkpoint, all_checkpoints
 from launcher.folders.run import RunDir
-from launcher.run import resume, retention
+from launcher.run import heartbeat, resume, retention
 from launcher.training.state import Progress, TrainState
 
 REWOUND = "rewound"  # begins the new names of checkpoints of steps that are trained again
@@ -27,6 +27,7 @@ def rewind(
 
     Raises `error` with the reason if there is none, or after too many rewinds at one place.
     """
+    heartbeat.enter(heartbeat.Phase.LOAD)  # loading takes longer than a part of a step
     spikes = state.spikes
     before = list(spikes.left_out)
     first = spikes.blame(error)
