@@ -140,7 +140,7 @@ def prepare_and_train(run: Run, key_value_store: dist.Store | None = None) -> No
     from launcher.distributed import interface, process_group
     from launcher.distributed.collectives import any_rank
     from launcher.export.exportable import check_exportable
-    from launcher.machines.phase import Preflight, run_preflight
+    from launcher.machines.preflight import Preflight, run_preflight
     from launcher.model.open import open_model
     from launcher.training import choices
 

@@ -14,7 +14,6 @@ from launcher.errors import StepError
 from launcher.folders.checkpoint import Checkpoint, all_checkpoints
 from launcher.folders.run import RunDir
 from launcher.run import heartbeat, resume, retention
-from launcher.run.heartbeat import Phase
 from launcher.training.state import Progress, TrainState
 
 REWOUND = "rewound"  # begins the new names of checkpoints of steps that are trained again
@@ -28,7 +27,7 @@ def rewind(
 
     Raises `error` with the reason if there is none, or after too many rewinds at one place.
     """
-    heartbeat.enter(Phase.LOAD)
+    heartbeat.enter(heartbeat.Phase.LOAD)  # loading takes longer than a part of a step
     spikes = state.spikes
     before = list(spikes.left_out)
     first = spikes.blame(error)

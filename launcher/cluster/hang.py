@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.folders.json_file import COUNT, DamagedFile, Field, read_fields
@@ -214,10 +214,6 @@ _REPORT: dict[str, Field] = {
     "seconds": (lambda value: isinstance(value, int | float), "a number"),
     "ranks": (lambda value: isinstance(value, list), "a list"),
 }
-
-
-def as_json(report: NodeReport) -> dict[str, object]:
-    return asdict(report)
 
 
 def read_report(file: Path) -> NodeReport | None:

@@ -32,7 +32,7 @@ class Failure:
     rank: int
     exit_code: int
     message: str
-    kind: str = "error"  # of launcher/run/rank_log.py, or killed
+    kind: str = "error"  # of launcher/run/rank_log.py, or killed, hung
     step: int | None = None  # of the training; None: before the first, or not known
     rows: tuple[int, ...] = ()  # of that step, as `shardway data preview` numbers them
 

@@ -80,7 +80,6 @@ def write_superseded(run: RunDir, reason: str) -> None:
 
 def write_hung(run: RunDir, reason: str) -> None:
     """Write that nothing moved any more in this attempt. `reason`: which rank the others waited
-    for. A request to stop is fulfilled then."""
+    for. A request to stop stays: no other attempt is to follow it."""
     status = {"state": "hung", "reason": reason, "step": None, "exit_code": HUNG}
     manifest.write_json(run.status, status)
-    run.stop.unlink(missing_ok=True)

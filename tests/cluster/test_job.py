@@ -17,6 +17,7 @@ import pytest
 from launcher.cluster import job
 from launcher.folders.run import RunDir
 from launcher.run import create, sweep
+from launcher.run.outcome import write_hung
 from launcher.run.status import run_state
 from tests.helpers.compose import composed
 
@@ -155,6 +156,21 @@ def test_a_failure_is_followed_by_another_attempt_in_the_job_as_often_as_it_may(
     run.stop.write_text("shardway stop")
     assert job.end_attempt(run) == 3, "a person has stopped it"
     assert job.end_attempt(run) == job.GO_ON
+    assert made.requeued() == []
+
+
+def test_a_hung_attempt_is_followed_by_another_one_unless_a_person_has_stopped_it(
+    a_job: Any,
+) -> None:
+    made = a_job()
+    create.freeze_config(RunDir(made.path), composed("cluster=slurm", "cluster.max_restarts=2"))
+    run = made.attempt(None)
+    write_hung(run, "rank 1 stood still")
+    assert job.end_attempt(run) == job.GO_ON
+    run = made.attempt(None)
+    run.stop.write_text("shardway stop")
+    write_hung(run, "rank 1 stood still")
+    assert job.end_attempt(run) == 76
     assert made.requeued() == []
 
 

@@ -16,7 +16,7 @@ from launcher.cluster.restarts import Failed
 from launcher.config import store
 from launcher.folders.run import RunDir
 from launcher.run import create, processes
-from launcher.run.outcome import Outcome, write_status
+from launcher.run.outcome import Outcome, write_hung, write_status
 from tests.helpers.compose import composed_raw
 
 
@@ -61,7 +61,7 @@ def test_what_would_fail_again_is_not_restarted(attempts: list[Failed], said: st
     assert (why_not is None) if said is None else (said in (why_not or ""))
 
 
-@pytest.mark.parametrize("end", ["stop", "status", "success", "restart", "hung"])
+@pytest.mark.parametrize("end", ["stop", "status", "success", "restart", "hung", "hung-stop"])
 def test_only_a_failure_is_followed_by_another_attempt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
@@ -76,6 +76,9 @@ def test_only_a_failure_is_followed_by_another_attempt(
         assert processes.living(attempt), "the run is seen between two attempts, too"
         if end == "stop":
             attempt.stop.touch()
+        elif end == "hung-stop":  # it hangs while it stops
+            attempt.stop.touch()
+            write_hung(attempt, "rank 1 stood still")
         elif end == "status":
             write_status(attempt, Outcome(3, "SIGTERM"))
         elif end == "hung":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -13,6 +14,7 @@ from launcher.data.loader import batch_of
 from launcher.distributed.process_group import RankInfo
 from launcher.errors import SpikeError, StepError
 from launcher.folders.run import RunDir
+from launcher.run import heartbeat
 from launcher.training.spikes import Spikes
 from launcher.training.state import Progress
 from tests.helpers import checkpoints, parts
@@ -58,7 +60,9 @@ def fit(
             )
             break
         except StepError as error:
-            done = rewind(error, train_state, RunDir(folder), case.config(), said.append)
+            with mock.patch.object(heartbeat, "enter") as enter:
+                done = rewind(error, train_state, RunDir(folder), case.config(), said.append)
+            enter.assert_any_call(heartbeat.Phase.LOAD)  # it has no limit of a part of a step
     losses.update(zip(recorder.column("step"), recorder.column("loss"), strict=True))
     return [losses[step] for step in range(1, END + 1)], train_state.spikes.state(), said
 

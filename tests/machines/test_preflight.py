@@ -18,9 +18,9 @@ from launcher.distributed.process_group import RankInfo
 from launcher.errors import UserError
 from launcher.folders.run import RunDir
 from launcher.io import network
-from launcher.machines import measure, phase
+from launcher.machines import measure, preflight
 from launcher.machines.facts import digest, gather
-from launcher.machines.phase import Preflight
+from launcher.machines.preflight import Preflight
 from tests.helpers.compose import composed_raw
 from tests.helpers.pool import RankPool
 
@@ -41,12 +41,14 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "wrong": (measure, "product", wrong_product),
     "slow": (measure, "product", slow_product),
     "clock": (measure, "read_clock", lambda: dist.barrier() or time.time() + 3600),
-    "folder": (phase, "_sees_note", lambda file, name: False),
-    "data": (phase, "gather", lambda *given: {**gather(*given), "data": {"rows.jsonl": "odd"}}),
+    "folder": (preflight, "_sees_note", lambda file, name: False),
+    "data": (preflight, "gather", lambda *given: {**gather(*given), "data": {"rows.jsonl": "odd"}}),
 }
 
 
-def preflight(rank_info: RankInfo, folder: str, fault: str, on: int) -> tuple[str, int, list[str]]:
+def compare_machines(
+    rank_info: RankInfo, folder: str, fault: str, on: int
+) -> tuple[str, int, list[str]]:
     """(what is refused, status, log lines) on this rank."""
     run, log = RunDir(Path(folder)), list[str]()
     config = store.load(run.config)
@@ -58,9 +60,9 @@ def preflight(rank_info: RankInfo, folder: str, fault: str, on: int) -> tuple[st
         if own.rank == on and fault:
             module, name, instead = FAULTS[fault]
             patch.setattr(module, name, instead)
-        patch.setattr(phase, "init_process_group", lambda *given: None)  # there is one
+        patch.setattr(preflight, "init_process_group", lambda *given: None)  # there is one
         try:
-            phase.run_preflight(Preflight(run, config, own, meeting, link, log.append))
+            preflight.run_preflight(Preflight(run, config, own, meeting, link, log.append))
         except UserError as error:
             return str(error), error.status, log
     return "", 0, log
@@ -79,12 +81,12 @@ def run(tiny: Path, tmp_path: Path) -> RunDir:
 
 
 def test_good_machines_are_measured(ranks: RankPool, run: RunDir) -> None:
-    results = ranks.run(RANKS, preflight, str(run.path), "", 0)
+    results = ranks.run(RANKS, compare_machines, str(run.path), "", 0)
     assert [(text, status) for text, status, _ in results] == [("", 0)] * RANKS
     line = results[0][2][-1]
     assert line.startswith(f"preflight: {RANKS} ranks on {RANKS} machines, product ")
     assert "MB/s or more, clocks within" in line
-    assert not (run.logs / phase.NOTE).exists()
+    assert not (run.logs / preflight.NOTE).exists()
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,7 @@ def test_good_machines_are_measured(ranks: RankPool, run: RunDir) -> None:
 def test_all_ranks_name_the_bad_machine(
     ranks: RankPool, run: RunDir, fault: str, on: int, said: str
 ) -> None:
-    results = ranks.run(RANKS, preflight, str(run.path), fault, on)
+    results = ranks.run(RANKS, compare_machines, str(run.path), fault, on)
     assert len({(text, status) for text, status, _ in results}) == 1
     text, status, _ = results[0]
     assert said in text
@@ -123,7 +125,7 @@ def test_a_disk_without_space_is_nobody_s_fault(
         method=store.build(composed_raw(method={"name": "full"})).method,
     )
     run.config.write_text(store.dump(config))
-    results = ranks.run(RANKS, preflight, str(run.path), "", 0)
+    results = ranks.run(RANKS, compare_machines, str(run.path), "", 0)
     assert {status for _, status, _ in results} == {2}
     assert "one checkpoint needs about" in results[0][0]
 

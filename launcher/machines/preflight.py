@@ -66,41 +66,43 @@ class Preflight:
         raise_refused(findings, len({each.node for each in facts}), excluded)
 
 
-def run_preflight(phase: Preflight) -> None:
+def run_preflight(preflight: Preflight) -> None:
     """Compare, connect and measure; join the process group. Collective.
 
     Raises UserError on all ranks, BadNode if single machines are at fault.
     """
     start = time.monotonic()
-    facts = _compare_facts(phase)
-    minutes = phase.config.launch.collective_minutes
-    init_process_group(phase.rank_info, phase.store, minutes)
-    measured = _measure(phase, facts)
-    ranks, machines = phase.rank_info.world_size, len(facts)
+    facts = _compare_facts(preflight)
+    minutes = preflight.config.launch.collective_minutes
+    init_process_group(preflight.rank_info, preflight.store, minutes)
+    measured = _measure(preflight, facts)
+    ranks, machines = preflight.rank_info.world_size, len(facts)
     counted = f"{ranks} rank{'s' * (ranks > 1)} on {machines} machine{'s' * (machines > 1)}"
     seconds = time.monotonic() - start
-    phase.log(f"preflight: {counted}, {', '.join(measured)} ({seconds:.1f} s)")
+    preflight.log(f"preflight: {counted}, {', '.join(measured)} ({seconds:.1f} s)")
 
 
-def _compare_facts(phase: Preflight) -> list[Facts]:
+def _compare_facts(preflight: Preflight) -> list[Facts]:
     """The facts of the first rank of each machine, which agree and can connect."""
-    rank_info, note = phase.rank_info, phase.run.logs / NOTE
+    rank_info, note = preflight.rank_info, preflight.run.logs / NOTE
     with ExitStack() as held:
-        name = phase.agree("note", None, lambda _: _write_note(note))
-        said = _gather(phase, name, held) if rank_info.local_rank == 0 else None
-        said_by_all = phase.agree("facts", said and asdict(said), lambda texts: texts)
+        name = preflight.agree("note", None, lambda _: _write_note(note))
+        said = _gather(preflight, name, held) if rank_info.local_rank == 0 else None
+        said_by_all = preflight.agree("facts", said and asdict(said), lambda texts: texts)
         facts = [Facts.from_dict(each) for each in said_by_all if each]
         findings = list(compare.find_differences(facts))
         if rank_info.is_main:
             note.unlink(missing_ok=True)
-            findings += find_missing_space(phase.config, phase.run.checkpoints)
+            findings += find_missing_space(preflight.config, preflight.run.checkpoints)
         # Only rank 0 knows its disk, so its findings are those of all.
-        decided = phase.agree("findings", [asdict(each) for each in findings], lambda said: said[0])
-        phase.end_if_refused([Finding.from_dict(each) for each in decided], facts)
+        decided = preflight.agree(
+            "findings", [asdict(each) for each in findings], lambda said: said[0]
+        )
+        preflight.end_if_refused([Finding.from_dict(each) for each in decided], facts)
         failed = _find_unreachable(said, facts) if said else []
-        found = phase.agree("reached", [node_name(), failed], lambda pairs: pairs)
+        found = preflight.agree("reached", [node_name(), failed], lambda pairs: pairs)
     unreached = {node: names for node, names in found if names}
-    phase.end_if_refused(list(compare.find_unreachable(unreached, len(facts))), facts)
+    preflight.end_if_refused(list(compare.find_unreachable(unreached, len(facts))), facts)
     return facts
 
 
@@ -110,21 +112,21 @@ def _write_note(file: Path) -> str:
     return name
 
 
-def _gather(phase: Preflight, note: str, held: ExitStack) -> Facts:
+def _gather(preflight: Preflight, note: str, held: ExitStack) -> Facts:
     """The facts of this machine. While `held` is open, it listens for connections."""
-    link, run = phase.link, phase.run
-    is_shared = phase.config.launch.shared_disk
+    link, run = preflight.link, preflight.run
+    is_shared = preflight.config.launch.shared_disk
     port = 0
     if link.address and not network.is_loopback(link.address):
         port = held.enter_context(measure.listening(link.address))
     return Facts(
-        rank=phase.rank_info.rank,
+        rank=preflight.rank_info.rank,
         node=node_name(),
         sees_note=not is_shared or _sees_note(run.logs / NOTE, note),
         interface=link.interface,
         address=link.address,
         port=port,
-        **gather(phase.config, run.config),
+        **gather(preflight.config, run.config),
     )
 
 
@@ -164,9 +166,9 @@ class Measured:
     clock: float  # seconds since 1970
 
 
-def _measure(phase: Preflight, facts: list[Facts]) -> list[str]:
+def _measure(preflight: Preflight, facts: list[Facts]) -> list[str]:
     """What was measured, in words. Collective. Raises UserError on all ranks."""
-    device = phase.rank_info.device
+    device = preflight.rank_info.device
     leaders = [each.rank for each in facts]
     value, seconds = measure.time_product(device)
     is_right, reduced = (True, 0.0)
@@ -177,10 +179,10 @@ def _measure(phase: Preflight, facts: list[Facts]) -> list[str]:
     own = Measured(
         node_name(), _kind(device), value, seconds, is_right, reduced, rates, problem, clock
     )
-    everyone: list[Any] = [None] * phase.rank_info.world_size
+    everyone: list[Any] = [None] * preflight.rank_info.world_size
     dist.all_gather_object(everyone, own)
     measured = Summary.of(everyone, [each.node for each in facts])
-    phase.end_if_refused([*measured.findings(), *_failures(everyone)], facts)
+    preflight.end_if_refused([*measured.findings(), *_failures(everyone)], facts)
     return measured.words()
 
 
