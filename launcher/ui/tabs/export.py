@@ -30,7 +30,8 @@ JOB_PREFIX = "export of "
 MAX_NAME_LENGTH = 80
 # A progress line of `shardway consolidate`.
 PROGRESS = re.compile(
-    r"^(writing|reading back) ([\d.]+) of ([\d.]+) GB, ([\d,]+) MB/s.*$", re.MULTILINE
+    r"^(writing|reading back|evaluating)(| .+) ([\d.,]+) of ([\d.,]+) (GB|tokens), (\S+ \S+/s),",
+    re.MULTILINE,
 )
 
 
@@ -229,7 +230,7 @@ class ExportTab:
             return ["", off, off]
         job = self.context.jobs.job(job_name)
         if job.is_running:
-            return [self._format_progress(job), on, off]
+            return [format_progress(job.log_tail(), self.translate), on, off]
         if result := self._read_result(job):
             return [self._format_result(result), off, on]
         output = html.escape(self._shorten(job.log_tail()).strip()[-4000:])
@@ -241,18 +242,6 @@ class ExportTab:
 
     def _stop(self, job_name: str) -> None:
         self.context.jobs.job(job_name).stop()
-
-    def _format_progress(self, job: Job) -> str:
-        lines = PROGRESS.findall(job.log_tail())
-        if not lines:
-            return f"<p>{html.escape(self.translate('reading the plan …'))}</p>"
-        action, done, total, rate = lines[-1]
-        percent = min(100.0, 100 * float(done) / max(1e-9, float(total)))
-        text = f"{self.translate(action)} {done} / {total} GB, {rate} MB/s"
-        return (
-            f'<div class="sw-bar" role="progressbar"><div style="width:{percent:.1f}%"></div></div>'
-            f'<div class="sw-steps">{html.escape(text)}</div>'
-        )
 
     def _format_result(self, result: dict[str, Any]) -> str:
         output = self.context.roots.short_path(Path(result["output"]))
@@ -317,4 +306,19 @@ def _table(heads: tuple[str, ...], rows: list[list[str]]) -> str:
     """An HTML table of plain texts."""
     return report.render_table(
         [dict(zip(heads, map(html.escape, row), strict=True)) for row in rows]
+    )
+
+
+def format_progress(log: str, translate: Translations) -> str:
+    """The newest progress line of `shardway consolidate` as a bar."""
+    lines = PROGRESS.findall(log)
+    if not lines:
+        return f"<p>{html.escape(translate('reading the plan …'))}</p>"
+    action, model, done, total, unit, rate = lines[-1]
+    now, end = (float(each.replace(",", "")) for each in (done, total))
+    percent = min(100.0, 100 * now / max(1e-9, end))
+    text = f"{translate(action)}{model} {done} / {total} {unit}, {rate}"
+    return (
+        f'<div class="sw-bar" role="progressbar"><div style="width:{percent:.1f}%"></div></div>'
+        f'<div class="sw-steps">{html.escape(text)}</div>'
     )
