@@ -17,7 +17,7 @@ from launcher.config import experiment
 from launcher.config.compose import compose, hydra_message
 from launcher.config.imports import llamafactory
 from launcher.config.imports.translation import Translation
-from launcher.errors import REFUSED, UserError
+from launcher.errors import REFUSED, UserError, one_line
 from launcher.folders import regular
 
 ABOUT = """\
@@ -101,7 +101,8 @@ def _read(file: Path) -> dict[str, Any]:
         text = regular.read_text(file)
         content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{file} cannot be read: {error} → name a .yaml or .json file") from error
+        reason = error.strerror if isinstance(error, OSError) else one_line(error)
+        raise UserError(f"{file} cannot be read: {reason} → name a .yaml or .json file") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{file} has no settings → name a file of `llamafactory-cli train`")
     return content

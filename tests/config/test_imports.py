@@ -198,6 +198,7 @@ def test_settings_keep_their_meaning(
         {"hf_hub_token": "hf_secret"},
         {"learning_rate": "fast"},
         {"gradient_accumulation_steps": [8]},
+        {"lr_scheduler_kwargs": 5},
     ],
 )
 def test_what_has_no_equivalent_is_refused_by_name(changes: dict[str, Any]) -> None:
@@ -270,4 +271,14 @@ def test_the_verb_prints_a_command_and_writes_an_experiment(tmp_path: Path) -> N
     assert "exists" in again.stderr
     shown = call("train", "--config-dir", "conf", "experiment=mine", "--cfg", "job")
     assert yaml.safe_load(shown.stdout)["method"]["rank"] == 16
+    for name, text in (
+        ("axolotl", "base_model: m\nadapter: lora"),
+        ("list", "[1]"),
+        ("bad", "a: b: c"),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(text)
+        refused = call("import", f"{name}.yaml")
+        assert refused.returncode == 2
+        assert "→" in refused.stderr
+        assert "Traceback" not in refused.stderr
     assert call("import", "nowhere.yaml").returncode == 2

@@ -13,6 +13,7 @@ from typing import Any
 from launcher.config.imports import distribution, trainer
 from launcher.config.imports.llamafactory_keys import IGNORED, UNUSED
 from launcher.config.imports.translation import Reader, Translation, as_list, is_off
+from launcher.errors import UserError
 
 PEER = "LLaMA-Factory"
 ATTENTION = {"disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2"}
@@ -34,8 +35,15 @@ def translate(
         ranks: processes of the whole run, which the file does not tell: global batch =
             per device × accumulation × ranks.
         accelerate: the file that was given to `accelerate launch`, if any.
+
+    Raises UserError for settings that are not LLaMA-Factory's.
     """
     reader = Reader(settings, PEER)
+    if not reader.has("model_name_or_path"):
+        raise UserError(
+            "model_name_or_path is missing, without which LLaMA-Factory starts nothing → a file "
+            "of `llamafactory-cli train`, export or chat"
+        )
     trains, predicts = (not is_off(reader.take(key, False)) for key in ("do_train", "do_predict"))
     if reader.take("export_dir"):
         _export(reader)
@@ -60,8 +68,7 @@ def _train(reader: Reader, folders: list[Path], ranks: int, accelerate: Path | N
     elif reader.has("deepspeed"):
         distribution.deepspeed(reader, "deepspeed", folders)
     elif words := reader.take("fsdp"):
-        config = reader.take("fsdp_config", {})
-        distribution.fsdp(reader, config if isinstance(config, Mapping) else {}, str(words))
+        distribution.fsdp(reader, reader.mapping("fsdp_config"), str(words))
     elif ranks > 1:
         reader.add("strategy=ddp")
     reader.known |= {"deepspeed", "fsdp", "fsdp_config"}
@@ -71,7 +78,7 @@ def _train(reader: Reader, folders: list[Path], ranks: int, accelerate: Path | N
 
 
 def _model(reader: Reader) -> None:
-    reader.set("model.name_or_path", _base(reader))
+    reader.set("model.name_or_path", str(reader.take("model_name_or_path")))
     if (revision := reader.take("model_revision", "main")) != "main":
         reader.set("model.revision", revision)
     if not is_off(reader.take("trust_remote_code", False)):
@@ -267,7 +274,7 @@ def _precision(reader: Reader) -> None:
 def _export(reader: Reader) -> None:
     reader.result.verb = "consolidate"
     adapters = as_list(reader.take("adapter_name_or_path"))
-    model = _base(reader)
+    model = str(reader.take("model_name_or_path"))
     if len(adapters) == 1:
         reader.add(adapters[0], "--base", model)
     else:
@@ -293,7 +300,7 @@ def _export(reader: Reader) -> None:
 def _chat(reader: Reader) -> None:
     reader.result.verb = "chat"
     adapters = as_list(reader.take("adapter_name_or_path"))
-    model = _base(reader)
+    model = str(reader.take("model_name_or_path"))
     reader.add(*([adapters[0], "--base", model] if adapters else [model]))
     if len(adapters) > 1:
         reader.refuse("adapter_name_or_path", "merge them first with shardway consolidate")
@@ -307,9 +314,3 @@ def _chat(reader: Reader) -> None:
     if not is_off(reader.take("trust_remote_code", False)):
         reader.note("trust_remote_code", "chat runs no code of a model's folder")
     reader.known |= {"template", "finetuning_type", "stage"}
-
-
-def _base(reader: Reader) -> str:
-    if not reader.has("model_name_or_path"):
-        reader.refuse("model_name_or_path", "is missing: name the model")
-    return str(reader.take("model_name_or_path", "MODEL"))

@@ -5,8 +5,6 @@ Names and defaults: transformers 5, and the older names that files of its users 
 
 from __future__ import annotations
 
-from typing import Any
-
 from launcher.config.imports.translation import Reader, as_list, is_off
 
 OPTIMIZERS = {
@@ -128,7 +126,7 @@ def _optimizer(reader: Reader) -> None:
 
 def _schedule(reader: Reader) -> None:
     name = str(reader.take("lr_scheduler_type", "linear"))
-    options: dict[str, Any] = dict(reader.take("lr_scheduler_kwargs", {}))
+    options = reader.mapping("lr_scheduler_kwargs")
     steps, ratio = reader.number("warmup_steps", 0), reader.number("warmup_ratio", 0.0)
     if name == "cosine_with_min_lr":
         name = "cosine"

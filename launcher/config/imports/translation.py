@@ -47,6 +47,14 @@ class Reader:
             self.refuse(key, "is not a number")
             return default
 
+    def mapping(self, key: str) -> dict[str, Any]:
+        """A mapping, empty without one. Another value is refused."""
+        value = self.take(key, {})
+        if isinstance(value, Mapping):
+            return {str(name): each for name, each in value.items()}
+        self.refuse(key, "is not a mapping")
+        return {}
+
     def has(self, key: str) -> bool:
         self.known.add(key)
         return self.settings.get(key) is not None
@@ -92,6 +100,8 @@ class Reader:
 
     def _stated(self, key: str) -> str:
         value = self.settings.get(key)
+        if value is None:
+            return key
         hidden = "token" in key or "api_key" in key or "secret" in key
         return f"{key}: {'•••' if hidden and value else value}"
 
