@@ -61,14 +61,18 @@ def evaluate(config: DataConfig, source: Source, output: Path, options: Options)
     from launcher.training.folder_loss import Model, mean_loss, read_rows
 
     device, code = options.device, options.trust_remote_code
+    failed = f"The export in {output} is written and verified; only its evaluation failed"
     try:
         rows = read_rows(config, output, code)
-        result = mean_loss(Model(output), rows, device, code)
     except UserError as error:
         raise UserError(
-            f"--evaluate {config.path}: {error}\nThe export in {output} is written and "
-            "verified; only its evaluation failed"
+            f"--evaluate {config.path}: {error}\nOf each row, up to {config.max_length:,} tokens "
+            f"are read, and longer conversations are left out → shorter rows. {failed}"
         ) from error
+    try:
+        result = mean_loss(Model(output), rows, device, code)
+    except UserError as error:
+        raise UserError(f"--evaluate {config.path}: {error}\n{failed}") from error
     if source.read is not None or source.base is None:
         reason = f"no library loads {source.path} ({source.kind.value}) as a model"
         return Losses(rows.summary, rows.targets, result, None, reason)

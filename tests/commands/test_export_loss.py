@@ -137,6 +137,14 @@ def test_bad_rows_are_refused_before_anything_is_written(tmp_path: Path, tiny: P
     assert not (tmp_path / "out").exists()
 
 
+def test_conversations_that_are_too_long_leave_the_export(tmp_path: Path, tiny: Path) -> None:
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a b " * 2_000}]
+    (tmp_path / "long.jsonl").write_text(json.dumps({"messages": talk}))
+    with pytest.raises(UserError, match=r"up to 2,048 tokens .* → shorter rows\. The export in"):
+        consolidate(tiny, "--evaluate", tmp_path / "long.jsonl", "--output", tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").is_file()
+
+
 def test_a_source_that_cannot_be_loaded_is_a_reason(
     rows: Path, tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
