@@ -58,7 +58,7 @@ def main() -> None:
     refused = sum(line.status == REFUSED for line in found)
     warned = sum(line.status == WARNING for line in found)
     if not options.json:
-        print(f"\n{len(found)} facts, {warned} warnings, {refused} refused")
+        print(f"\nof {len(found)}: {refused} refused, {warned} with a warning")
     sys.exit(STATUS_REFUSED if refused else 0)
 
 
